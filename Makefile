@@ -1,0 +1,61 @@
+# Every target sets up what it needs in .venv, so a fresh clone needs only `make test`.
+
+PYTHON ?= python3
+# Test processes, with one thread each: several processes of several threads compete
+# for the cores and are many times slower. WORKERS=0 runs all in one process.
+WORKERS ?= 2
+# More arguments for pytest and for pip (for example, another package index).
+PYTEST_ARGS ?=
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch goes first and by itself, so that whichever build of it is found (CPU or CUDA)
+# is the one that the rest is resolved against.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: install
+install: $(STAMP) ## set up .venv with the package and the development tools
+
+.PHONY: demo
+demo: $(STAMP) ## run the demo
+	$(BIN)/fedlora demo
+
+.PHONY: test
+test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: $(STAMP) ## run the tests (WORKERS=2, PYTEST_ARGS=...)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## check style, formatting, types and the import contract
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(STAMP) ## format the code and fix what can be fixed automatically
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+.PHONY: clean
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""fedlora: federated fine-tuning of language models with LoRA adapters of different rank.
+
+    import fedlora
+    result = fedlora.run(fedlora.Config(num_rounds=3, ...))
+
+Names are loaded when first used, so that importing the package stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fedlora.adapters import load_adapter
+    from fedlora.config import Config
+    from fedlora.engines.local import Result, RoundResult, run
+    from fedlora.errors import CheckpointError, FedloraError, InputError
+    from fedlora.lowrank import Dense, LowRank
+    from fedlora.methods import METHODS
+    from fedlora.train import Budget
+
+_HOMES = {
+    "Budget": "train",
+    "CheckpointError": "errors",
+    "Config": "config",
+    "Dense": "lowrank",
+    "FedloraError": "errors",
+    "InputError": "errors",
+    "LowRank": "lowrank",
+    "METHODS": "methods",
+    "Result": "engines.local",
+    "RoundResult": "engines.local",
+    "load_adapter": "adapters",
+    "run": "engines.local",
+}
+
+__all__ = [
+    "METHODS",
+    "Budget",
+    "CheckpointError",
+    "Config",
+    "Dense",
+    "FedloraError",
+    "InputError",
+    "LowRank",
+    "Result",
+    "RoundResult",
+    "load_adapter",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
+    return getattr(import_module(f"fedlora.{_HOMES[name]}"), name)

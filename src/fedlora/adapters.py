@@ -1,0 +1,276 @@
+"""The PEFT boundary: target modules by name, and adapters as PEFT directories.
+
+Alpha, rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D layers and PEFT's key names are known here
+and nowhere else; everything past this line sees `LowRank` updates with the scale folded into `B`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fedlora.errors import CheckpointError, InputError
+from fedlora.lowrank import Deltas, LowRank, refactor
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_KEY = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight$")
+
+
+def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    """LoRA's scale `s`: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA (arXiv 2312.03732)."""
+    return alpha / (rank**0.5 if use_rslora else rank)
+
+
+def fold(a: Tensor, b: Tensor, scale: float) -> LowRank:
+    """LoRA's trained `A (r, n)`, `B (m, r)` as an update: `dW = s B A`. Copies, in float32."""
+    return LowRank(a.detach().float().clone(), b.detach().float() * scale)
+
+
+def unfold(x: LowRank, scale: float) -> tuple[Tensor, Tensor]:
+    """An update as the `A`, `B` that LoRA trains under scale s: `B / s`. Copies."""
+    return x.A.detach().clone(), x.B.detach() / scale
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The modules that get an adapter.
+
+    Args:
+        shapes: full module name -> `(m, n)` = (out features, in features).
+        names: what PEFT's `target_modules` says to get exactly these.
+        fan_in_fan_out: weights are stored `(n, m)` (GPT-2's Conv1D).
+        model_name: of the base, for `base_model_name_or_path`.
+        task_type: PEFT's name of the task.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    names: list[str]
+    fan_in_fan_out: bool
+    model_name: str
+    task_type: str = "CAUSAL_LM"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D: a linear layer whose weight is stored `(n, m)`."""
+    return type(module).__name__ == "Conv1D"
+
+
+def find_targets(
+    model: nn.Module, target_modules: Sequence[str] | str | None, model_name: str
+) -> Targets:
+    """Resolve `lora_target_modules` as PEFT does.
+
+    Args:
+        model: a transformers model without adapters.
+        target_modules: names (a module's full name or the end of it), "all-linear" (all but the
+            output head), a regular expression over full names, or None: PEFT's default for the
+            architecture.
+        model_name: of the base.
+
+    Raises:
+        InputError: nothing matches; the message lists candidates.
+    """
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if name and (isinstance(module, nn.Linear) or is_conv1d(module))
+    }
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if target_modules is None:
+        from peft.utils import constants
+
+        kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+        known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        if kind not in known:
+            raise InputError(
+                f"lora_target_modules: PEFT has no default for the architecture {kind!r}; give "
+                f"module names, for example {_candidates(linear)}, or all-linear"
+            )
+        target_modules = list(known[kind])
+    if target_modules == "all-linear":
+        chosen = {n: m for n, m in linear.items() if m is not head}
+    elif isinstance(target_modules, str):
+        pattern, ends = target_modules, f".{target_modules}"
+        chosen = {
+            n: m
+            for n, m in linear.items()
+            if n == pattern or n.endswith(ends) or re.fullmatch(pattern, n)
+        }
+    else:
+        chosen = {}
+        for wanted in target_modules:
+            found = {n: m for n, m in linear.items() if n == wanted or n.endswith(f".{wanted}")}
+            if not found:
+                raise InputError(
+                    f"lora_target_modules: {wanted!r} matches no linear layer of {model_name}; "
+                    f"it has {_candidates(linear)}"
+                )
+            chosen.update(found)
+        chosen = {n: m for n, m in linear.items() if n in chosen}
+    if not chosen:
+        raise InputError(
+            f"lora_target_modules: {target_modules!r} matches no linear layer of {model_name}; it "
+            f"has {_candidates(linear)}"
+        )
+    shapes = {}
+    for name, module in chosen.items():
+        rows, columns = module.weight.shape
+        shapes[name] = (int(columns), int(rows)) if is_conv1d(module) else (int(rows), int(columns))
+    ends_of = sorted({name.rpartition(".")[2] for name in chosen})
+    short = {n for n in linear if n.rpartition(".")[2] in ends_of} == set(chosen)
+    return Targets(
+        shapes=shapes,
+        names=ends_of if short else sorted(chosen),
+        fan_in_fan_out=any(is_conv1d(m) for m in chosen.values()),
+        model_name=model_name,
+    )
+
+
+def _candidates(linear: dict[str, Any]) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+
+
+def _factors(x: Any) -> LowRank:
+    """What PEFT can hold: factors of rank at least 1, in float32."""
+    x = x if isinstance(x, LowRank) else refactor(x)
+    m, n = x.shape
+    if x.rank == 0:
+        return LowRank(x.A.new_zeros(1, n).float(), x.B.new_zeros(m, 1).float())
+    return LowRank(x.A.float().contiguous(), x.B.float().contiguous())
+
+
+def save_adapter(path: Path, deltas: Deltas, targets: Targets) -> None:
+    """Write an update as a PEFT adapter directory, with `alpha = r`, hence scale 1, everywhere.
+
+    Modules of `targets` that `deltas` does not name get a zero adapter of rank 1. The files are
+    read back and compared before this returns. The same update gives the same bytes.
+
+    Raises:
+        CheckpointError: what was read back is not what was written.
+        OSError: the files cannot be written.
+    """
+    from peft import LoraConfig
+
+    factors = {}
+    for name, (m, n) in targets.shapes.items():
+        x = deltas.get(name)
+        factors[name] = _factors(
+            x if x is not None else LowRank(torch.zeros(0, n), torch.zeros(m, 0))
+        )
+    ranks = {name: x.rank for name, x in factors.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=list(targets.names),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=targets.fan_in_fan_out,
+        base_model_name_or_path=targets.model_name,
+        task_type=targets.task_type,
+        inference_mode=True,
+    ).to_dict()
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    tensors = {}
+    for name, x in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = x.A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = x.B
+    path.mkdir(parents=True, exist_ok=True)
+    (path / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+    save_tensors(path / WEIGHTS_NAME, tensors)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, read it back and compare.
+
+    Raises:
+        CheckpointError: what was read back is not what was written.
+        OSError: the file cannot be written (no space, no permission).
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # safetensors reports the system's error as text; give it back its number.
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found.group(1)) if found else 5, str(error), str(path)) from None
+    back = load_file(path)
+    same = back.keys() == tensors.keys() and all(
+        torch.equal(back[k], t) for k, t in tensors.items()
+    )
+    if not same:
+        raise CheckpointError(f"{path}: what was read back differs from what was written")
+
+
+def load_adapter(path: str | Path) -> dict[str, LowRank]:
+    """Read a PEFT LoRA directory as updates, scale folded into `B`, in float32.
+
+    Args:
+        path: a directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`,
+            through a weights-only load).
+
+    Raises:
+        InputError: no such directory, not a plain LoRA adapter, or factors that do not fit.
+    """
+    from peft.utils.other import get_pattern_key
+
+    path = Path(path)
+    try:
+        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: holds no {CONFIG_NAME}; expected a PEFT directory") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / CONFIG_NAME}: cannot be read: {error}") from None
+    for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none")):
+        if config.get(key, plain) != plain:
+            raise InputError(
+                f"{path}: {key} is {config[key]!r}; only plain LoRA ({key} {plain!r}) is a sum of "
+                "products that can be combined exactly"
+            )
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in _weights(path).items():
+        match = _KEY.match(key)
+        if not match or value.ndim != 2:
+            raise InputError(f"{path}: cannot use the tensor {key} {tuple(value.shape)}")
+        found.setdefault(match.group(1), {})[match.group(2)] = value
+    out = {}
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for name, pair in found.items():
+        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise InputError(f"{path}: the factors of {name} are incomplete or do not fit")
+        rank = pair["A"].shape[0]
+        said = ranks.get(get_pattern_key(list(ranks), name), config["r"])
+        if said != rank:
+            raise InputError(f"{path}: {name} has rank {rank}, its configuration says {said}")
+        alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+        scale = scaling(alpha, rank, bool(config.get("use_rslora")))
+        out[name] = fold(pair["A"], pair["B"], scale)
+    if not out:
+        raise InputError(f"{path}: holds no LoRA factors")
+    return out
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if (path / WEIGHTS_NAME).exists():
+            return dict(load_file(path / WEIGHTS_NAME))
+        older = path / "adapter_model.bin"
+        if older.exists():
+            loaded: dict[str, Tensor] = torch.load(older, map_location="cpu", weights_only=True)
+            return loaded
+    except Exception as error:
+        raise InputError(f"{path}: its weights cannot be read: {error}") from None
+    raise InputError(f"{path}: holds no {WEIGHTS_NAME}")

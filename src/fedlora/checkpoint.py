@@ -1,0 +1,366 @@
+"""A run's directory: what is written when, and how it is trusted again.
+
+    config.yaml      the resolved configuration; appears together with the directory
+    metrics.jsonl    one line per event, only ever appended to
+    round-N/         the global model after round N as a PEFT directory, and in `state/` what a
+                     resumed run needs; `manifest.json` holds the SHA-256 of every file
+    final/           the final adapter as a PEFT directory, and the tokenizer
+
+A directory is written under a name beginning with a dot and renamed when all of it is on the disk,
+so whatever moment a run is killed at, a `round-N` that exists is whole, or known to be damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedlora.adapters import Targets, save_adapter, save_tensors
+from fedlora.errors import CheckpointError, FedloraError, InputError
+from fedlora.lowrank import Delta, Deltas, Dense, LowRank
+from fedlora.state import Encoded, ServerState
+
+CONFIG, METRICS, FINAL, MANIFEST = "config.yaml", "metrics.jsonl", "final", "manifest.json"
+_ROUND = re.compile(r"^round-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a resumed run goes on from.
+
+    Args:
+        state: the server's state after the round.
+        log: the lines of `metrics.jsonl` that tell the run's course so far.
+        extra: what else the run keeps (the best round, fingerprints).
+    """
+
+    state: ServerState
+    log: list[dict[str, Any]]
+    extra: dict[str, Any]
+
+
+# --- the state as named tensors ---
+
+
+def _flatten(prefix: str, deltas: Deltas, into: dict[str, Tensor]) -> None:
+    for name, x in deltas.items():
+        if isinstance(x, Dense):
+            into[f"{prefix}/{name}/W"] = x.W.contiguous()
+        else:
+            into[f"{prefix}/{name}/A"] = x.A.contiguous()
+            into[f"{prefix}/{name}/B"] = x.B.contiguous()
+
+
+def _unflatten(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        group, _, rest = key.partition("/")
+        if group == prefix:
+            name, _, factor = rest.rpartition("/")
+            found.setdefault(name, {})[factor] = value
+    return {
+        name: Dense(parts["W"]) if "W" in parts else LowRank(parts["A"], parts["B"])
+        for name, parts in found.items()
+    }
+
+
+def state_to_tensors(state: ServerState) -> dict[str, Tensor]:
+    """Every tensor of a server state under a name of its own."""
+    out: dict[str, Tensor] = {}
+    _flatten("adapter", state.adapter, out)
+    _flatten("base_delta", state.base_delta, out)
+    _flatten("last_merge", state.last_merge, out)
+    _flatten("momentum_products", state.momentum.products, out)
+    out |= {f"momentum_factors/{k}": v.contiguous() for k, v in state.momentum.factors.items()}
+    out |= {f"dense/{k}": v.contiguous() for k, v in state.dense.items()}
+    return out
+
+
+def state_from_tensors(
+    tensors: Mapping[str, Tensor], round: int, last_seen: Mapping[int, int]
+) -> ServerState:
+    """The inverse of `state_to_tensors`."""
+
+    def plain(group: str) -> dict[str, Tensor]:
+        return {k[len(group) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{group}/")}
+
+    return ServerState(
+        round=round,
+        adapter=_unflatten("adapter", tensors),
+        base_delta=_unflatten("base_delta", tensors),
+        dense=plain("dense"),
+        last_merge=_unflatten("last_merge", tensors),
+        last_seen=dict(last_seen),
+        momentum=Encoded(plain("momentum_factors"), _unflatten("momentum_products", tensors)),
+    )
+
+
+# --- writing ---
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _place(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a hidden directory, force it to the disk, then give it its name."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    manifest = {str(p.relative_to(partial)): _digest(p) for p in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    for path in [*files, partial / MANIFEST]:
+        _sync(path)
+    for path in [p for p in partial.rglob("*") if p.is_dir()]:
+        _sync(path)
+    _sync(partial)
+    if target.exists():
+        damaged = target.with_name(f"{target.name}.damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        target.rename(damaged)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+@contextlib.contextmanager
+def no_space_is_explained(directory: Path) -> Iterator[None]:
+    """Turn "no space left" into a message that says what is safe and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise FedloraError(
+            f"{directory}: no space left on the device ({error.strerror}); every round-N directory "
+            f"there is whole. Free some space, then: fedlora run --resume {directory}"
+        ) from None
+
+
+class RunDirectory:
+    """One run's directory, locked while this process writes to it.
+
+    Use `create` for a new run and `open` for one to go on with.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = (path / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(f"{path}: another process is writing to this run") from None
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.close()
+
+    @classmethod
+    def create(cls, path: str | Path, config_yaml: str) -> RunDirectory:
+        """Make the directory and its `config.yaml` in one step.
+
+        Raises:
+            InputError: it holds another run or other files, or cannot be made.
+        """
+        path = Path(path)
+        check_free(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            (partial / CONFIG).write_text(config_yaml, encoding="utf-8")
+            _sync(partial / CONFIG)
+            _sync(partial)
+            partial.rename(path)  # over an empty directory too
+            _sync(path.parent)
+        except OSError as error:
+            raise InputError(f"output_dir: {path}: cannot be made: {error.strerror}") from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Open a run to go on with.
+
+        Raises:
+            InputError: there is no run, or it has ended.
+        """
+        path = Path(path)
+        if not (path / CONFIG).is_file():
+            raise InputError(f"--resume {path}: nothing to resume; there is no {CONFIG}")
+        if (path / FINAL).is_dir():
+            raise InputError(f"--resume {path}: nothing to resume; the run is complete")
+        return cls(path)
+
+    # --- metrics ---
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Append one line to `metrics.jsonl` and force it to the disk."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+    def mend_metrics(self) -> None:
+        """Cut off a last line that was half written when a run was killed."""
+        path = self.path / METRICS
+        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+            with path.open("r+b") as out:
+                out.truncate(content.rfind(b"\n") + 1)
+
+    # --- rounds ---
+
+    def rounds(self) -> list[int]:
+        """The rounds on the disk, ascending, whole or damaged."""
+        found = (_ROUND.match(p.name) for p in self.path.iterdir() if p.is_dir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def save_round(
+        self, delta: Deltas, targets: Targets, state: ServerState, log: list[Any], extra: Any
+    ) -> Path:
+        """Write `round-N/`: the global model as a PEFT directory, and the state to resume from."""
+
+        def fill(partial: Path) -> None:
+            save_adapter(partial, delta, targets)
+            (partial / "state").mkdir()
+            save_tensors(partial / "state" / "server.safetensors", state_to_tensors(state))
+            facts = {
+                "round": state.round,
+                "last_seen": {str(k): v for k, v in state.last_seen.items()},
+                "extra": extra,
+                "log": log,
+            }
+            (partial / "state" / "state.json").write_text(json.dumps(facts) + "\n")
+
+        target = self.path / f"round-{state.round}"
+        _place(target, fill)
+        return target
+
+    def prune(self, limit: int | None, keep: int | None) -> None:
+        """Remove all but the newest `limit` rounds (never fewer than two) and round `keep`."""
+        if limit is None:
+            return
+        for number in self.rounds()[: -max(2, limit)]:
+            if number != keep:
+                gone = self.path / f".round-{number}.removed"
+                (self.path / f"round-{number}").rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def load_latest(self) -> tuple[Saved | None, list[str]]:
+        """The newest round that can be trusted, and what is wrong with those after it.
+
+        Returns:
+            None where no round can be trusted (or none was saved): the run begins at its start.
+        """
+        problems: list[str] = []
+        for number in reversed(self.rounds()):
+            try:
+                return load_round(self.path / f"round-{number}"), problems
+            except CheckpointError as error:
+                problems.append(str(error))
+        return None, problems
+
+    # --- the end ---
+
+    def save_final(self, fill: Callable[[Path], None]) -> Path:
+        """Write `final/`; its presence says that the run is complete."""
+        _place(self.path / FINAL, fill)
+        return self.path / FINAL
+
+
+def check_free(path: str | Path) -> None:
+    """Refuse an output directory that holds anything.
+
+    Raises:
+        InputError: it holds another run, or other files.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"output_dir: {path} is a file")
+    if (path / CONFIG).exists():
+        done = (path / FINAL).is_dir()
+        how = "" if done else f", or go on with it: fedlora run --resume {path}"
+        raise InputError(
+            f"output_dir: {path} holds {'a complete' if done else 'another'} run; choose another "
+            f"--output_dir{how}"
+        )
+    if any(path.iterdir()):
+        raise InputError(f"output_dir: {path} is not empty; choose another --output_dir")
+
+
+def verify(path: Path) -> None:
+    """Compare every file of a saved directory with its manifest.
+
+    Raises:
+        CheckpointError: which file is missing or damaged.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: damaged ({MANIFEST} is missing or broken)") from None
+    for name, digest in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path}: damaged ({name} is missing)")
+        if _digest(file) != digest:
+            raise CheckpointError(f"{path}: damaged ({name} is not what was written)")
+
+
+def load_round(path: Path) -> Saved:
+    """A saved round, verified.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    verify(path)
+    facts = json.loads((path / "state" / "state.json").read_text())
+    state = state_from_tensors(
+        load_file(path / "state" / "server.safetensors"),
+        facts["round"],
+        {int(k): v for k, v in facts["last_seen"].items()},
+    )
+    return Saved(state, facts["log"], facts["extra"])
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; of a round that was run again, only the last.
+
+    A resumed run logs `{"event": "resume", "round": N}`; what stands before it about later rounds
+    no longer counts.
+    """
+    out: dict[tuple[str, int], dict[str, Any]] = {}
+    for text in (Path(path) / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the half-written last line of a killed run
+        if line["event"] == "resume":
+            out = {key: x for key, x in out.items() if key[1] <= line["round"]}
+        else:
+            out[line["event"], line["round"]] = line
+    return list(out.values())

@@ -1,0 +1,216 @@
+"""The command `fedlora`: a thin skin over the functions a Python user calls."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fedlora import __version__
+from fedlora.config import Config, layered, parse_overrides, read_yaml
+from fedlora.demo import CONFIG as EMBEDDED_CONFIG
+from fedlora.demo import EMBEDDED
+from fedlora.errors import FedloraError, InputError
+
+HELP = f"""\
+fedlora {__version__}: federated fine-tuning of language models with LoRA adapters of different rank
+
+  fedlora demo                      ten clients of ranks 64 to 4, three methods, one table (minutes)
+  fedlora run [CONFIG.yaml] [--key value ...]
+                                    run a federation; without CONFIG.yaml, the embedded default
+  fedlora run --resume DIR          go on with a run that was interrupted
+  fedlora config [CONFIG.yaml] [--key value ...]
+                                    every key, its value and one line on what it does
+  fedlora VERB --help               more on a verb
+  fedlora --version
+
+Try:
+  fedlora run --num_rounds 3 --method flora --output_dir out
+  fedlora config > my.yaml          # edit it, then: fedlora run my.yaml
+"""
+
+HELP_RUN = """\
+fedlora run [CONFIG.yaml] [--key value ...] [--json]
+fedlora run --resume DIR [--json]
+
+Runs a federation: in every round the server sends the global model to the clients, each trains a
+LoRA adapter of its own rank on its own rows, and the server combines them. Keys are those of
+transformers, PEFT and TRL where they have one; `fedlora config` lists all. Lists are separated by
+spaces. The command line goes over the file. Without a file the embedded default runs: a tiny Llama
+and ten clients that come with the package.
+
+  --resume DIR    go on with the run in DIR after its last whole round
+  --json          one JSON object per event on standard output
+
+Examples:
+  fedlora run --client_ranks 32 16 8 --num_clients 3 --output_dir out
+  fedlora run --model_name_or_path path/or/hub-name --train_file 'site_*.jsonl' \\
+      --eval_file held_out.jsonl --lora_target_modules q_proj v_proj --learning_rate 3e-4
+
+In DIR: config.yaml, metrics.jsonl, round-N/ and final/, which PeftModel.from_pretrained loads.
+"""
+
+HELP_CONFIG = """\
+fedlora config [CONFIG.yaml | embedded] [--key value ...]
+
+Prints every configuration key with its value (its default where none is given) and one line on
+what it does. The output is a configuration file. `fedlora config embedded` prints the one that
+`fedlora run` uses when it is given none.
+"""
+
+HELP_DEMO = """\
+fedlora demo [--output_dir DIR] [--key value ...]
+
+Runs exact, flora and zero_pad on ten clients of ranks 64 32 16 16 8 8 4 4 4 4, and every client
+alone; ends with a table and a picture of exact match by round. Keys go to every run.
+"""
+
+
+def _settings(arguments: Sequence[str], default: str | None) -> tuple[dict[str, Any], bool]:
+    """Flat keys from `[CONFIG] [--key value ...]`, and whether a file or key was named at all."""
+    named = bool(arguments)
+    source = default
+    if arguments and not arguments[0].startswith("--"):
+        source, arguments = arguments[0], arguments[1:]
+    base: dict[str, Any] = {}
+    if source is not None:
+        base = read_yaml(EMBEDDED_CONFIG if source == EMBEDDED else source)
+    return layered(base, parse_overrides(arguments)), named
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of libraries would tear our own output apart."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def run_verb(arguments: list[str]) -> int:
+    """`fedlora run`."""
+    as_json = _take_flag(arguments, "--json")
+    resume = _take_value(arguments, "--resume")
+    _quiet_libraries()
+    from fedlora.console import Terminal, reporter
+    from fedlora.engines.local import run
+
+    config: Config | None = None
+    if resume is None:
+        values, _ = _settings(arguments, EMBEDDED)
+        config = Config.of(values)
+    elif arguments:
+        # Keys alone are held against the run's own configuration, a file against all of it.
+        own = str(Path(resume) / "config.yaml")
+        if not Path(own).is_file():
+            raise InputError(f"--resume {resume}: nothing to resume; there is no config.yaml")
+        config = Config.of(_settings(arguments, own)[0])
+    where = resume or (config.output_dir if config else "")
+    report = reporter(as_json)
+    try:
+        with report if isinstance(report, Terminal) else contextlib.nullcontext():
+            result = run(config, resume=resume, report=report)
+    except KeyboardInterrupt:
+        if not (Path(where) / "config.yaml").is_file():
+            print("\nstopped before anything was written", file=sys.stderr)
+        else:
+            print(
+                f"\nstopped; finished rounds are saved. Go on with: fedlora run --resume {where}",
+                file=sys.stderr,
+            )
+        return 130
+    if not as_json:
+        print(f"final adapter: {result.final_dir}  (PeftModel.from_pretrained loads it)")
+    return 0
+
+
+def config_verb(arguments: list[str]) -> int:
+    """`fedlora config`."""
+    print(Config.of(_settings(arguments, None)[0]).to_yaml(comments=True), end="")
+    return 0
+
+
+def demo_verb(arguments: list[str]) -> int:
+    """`fedlora demo`."""
+    _quiet_libraries()
+    from fedlora.showcase import demo
+
+    try:
+        demo(parse_overrides(arguments))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "run": (run_verb, HELP_RUN),
+    "config": (config_verb, HELP_CONFIG),
+    "demo": (demo_verb, HELP_DEMO),
+}
+
+
+def _take_flag(arguments: list[str], flag: str) -> bool:
+    found = flag in arguments
+    if found:
+        arguments.remove(flag)
+    return found
+
+
+def _take_value(arguments: list[str], flag: str) -> str | None:
+    for i, token in enumerate(arguments):
+        if token == flag or token.startswith(f"{flag}="):
+            value = token[len(flag) + 1 :]
+            del arguments[i]
+            if not value and i < len(arguments) and not arguments[i].startswith("--"):
+                value = arguments.pop(i)
+            if not value:
+                raise InputError(f"{flag}: give the output directory of the run to go on with")
+            return value
+    return None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 a mistake in the input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        print(f"fedlora {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in VERBS:
+            close = difflib.get_close_matches(verb, VERBS, n=1)
+            raise InputError(
+                f"{verb}: no such verb; "
+                + (f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}")
+            )
+        function, help_text = VERBS[verb]
+        if {"-h", "--help"} & set(rest):
+            print(help_text, end="")
+            return 0
+        signal.signal(signal.SIGTERM, _interrupt)
+        return function(rest)
+    except FedloraError as error:
+        print(f"fedlora: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+"""One typed, flat configuration: YAML file first, command line over it.
+
+Names are those of transformers, PEFT and TRL where they have one. An aggregation rule's own options
+(`start_fraction`, `max_rank` ...) are written as flat keys too; the rule defines them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from fedlora.demo import EMBEDDED
+from fedlora.errors import InputError
+from fedlora.methods import METHODS
+
+
+class Config(BaseModel):
+    """All that decides a run. Raises InputError (through `Config.of`) on an impossible value."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    # --- model ---
+    model_name_or_path: str = Field(
+        EMBEDDED, description="hub name or directory of the base model; 'embedded': the package's"
+    )
+    model_revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    tokenizer_name: str | None = Field(None, description="another tokenizer than the model's own")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen base; auto: the checkpoint's. Adapters are float32"
+    )
+    # --- LoRA ---
+    lora_r: int = Field(16, ge=1, description="rank of every client without one of its own")
+    lora_alpha: float | str = Field(
+        "2r",
+        union_mode="left_to_right",
+        description="a number, or a multiple of each client's rank such as 2r",
+    )
+    use_rslora: bool = Field(False, description="scale by alpha/sqrt(r) instead of alpha/r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
+    lora_target_modules: list[str] | str | None = Field(
+        "all-linear", description="module names, all-linear, or none: PEFT's for the architecture"
+    )
+    init_adapter: str | None = Field(None, description="PEFT adapter directory to go on from")
+    # --- data ---
+    dataset_name: str | None = Field(
+        None, description="hub name or directory of a data set; 'embedded': the package's"
+    )
+    dataset_config: str | None = Field(None, description="its configuration")
+    dataset_train_split: str = Field("train", description="its split to train on")
+    dataset_test_split: str | None = Field(None, description="its split to evaluate on")
+    train_file: str | None = Field(
+        None,
+        description="JSON, JSONL, CSV or Parquet; a pattern (part_*.json) is one file per client",
+    )
+    eval_file: str | None = Field(None, description="held-out rows of the global evaluation")
+    max_train_samples: int | None = Field(None, ge=1, description="rows kept of each client")
+    max_eval_samples: int | None = Field(None, ge=1, description="rows kept of the evaluation")
+    template: Literal["auto", "alpaca", "prompt_completion", "text"] = Field(
+        "auto", description="how a row becomes text; auto: by its columns"
+    )
+    completion_only_loss: bool = Field(True, description="loss on the completion alone")
+    max_length: int = Field(1024, ge=2, description="tokens a sample is cut to")
+    # --- federation ---
+    method: str = Field("exact", description="aggregation rule: " + ", ".join(METHODS))
+    num_rounds: int = Field(10, ge=1, description="rounds of the federation")
+    num_clients: int | None = Field(
+        None, ge=1, description="clients; none: one per file, per client_ranks, or 10"
+    )
+    clients_per_round: int | float | None = Field(
+        None, gt=0, description="a number, a share (0.3), or none: all"
+    )
+    client_ranks: int | list[int] | None = Field(
+        None, description="a rank per client, or one for all; none: lora_r"
+    )
+    rank_choices: list[int] | None = Field(
+        None, description="draw each client's rank from these (instead of client_ranks)"
+    )
+    rank_shares: list[float] | None = Field(
+        None, description="with which shares; none: equal shares"
+    )
+    client_weights: Literal["examples", "uniform"] = Field(
+        "examples", description="weights by number of examples, or all alike"
+    )
+    partition: Literal["iid", "dirichlet"] = Field(
+        "iid", description="how one data set is divided among clients"
+    )
+    partition_alpha: float = Field(0.5, gt=0, description="Dirichlet's concentration")
+    partition_column: str | None = Field(None, description="column Dirichlet divides by")
+    server_learning_rate: float = Field(1.0, gt=0, description="step on the global update")
+    server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the global update")
+    # --- local training ---
+    per_device_train_batch_size: int = Field(8, ge=1, description="samples of a micro-batch")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of a step")
+    learning_rate: float = Field(2e-4, gt=0, description="AdamW's peak learning rate")
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = Field("linear", description="schedule of transformers")
+    lr_scheduler_scope: Literal["round", "federation"] = Field(
+        "round", description="it restarts each round, or spans all rounds"
+    )
+    warmup_steps: float = Field(0, ge=0, description="steps, or a share below 1, of warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data in each round")
+    max_steps: int = Field(-1, ge=-1, description="steps in each round instead of epochs; -1: off")
+    proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 ||w - w_start||^2 is added")
+    # --- evaluation ---
+    eval_rounds: int = Field(1, ge=0, description="evaluate every so many rounds; 0: at the ends")
+    per_device_eval_batch_size: int = Field(32, ge=1, description="samples of an evaluation batch")
+    client_eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of each client's rows held out to evaluate on"
+    )
+    eval_exact_match: Literal["auto"] | bool = Field(
+        "auto", description="greedy generation against the reference; auto: if references fit"
+    )
+    generation_max_new_tokens: int = Field(24, ge=1, description="longest generated answer")
+    metric_for_best_model: str = Field("eval_loss", description="decides which round is best")
+    greater_is_better: bool | None = Field(None, description="none: false for losses")
+    load_best_model_at_end: bool = Field(False, description="final/ holds the best round")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many evaluations without a better one"
+    )
+    # --- run ---
+    output_dir: str = Field("fedlora-output", description="where everything is written")
+    save_total_limit: int | None = Field(
+        3, ge=1, description="rounds kept on disk, never fewer than two; none: all"
+    )
+    seed: int = Field(42, ge=0, description="of every random draw")
+    num_threads: int | None = Field(None, ge=1, description="of torch; none: the machine's cores")
+    method_options: dict[str, Any] = Field(
+        default_factory=dict, description="the rule's own options; flat keys in a file"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.method not in METHODS:
+            raise ValueError(
+                f"method: {self.method!r} is none of {', '.join(METHODS)}"
+                + _nearest(self.method, METHODS)
+            )
+        if self.alpha(1) <= 0:
+            raise ValueError(f"lora_alpha: {self.lora_alpha} must be greater than 0")
+        if self.train_file and self.dataset_name:
+            raise ValueError("train_file and dataset_name exclude each other; give one of them")
+        for key in ("client_ranks", "rank_choices"):
+            value = getattr(self, key)
+            for rank in value if isinstance(value, list) else [value]:
+                if rank is not None and rank < 1:
+                    raise ValueError(f"{key}: {rank} must be at least 1")
+            if value == []:
+                raise ValueError(f"{key}: the list is empty")
+        if self.rank_choices and self.client_ranks:
+            raise ValueError("client_ranks and rank_choices exclude each other; give one of them")
+        if self.rank_shares is not None:
+            if len(self.rank_shares) != len(self.rank_choices or []):
+                raise ValueError(
+                    f"rank_shares: {len(self.rank_shares)} shares for "
+                    f"{len(self.rank_choices or [])} rank_choices; give one for each"
+                )
+            if min(self.rank_shares) < 0 or sum(self.rank_shares) <= 0:
+                raise ValueError(f"rank_shares: {self.rank_shares} must be positive")
+        if isinstance(self.clients_per_round, float) and self.clients_per_round > 1:
+            raise ValueError(
+                f"clients_per_round: {self.clients_per_round} is no share; give a whole number of "
+                "clients, or a share of at most 1.0"
+            )
+        if self.max_steps == 0:
+            raise ValueError("max_steps: 0 trains nothing; give a number, or -1 to count epochs")
+        if self.partition == "dirichlet" and not self.partition_column:
+            raise ValueError("partition: dirichlet needs partition_column, the column to divide by")
+        self.rule_options()
+        return self
+
+    def rule_options(self) -> Any:
+        """The rule's options as its own dataclass.
+
+        Raises:
+            ValueError: an unknown option (the message names the nearest) or an impossible value.
+        """
+        rule = METHODS[self.method]
+        fields = {f.name: f for f in dataclasses.fields(rule.options)}
+        for key in self.method_options:
+            if key not in fields:
+                raise ValueError(
+                    f"{key}: method {self.method} has no such option; it has "
+                    + (", ".join(fields) or "none")
+                )
+        return TypeAdapter(rule.options).validate_python(dict(self.method_options))
+
+    def alpha(self, rank: int) -> float:
+        """LoRA's alpha for a client of this rank."""
+        if isinstance(self.lora_alpha, float):
+            return self.lora_alpha
+        found = re.fullmatch(r"(\d*\.?\d+)?\s*\*?\s*r", self.lora_alpha)
+        if not found:
+            raise ValueError(
+                f"lora_alpha: {self.lora_alpha!r} is neither a number nor a multiple of r (as 2r)"
+            )
+        return float(found.group(1) or 1) * rank
+
+    @property
+    def metric_is_better_when_greater(self) -> bool:
+        """`greater_is_better`, or what the metric's name says."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not re.search(r"loss|perplexity", self.metric_for_best_model)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Config:
+        """A configuration from flat keys, a rule's options among them.
+
+        Raises:
+            InputError: one line per unknown key or impossible value, with what is expected.
+        """
+        values = dict(values)
+        options = dict(values.pop("method_options", None) or {})
+        ours = set(cls.model_fields)
+        theirs = {f.name: name for name, f in _rule_fields()}
+        for key in [k for k in values if k not in ours]:
+            if key not in theirs:
+                raise InputError(
+                    f"{key}: unknown configuration key" + _nearest(key, [*ours, *theirs])
+                )
+            options[key] = values.pop(key)
+        try:
+            return cls(**values, method_options=options)
+        except ValidationError as error:
+            raise InputError(_readable(error)) from None
+
+    def flat(self) -> dict[str, Any]:
+        """Every key and value, the rule's options among them with their defaults filled in."""
+        out = self.model_dump()
+        del out["method_options"]
+        return {**out, **dataclasses.asdict(self.rule_options())}
+
+    def to_yaml(self, comments: bool = False) -> str:
+        """The configuration as YAML; with comments, one line on every key."""
+        if not comments:
+            return yaml.safe_dump(self.flat(), sort_keys=False)
+        lines = []
+        for key, field in type(self).model_fields.items():
+            if key == "method_options":
+                continue
+            value = _scalar(getattr(self, key))
+            lines.append(f"{key + ': ' + value:<46} # {field.description}")
+        rule = METHODS[self.method]
+        for f in dataclasses.fields(rule.options):
+            value = _scalar(getattr(self.rule_options(), f.name))
+            lines.append(f"{f.name + ': ' + value:<46} # {_option_line(rule.options, f.name)}")
+        return "\n".join(lines) + "\n"
+
+
+def _rule_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
+    return [(name, f) for name, rule in METHODS.items() for f in dataclasses.fields(rule.options)]
+
+
+def _option_line(options: type[Any], key: str) -> str:
+    """The description of an option, from the `Args:` of its dataclass's docstring."""
+    found = re.search(rf"^\s*{key}: (.+?)(?=^\s*\w+: |\Z)", options.__doc__ or "", re.S | re.M)
+    return " ".join(found.group(1).split()) if found else ""
+
+
+def _scalar(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
+
+
+def _nearest(key: str, among: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, list(among), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "; `fedlora config` lists all keys"
+
+
+def _readable(error: ValidationError) -> str:
+    """One line per field, whatever members of a union complained."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        key = str(item["loc"][0]) if item["loc"] else ""
+        message = item["msg"].removeprefix("Value error, ")
+        if not key:
+            lines[message] = message
+        elif key in lines:
+            lines[key] += f", or {message[0].lower()}{message[1:]}"
+        else:
+            whole = item["input"]
+            lines[key] = f"{key}: {whole!r}: {message[0].lower()}{message[1:]}"
+    return "\n".join(lines.values())
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A configuration file as flat keys.
+
+    Raises:
+        InputError: the file is missing, is not YAML (with the line) or holds no mapping.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a configuration: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise InputError(f"{path}{where}: broken YAML: {problem}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+    return cast(dict[str, Any], values)
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later layers over earlier ones; a later source of data replaces an earlier one."""
+    out: dict[str, Any] = {}
+    for layer in layers:
+        for one, other in (("train_file", "dataset_name"), ("dataset_name", "train_file")):
+            if layer.get(one) and other not in layer:
+                out.pop(other, None)
+        out.update(layer)
+    return out
+
+
+def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
+    """`--key value ...` as flat keys; several values make a list, none means true.
+
+    Raises:
+        InputError: a value without a key, or a key given twice.
+    """
+    out: dict[str, Any] = {}
+    key, values = "", list[str]()
+
+    def close() -> None:
+        if key:
+            if key in out:
+                raise InputError(f"--{key} is given twice")
+            plain = [None if v.lower() in ("none", "null") else v for v in values]
+            out[key] = True if not plain else plain[0] if len(plain) == 1 else plain
+
+    for token in tokens:
+        if token.startswith("--") and len(token) > 2:
+            close()
+            key, _, value = token[2:].partition("=")
+            key, values = key.replace("-", "_"), [value] if value or "=" in token else []
+        elif not key:
+            raise InputError(f"{token!r}: expected --key value; the configuration file comes first")
+        else:
+            values.append(token)
+    close()
+    return out

@@ -1,0 +1,1 @@
+"""What carries messages between server and clients: one process (`local`), later real networks."""

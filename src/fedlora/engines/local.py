@@ -1,0 +1,398 @@
+"""The federation in one process: the reference every other engine is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapters import load_adapter, save_adapter
+from fedlora.checkpoint import RunDirectory, Saved, check_free, no_space_is_explained
+from fedlora.config import Config, read_yaml
+from fedlora.errors import InputError
+from fedlora.evaluate import evaluate
+from fedlora.federation import Server, global_delta, initial_state
+from fedlora.lowrank import Deltas
+from fedlora.methods import METHODS
+from fedlora.setup import AUTOMATIC, Session, assemble, resolve_paths
+from fedlora.state import RoundRecord, ServerState
+from fedlora.train import StepCallback, TrainFunction, train
+from fedlora.worker import Worker
+
+Event = Mapping[str, Any]
+Report = Callable[[Event], None]
+"""Told about everything that happens, as `{"event": ..., ...}`."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a callback is told after a round.
+
+    Args:
+        record: the round.
+        metrics: its line in `metrics.jsonl`.
+        state: the server's state after it.
+    """
+
+    record: RoundRecord
+    metrics: Mapping[str, Any]
+    state: ServerState
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returns.
+
+    Args:
+        output_dir: the run's directory.
+        final_dir: the final adapter as a PEFT directory.
+        adapter: the final global update, target module -> update.
+        metrics: the lines of `metrics.jsonl`, in order.
+        best_round: the round with the best metric; None without an evaluation.
+    """
+
+    output_dir: Path
+    final_dir: Path
+    adapter: Deltas
+    metrics: list[dict[str, Any]]
+    best_round: int | None
+
+    @property
+    def evaluations(self) -> dict[int, dict[str, float]]:
+        """Round -> global evaluation, round 0 being the base."""
+        return {
+            line["round"]: line["evaluation"] for line in self.metrics if line.get("evaluation")
+        }
+
+
+def run(
+    config: Config | None = None,
+    *,
+    resume: str | Path | None = None,
+    train_function: TrainFunction = train,
+    callbacks: Sequence[Callable[[RoundResult], None]] = (),
+    report: Report = lambda event: None,
+) -> Result:
+    """Run a federation to its end, or go on with one that was interrupted.
+
+    Sets torch's number of threads to `config.num_threads`.
+
+    Args:
+        config: what to run; with `resume`, None or the configuration the run began with.
+        resume: the output directory of a run that was interrupted.
+        train_function: `(model, dataset, budget) -> metrics`, the local training.
+        callbacks: called after every committed and saved round.
+        report: told about everything that happens.
+
+    Raises:
+        InputError: the configuration, the model or the data cannot be used; nothing is written.
+        FedloraError: the run cannot go on (no space left); what was saved stays whole.
+    """
+    if resume is not None:
+        directory = RunDirectory.open(resume)
+        try:
+            session = assemble(_as_it_began(directory.path, config))
+            return _Run(session, directory, train_function, callbacks, report).resume()
+        finally:
+            directory.close()
+    if config is None:
+        raise InputError("run needs a configuration, or resume and a directory")
+    check_free(config.output_dir)
+    return run_session(
+        assemble(config), train_function=train_function, callbacks=callbacks, report=report
+    )
+
+
+def run_session(
+    session: Session,
+    *,
+    train_function: TrainFunction = train,
+    callbacks: Sequence[Callable[[RoundResult], None]] = (),
+    report: Report = lambda event: None,
+) -> Result:
+    """Run a federation whose model and data are loaded already; otherwise as `run`."""
+    path = Path(session.config.output_dir)
+    directory = RunDirectory.create(path, session.config.to_yaml())
+    try:
+        return _Run(session, directory, train_function, callbacks, report).start()
+    finally:
+        directory.close()
+
+
+def _as_it_began(path: Path, config: Config | None) -> Config:
+    """The configuration in a run's directory; the one given must not differ.
+
+    Raises:
+        InputError: key by key, what differs.
+    """
+    saved = Config.of({**read_yaml(path / "config.yaml"), "output_dir": str(path)})
+    if config is None:
+        return saved
+    ours = resolve_paths(config.model_copy(update={"output_dir": str(path)})).flat()
+    theirs = saved.flat()
+    automatic = set(AUTOMATIC)
+    if config.rank_choices:  # the saved run holds the ranks that were drawn
+        automatic |= {"client_ranks"}
+        ours["rank_choices"] = ours["rank_shares"] = None
+    different = [
+        f"  {key}: {theirs.get(key)!r} when it began, {value!r} now"
+        for key, value in ours.items()
+        if theirs.get(key) != value and not (key in automatic and value in (None, "auto"))
+    ]
+    if different:
+        raise InputError(
+            f"--resume {path}: the configuration differs from the one the run began with:\n"
+            + "\n".join(different)
+            + "\nLeave these keys as they were, or start a new run in another --output_dir"
+        )
+    return saved
+
+
+@dataclass
+class _Best:
+    round: int | None = None
+    value: float | None = None
+    evaluations_since: int = 0
+
+
+class _Run:
+    """One run in progress: the loop, and what has to be remembered between rounds."""
+
+    def __init__(
+        self,
+        session: Session,
+        directory: RunDirectory,
+        train_function: TrainFunction,
+        callbacks: Sequence[Callable[[RoundResult], None]],
+        report: Report,
+    ) -> None:
+        self.session, self.config, self.directory = session, session.config, directory
+        self.callbacks, self.report = callbacks, report
+        self.log: list[dict[str, Any]] = []
+        self.best = _Best()
+        self.server = Server(
+            session.federation,
+            METHODS[self.config.method],
+            self.config.rule_options(),
+            self._initial(),
+        )
+        clients = dict(enumerate(session.data.clients))
+        self.worker = Worker(session.base, clients, self.config, train_function)
+
+    def _initial(self) -> ServerState:
+        given = {}
+        if self.config.init_adapter:
+            given = load_adapter(self.config.init_adapter)
+            ours = self.session.federation.shapes
+            for name, x in given.items():
+                if ours.get(name) != x.shape:
+                    raise InputError(
+                        f"init_adapter: {self.config.init_adapter} changes {name} {x.shape}, which "
+                        f"is not among the target modules ({ours.get(name, 'absent')})"
+                    )
+        return initial_state(self.session.federation, METHODS[self.config.method], given)
+
+    # --- the course of a run ---
+
+    def start(self) -> Result:
+        with no_space_is_explained(self.directory.path):
+            self._begin()
+            return self._from_the_start()
+
+    def resume(self) -> Result:
+        with no_space_is_explained(self.directory.path):
+            self.directory.mend_metrics()
+            saved, problems = self.directory.load_latest()
+            number = saved.state.round if saved else 0
+            self._begin(resumed_from=number)
+            where = f"round {number}" if saved else "the start"
+            for problem in problems:
+                self._warn(f"{problem}; going on from {where}")
+            self.directory.append({"event": "resume", "round": number})
+            if saved is None:
+                return self._from_the_start()
+            self._restore(saved)
+            return self._rounds()
+
+    def _restore(self, saved: Saved) -> None:
+        for key in ("base", "data"):
+            ours, theirs = getattr(self.session, f"{key}_fingerprint"), saved.extra[key]
+            if ours != theirs:
+                raise InputError(
+                    f"--resume {self.directory.path}: the {key} differs from the one the run "
+                    "began with; restore it, or start a new run"
+                )
+        self.server.state = saved.state
+        self.best = _Best(**saved.extra["best"])
+        self.log = list(saved.log)
+        # Killed between saving a round and logging it, a run has it in the state alone.
+        self.directory.append({**self.log[-1]})
+
+    def _begin(self, resumed_from: int | None = None) -> None:
+        session, spec = self.session, self.session.federation
+        self.report(
+            {
+                "event": "begin",
+                "output_dir": str(self.directory.path),
+                "resumed_from": resumed_from,
+                "model": self.config.model_name_or_path,
+                "method": self.config.method,
+                "num_rounds": self.config.num_rounds,
+                "modules": len(spec.shapes),
+                "ranks": list(spec.ranks),
+                "rows": list(spec.num_examples),
+                "eval_rows": len(session.data.eval),
+            }
+        )
+        for warning in session.warnings:
+            self._warn(warning)
+
+    def _from_the_start(self) -> Result:
+        line: dict[str, Any] = {"event": "start", "round": 0, **self._evaluate()}
+        self._log(line)
+        self._judge(line)
+        return self._rounds()
+
+    def _rounds(self) -> Result:
+        while self.server.state.round < self.config.num_rounds and not self._stop_early():
+            self._round()
+        return self._end()
+
+    def _stop_early(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.best.evaluations_since >= patience
+
+    def _round(self) -> None:
+        began = time.perf_counter()
+        broadcasts = self.server.plan()
+        number = self.server.state.round + 1
+        self.report({"event": "round_begin", "round": number, "clients": list(broadcasts)})
+        for client, broadcast in broadcasts.items():
+            self.report({"event": "client_begin", "client": client, "rank": broadcast.rank})
+            update = self.worker.handle(broadcast, lambda c=client: self._on_step(c))  # type: ignore[misc]
+            problem = self.server.accept(update)
+            if problem:
+                self._warn(f"client {client} is left out of round {number}: {problem}")
+            self.report({"event": "client_end", "client": client, **update.metrics})
+        trained = time.perf_counter()
+        record = self.server.commit()
+        aggregated = time.perf_counter()
+        if not any(c.weight for c in record.clients):
+            self._warn(f"no client counts in round {number}; the global model stays as it is")
+        line: dict[str, Any] = {"event": "round", **_plain(record)}
+        last = number == self.config.num_rounds
+        if last or (self.config.eval_rounds and number % self.config.eval_rounds == 0):
+            line |= self._evaluate()
+        line["seconds"] = {
+            "train": trained - began,
+            "aggregate": aggregated - trained,
+            "evaluate": time.perf_counter() - aggregated,
+        }
+        self._judge(line)
+        self._save(line)
+        for callback in self.callbacks:
+            callback(RoundResult(record, line, self.server.state))
+
+    def _on_step(self, client: int) -> StepCallback:
+        def on_step(step: int, steps: int, loss: float, tokens: int) -> None:
+            self.report(
+                {
+                    "event": "step",
+                    "client": client,
+                    "step": step,
+                    "steps": steps,
+                    "loss": loss,
+                    "tokens": tokens,
+                }
+            )
+
+        return on_step
+
+    def _save(self, line: dict[str, Any]) -> None:
+        state = self.server.state
+        extra = {
+            "best": dataclasses.asdict(self.best),
+            "base": self.session.base_fingerprint,
+            "data": self.session.data_fingerprint,
+        }
+        self.log.append(line)
+        self.directory.save_round(
+            global_delta(state), self.session.base.targets, state, self.log, extra
+        )
+        self.directory.append(line)
+        self.directory.prune(self.config.save_total_limit, self.best.round)
+        self.report(line)
+
+    def _end(self) -> Result:
+        state = self.server.state
+        wanted, delta = state.round, global_delta(state)
+        if self.config.load_best_model_at_end and self.best.round not in (None, state.round):
+            assert self.best.round is not None
+            wanted = self.best.round
+            delta = load_adapter(self.directory.path / f"round-{wanted}") if wanted else {}
+
+        def fill(partial: Path) -> None:
+            save_adapter(partial, delta, self.session.base.targets)
+            self.session.base.tokenizer.save_pretrained(partial)
+
+        line = {"event": "end", "round": state.round, "final": wanted, "best": self.best.round}
+        self._log(line)
+        final = self.directory.save_final(fill)
+        return Result(self.directory.path, final, delta, list(self.log), self.best.round)
+
+    # --- small things ---
+
+    def _log(self, line: dict[str, Any]) -> None:
+        self.log.append(line)
+        self.directory.append(line)
+        self.report(line)
+
+    def _warn(self, message: str) -> None:
+        self.report({"event": "warning", "message": message})
+
+    def _evaluate(self) -> dict[str, Any]:
+        data, base, config = self.session.data, self.session.base, self.config
+        with_rows = {k: c.eval for k, c in enumerate(data.clients) if c.eval}
+        if not data.eval and not with_rows:
+            return {}
+        self.report({"event": "evaluate_begin"})
+        base.load([self.server.state.base_delta, self.server.state.adapter])
+
+        def measured(rows: Any) -> dict[str, float]:
+            return evaluate(
+                base.model,
+                base.tokenizer,
+                rows,
+                batch_size=config.per_device_eval_batch_size,
+                exact_match=config.eval_exact_match is True,
+                max_new_tokens=config.generation_max_new_tokens,
+            )
+
+        out: dict[str, Any] = {"evaluation": measured(data.eval)} if data.eval else {}
+        if with_rows:
+            out["client_evaluations"] = {str(k): measured(rows) for k, rows in with_rows.items()}
+        return out
+
+    def _judge(self, line: Mapping[str, Any]) -> None:
+        """Note whether this evaluation is the best one so far."""
+        found = line.get("evaluation")
+        if not found:
+            return
+        value = found[self.config.metric_for_best_model.removeprefix("eval_")]
+        sign = 1.0 if self.config.metric_is_better_when_greater else -1.0
+        if self.best.value is None or sign * value > sign * self.best.value:
+            self.best = _Best(line["round"], value)
+        else:
+            self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
+
+
+def _plain(record: RoundRecord) -> dict[str, Any]:
+    """A record as JSON."""
+    out = dataclasses.asdict(record)
+    out["clients"] = [
+        {**c, "metrics": dict(c["metrics"])} if c["metrics"] else c for c in out["clients"]
+    ]
+    return {**out, "bytes_up": record.bytes_up, "bytes_down": record.bytes_down}

@@ -1,0 +1,352 @@
+"""The federated round as a state machine: plan, accept, commit.
+
+    broadcasts = server.plan()                 # {client: Broadcast} of the next round
+    server.accept(update)                      # once per client that answers, in any order
+    record = server.commit()                   # fold, aggregate, advance
+
+It knows no trainer, no model library and no network, so the same code runs in one process and under
+any engine that can carry a message. Updates are folded in client order whatever the order they
+arrive in, so that arrival changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import InputError
+from fedlora.lowrank import (
+    Adapter,
+    Deltas,
+    add_all,
+    compact,
+    nbytes,
+    prefix,
+    scale_all,
+    total_norm,
+)
+from fedlora.methods.rule import Prepared, Rule, Shapes, change
+from fedlora.seeds import SERVER, Purpose, fresh_factors, generator
+from fedlora.state import (
+    Broadcast,
+    ClientRecord,
+    ClientUpdate,
+    Encoded,
+    RoundRecord,
+    ServerState,
+    Start,
+)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part, and how the server weighs and steps.
+
+    Args:
+        ranks: the adapter rank of every client.
+        num_examples: rows of every client; one with none is never asked.
+        shapes: target module -> `(m, n)`.
+        seed: of every draw.
+        clients_per_round: None = all, an int = so many, a float in (0, 1] = that share.
+        client_weights: "examples": p_k in proportion to the rows; "uniform": all alike.
+        server_learning_rate: eta in `G' = G + eta v`.
+        server_momentum: mu in `v = mu v + sum_k p_k encode_k` (FedAvgM, arXiv 1909.06335).
+    """
+
+    ranks: Sequence[int]
+    num_examples: Sequence[int]
+    shapes: Shapes
+    seed: int = 0
+    clients_per_round: int | float | None = None
+    client_weights: Literal["examples", "uniform"] = "examples"
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.0
+
+    def weight(self, num_examples: int) -> float:
+        """A client's weight before normalisation."""
+        return float(num_examples > 0 if self.client_weights == "uniform" else num_examples)
+
+    def sample(self, round: int) -> list[int]:
+        """The clients of a round, in ascending order, drawn without replacement."""
+        able = [k for k, rows in enumerate(self.num_examples) if rows > 0]
+        wanted = self.clients_per_round
+        if wanted is None:
+            return able
+        if isinstance(wanted, float):
+            wanted = max(1, int(wanted * len(able) + 0.5))
+        rng = generator(self.seed, round, SERVER, Purpose.SAMPLING)
+        return sorted(rng.choice(able, size=min(wanted, len(able)), replace=False).tolist())
+
+
+def initial_state(
+    federation: Federation,
+    rule: Rule,
+    given: Adapter | None = None,
+    dense: Mapping[str, Tensor] | None = None,
+) -> ServerState:
+    """The state before round 1, from nothing or from an adapter to go on from."""
+    fresh = fresh_factors(federation.seed, 0, SERVER, Purpose.SHARED_INIT, federation.shapes)
+    adapter, base_delta = rule.initial(
+        federation.shapes, max(federation.ranks), fresh, dict(given or {})
+    )
+    return ServerState(0, adapter, base_delta, dense=dict(dense or {}))
+
+
+def global_delta(state: ServerState) -> Deltas:
+    """The global model's difference from the base, `base_delta + adapter`."""
+    return add_all([state.base_delta, state.adapter])
+
+
+def client_start(
+    broadcast: Broadcast, rule: Rule, options: Any, shapes: Shapes, seed: int
+) -> Start:
+    """What client k makes of its broadcast, by the rule; a pure function, run on both sides."""
+    fresh = fresh_factors(seed, broadcast.round, broadcast.client, Purpose.CLIENT_INIT, shapes)
+    return rule.start(broadcast.adapter, broadcast.leading, shapes, broadcast.rank, fresh, options)
+
+
+def check_rule(rule: Rule, ranks: Sequence[int]) -> None:
+    """Refuse mixed ranks where a rule cannot combine them.
+
+    Raises:
+        InputError: which rule, which ranks, and what to do.
+    """
+    if not rule.mixed_ranks and len(set(ranks)) > 1:
+        raise InputError(
+            f"method: {rule.name} needs one rank for all clients, got client_ranks "
+            f"{' '.join(map(str, ranks))}; use one rank, or a method that combines different ranks "
+            "(exact, flora, zero_pad)"
+        )
+
+
+class _Sum:
+    """`sum_k w_k x_k` and `sum_k w_k`, folded one update at a time."""
+
+    def __init__(self) -> None:
+        self.factors: dict[str, Tensor] = {}
+        self.products: Deltas = {}
+        self.ideal: Deltas = {}
+        self.dense: dict[str, Tensor] = {}
+        self.weight = 0.0
+
+    def fold(
+        self, encoded: Encoded, learnt: Deltas, dense: Mapping[str, Tensor], weight: float
+    ) -> None:
+        for name, value in encoded.factors.items():
+            term = value * weight
+            self.factors[name] = self.factors[name] + term if name in self.factors else term
+        for name, value in dense.items():
+            term = value * weight
+            self.dense[name] = self.dense[name] + term if name in self.dense else term
+        self.products = add_all([self.products, scale_all(encoded.products, weight)])
+        self.ideal = add_all([self.ideal, scale_all(learnt, weight)])
+        self.weight += weight
+
+    def mean(self) -> Encoded:
+        inverse = 1.0 / self.weight
+        return Encoded(
+            {name: value * inverse for name, value in self.factors.items()},
+            scale_all(self.products, inverse),
+        )
+
+
+def _step(total: Encoded, velocity: Encoded, rate: float, momentum: float) -> tuple[Encoded, ...]:
+    """`v = mu v + total`; returns what is applied, `eta v`, and `v`."""
+    if momentum:
+        factors = {
+            name: value + momentum * velocity.factors[name] if name in velocity.factors else value
+            for name, value in total.factors.items()
+        }
+        products = add_all([total.products, scale_all(velocity.products, momentum)])
+        total = velocity = Encoded(factors, {n: compact(x) for n, x in products.items()})
+    if rate != 1.0:
+        factors = {name: rate * value for name, value in total.factors.items()}
+        total = Encoded(factors, scale_all(total.products, rate))
+    return total, velocity
+
+
+class Server:
+    """One federation in progress.
+
+    Args:
+        federation: who takes part.
+        rule: how updates are combined.
+        options: the rule's own options.
+        state: where it stands; `state` is replaced by `commit`, never changed in place.
+    """
+
+    def __init__(
+        self, federation: Federation, rule: Rule, options: Any, state: ServerState
+    ) -> None:
+        check_rule(rule, federation.ranks)
+        self.federation = federation
+        self.rule = rule
+        self.options = options
+        self.state = state
+        self._prepared = Prepared({}, {})
+        self._broadcasts: dict[int, Broadcast] = {}
+        self._updates: dict[int, ClientUpdate] = {}
+        self._rejected: dict[int, str] = {}
+
+    def plan(self) -> dict[int, Broadcast]:
+        """Open the next round: whom it asks, and what each of them is sent."""
+        state, rule = self.state, self.rule
+        prepared = rule.prepare(state, max(self.federation.ranks), self.options)
+        self._prepared, self._updates, self._rejected = prepared, {}, {}
+        self._broadcasts = {
+            client: self._broadcast(client, prepared)
+            for client in self.federation.sample(state.round + 1)
+        }
+        return dict(self._broadcasts)
+
+    def _broadcast(self, client: int, prepared: Prepared) -> Broadcast:
+        state = self.state
+        rank = self.federation.ranks[client]
+        adapter, leading = prepared.adapter, prepared.leading
+        if self.rule.downlink == "prefix":
+            leading = {name: prefix(x, rank) for name, x in leading.items()}
+            adapter = leading
+        # Beside a dense adapter only the directions this client can start from are sent.
+        leading = {n: x if x is adapter[n] else prefix(x, rank) for n, x in leading.items()}
+        size = nbytes(adapter) + sum(t.nbytes for t in state.dense.values())
+        size += nbytes({n: x for n, x in leading.items() if x is not adapter[n]})
+        # Who held the state of one round ago lacks only what that round merged.
+        missing = nbytes(state.base_delta)
+        if state.last_seen.get(client) == state.round and state.round > 0:
+            missing = min(missing, nbytes(state.last_merge))
+        return Broadcast(
+            round=state.round + 1,
+            client=client,
+            rank=rank,
+            adapter=adapter,
+            leading=leading,
+            base_delta=state.base_delta,
+            dense=state.dense,
+            nbytes=size + missing,
+        )
+
+    def accept(self, update: ClientUpdate) -> str:
+        """Take a client's update.
+
+        Returns:
+            Why it does not count (values that are not finite), or "" where it does.
+
+        Raises:
+            ValueError: it belongs to another round, was not asked for, was sent before, or its
+                shapes are not those asked for.
+        """
+        client, sent = update.client, self._broadcasts.get(update.client)
+        if sent is None or update.round != sent.round:
+            raise ValueError(
+                f"client {client} sent an update of round {update.round} that nobody asked for"
+            )
+        if client in self._updates or client in self._rejected:
+            raise ValueError(f"client {client} sent its update of round {update.round} twice")
+        shapes = self.federation.shapes
+        if {n: (*x.shape, x.rank) for n, x in update.adapter.items()} != {
+            n: (*s, sent.rank) for n, s in shapes.items()
+        }:
+            raise ValueError(
+                f"client {client} sent modules, shapes or ranks other than those asked for"
+            )
+        bad = [
+            name
+            for name, x in update.adapter.items()
+            if not (torch.isfinite(x.A).all() and torch.isfinite(x.B).all())
+        ]
+        bad += [name for name, t in update.dense.items() if not torch.isfinite(t).all()]
+        if bad:
+            reason = f"its training ended in NaN or Inf ({bad[0]})"
+            self._rejected[client] = reason
+            return reason
+        self._updates[client] = update
+        return ""
+
+    def reject(self, client: int, reason: str) -> None:
+        """Note that a client of this round failed; the round goes on without it."""
+        self._updates.pop(client, None)
+        self._rejected[client] = reason
+
+    def commit(self) -> RoundRecord:
+        """Close the round: fold what was accepted in client order, aggregate, advance the state.
+
+        With no update that counts, the global model stays as it is.
+        """
+        before, total = self.state, _Sum()
+        for client in sorted(self._updates):
+            update = self._updates[client]
+            weight = self.federation.weight(update.num_examples)
+            if weight <= 0:
+                continue
+            sent, spec = self._broadcasts[client], self.federation
+            start = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
+            encoded = self.rule.encode(update.adapter, start, before)
+            dense = {name: value - before.dense[name] for name, value in update.dense.items()}
+            total.fold(encoded, change(update.adapter, start.adapter), dense, weight)
+        after = self._advance(before, total)
+        record = self._record(before, after, total)
+        self.state = after
+        self._broadcasts, self._updates, self._rejected = {}, {}, {}
+        return record
+
+    def _advance(self, before: ServerState, total: _Sum) -> ServerState:
+        number = before.round + 1
+        seen = {**before.last_seen, **dict.fromkeys(self._broadcasts, number)}
+        after = replace(before, round=number, last_seen=seen, last_merge={})
+        if total.weight <= 0:
+            return after
+        spec = self.federation
+        step, velocity = _step(
+            total.mean(), before.momentum, spec.server_learning_rate, spec.server_momentum
+        )
+        aggregate = self.rule.finish(step, before)
+        merged = add_all([before.base_delta, aggregate.merge])
+        rate = spec.server_learning_rate / total.weight
+        return replace(
+            after,
+            adapter=aggregate.adapter,
+            base_delta={name: compact(x) for name, x in merged.items()},
+            last_merge=aggregate.merge,
+            momentum=velocity,
+            dense={
+                name: value + rate * total.dense[name] if name in total.dense else value
+                for name, value in before.dense.items()
+            },
+        )
+
+    def _record(self, before: ServerState, after: ServerState, total: _Sum) -> RoundRecord:
+        spec = self.federation
+        moved = add_all([global_delta(after), scale_all(global_delta(before), -1.0)])
+        error = None
+        if total.weight > 0 and spec.server_learning_rate == 1.0 and not spec.server_momentum:
+            ideal = scale_all(total.ideal, 1.0 / total.weight)
+            if (size := total_norm(ideal)) > 0:
+                error = total_norm(add_all([moved, scale_all(ideal, -1.0)])) / size
+        clients = []
+        for client, sent in sorted(self._broadcasts.items()):
+            update = self._updates.get(client)
+            weight = spec.weight(update.num_examples) / total.weight if update else 0.0
+            clients.append(
+                ClientRecord(
+                    client=client,
+                    rank=sent.rank,
+                    num_examples=spec.num_examples[client],
+                    weight=weight,
+                    bytes_down=sent.nbytes,
+                    bytes_up=update.nbytes if update else 0,
+                    metrics=dict(update.metrics) if update else {},
+                    rejected=self._rejected.get(client, ""),
+                )
+            )
+        return RoundRecord(
+            round=after.round,
+            clients=tuple(clients),
+            aggregation_error=error,
+            truncation_error=self._prepared.error,
+            update_norm=total_norm(moved),
+            global_rank=max((x.rank for x in global_delta(after).values()), default=0),
+        )

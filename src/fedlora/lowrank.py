@@ -1,0 +1,286 @@
+"""Low-rank updates of a weight matrix and their algebra.
+
+A LoRA adapter changes a weight `W (m x n)` by `dW = B @ A` with `B (m, r)` and `A (r, n)`; here the
+LoRA scaling is already folded into `B`. Sums, norms and truncations of such updates never need the
+`m x n` matrix: a sum is a concatenation, a norm is a trace of r x r Gram matrices, and the singular
+value decomposition of a long concatenation is that of a small core between two QR factors.
+
+A sum of many updates can need more numbers as factors, `r (m + n)`, than as a matrix, `m n`. From
+there on it is held as a `Dense` matrix; every function here takes either.
+
+Arithmetic is done in float32 or better: half precision inputs are widened, float64 stays float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`dW = B @ A`, LoRA scaling already folded into `B`.
+
+    Args:
+        A: `(r, n)`, any floating dtype.
+        B: `(m, r)`, the dtype and device of `A`.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+
+    A: Tensor  # (r, n)
+    B: Tensor  # (m, r)
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ValueError(
+                f"low-rank factors do not fit: A is {tuple(self.A.shape)}, B is "
+                f"{tuple(self.B.shape)}; expected A (r, n) and B (m, r)"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of `B`: an upper bound of the rank of `B @ A`."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`, the shape of `B @ A`."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes both factors occupy."""
+        return self.A.nbytes + self.B.nbytes
+
+
+@dataclass(frozen=True)
+class Dense:
+    """`dW` as it is: for updates whose factors would be larger than the matrix.
+
+    Args:
+        W: `(m, n)`, any floating dtype.
+    """
+
+    W: Tensor  # (m, n)
+
+    @property
+    def rank(self) -> int:
+        """`min(m, n)`: an upper bound of the rank."""
+        return min(self.W.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.W.shape[0], self.W.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the matrix occupies."""
+        return self.W.nbytes
+
+
+Delta = LowRank | Dense
+"""An update of one target module, in whichever form is smaller."""
+
+Adapter = Mapping[str, LowRank]
+"""Target module name -> its update, always as factors."""
+
+Deltas = Mapping[str, Delta]
+"""Target module name -> its update, in either form."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK on one thread: on two, beside a busy core, a small SVD is a hundred times slower."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def to_dense(x: Delta) -> Tensor:
+    """The matrix `dW (m, n)`."""
+    return _wide(x.W) if isinstance(x, Dense) else _wide(x.B) @ _wide(x.A)
+
+
+def scale(x: Delta, factor: float) -> Delta:
+    """`factor * dW`. The factor goes into `B`, where the LoRA scaling already is."""
+    return Dense(x.W * factor) if isinstance(x, Dense) else LowRank(x.A, x.B * factor)
+
+
+def add(terms: Sequence[Delta]) -> Delta:
+    """`sum_i dW_i`, exactly: `[B_1 | B_2 | ...] [A_1; A_2; ...]`, or dense where that is smaller.
+
+    Args:
+        terms: at least one update, all of shape `(m, n)`; none is changed.
+
+    Raises:
+        ValueError: no terms, or terms of different shapes.
+    """
+    if not terms:
+        raise ValueError("add needs at least one update")
+    m, n = terms[0].shape
+    for term in terms:
+        if term.shape != (m, n):
+            raise ValueError(f"cannot add updates of shapes {(m, n)} and {term.shape}")
+    factors = [t for t in terms if isinstance(t, LowRank)]
+    if len(factors) == len(terms) and sum(t.rank for t in factors) * (m + n) <= m * n:
+        if len(factors) == 1:
+            return factors[0]
+        return LowRank(
+            torch.cat([_wide(t.A) for t in factors], dim=0),
+            torch.cat([_wide(t.B) for t in factors], dim=1),
+        )
+    total = to_dense(terms[0]).clone()
+    for term in terms[1:]:
+        if isinstance(term, Dense):
+            total += term.W
+        else:
+            total.addmm_(_wide(term.B), _wide(term.A))
+    return Dense(total)
+
+
+def subtract(x: Delta, y: Delta) -> Delta:
+    """`dW_x - dW_y`."""
+    return add([x, scale(y, -1.0)])
+
+
+def inner(x: Delta, y: Delta) -> float:
+    """The Frobenius inner product `<dW_x, dW_y> = tr((B_x^T B_y) (A_y A_x^T))`, in float64."""
+    if isinstance(x, LowRank) and isinstance(y, LowRank):
+        left = x.B.double().T @ y.B.double()  # (r_x, r_y)
+        right = x.A.double() @ y.A.double().T  # (r_x, r_y)
+        return float((left * right).sum())
+    if isinstance(y, LowRank):
+        x, y = y, x
+    assert isinstance(y, Dense)
+    if isinstance(x, LowRank):
+        return float(((x.B.double().T @ y.W.double()) * x.A.double()).sum())
+    return float((x.W.double() * y.W.double()).sum())
+
+
+def norm(x: Delta) -> float:
+    """The Frobenius norm `||dW||`, through r x r Gram matrices in float64.
+
+    Absolute accuracy is about `1e-8 ||B|| ||A||`: float64 halves its digits under the root.
+    """
+    return math.sqrt(max(inner(x, x), 0.0))
+
+
+def total_norm(deltas: Deltas) -> float:
+    """`sqrt(sum_modules ||dW||^2)`, the Frobenius norm over all modules."""
+    return math.sqrt(sum(max(inner(x, x), 0.0) for x in deltas.values()))
+
+
+def refactor(x: Delta) -> LowRank:
+    """The singular value decomposition of `dW`, as factors: `A = V^T`, `B = U diag(s)`.
+
+    For factors: `B = Q_b R_b`, `A^T = Q_a R_a`, and the SVD of the r x r core `R_b R_a^T`. Exact up
+    to rounding and never larger than r x r. The result has at most `min(m, n)` directions, the
+    largest first; rows of `A` are orthonormal, so the norms of the columns of `B` are the singular
+    values and the first j directions are the best approximation of rank j.
+    """
+    with one_thread():
+        if isinstance(x, Dense):
+            left, values, right = torch.linalg.svd(_wide(x.W), full_matrices=False)
+            return LowRank(right, left * values)
+        if x.rank == 0:
+            return LowRank(_wide(x.A), _wide(x.B))
+        q_b, r_b = torch.linalg.qr(_wide(x.B))  # (m, p), (p, r) with p = min(m, r)
+        q_a, r_a = torch.linalg.qr(_wide(x.A).T)  # (n, q), (q, r) with q = min(n, r)
+        left, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        return LowRank(right @ q_a.T, q_b @ (left * values))
+
+
+def compact(x: Delta) -> Delta:
+    """`dW` in its smaller form: singular factors, numerically zero directions dropped, or dense."""
+    m, n = x.shape
+    if isinstance(x, Dense):
+        return x
+    if x.rank * (m + n) > m * n:
+        return Dense(to_dense(x))
+    exact = refactor(x)
+    values = exact.B.norm(dim=0)
+    if exact.rank == 0:
+        return exact
+    tiny = float(values[0]) * torch.finfo(values.dtype).eps
+    return prefix(exact, int((values > tiny).sum()))
+
+
+def prefix(x: LowRank, rank: int) -> LowRank:
+    """The first `min(rank, r)` directions (views, not copies)."""
+    return LowRank(x.A[:rank], x.B[:, :rank])
+
+
+def suffix(x: LowRank, rank: int) -> LowRank:
+    """All but the first `rank` directions (views, not copies)."""
+    return LowRank(x.A[rank:], x.B[:, rank:])
+
+
+def truncate(
+    x: Delta, *, rank: int | None = None, energy: float | None = None
+) -> tuple[LowRank, float]:
+    """The best approximation of lower rank (Eckart-Young) and the relative error it caused.
+
+    Args:
+        x: the update.
+        rank: keep this many singular directions.
+        energy: keep the fewest directions whose squared singular values reach this share, in
+            (0, 1], of the sum of squares.
+
+    Returns:
+        The leading directions in the form of `refactor`, and `||dW - kept|| / ||dW||` (0 for 0).
+
+    Raises:
+        ValueError: not exactly one of `rank` and `energy`, or one out of range.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError("truncate needs either rank or energy")
+    exact = refactor(x)
+    squares = exact.B.double().square().sum(dim=0)  # (r,) squared singular values
+    total = float(squares.sum())
+    if rank is not None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        keep = min(rank, exact.rank)
+    else:
+        assert energy is not None
+        if not 0.0 < energy <= 1.0:
+            raise ValueError(f"energy must be in (0, 1], got {energy}")
+        share = squares.cumsum(0) / total if total > 0 else torch.ones_like(squares)
+        keep = exact.rank if energy == 1.0 else int((share < energy).sum()) + 1
+        keep = min(keep, exact.rank)
+    lost = float(squares[keep:].sum())
+    return prefix(exact, keep), (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def add_all(terms: Sequence[Deltas]) -> dict[str, Delta]:
+    """Module by module `sum_i dW_i`, over every module that any term names."""
+    names = dict.fromkeys(name for term in terms for name in term)
+    return {name: add([term[name] for term in terms if name in term]) for name in names}
+
+
+def scale_all(deltas: Deltas, factor: float) -> dict[str, Delta]:
+    """Module by module `factor * dW`."""
+    return {name: scale(x, factor) for name, x in deltas.items()}
+
+
+def nbytes(deltas: Deltas) -> int:
+    """Bytes of all updates together."""
+    return sum(x.nbytes for x in deltas.values())

@@ -1,0 +1,123 @@
+"""The default: exact for every mix of ranks, without a reset.
+
+The global update S is kept whole. Everyone is sent S (or `S_hat`, its best approximation of rank
+`max_rank`) and client k splits it at its own rank into what it trains and what lies frozen beside:
+
+    start_k + rest_k = S        S' = S + sum_k p_k (s_k B_k A_k - start_k)
+
+Exactness does not depend on the split. `start_fraction` 1 trains the leading r_k singular
+directions of S, 0 starts afresh as FLoRA does, between them some of each: always the leading ones
+can exhaust a small rank, always afresh loses what the directions have learnt in many short rounds.
+Directions that S does not fill are fresh (A random, B = 0).
+
+Rests on the algebra of FLoRA (arXiv 2409.05976) and the refactoring of FlexLoRA (arXiv 2402.11505).
+
+Exact when: always, for every mix of ranks, participation, `start_fraction` and `max_rank`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora.lowrank import (
+    Adapter,
+    Delta,
+    Deltas,
+    Dense,
+    LowRank,
+    add_all,
+    compact,
+    norm,
+    prefix,
+    refactor,
+    suffix,
+    to_dense,
+    total_norm,
+    truncate,
+)
+from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fill
+from fedlora.state import Aggregate, Encoded, ServerState, Start
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of the rule.
+
+    Args:
+        start_fraction: share of a client's rank that starts from the leading directions of the
+            global update, in [0, 1]; the remaining directions start afresh.
+        max_rank: send at most this rank of the global update (none: all of it).
+    """
+
+    start_fraction: float = 0.5
+    max_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.start_fraction <= 1.0:
+            raise ValueError(f"start_fraction: {self.start_fraction} must lie between 0 and 1")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ValueError(f"max_rank: {self.max_rank} must be at least 1")
+
+
+def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
+    return {name: compact(x) for name, x in given.items()}, {}
+
+
+def _prepare(state: ServerState, rank: int, options: Options) -> Prepared:
+    adapter, leading, lost = {}, {}, 0.0
+    wanted = round(options.start_fraction * rank)
+    for name, whole in state.adapter.items():
+        sent = whole
+        if options.max_rank is not None and options.max_rank < whole.rank:
+            sent, error = truncate(whole, rank=options.max_rank)
+            lost += (error * norm(whole)) ** 2
+        adapter[name] = sent
+        leading[name] = sent if isinstance(sent, LowRank) else prefix(refactor(sent), wanted)
+    total = total_norm(state.adapter)
+    return Prepared(adapter, leading, lost**0.5 / total if total else 0.0)
+
+
+def _start(
+    adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Options
+) -> Start:
+    from_global = round(options.start_fraction * rank)
+    trained: dict[str, LowRank] = {}
+    rest: dict[str, Delta] = {}
+    for name, (m, _) in shapes.items():
+        whole = adapter.get(name)
+        if whole is None:
+            a = fresh(name, rank)
+            trained[name] = LowRank(a, a.new_zeros(m, rank))
+            continue
+        top = prefix(leading[name], from_global)
+        trained[name] = fill(top, fresh(name, rank - top.rank))
+        if isinstance(whole, LowRank):
+            rest[name] = suffix(whole, top.rank)
+        else:
+            rest[name] = Dense(to_dense(whole) - to_dense(top))
+    return Start(trained, rest)
+
+
+def _encode(update: Adapter, start: Start, state: ServerState) -> Encoded:
+    return Encoded(products=change(update, start.adapter))
+
+
+def _finish(total: Encoded, state: ServerState) -> Aggregate:
+    return Aggregate({n: compact(x) for n, x in add_all([state.adapter, total.products]).items()})
+
+
+RULE = Rule(
+    name="exact",
+    title="add what each client learnt to the global update, kept whole; no reset",
+    paper="this project; on arXiv 2409.05976 and 2402.11505",
+    exact_when="always",
+    mixed_ranks=True,
+    secure_sum="products",
+    downlink="whole",
+    initial=_initial,
+    prepare=_prepare,
+    start=_start,
+    encode=_encode,
+    finish=_finish,
+    options=Options,
+)

@@ -1,0 +1,57 @@
+"""FLoRA: stack the adapters, merge the stack, start afresh.
+
+    B = [p_1 s_1 B_1 | ... | p_K s_K B_K]      A = [A_1; ...; A_K]      B A = sum_k p_k s_k B_k A_k
+
+The stack is merged into the frozen side; every client starts the next round from a fresh adapter.
+
+Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", NeurIPS 2024, arXiv 2409.05976.
+
+Exact when: always, for every mix of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlora.lowrank import Adapter, Deltas
+from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fresh_start
+from fedlora.state import Aggregate, Encoded, ServerState, Start
+
+
+def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
+    return {}, dict(given)
+
+
+def _prepare(state: ServerState, rank: int, options: Any) -> Prepared:
+    return Prepared({}, {})
+
+
+def _start(
+    adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
+) -> Start:
+    return Start(fresh_start(shapes, rank, fresh))
+
+
+def _encode(update: Adapter, start: Start, state: ServerState) -> Encoded:
+    return Encoded(products=change(update, start.adapter))
+
+
+def _finish(total: Encoded, state: ServerState) -> Aggregate:
+    return Aggregate(adapter={}, merge=total.products)
+
+
+RULE = Rule(
+    name="flora",
+    title="stack all adapters, merge the stack, start afresh",
+    paper="Wang et al., NeurIPS 2024, arXiv 2409.05976",
+    exact_when="always",
+    mixed_ranks=True,
+    secure_sum="products",
+    downlink="whole",
+    initial=_initial,
+    prepare=_prepare,
+    start=_start,
+    encode=_encode,
+    finish=_finish,
+)

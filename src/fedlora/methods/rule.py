@@ -1,0 +1,166 @@
+"""The shape of an aggregation rule, and the pieces several rules share.
+
+A rule is pure functions. With `p_k` the weights, renormalised over the clients that counted,
+
+    encode(update_k, start_k, state)    what of client k's *change* the rule needs
+    finish(sum_k p_k encode_k, state)   the next global adapter, and what is merged for good
+
+The server sees a rule's input only through that weighted sum. So secure aggregation and central
+differential privacy, which replace many updates by one sum, need to know no rule; and a server
+optimiser acts on the sum, whatever the rule. `Encoded` says how each entry is summed: `factors`
+element by element, `products` as matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, prefix, suffix, truncate
+from fedlora.state import Aggregate, Encoded, ServerState, Start
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Target module name -> `(m, n)`."""
+
+Fresh = Callable[[str, int], Tensor]
+"""`(module, rank) -> A (rank, n)`, LoRA's random initialisation."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The rule has no options."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a round broadcasts: see `Broadcast`. `error` is `||S - S_hat|| / ||S||`."""
+
+    adapter: Deltas
+    leading: Adapter
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One aggregation rule.
+
+    Args:
+        name: what `method:` in a configuration says.
+        title: one line on what it does.
+        paper: the source.
+        exact_when: when the global model changes by exactly `sum_k p_k (M_k - M_k_start)`.
+        mixed_ranks: whether clients may train different ranks.
+        secure_sum: what is summed, hence what a secure sum has to carry.
+        downlink: "whole": everyone is sent the same adapter; "prefix": the part of its own rank.
+        initial: `(shapes, rank, fresh, given) -> (adapter, base_delta)`, the global model before
+            round 1; `rank` is the largest client's, `given` an adapter to go on from (or empty).
+        prepare: `(state, rank, options) -> Prepared`, once a round; `rank` the largest client's.
+        start: `(adapter, leading, shapes, rank, fresh, options) -> Start`, at the client.
+        encode: `(update, start, state) -> Encoded`.
+        finish: `(sum, state) -> Aggregate`.
+        options: a frozen dataclass of the rule's own configuration keys; its `__post_init__`
+            raises ValueError on an impossible value.
+    """
+
+    name: str
+    title: str
+    paper: str
+    exact_when: str
+    mixed_ranks: bool
+    secure_sum: Literal["factors", "products"]
+    downlink: Literal["whole", "prefix"]
+    initial: Callable[[Shapes, int, Fresh, Adapter], tuple[Deltas, Deltas]]
+    prepare: Callable[[ServerState, int, Any], Prepared]
+    start: Callable[[Deltas, Adapter, Shapes, int, Fresh, Any], Start]
+    encode: Callable[[Adapter, Start, ServerState], Encoded]
+    finish: Callable[[Encoded, ServerState], Aggregate]
+    options: type[Any] = NoOptions
+
+
+def fresh_start(shapes: Shapes, rank: int, fresh: Fresh) -> dict[str, LowRank]:
+    """LoRA's initialisation for every module: `A (rank, n)` random, `B (m, rank)` zero."""
+    out = {}
+    for name, (m, _) in shapes.items():
+        a = fresh(name, rank)
+        out[name] = LowRank(a, a.new_zeros(m, rank))
+    return out
+
+
+def fill(x: LowRank, a: Tensor) -> LowRank:
+    """`x` with the directions of `A = a (j, n)`, `B = 0` appended: the same update, rank r + j."""
+    a = a.to(x.A)
+    return LowRank(torch.cat([x.A, a]), torch.cat([x.B, x.B.new_zeros(x.B.shape[0], len(a))], 1))
+
+
+def change(update: Adapter, start: Adapter) -> dict[str, Delta]:
+    """`M_k - M_k_start` for every module: what a client learnt, as products."""
+    out: dict[str, Delta] = {}
+    for name, trained in update.items():
+        began = start[name]
+        moved = began.B.any(dim=0)  # directions that begin with B = 0 contribute nothing
+        out[name] = add([trained, LowRank(began.A[moved], -began.B[:, moved])])
+    return out
+
+
+# --- rules that average factors: all clients continue from one shared adapter ---
+
+
+def shared_initial(
+    shapes: Shapes, rank: int, fresh: Fresh, given: Adapter
+) -> tuple[Deltas, Deltas]:
+    """One random `A` for all (independent draws would average to nothing), `B = 0`.
+
+    A given adapter is continued: its leading `rank` directions are trained on, filled up with
+    fresh ones where it has fewer, and what it has beyond them is merged.
+    """
+    adapter, beyond = dict(fresh_start(shapes, rank, fresh)), {}
+    for name, x in given.items():
+        if x.rank > rank:
+            exact, _ = truncate(x, rank=x.rank)
+            x = prefix(exact, rank)
+            if exact.rank > rank:
+                beyond[name] = suffix(exact, rank)
+        adapter[name] = fill(x, fresh(name, rank)[x.rank :])
+    return adapter, beyond
+
+
+def prepare_as_is(state: ServerState, rank: int, options: Any) -> Prepared:
+    """The global adapter itself, held as factors."""
+    leading = {n: x for n, x in state.adapter.items() if isinstance(x, LowRank)}
+    assert len(leading) == len(state.adapter), "a rule that averages factors keeps factors"
+    return Prepared(leading, leading)
+
+
+def prefix_start(
+    adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
+) -> Start:
+    """The first `rank` directions of the shared adapter; what lies beyond them is not seen."""
+    return Start({name: prefix(leading[name], rank) for name in shapes})
+
+
+def padded_change(update: Adapter, start: Start, state: ServerState) -> Encoded:
+    """`pad(A_k) - A`, `pad(B_k) - B`: factors padded with zeros to the global rank, as a change."""
+    factors: dict[str, Tensor] = {}
+    for name, current in state.adapter.items():
+        assert isinstance(current, LowRank)
+        trained = update[name]
+        a, b = -current.A, -current.B
+        a[: trained.rank] += trained.A  # (r, n)
+        b[:, : trained.rank] += trained.B  # (m, r)
+        factors[f"{name}.A"], factors[f"{name}.B"] = a, b
+    return Encoded(factors=factors)
+
+
+def add_factors(total: Encoded, state: ServerState) -> Aggregate:
+    """`A + sum.A`, `B + sum.B`."""
+    adapter = {}
+    for name, current in state.adapter.items():
+        assert isinstance(current, LowRank)
+        adapter[name] = LowRank(
+            current.A + total.factors[f"{name}.A"], current.B + total.factors[f"{name}.B"]
+        )
+    return Aggregate(adapter)

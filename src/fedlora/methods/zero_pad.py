@@ -1,0 +1,35 @@
+"""Zero-padding: average factors of different rank, padded to the largest.
+
+    A = sum_k p_k pad(A_k)        B = sum_k p_k s_k pad(B_k)        pad: (r_k, n) -> (r_max, n)
+
+Directions that only some clients have are diluted by the zeros of the others; client k goes on from
+the first r_k directions. The baseline for mixed ranks in FLoRA, arXiv 2409.05976, section 3.
+
+Exact when all ranks are equal and all clients end with the same A, or all with the same B.
+"""
+
+from __future__ import annotations
+
+from fedlora.methods.rule import (
+    Rule,
+    add_factors,
+    padded_change,
+    prefix_start,
+    prepare_as_is,
+    shared_initial,
+)
+
+RULE = Rule(
+    name="zero_pad",
+    title="pad A and B with zeros to the largest rank and average them",
+    paper="the baseline of Wang et al., NeurIPS 2024, arXiv 2409.05976",
+    exact_when="all ranks are equal and all clients end with the same A, or all with the same B",
+    mixed_ranks=True,
+    secure_sum="factors",
+    downlink="prefix",
+    initial=shared_initial,
+    prepare=prepare_as_is,
+    start=prefix_start,
+    encode=padded_change,
+    finish=add_factors,
+)

@@ -1,0 +1,209 @@
+"""One client's local steps: AdamW on the adapter, the base frozen.
+
+The arithmetic is that of transformers' Trainer: the loss of a step is the mean over all labelled
+tokens of its micro-batches, gradients are clipped by their global norm, the schedule is one of
+transformers'. Batches, dropout and schedule depend on `(seed, round, client)` alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedlora.data import IGNORE, Tokens
+from fedlora.seeds import Purpose, generator, integer
+
+StepCallback = Callable[[int, int, float, int], None]
+"""Called after each step with `(step, steps, loss, tokens)`; tokens without padding."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a client may spend in one round. Names are those of `Config`.
+
+    Args:
+        client, round, seed: name the random streams.
+        num_rounds: length of the federation, for a schedule that spans it.
+        on_step: told about every step.
+    """
+
+    client: int = 0
+    round: int = 1
+    seed: int = 42
+    num_rounds: int = 1
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_scope: str = "round"
+    warmup_steps: float = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    num_train_epochs: float = 1.0
+    max_steps: int = -1
+    proximal_mu: float = 0.0
+    on_step: StepCallback | None = field(default=None, compare=False)
+
+    def steps(self, num_rows: int) -> int:
+        """Optimiser steps of one round over so many rows."""
+        if self.max_steps > 0:
+            return self.max_steps
+        batches = math.ceil(num_rows / self.per_device_train_batch_size)
+        per_epoch = math.ceil(batches / self.gradient_accumulation_steps)
+        return math.ceil(self.num_train_epochs * per_epoch)
+
+
+TrainFunction = Callable[[Any, Sequence[Tokens], Budget], Mapping[str, Any]]
+"""`(model, dataset, budget) -> metrics`: trains the parameters that require gradients, in place."""
+
+
+def batches(dataset: Sequence[Tokens], budget: Budget, steps: int) -> Iterator[list[list[Tokens]]]:
+    """For every step its micro-batches: shuffled epochs, cut as transformers' Trainer cuts them."""
+    size, accumulate = budget.per_device_train_batch_size, budget.gradient_accumulation_steps
+    rng = generator(budget.seed, budget.round, budget.client, Purpose.BATCHES)
+    done = 0
+    while done < steps:
+        order = rng.permutation(len(dataset)).tolist()
+        epoch = [[dataset[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+        for at in range(0, len(epoch), accumulate):
+            if done == steps:
+                return
+            yield epoch[at : at + accumulate]
+            done += 1
+
+
+def collate(rows: Sequence[Tokens], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Rows as right-padded tensors `(batch, longest)`: input_ids, attention_mask, labels."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), IGNORE, dtype=torch.long)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        ids[i, :length] = torch.tensor(row["input_ids"])
+        labels[i, :length] = torch.tensor(row["labels"])
+        mask[i, :length] = 1
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "labels": labels.to(device),
+    }
+
+
+def next_token_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed cross-entropy of the labelled tokens, in float32.
+
+    Returns:
+        The sum (a scalar), the logits of the labelled tokens `(tokens, vocabulary)`, their labels.
+    """
+    out = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    targets = batch["labels"][:, 1:]
+    counted = targets != IGNORE  # (batch, longest - 1)
+    logits = out.logits[:, :-1][counted].float()  # (tokens, vocabulary)
+    labels = targets[counted]
+    return F.cross_entropy(logits, labels, reduction="sum"), logits, labels
+
+
+def labelled(rows: Sequence[Tokens]) -> int:
+    """The number of tokens a loss is taken on; the first of a row is predicted from nothing."""
+    return sum(label != IGNORE for row in rows for label in row["labels"][1:])
+
+
+def schedule(budget: Budget, steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at a step (from 0) of this round."""
+    from transformers import get_scheduler
+
+    whole = budget.lr_scheduler_scope == "federation"
+    total = steps * budget.num_rounds if whole else steps
+    offset = steps * (budget.round - 1) if whole else 0
+    warmup = budget.warmup_steps
+    warmup = math.ceil(total * warmup) if warmup < 1 else int(warmup)
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    made = get_scheduler(
+        budget.lr_scheduler_type, unused, num_warmup_steps=warmup, num_training_steps=total
+    )
+    factor = made.lr_lambdas[0]
+    return lambda step: float(factor(offset + step))
+
+
+def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
+    """Train the parameters of `model` that require gradients, in place.
+
+    With `theta` the trained factors and `theta_0` their start, the loss of a step is
+    `sum_tokens CE / tokens + mu/2 ||theta - theta_0||^2` (FedProx, arXiv 1812.06127).
+
+    Args:
+        model: a transformers causal language model with adapters.
+        dataset: tokenised rows, at least one.
+        budget: what may be spent.
+
+    Returns:
+        loss (mean over the steps), loss_first, loss_last, steps, tokens (without padding),
+        padding (share of padding tokens) and seconds.
+
+    Raises:
+        ValueError: no rows, or nothing to train.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not len(dataset) or not parameters:
+        raise ValueError("training needs at least one row and one parameter")
+    device = parameters[0].device
+    anchors = [p.detach().clone() for p in parameters] if budget.proximal_mu else []
+    steps = budget.steps(len(dataset))
+    factor = schedule(budget, steps)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=budget.learning_rate,
+        betas=(budget.adam_beta1, budget.adam_beta2),
+        eps=budget.adam_epsilon,
+        weight_decay=budget.weight_decay,
+    )
+    began, losses, tokens, slots = time.perf_counter(), list[float](), 0, 0
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(integer(budget.seed, budget.round, budget.client, Purpose.DROPOUT))
+        for step, micro_batches in enumerate(batches(dataset, budget, steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = budget.learning_rate * factor(step)
+            counted = sum(labelled(rows) for rows in micro_batches)
+            value, seen = 0.0, 0
+            for rows in micro_batches:
+                batch = collate(rows, device)
+                loss = next_token_loss(model, batch)[0] / counted
+                loss.backward()
+                value += float(loss.detach())
+                seen += sum(len(row["input_ids"]) for row in rows)
+                slots += batch["input_ids"].numel()
+            for parameter, anchor in zip(parameters, anchors, strict=bool(anchors)):
+                assert parameter.grad is not None
+                parameter.grad.add_(parameter.detach() - anchor, alpha=budget.proximal_mu)
+            if budget.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(value)
+            tokens += seen
+            if budget.on_step:
+                budget.on_step(step + 1, steps, value, seen)
+    model.eval()
+    return {
+        "loss": sum(losses) / len(losses),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "steps": len(losses),
+        "tokens": tokens,
+        "padding": 1 - tokens / slots,
+        "seconds": time.perf_counter() - began,
+    }

@@ -1,0 +1,137 @@
+"""Models and data the tests share: tiny, random, fixed by a seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MATERIAL = REPOSITORY.parent / "shared" / "material"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """Real models, adapters and data beside the repository; skips where they are absent."""
+    if not MATERIAL.is_dir():
+        pytest.skip("the real material (../shared/material) is not on this machine")
+    return MATERIAL
+
+
+def save_tokenizer(path: Path) -> None:
+    """A character-level tokenizer over printable ASCII."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<s>", "</s>", "<unk>", *(chr(c) for c in range(32, 127)), "\n"]
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama (2 layers, 32 wide, grouped-query attention) with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    ).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 (2 layers, 32 wide, transposed Conv1D layers, no dropout) with a tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    path = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=100,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    ).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+def rows(number: int, offset: int = 0) -> list[dict[str, str]]:
+    """Prompts that ask for a word backwards."""
+    words = ["stone", "river", "cloud", "amber", "fig", "oak", "lantern", "moss", "quill", "tide"]
+    out = []
+    for i in range(offset, offset + number):
+        word = words[i % len(words)] + words[(i // len(words) + i) % len(words)][:2]
+        out.append({"prompt": f"{word}>", "completion": word[::-1], "kind": word[0]})
+    return out
+
+
+def write_jsonl(path: Path, values: list[dict[str, Any]]) -> Path:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+@pytest.fixture(scope="session")
+def site_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `site_0.jsonl` ... `site_3.jsonl` of 24, 16, 12 and 8 rows, `eval.jsonl`."""
+    path = tmp_path_factory.mktemp("sites")
+    offset = 0
+    for site, number in enumerate((24, 16, 12, 8)):
+        write_jsonl(path / f"site_{site}.jsonl", rows(number, offset))
+        offset += number
+    write_jsonl(path / "eval.jsonl", rows(10, 1000))
+    return path
+
+
+@pytest.fixture
+def small_run(tiny_llama: Path, site_files: Path, tmp_path: Path) -> dict[str, Any]:
+    """Flat keys of a run of a second: four clients of ranks 8, 4, 2, 2, two rounds of three steps."""
+    return {
+        "model_name_or_path": str(tiny_llama),
+        "train_file": str(site_files / "site_*.jsonl"),
+        "eval_file": str(site_files / "eval.jsonl"),
+        "client_ranks": [8, 4, 2, 2],
+        "num_rounds": 2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "num_threads": 1,
+        "output_dir": str(tmp_path / "out"),
+    }
