@@ -25,12 +25,12 @@ def material() -> Path:
 
 def save_tokenizer(path: Path) -> None:
     """A character-level tokenizer over printable ASCII."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
     letters = ["<pad>", "<s>", "</s>", "<unk>", *(chr(c) for c in range(32, 127)), "\n"]
-    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), behavior="isolated")
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     core.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
         tokenizer_object=core,

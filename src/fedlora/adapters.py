@@ -26,6 +26,18 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight$")
 
+_PLAIN = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+}
+"""Keys of PEFT's configuration under which an adapter is a sum of products, and nothing else."""
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Initialisations whose factors are relative to base weights they changed."""
+
 
 def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
     """LoRA's scale `s`: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA (arXiv 2312.03732)."""
@@ -102,11 +114,17 @@ def find_targets(
         chosen = {n: m for n, m in linear.items() if m is not head}
     elif isinstance(target_modules, str):
         pattern, ends = target_modules, f".{target_modules}"
-        chosen = {
-            n: m
-            for n, m in linear.items()
-            if n == pattern or n.endswith(ends) or re.fullmatch(pattern, n)
-        }
+        try:
+            chosen = {
+                n: m
+                for n, m in linear.items()
+                if n == pattern or n.endswith(ends) or re.fullmatch(pattern, n)
+            }
+        except re.error as error:
+            raise InputError(
+                f"lora_target_modules: {pattern!r} is no regular expression ({error}); expected "
+                f"one over full names, or a name such as {_candidates(linear)}"
+            ) from None
     else:
         chosen = {}
         for wanted in target_modules:
@@ -234,11 +252,23 @@ def load_adapter(path: str | Path) -> dict[str, LowRank]:
         raise InputError(f"{path}: holds no {CONFIG_NAME}; expected a PEFT directory") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path / CONFIG_NAME}: cannot be read: {error}") from None
-    for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none")):
+    if not isinstance(config, dict):
+        raise InputError(f"{path / CONFIG_NAME}: holds no JSON object")
+    for key, plain in _PLAIN.items():
         if config.get(key, plain) != plain:
             raise InputError(
                 f"{path}: {key} is {config[key]!r}; only plain LoRA ({key} {plain!r}) is a sum of "
                 "products that can be combined exactly"
+            )
+    if str(init := config.get("init_lora_weights")).startswith(_CHANGES_BASE):
+        raise InputError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights too; save the "
+            "adapter with PEFT's path_initial_model_for_weight_conversion to make it plain LoRA"
+        )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)):
+            raise InputError(
+                f"{path / CONFIG_NAME}: {key} is {config.get(key)!r}; expected a number"
             )
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in _weights(path).items():
@@ -255,7 +285,7 @@ def load_adapter(path: str | Path) -> dict[str, LowRank]:
         said = ranks.get(get_pattern_key(list(ranks), name), config["r"])
         if said != rank:
             raise InputError(f"{path}: {name} has rank {rank}, its configuration says {said}")
-        alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+        alpha: Any = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
         scale = scaling(alpha, rank, bool(config.get("use_rslora")))
         out[name] = fold(pair["A"], pair["B"], scale)
     if not out:

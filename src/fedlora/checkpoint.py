@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from fedlora.lowrank import Delta, Deltas, Dense, LowRank
 from fedlora.state import Encoded, ServerState
 
 CONFIG, METRICS, FINAL, MANIFEST = "config.yaml", "metrics.jsonl", "final", "manifest.json"
+_LOCK, _PARTIAL_CONFIG = ".lock", f".{CONFIG}.partial"
 _ROUND = re.compile(r"^round-(\d+)$")
 
 
@@ -78,7 +80,7 @@ def _unflatten(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
 
 
 def state_to_tensors(state: ServerState) -> dict[str, Tensor]:
-    """Every tensor of a server state under a name of its own."""
+    """Every tensor of a server state under a name of its own, none sharing memory with another."""
     out: dict[str, Tensor] = {}
     _flatten("adapter", state.adapter, out)
     _flatten("base_delta", state.base_delta, out)
@@ -86,6 +88,11 @@ def state_to_tensors(state: ServerState) -> dict[str, Tensor]:
     _flatten("momentum_products", state.momentum.products, out)
     out |= {f"momentum_factors/{k}": v.contiguous() for k, v in state.momentum.factors.items()}
     out |= {f"dense/{k}": v.contiguous() for k, v in state.dense.items()}
+    seen = set[int]()
+    for key, value in out.items():  # after a round, momentum and merge may be the same tensors
+        where = value.untyped_storage().data_ptr()
+        out[key] = value.clone() if where in seen else value
+        seen.add(where)
     return out
 
 
@@ -108,6 +115,22 @@ def state_from_tensors(
     )
 
 
+def settled(state: ServerState) -> ServerState:
+    """The state as it is after saving and loading it: the same numbers, laid out the same way.
+
+    Results depend in their last bits on strides, alignment and the order of sums. A run that goes
+    on from the settled state after every round takes the same course as one resumed there.
+    """
+    return _from_copies(state_to_tensors(state), state.round, state.last_seen)
+
+
+def _from_copies(
+    tensors: Mapping[str, Tensor], round: int, last_seen: Mapping[int, int]
+) -> ServerState:
+    copies = {k: tensors[k].clone(memory_format=torch.contiguous_format) for k in sorted(tensors)}
+    return state_from_tensors(copies, round, last_seen)
+
+
 # --- writing ---
 
 
@@ -127,16 +150,20 @@ def _place(target: Path, fill: Callable[[Path], None]) -> None:
     """Fill a hidden directory, force it to the disk, then give it its name."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
-    manifest = {str(p.relative_to(partial)): _digest(p) for p in files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    for path in [*files, partial / MANIFEST]:
-        _sync(path)
-    for path in [p for p in partial.rglob("*") if p.is_dir()]:
-        _sync(path)
-    _sync(partial)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(partial)): _digest(p) for p in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for path in [*files, partial / MANIFEST]:
+            _sync(path)
+        for path in [p for p in partial.rglob("*") if p.is_dir()]:
+            _sync(path)
+        _sync(partial)
+    except OSError:  # where the disk is full, half a directory must not keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if target.exists():
         damaged = target.with_name(f"{target.name}.damaged")
         shutil.rmtree(damaged, ignore_errors=True)
@@ -159,6 +186,11 @@ def no_space_is_explained(directory: Path) -> Iterator[None]:
         ) from None
 
 
+def _write_config(path: Path, config_yaml: str) -> None:
+    path.write_text(config_yaml, encoding="utf-8")
+    _sync(path)
+
+
 class RunDirectory:
     """One run's directory, locked while this process writes to it.
 
@@ -167,12 +199,17 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = (path / ".lock").open("a")
+        try:
+            self._lock = (path / _LOCK).open("a")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written to: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
-            raise InputError(f"{path}: another process is writing to this run") from None
+            busy = isinstance(error, BlockingIOError)
+            why = "another process is writing to this run" if busy else error.strerror
+            raise InputError(f"{path}: {why}") from None
 
     def close(self) -> None:
         """Give the lock back."""
@@ -182,21 +219,28 @@ class RunDirectory:
     def create(cls, path: str | Path, config_yaml: str) -> RunDirectory:
         """Make the directory and its `config.yaml` in one step.
 
+        A directory that is there already, and empty, is kept: it may be a mount point or somebody's
+        working directory.
+
         Raises:
             InputError: it holds another run or other files, or cannot be made.
         """
         path = Path(path)
         check_free(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            (partial / CONFIG).write_text(config_yaml, encoding="utf-8")
-            _sync(partial / CONFIG)
-            _sync(partial)
-            partial.rename(path)  # over an empty directory too
-            _sync(path.parent)
+            if path.is_dir():
+                _write_config(path / _PARTIAL_CONFIG, config_yaml)
+                (path / _PARTIAL_CONFIG).rename(path / CONFIG)
+                _sync(path)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f".{path.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                _write_config(partial / CONFIG, config_yaml)
+                _sync(partial)
+                partial.rename(path)
+                _sync(path.parent)
         except OSError as error:
             raise InputError(f"output_dir: {path}: cannot be made: {error.strerror}") from None
         return cls(path)
@@ -266,8 +310,15 @@ class RunDirectory:
         for number in self.rounds()[: -max(2, limit)]:
             if number != keep:
                 gone = self.path / f".round-{number}.removed"
+                shutil.rmtree(gone, ignore_errors=True)  # of a run killed just here
                 (self.path / f"round-{number}").rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half written or half removed."""
+        for pattern in (".*.partial", ".round-*.removed"):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     def load_latest(self) -> tuple[Saved | None, list[str]]:
         """The newest round that can be trusted, and what is wrong with those after it.
@@ -309,7 +360,7 @@ def check_free(path: str | Path) -> None:
             f"output_dir: {path} holds {'a complete' if done else 'another'} run; choose another "
             f"--output_dir{how}"
         )
-    if any(path.iterdir()):
+    if any(p.name not in (_LOCK, _PARTIAL_CONFIG) for p in path.iterdir()):
         raise InputError(f"output_dir: {path} is not empty; choose another --output_dir")
 
 
@@ -339,7 +390,7 @@ def load_round(path: Path) -> Saved:
     """
     verify(path)
     facts = json.loads((path / "state" / "state.json").read_text())
-    state = state_from_tensors(
+    state = _from_copies(
         load_file(path / "state" / "server.safetensors"),
         facts["round"],
         {int(k): v for k, v in facts["last_seen"].items()},

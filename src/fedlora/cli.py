@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -43,7 +44,8 @@ Runs a federation: in every round the server sends the global model to the clien
 LoRA adapter of its own rank on its own rows, and the server combines them. Keys are those of
 transformers, PEFT and TRL where they have one; `fedlora config` lists all. Lists are separated by
 spaces. The command line goes over the file. Without a file the embedded default runs: a tiny Llama
-and ten clients that come with the package.
+and ten clients that come with the package. With data of your own and no file, every key that is
+not given has the value that `fedlora config` shows.
 
   --resume DIR    go on with the run in DIR after its last whole round
   --json          one JSON object per event on standard output
@@ -72,16 +74,20 @@ alone; ends with a table and a picture of exact match by round. Keys go to every
 """
 
 
-def _settings(arguments: Sequence[str], default: str | None) -> tuple[dict[str, Any], bool]:
-    """Flat keys from `[CONFIG] [--key value ...]`, and whether a file or key was named at all."""
-    named = bool(arguments)
+def _settings(arguments: Sequence[str], default: str | None) -> dict[str, Any]:
+    """Flat keys from `[CONFIG] [--key value ...]`."""
     source = default
-    if arguments and not arguments[0].startswith("--"):
+    named = bool(arguments) and not arguments[0].startswith("--")
+    if named:
         source, arguments = arguments[0], arguments[1:]
+    overrides = parse_overrides(arguments)
+    own_data = overrides.get("train_file") or overrides.get("dataset_name") not in (None, EMBEDDED)
+    if own_data and source == EMBEDDED and not named:
+        source = None  # the embedded clients, ranks and division belong to the embedded data
     base: dict[str, Any] = {}
     if source is not None:
         base = read_yaml(EMBEDDED_CONFIG if source == EMBEDDED else source)
-    return layered(base, parse_overrides(arguments)), named
+    return layered(base, overrides)
 
 
 def _quiet_libraries() -> None:
@@ -104,14 +110,13 @@ def run_verb(arguments: list[str]) -> int:
 
     config: Config | None = None
     if resume is None:
-        values, _ = _settings(arguments, EMBEDDED)
-        config = Config.of(values)
+        config = Config.of(_settings(arguments, EMBEDDED))
     elif arguments:
         # Keys alone are held against the run's own configuration, a file against all of it.
         own = str(Path(resume) / "config.yaml")
         if not Path(own).is_file():
             raise InputError(f"--resume {resume}: nothing to resume; there is no config.yaml")
-        config = Config.of(_settings(arguments, own)[0])
+        config = Config.of(_settings(arguments, own))
     where = resume or (config.output_dir if config else "")
     report = reporter(as_json)
     try:
@@ -122,18 +127,22 @@ def run_verb(arguments: list[str]) -> int:
             print("\nstopped before anything was written", file=sys.stderr)
         else:
             print(
-                f"\nstopped; finished rounds are saved. Go on with: fedlora run --resume {where}",
+                "\nstopped; finished rounds are saved. Go on with: fedlora run --resume "
+                + shlex.quote(where),
                 file=sys.stderr,
             )
         return 130
     if not as_json:
+        end = result.metrics[-1]
+        best = "" if end["best"] is None else f"; best: round {end['best']}"
+        print(f"ended after round {end['round']}{best}; final/ holds round {end['final']}")
         print(f"final adapter: {result.final_dir}  (PeftModel.from_pretrained loads it)")
     return 0
 
 
 def config_verb(arguments: list[str]) -> int:
     """`fedlora config`."""
-    print(Config.of(_settings(arguments, None)[0]).to_yaml(comments=True), end="")
+    print(Config.of(_settings(arguments, None)).to_yaml(comments=True), end="")
     return 0
 
 
@@ -142,11 +151,7 @@ def demo_verb(arguments: list[str]) -> int:
     _quiet_libraries()
     from fedlora.showcase import demo
 
-    try:
-        demo(parse_overrides(arguments))
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    demo(parse_overrides(arguments))
     return 0
 
 
@@ -207,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FedloraError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

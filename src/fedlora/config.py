@@ -9,12 +9,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fedlora.demo import EMBEDDED
 from fedlora.errors import InputError
@@ -144,12 +154,30 @@ class Config(BaseModel):
         default_factory=dict, description="the rule's own options; flat keys in a file"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        key = str(info.field_name)
+        _refuse_truth(key, value, cls.model_fields[key].annotation)
+        return value
+
+    @field_validator("clients_per_round", mode="before")
+    @classmethod
+    def _number_or_share(cls, value: Any) -> Any:
+        """The text 1.0 is a share and 1 a number, as they are in YAML."""
+        if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?\d+\s*", value):
+            try:
+                return float(value)
+            except ValueError:
+                return value
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         if self.method not in METHODS:
             raise ValueError(
                 f"method: {self.method!r} is none of {', '.join(METHODS)}"
-                + _nearest(self.method, METHODS)
+                + _nearest(self.method, METHODS, "")
             )
         if self.alpha(1) <= 0:
             raise ValueError(f"lora_alpha: {self.lora_alpha} must be greater than 0")
@@ -165,10 +193,11 @@ class Config(BaseModel):
         if self.rank_choices and self.client_ranks:
             raise ValueError("client_ranks and rank_choices exclude each other; give one of them")
         if self.rank_shares is not None:
-            if len(self.rank_shares) != len(self.rank_choices or []):
+            choices = self.rank_choices or []
+            if not choices or len(self.rank_shares) != len(choices):
                 raise ValueError(
-                    f"rank_shares: {len(self.rank_shares)} shares for "
-                    f"{len(self.rank_choices or [])} rank_choices; give one for each"
+                    f"rank_shares: {len(self.rank_shares)} shares for {len(choices)} rank_choices; "
+                    "give one for each"
                 )
             if min(self.rank_shares) < 0 or sum(self.rank_shares) <= 0:
                 raise ValueError(f"rank_shares: {self.rank_shares} must be positive")
@@ -198,6 +227,7 @@ class Config(BaseModel):
                     f"{key}: method {self.method} has no such option; it has "
                     + (", ".join(fields) or "none")
                 )
+            _refuse_truth(key, self.method_options[key], get_type_hints(rule.options)[key])
         return TypeAdapter(rule.options).validate_python(dict(self.method_options))
 
     def alpha(self, rank: int) -> float:
@@ -225,8 +255,14 @@ class Config(BaseModel):
         Raises:
             InputError: one line per unknown key or impossible value, with what is expected.
         """
-        values = dict(values)
-        options = dict(values.pop("method_options", None) or {})
+        values = {str(key): value for key, value in values.items()}
+        options = values.pop("method_options", None) or {}
+        if not isinstance(options, Mapping):
+            raise InputError(
+                f"method_options: {options!r}: expected the rule's keys and values; they can be "
+                "written as keys of their own"
+            )
+        options = dict(options)
         ours = set(cls.model_fields)
         theirs = {f.name: name for name, f in _rule_fields()}
         for key in [k for k in values if k not in ours]:
@@ -238,7 +274,7 @@ class Config(BaseModel):
         try:
             return cls(**values, method_options=options)
         except ValidationError as error:
-            raise InputError(_readable(error)) from None
+            raise InputError(_readable(error, {**values, **options})) from None
 
     def flat(self) -> dict[str, Any]:
         """Every key and value, the rule's options among them with their defaults filled in."""
@@ -277,25 +313,98 @@ def _scalar(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
 
 
-def _nearest(key: str, among: Sequence[str] | Mapping[str, Any]) -> str:
+def _nearest(
+    key: str,
+    among: Sequence[str] | Mapping[str, Any],
+    otherwise: str = "; `fedlora config` lists all keys",
+) -> str:
     close = difflib.get_close_matches(key, list(among), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else "; `fedlora config` lists all keys"
+    return f"; did you mean {close[0]}?" if close else otherwise
 
 
-def _readable(error: ValidationError) -> str:
-    """One line per field, whatever members of a union complained."""
+def _members(annotation: Any) -> list[Any]:
+    """The members of a union, or the one type there is."""
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return list(get_args(annotation)) if union else [annotation]
+
+
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "none",
+}
+
+
+def _expected(annotation: Any) -> str:
+    """`int | list[int] | None` -> `a whole number, a list of whole numbers or none`."""
+    words = []
+    for member in _members(annotation):
+        if get_origin(member) is Literal:
+            words += [str(value) for value in get_args(member)]
+        elif get_origin(member) is list:
+            item = _WORDS[get_args(member)[0]].removeprefix("a ")
+            words.append(f"a list of {item}s" if item != "text" else "a list of names")
+        else:
+            words.append(_WORDS.get(member, str(member)))
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _refuse_truth(key: str, value: Any, annotation: Any) -> None:
+    """true and false are no numbers, though Python counts with them."""
+    inside = value if isinstance(value, list) else [value]
+    if bool not in _members(annotation) and any(isinstance(x, bool) for x in inside):
+        why = " (a key without a value is true)" if value is True else ""
+        raise ValueError(f"{key}: {value!r}: expected {_expected(annotation)}{why}")
+
+
+_LIMITS = {
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be greater than {gt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be less than {lt:g}",
+    "finite_number": "must be a finite number",
+}
+
+
+def _readable(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """One line per key: its value and what is expected, whichever member of a union complained."""
     lines: dict[str, str] = {}
     for item in error.errors():
         key = str(item["loc"][0]) if item["loc"] else ""
-        message = item["msg"].removeprefix("Value error, ")
-        if not key:
-            lines[message] = message
-        elif key in lines:
-            lines[key] += f", or {message[0].lower()}{message[1:]}"
-        else:
-            whole = item["input"]
-            lines[key] = f"{key}: {whole!r}: {message[0].lower()}{message[1:]}"
+        limit = _LIMITS.get(item["type"])
+        if item["type"] == "value_error" or not key:
+            lines[key] = item["msg"].removeprefix("Value error, ")
+        elif limit:
+            lines[key] = f"{key}: {item['input']!r} {limit.format(**item.get('ctx', {}))}"
+        elif key not in lines:
+            lines[key] = f"{key}: {values.get(key)!r}: expected {_expected(_annotation(key))}"
     return "\n".join(lines.values())
+
+
+def _annotation(key: str) -> Any:
+    if key in Config.model_fields:
+        return Config.model_fields[key].annotation
+    return next(
+        get_type_hints(METHODS[name].options)[key] for name, f in _rule_fields() if f.name == key
+    )
+
+
+class _Twice(yaml.constructor.ConstructorError):
+    """A key that stands twice in one mapping."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML takes the last of several equal keys in silence; this refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise _Twice(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -306,16 +415,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a configuration: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read as a configuration: {why}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise InputError(f"{path}{where}: broken YAML: {problem}") from None
+        kind = "" if isinstance(error, _Twice) else "broken YAML: "
+        raise InputError(f"{path}{where}: {kind}{problem}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -355,6 +466,8 @@ def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
             close()
             key, _, value = token[2:].partition("=")
             key, values = key.replace("-", "_"), [value] if value or "=" in token else []
+            if not key:
+                raise InputError(f"{token!r}: expected --key value")
         elif not key:
             raise InputError(f"{token!r}: expected --key value; the configuration file comes first")
         else:

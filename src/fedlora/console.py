@@ -16,10 +16,12 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 Event = Mapping[str, Any]
 _EVERY_STEP = {"step", "client_begin", "client_end", "round_begin", "evaluate_begin"}
@@ -41,29 +43,31 @@ def json_lines(event: Event) -> None:
 
 
 _HEADER = (
-    f"{'round':>5} {'loss':>8} {'ppl':>8} {'token acc':>9} {'exact':>7} {'agg. error':>10} "
-    f"{'up':>9} {'down':>9} {'seconds':>8}"
+    f"{'round':>5} {'loss':>8} {'ppl':>8} {'token acc':>9} {'exact':>6} {'agg. err':>8} "
+    f"{'up':>8} {'down':>8} {'seconds':>7}"
 )
 
 
 def _row(event: Event) -> str:
-    """A line of the table of rounds."""
+    """A line of the table of rounds; it fits into a terminal of 80 columns."""
     found = event.get("evaluation") or {}
 
     def number(key: str, form: str) -> str:
         value = found.get(key)
         return "-" if value is None else format(value, form)
 
+    perplexity = number("perplexity", ".5g" if found.get("perplexity", 0) < 1e5 else ".1e")
+
     error = event.get("aggregation_error")
     seconds = sum((event.get("seconds") or {}).values())
     is_round = event["event"] == "round"
     return (
-        f"{event['round']:>5} {number('loss', '.4f'):>8} {number('perplexity', '.5g'):>8} "
-        f"{number('token_accuracy', '.1%'):>9} {number('exact_match', '.1%'):>7} "
-        f"{'-' if error is None else format(error, '.1e'):>10} "
-        f"{human_bytes(event['bytes_up']) if is_round else '-':>9} "
-        f"{human_bytes(event['bytes_down']) if is_round else '-':>9} "
-        f"{format(seconds, '.1f') if is_round else '-':>8}"
+        f"{event['round']:>5} {number('loss', '.4f'):>8} {perplexity:>8} "
+        f"{number('token_accuracy', '.1%'):>9} {number('exact_match', '.1%'):>6} "
+        f"{'-' if error is None else format(error, '.1e'):>8} "
+        f"{human_bytes(event['bytes_up']) if is_round else '-':>8} "
+        f"{human_bytes(event['bytes_down']) if is_round else '-':>8} "
+        f"{format(seconds, '.1f') if is_round else '-':>7}"
     )
 
 
@@ -98,6 +102,13 @@ def plain_lines(event: Event) -> None:
         print(f"warning: {event['message']}", file=sys.stderr, flush=True)
 
 
+class _Count(MofNCompleteColumn):
+    """`3/10`, and nothing where the total is unknown."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
 class Terminal:
     """Progress bars for rounds, clients and steps, and a table that grows above them.
 
@@ -109,16 +120,18 @@ class Terminal:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            _Count(),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             transient=True,
+            speed_estimate_period=3600,  # a round may take long
         )
         self.title = title
         self.clients: list[int] = []
-        self.done = 0
+        self.finished, self.done = 0, 0  # rounds, clients of this round
+        self.loading = self.progress.add_task("loading model and data", total=None, note="")
         self.tokens, self.since = 0, time.perf_counter()
 
     def __enter__(self) -> Terminal:
@@ -134,11 +147,12 @@ class Terminal:
         if kind == "begin":
             self._begin(event)
         elif kind in ("start", "round"):
-            self.console.print(_row(event), highlight=False)
+            self._print(_row(event), no_wrap=True)
+            self.finished, self.done = event["round"], 0
             self.progress.update(self.rounds, completed=event["round"])
             self.progress.update(self.steps, note="")
         elif kind == "warning":
-            self.console.print(f"[yellow]warning:[/] {event['message']}", highlight=False)
+            self._print(Text.assemble(("warning:", "yellow"), f" {event['message']}"))
         elif kind == "round_begin":
             self.clients, self.done = event["clients"], 0
             self.progress.reset(self.each, total=len(self.clients), note="")
@@ -150,17 +164,18 @@ class Terminal:
             self._step(event)
         elif kind == "client_end":
             self.done += 1
-            self.progress.update(self.each, completed=self.done)
+            self._advance(self.done)
         elif kind == "evaluate_begin":
             self.progress.update(self.steps, note="evaluating")
 
     def _begin(self, event: Event) -> None:
         for line in _introduction(event):
-            self.console.print(line, highlight=False)
-        self.console.print(f"[bold]{_HEADER}[/]", highlight=False)
-        self.first = event["resumed_from"] or 0
+            self._print(line)
+        self._print(Text(_HEADER, style="bold"), no_wrap=True)
+        self.progress.remove_task(self.loading)
+        self.finished = event["resumed_from"] or 0
         self.rounds = self.progress.add_task(
-            f"{self.title}rounds", total=event["num_rounds"], completed=self.first, note=""
+            f"{self.title}rounds", total=event["num_rounds"], completed=self.finished, note=""
         )
         self.each = self.progress.add_task("clients", total=len(event["ranks"]), note="")
         self.steps = self.progress.add_task("steps", total=None, note="")
@@ -174,6 +189,16 @@ class Terminal:
             completed=event["step"],
             note=f"loss {event['loss']:.3f}, {rate:,.0f} tokens/s",
         )
+        self._advance(self.done + event["step"] / event["steps"])
+
+    def _advance(self, clients: float) -> None:
+        """Move the upper bars by fractions, so that time left is known before a round ends."""
+        self.progress.update(self.each, completed=clients)
+        share = clients / max(len(self.clients), 1)
+        self.progress.update(self.rounds, completed=self.finished + share)
+
+    def _print(self, line: str | Text, no_wrap: bool = False) -> None:
+        self.console.print(line, markup=False, highlight=False, no_wrap=no_wrap, overflow="fold")
 
 
 def reporter(as_json: bool) -> Callable[[Event], None] | Terminal:
@@ -181,4 +206,5 @@ def reporter(as_json: bool) -> Callable[[Event], None] | Terminal:
     if as_json:
         return json_lines
     console = Console()
-    return Terminal(console) if console.is_terminal else plain_lines
+    bars = console.is_terminal and not console.is_dumb_terminal
+    return Terminal(console) if bars else plain_lines

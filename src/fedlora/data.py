@@ -6,6 +6,7 @@ labels are -100 where no loss is taken.
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import json
@@ -120,11 +121,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: no such file")
     rows: list[dict[str, Any]]
     try:
-        if path.suffix in (".csv", ".parquet"):
+        if path.suffix == ".csv":
+            rows = _csv(path)
+        elif path.suffix == ".parquet":
             from datasets import Dataset
 
-            read = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
-            rows = read(str(path), keep_in_memory=True).to_list()
+            rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
         else:
             text = path.read_text(encoding="utf-8")
             if text.lstrip().startswith("["):
@@ -147,6 +149,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise InputError(f"{path}: row {number} is no object with columns: {str(row)[:40]!r}")
     return rows
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    """Cells as text, empty ones None: guessing types would make 7 of "007", nothing of "None"."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise InputError(f"{path}: row {number} has more cells than the header")
+    return [{column: cell or None for column, cell in row.items()} for row in rows]
 
 
 def _line(path: Path, number: int, line: str) -> Any:

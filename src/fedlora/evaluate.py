@@ -57,6 +57,11 @@ def evaluate(
     return out
 
 
+def has_prompts(rows: Sequence[Tokens]) -> bool:
+    """Whether every row has a prompt to answer: its first token is not learnt."""
+    return all(row["labels"][0] == IGNORE for row in rows)
+
+
 def references_fit(rows: Sequence[Tokens], max_new_tokens: int) -> bool:
     """Whether every row has a prompt and a reference of at most `max_new_tokens` tokens."""
     lengths = [sum(label != IGNORE for label in row["labels"]) for row in rows]

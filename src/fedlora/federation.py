@@ -253,6 +253,9 @@ class Server:
             raise ValueError(
                 f"client {client} sent modules, shapes or ranks other than those asked for"
             )
+        held = self.state.dense
+        if any(n not in held or t.shape != held[n].shape for n, t in update.dense.items()):
+            raise ValueError(f"client {client} sent dense parameters other than those asked for")
         bad = [
             name
             for name, x in update.adapter.items()
@@ -329,13 +332,13 @@ class Server:
         clients = []
         for client, sent in sorted(self._broadcasts.items()):
             update = self._updates.get(client)
-            weight = spec.weight(update.num_examples) / total.weight if update else 0.0
+            weight = max(spec.weight(update.num_examples), 0.0) if update else 0.0
             clients.append(
                 ClientRecord(
                     client=client,
                     rank=sent.rank,
                     num_examples=spec.num_examples[client],
-                    weight=weight,
+                    weight=weight / total.weight if total.weight > 0 else 0.0,
                     bytes_down=sent.nbytes,
                     bytes_up=update.nbytes if update else 0,
                     metrics=dict(update.metrics) if update else {},

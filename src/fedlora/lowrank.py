@@ -121,7 +121,9 @@ def to_dense(x: Delta) -> Tensor:
 
 def scale(x: Delta, factor: float) -> Delta:
     """`factor * dW`. The factor goes into `B`, where the LoRA scaling already is."""
-    return Dense(x.W * factor) if isinstance(x, Dense) else LowRank(x.A, x.B * factor)
+    if isinstance(x, Dense):
+        return Dense(_wide(x.W) * factor)
+    return LowRank(_wide(x.A), _wide(x.B) * factor)
 
 
 def add(terms: Sequence[Delta]) -> Delta:
@@ -147,12 +149,14 @@ def add(terms: Sequence[Delta]) -> Delta:
             torch.cat([_wide(t.A) for t in factors], dim=0),
             torch.cat([_wide(t.B) for t in factors], dim=1),
         )
-    total = to_dense(terms[0]).clone()
+    held = [t.W if isinstance(t, Dense) else t.B for t in terms]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in held) else torch.float32
+    total = to_dense(terms[0]).to(dtype, copy=True)
     for term in terms[1:]:
         if isinstance(term, Dense):
             total += term.W
         else:
-            total.addmm_(_wide(term.B), _wide(term.A))
+            total.addmm_(term.B.to(dtype), term.A.to(dtype))
     return Dense(total)
 
 

@@ -42,11 +42,16 @@ class AdapterLayer(nn.Module):
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
         self.branch: Delta | None = None
 
+    @property
+    def weight(self) -> Tensor:
+        """The pristine base weight; some architectures ask a layer for its dtype this way."""
+        return cast(Tensor, self.base.weight)
+
     def load(
         self, frozen: Sequence[Delta], adapter: LowRank | None, scale: float, dropout: float
     ) -> None:
         """Take a client's frozen updates and its trainable adapter (None: nothing to train)."""
-        weight = cast(Tensor, self.base.weight)
+        weight = self.weight
         self.merged = self.branch = self.A = self.B = None
         self.scale, self.dropout = scale, dropout
         if frozen:

@@ -12,7 +12,7 @@ from fedlora.config import Config
 from fedlora.data import FederatedData, load_data
 from fedlora.demo import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
-from fedlora.evaluate import references_fit
+from fedlora.evaluate import has_prompts, references_fit
 from fedlora.federation import Federation, check_rule
 from fedlora.methods import METHODS
 from fedlora.model import BaseModel, load_base
@@ -136,6 +136,11 @@ def assemble(config: Config) -> Session:
     exact_match = config.eval_exact_match
     if exact_match == "auto":
         exact_match = references_fit(data.eval, config.generation_max_new_tokens)
+    elif exact_match and not has_prompts([*data.eval, *(r for c in data.clients for r in c.eval)]):
+        raise InputError(
+            "eval_exact_match: true, but there are rows without a prompt to answer; it needs "
+            "completion_only_loss: true and a template other than text"
+        )
     _check_metric(config, data, exact_match)
     resolved = resolve_paths(config).model_copy(
         update={
@@ -191,5 +196,8 @@ def _absolute(name: str | None) -> str | None:
     if name is None or name == EMBEDDED:
         return name
     path = Path(name)
-    exists = path.exists() or (path.parent.is_dir() and len(path.parts) > 1 and path.suffix)
+    pattern = bool(set(name) & set("*?["))
+    exists = path.exists() or (
+        path.parent.is_dir() and (pattern or (len(path.parts) > 1 and path.suffix))
+    )
     return str(path.resolve()) if exists else name

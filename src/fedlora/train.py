@@ -130,7 +130,7 @@ def schedule(budget: Budget, steps: int) -> Callable[[int], float]:
     offset = steps * (budget.round - 1) if whole else 0
     warmup = budget.warmup_steps
     warmup = math.ceil(total * warmup) if warmup < 1 else int(warmup)
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    unused = torch.optim.SGD([torch.zeros(1)], lr=budget.learning_rate)
     made = get_scheduler(
         budget.lr_scheduler_type, unused, num_warmup_steps=warmup, num_training_steps=total
     )

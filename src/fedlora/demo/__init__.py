@@ -4,7 +4,7 @@ Everything needed for a real federated fine-tuning run ships inside the package,
 the tests work without a network. `BASE_DIR` is a Hugging Face model directory (a Llama of about
 0.8 million parameters with a character-level tokenizer) that solves the skills in their symbolic
 form, ``reverse abc>``, and practically none of them when they are asked for in words,
-``write abc backwards>``. `instructions` makes rows of the second kind: the data to fine-tune on.
+``write backwards abc>``. `instructions` makes rows of the second kind: the data to fine-tune on.
 
 Importing this module loads neither torch nor transformers.
 """

@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapters import load_adapter, save_adapter
-from fedlora.checkpoint import RunDirectory, Saved, check_free, no_space_is_explained
+from fedlora.checkpoint import (
+    RunDirectory,
+    Saved,
+    check_free,
+    no_space_is_explained,
+    settled,
+    verify,
+)
 from fedlora.config import Config, read_yaml
-from fedlora.errors import InputError
+from fedlora.errors import CheckpointError, InputError
 from fedlora.evaluate import evaluate
 from fedlora.federation import Server, global_delta, initial_state
 from fedlora.lowrank import Deltas
 from fedlora.methods import METHODS
-from fedlora.setup import AUTOMATIC, Session, assemble, resolve_paths
+from fedlora.setup import AUTOMATIC, Session, assemble, client_ranks, resolve_paths
 from fedlora.state import RoundRecord, ServerState
 from fedlora.train import StepCallback, TrainFunction, train
 from fedlora.worker import Worker
@@ -95,7 +102,8 @@ def run(
         directory = RunDirectory.open(resume)
         try:
             session = assemble(_as_it_began(directory.path, config))
-            return _Run(session, directory, train_function, callbacks, report).resume()
+            initial = _initial(session)
+            return _Run(session, directory, initial, train_function, callbacks, report).resume()
         finally:
             directory.close()
     if config is None:
@@ -115,9 +123,10 @@ def run_session(
 ) -> Result:
     """Run a federation whose model and data are loaded already; otherwise as `run`."""
     path = Path(session.config.output_dir)
+    initial = _initial(session)
     directory = RunDirectory.create(path, session.config.to_yaml())
     try:
-        return _Run(session, directory, train_function, callbacks, report).start()
+        return _Run(session, directory, initial, train_function, callbacks, report).start()
     finally:
         directory.close()
 
@@ -134,9 +143,9 @@ def _as_it_began(path: Path, config: Config | None) -> Config:
     ours = resolve_paths(config.model_copy(update={"output_dir": str(path)})).flat()
     theirs = saved.flat()
     automatic = set(AUTOMATIC)
-    if config.rank_choices:  # the saved run holds the ranks that were drawn
-        automatic |= {"client_ranks"}
-        ours["rank_choices"] = ours["rank_shares"] = None
+    # The saved run holds a rank for every client, whichever key they came from.
+    ours["client_ranks"] = client_ranks(config, saved.num_clients or 0)
+    ours["rank_choices"] = ours["rank_shares"] = None
     different = [
         f"  {key}: {theirs.get(key)!r} when it began, {value!r} now"
         for key, value in ours.items()
@@ -149,6 +158,28 @@ def _as_it_began(path: Path, config: Config | None) -> Config:
             + "\nLeave these keys as they were, or start a new run in another --output_dir"
         )
     return saved
+
+
+def _initial(session: Session) -> ServerState:
+    """The server's state before round 1.
+
+    Raises:
+        InputError: `init_adapter` cannot be read, or changes what is no target module.
+    """
+    given, source = {}, session.config.init_adapter
+    if source:
+        try:
+            given = load_adapter(source)
+        except InputError as error:
+            raise InputError(f"init_adapter: {error}") from None
+        ours = session.federation.shapes
+        for name, x in given.items():
+            if ours.get(name) != x.shape:
+                raise InputError(
+                    f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
+                    f"target modules ({ours.get(name, 'absent')})"
+                )
+    return initial_state(session.federation, METHODS[session.config.method], given)
 
 
 @dataclass
@@ -165,6 +196,7 @@ class _Run:
         self,
         session: Session,
         directory: RunDirectory,
+        initial: ServerState,
         train_function: TrainFunction,
         callbacks: Sequence[Callable[[RoundResult], None]],
         report: Report,
@@ -173,27 +205,15 @@ class _Run:
         self.callbacks, self.report = callbacks, report
         self.log: list[dict[str, Any]] = []
         self.best = _Best()
+        self.initial = initial
         self.server = Server(
             session.federation,
             METHODS[self.config.method],
             self.config.rule_options(),
-            self._initial(),
+            initial,
         )
         clients = dict(enumerate(session.data.clients))
         self.worker = Worker(session.base, clients, self.config, train_function)
-
-    def _initial(self) -> ServerState:
-        given = {}
-        if self.config.init_adapter:
-            given = load_adapter(self.config.init_adapter)
-            ours = self.session.federation.shapes
-            for name, x in given.items():
-                if ours.get(name) != x.shape:
-                    raise InputError(
-                        f"init_adapter: {self.config.init_adapter} changes {name} {x.shape}, which "
-                        f"is not among the target modules ({ours.get(name, 'absent')})"
-                    )
-        return initial_state(self.session.federation, METHODS[self.config.method], given)
 
     # --- the course of a run ---
 
@@ -204,8 +224,11 @@ class _Run:
 
     def resume(self) -> Result:
         with no_space_is_explained(self.directory.path):
-            self.directory.mend_metrics()
             saved, problems = self.directory.load_latest()
+            if saved:
+                self._check_same(saved)
+            self.directory.mend_metrics()
+            self.directory.sweep()
             number = saved.state.round if saved else 0
             self._begin(resumed_from=number)
             where = f"round {number}" if saved else "the start"
@@ -217,7 +240,7 @@ class _Run:
             self._restore(saved)
             return self._rounds()
 
-    def _restore(self, saved: Saved) -> None:
+    def _check_same(self, saved: Saved) -> None:
         for key in ("base", "data"):
             ours, theirs = getattr(self.session, f"{key}_fingerprint"), saved.extra[key]
             if ours != theirs:
@@ -225,6 +248,8 @@ class _Run:
                     f"--resume {self.directory.path}: the {key} differs from the one the run "
                     "began with; restore it, or start a new run"
                 )
+
+    def _restore(self, saved: Saved) -> None:
         self.server.state = saved.state
         self.best = _Best(**saved.extra["best"])
         self.log = list(saved.log)
@@ -279,6 +304,7 @@ class _Run:
             self.report({"event": "client_end", "client": client, **update.metrics})
         trained = time.perf_counter()
         record = self.server.commit()
+        self.server.state = settled(self.server.state)
         aggregated = time.perf_counter()
         if not any(c.weight for c in record.clients):
             self._warn(f"no client counts in round {number}; the global model stays as it is")
@@ -332,7 +358,7 @@ class _Run:
         if self.config.load_best_model_at_end and self.best.round not in (None, state.round):
             assert self.best.round is not None
             wanted = self.best.round
-            delta = load_adapter(self.directory.path / f"round-{wanted}") if wanted else {}
+            delta = self._saved_adapter(wanted) if wanted else global_delta(self.initial)
 
         def fill(partial: Path) -> None:
             save_adapter(partial, delta, self.session.base.targets)
@@ -342,6 +368,18 @@ class _Run:
         self._log(line)
         final = self.directory.save_final(fill)
         return Result(self.directory.path, final, delta, list(self.log), self.best.round)
+
+    def _saved_adapter(self, number: int) -> Deltas:
+        path = self.directory.path / f"round-{number}"
+        try:
+            verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; it is the best round, which load_best_model_at_end needs. Remove all "
+                f"round-* directories to train it again, then: fedlora run --resume "
+                f"{self.directory.path}"
+            ) from None
+        return load_adapter(path)
 
     # --- small things ---
 

@@ -1,0 +1,496 @@
+"""Rows, templates, tokens: what is learnt from, written out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedlora
+from conftest import rows, write_jsonl
+from fedlora import Config
+from fedlora.data import (
+    IGNORE,
+    TEMPLATES,
+    FederatedData,
+    choose_template,
+    load_data,
+    load_rows,
+    read_rows,
+    tokenize,
+)
+
+SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x1cf"
+"""What str.splitlines takes for ends of lines, and JSON does not."""
+
+TABLE: list[dict[str, Any]] = [
+    {"prompt": "eins", "completion": "1", "number": 1},
+    {"prompt": 'zwei, "2"', "completion": "zwei\nZeilen", "number": 2},
+    {"prompt": "drei", "completion": "drei", "number": 3},
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama: Path) -> Any:
+    """A token per character."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def write_parquet(path: Path, values: list[dict[str, Any]]) -> None:
+    """Rows as a Parquet file."""
+    from datasets import Dataset
+
+    Dataset.from_list(values).to_parquet(str(path))
+
+
+def write_csv(path: Path, values: list[dict[str, Any]]) -> None:
+    """Rows as CSV, by the standard library."""
+    with path.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, list(values[0]))
+        writer.writeheader()
+        writer.writerows(values)
+
+
+def write_json(path: Path, values: list[dict[str, Any]]) -> None:
+    """Rows as one JSON list."""
+    path.write_text("\n " + json.dumps(values, indent=1))
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("x.json", write_json),
+        ("x.jsonl", write_jsonl),
+        ("x.json", write_jsonl),  # some call lines of JSON .json too
+        ("x.csv", write_csv),
+        ("x.parquet", write_parquet),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_rows(
+    name: str, write: Callable[[Path, list[dict[str, Any]]], Any], tmp_path: Path
+) -> None:
+    write(tmp_path / name, TABLE)
+    wanted = TABLE
+    if name == "x.csv":  # which knows no types
+        wanted = [{key: str(value) for key, value in row.items()} for row in TABLE]
+    assert read_rows(tmp_path / name) == wanted
+    assert read_rows(str(tmp_path / name)) == wanted
+
+
+def test_cells_of_a_csv_file_are_text(tmp_path: Path) -> None:
+    """Numbers keep their zeros, and words that look like a missing value stay words."""
+    answers = ["007", "1.50", "None", "NA", "null", "true"]
+    write_csv(tmp_path / "x.csv", [{"prompt": "p", "completion": text} for text in answers])
+    assert [row["completion"] for row in read_rows(tmp_path / "x.csv")] == answers
+    (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbfprompt,completion\r\na,\r\nb,007\r\n")
+    assert read_rows(tmp_path / "x.csv") == [
+        {"prompt": "a", "completion": None},
+        {"prompt": "b", "completion": "007"},
+    ]
+
+
+def test_a_csv_row_longer_than_its_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt,completion\na,b\na,b,c\n")
+    with pytest.raises(fedlora.InputError, match="row 2 has more cells than the header"):
+        read_rows(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_line_separators_inside_strings_end_no_line(tmp_path: Path, ascii_only: bool) -> None:
+    """U+2028 and the like are plain characters to JSON, and end a line for str.splitlines."""
+    wanted = [{"text": SEPARATORS}, {"text": "second"}]
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in wanted]
+    path.write_text("\n\n".join(lines) + "\n \n", encoding="utf-8")
+    assert read_rows(path) == wanted
+
+
+def test_windows_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert read_rows(tmp_path / "x.jsonl") == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(fedlora.InputError, match=r"nothing\.jsonl: no such file"):
+        read_rows(tmp_path / "nothing.jsonl")
+
+
+def test_a_malformed_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a\u2028b"}\n\n{"text": "b"\n{"text": "c"}\n')
+    with pytest.raises(fedlora.InputError, match=r"x\.jsonl, line 3: malformed JSON"):
+        read_rows(path)
+    path.write_text('[{"text": "a"},\n {"text": "b"},\n {"text" "c"}]')
+    with pytest.raises(fedlora.InputError, match=r"x\.jsonl, line 3: malformed JSON"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "[]"])
+def test_a_file_without_rows_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(fedlora.InputError, match=r"x\.jsonl: holds no rows"):
+        read_rows(tmp_path / "x.jsonl")
+
+
+def test_rows_that_are_no_objects_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n["b"]\n')
+    with pytest.raises(fedlora.InputError, match="row 2 is no object with columns"):
+        read_rows(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.csv"])
+def test_what_is_no_such_file_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00PAR")
+    with pytest.raises(fedlora.InputError, match=rf"{name}: cannot be read"):
+        read_rows(tmp_path / name)
+
+
+# --- who gets what ---
+
+
+def test_files_of_a_pattern_come_in_natural_order(tmp_path: Path) -> None:
+    for i in (0, 1, 2, 9, 10, 11):
+        write_jsonl(tmp_path / f"site{i}.jsonl", [{"text": f"of {i}"}])
+    parts, _ = load_rows(Config(train_file=str(tmp_path / "site*.jsonl")))
+    assert [part[0]["text"] for part in parts] == [f"of {i}" for i in (0, 1, 2, 9, 10, 11)]
+
+
+def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "part[1].jsonl", rows(4))
+    parts, _ = load_rows(Config(train_file=str(tmp_path / "part[1].jsonl"), num_clients=2))
+    assert sum(len(part) for part in parts) == 4
+
+
+def test_a_pattern_without_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(fedlora.InputError, match=r"train_file: .* the pattern matches no file"):
+        load_rows(Config(train_file=str(tmp_path / "*.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"num_clients": 3}, "num_clients: 3, but train_file: .* matches 4 files"),
+        ({"client_ranks": [1, 2]}, "client_ranks: 2, but train_file: .* matches 4 files"),
+    ],
+)
+def test_counts_that_do_not_fit_the_files(
+    values: dict[str, Any], says: str, site_files: Path
+) -> None:
+    with pytest.raises(fedlora.InputError, match=says):
+        load_rows(Config.of({"train_file": str(site_files / "site_*.jsonl"), **values}))
+
+
+def test_counts_that_do_not_fit_each_other(site_files: Path) -> None:
+    values = {"train_file": str(site_files / "site_0.jsonl"), "client_ranks": [1, 2]}
+    with pytest.raises(fedlora.InputError, match="client_ranks: 2 ranks for num_clients: 3"):
+        load_rows(Config.of({**values, "num_clients": 3}))
+    assert len(load_rows(Config.of(values))[0]) == 2
+
+
+def test_no_data_at_all_says_which_keys_to_give() -> None:
+    with pytest.raises(fedlora.InputError, match="no data: give train_file or dataset_name"):
+        load_rows(Config())
+
+
+def test_one_file_is_divided_without_loss(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": str(i)} for i in range(23)])
+    config = Config(train_file=str(tmp_path / "x.jsonl"), num_clients=5)
+    parts, _ = load_rows(config)
+    assert [len(part) for part in parts] == [5, 5, 5, 4, 4]
+    assert sorted(int(row["text"]) for part in parts for row in part) == list(range(23))
+    assert load_rows(config)[0] == parts
+    assert load_rows(config.model_copy(update={"seed": 1}))[0] != parts
+
+
+def test_more_clients_than_rows_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": str(i)} for i in range(3)])
+    with pytest.raises(fedlora.InputError, match="num_clients: 4 clients for 3 rows"):
+        load_rows(Config(train_file=str(tmp_path / "x.jsonl"), num_clients=4))
+
+
+def shares(tmp_path: Path, alpha: float, seed: int = 42) -> np.ndarray[Any, Any]:
+    """Rows of each of 3 labels at each of 4 clients, divided by Dirichlet."""
+    write_jsonl(tmp_path / "x.jsonl", [{"text": str(i), "kind": "abc"[i % 3]} for i in range(300)])
+    config = Config(
+        train_file=str(tmp_path / "x.jsonl"),
+        num_clients=4,
+        partition="dirichlet",
+        partition_alpha=alpha,
+        partition_column="kind",
+        seed=seed,
+    )
+    parts, _ = load_rows(config)
+    assert sorted(int(row["text"]) for part in parts for row in part) == list(range(300))
+    return np.array([[sum(r["kind"] == k for r in part) for k in "abc"] for part in parts])
+
+
+def test_dirichlet_divides_by_the_column(tmp_path: Path) -> None:
+    even, skewed = shares(tmp_path, 1e4), shares(tmp_path, 0.1)
+    assert even.sum(0).tolist() == skewed.sum(0).tolist() == [100, 100, 100]
+    assert np.abs(even - 25).max() <= 3
+    assert (skewed.max(0) > 60).any()
+    assert skewed.sum(1).min() >= 1
+    assert (shares(tmp_path, 0.1) == skewed).all()
+    assert (shares(tmp_path, 0.1, seed=7) != skewed).any()
+
+
+def test_dirichlet_needs_its_column(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", rows(8))
+    config = Config(
+        train_file=str(tmp_path / "x.jsonl"), partition="dirichlet", partition_column="label"
+    )
+    with pytest.raises(
+        fedlora.InputError, match="'label' is not a column; there are prompt, completion, kind"
+    ):
+        load_rows(config)
+
+
+def test_a_directory_is_loaded_through_datasets(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", rows(6))
+    write_jsonl(tmp_path / "test.jsonl", rows(3, 50))
+    config = Config(dataset_name=str(tmp_path), dataset_test_split="test", num_clients=2)
+    parts, evaluation = load_rows(config)
+    assert sorted(str(row) for part in parts for row in part) == sorted(map(str, rows(6)))
+    assert evaluation == rows(3, 50)
+    missing = config.model_copy(update={"dataset_train_split": "training"})
+    with pytest.raises(fedlora.InputError, match=r"dataset_name: .*'training' cannot be loaded"):
+        load_rows(missing)
+
+
+# --- templates ---
+
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n"
+    "\n"
+    "### Instruction:\n"
+    "Add the numbers.\n"
+    "\n"
+    "### Input:\n"
+    "2 and 3\n"
+    "\n"
+    "### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n"
+    "\n"
+    "### Instruction:\n"
+    "Add the numbers.\n"
+    "\n"
+    "### Response:\n"
+)
+
+
+@pytest.mark.parametrize(("given", "answer"), [("input", "output"), ("context", "response")])
+def test_alpaca_written_out(given: str, answer: str) -> None:
+    row = {"instruction": "Add the numbers.", given: "2 and 3", answer: "5"}
+    assert choose_template("auto", list(row)).name == "alpaca"
+    assert TEMPLATES["alpaca"].render(row) == (WITH_INPUT, "5")
+    for nothing in ("", "  ", None):
+        assert TEMPLATES["alpaca"].render({**row, given: nothing}) == (WITHOUT_INPUT, "5")
+    del row[given]
+    assert TEMPLATES["alpaca"].render(row) == (WITHOUT_INPUT, "5")
+
+
+def test_the_template_is_chosen_by_the_columns() -> None:
+    assert choose_template("auto", ["instruction", "response", "text"]).name == "alpaca"
+    assert choose_template("auto", ["prompt", "completion", "text"]).name == "prompt_completion"
+    assert choose_template("auto", ["text", "prompt"]).name == "text"
+    assert choose_template("text", ["prompt", "completion", "text"]).name == "text"
+
+
+def test_a_template_that_lacks_a_column_says_which() -> None:
+    with pytest.raises(
+        fedlora.InputError,
+        match="alpaca needs the column output or response; the data has instruction, answer",
+    ):
+        choose_template("alpaca", ["instruction", "answer"])
+
+
+def test_no_template_fits_lists_all() -> None:
+    with pytest.raises(fedlora.InputError, match="no template fits the columns a, b") as found:
+        choose_template("auto", ["a", "b"])
+    for template in TEMPLATES.values():
+        assert template.name in str(found.value)
+    assert "output or response" in str(found.value)
+
+
+# --- tokens ---
+
+
+def letters(tokenizer: Any, text: str) -> list[int]:
+    """A token per character, looked up one by one."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[letter] for letter in text]
+
+
+def test_labels_token_by_token(tokenizer: Any) -> None:
+    row, template = {"prompt": "ab>", "completion": "ba"}, TEMPLATES["prompt_completion"]
+    a, b, arrow, end = *letters(tokenizer, "ab>"), tokenizer.eos_token_id
+    assert tokenize(row, template, tokenizer, 100, True) == {
+        "input_ids": [a, b, arrow, b, a, end],
+        "labels": [IGNORE, IGNORE, IGNORE, b, a, end],
+    }
+    assert tokenize(row, template, tokenizer, 100, False) == {
+        "input_ids": [a, b, arrow, b, a, end],
+        "labels": [a, b, arrow, b, a, end],
+    }
+    # Cut in the completion, and just after its first token.
+    assert tokenize(row, template, tokenizer, 5, True) == {
+        "input_ids": [a, b, arrow, b, a],
+        "labels": [IGNORE, IGNORE, IGNORE, b, a],
+    }
+    assert tokenize(row, template, tokenizer, 4, True) == {
+        "input_ids": [a, b, arrow, b],
+        "labels": [IGNORE, IGNORE, IGNORE, b],
+    }
+    assert tokenize(row, template, tokenizer, 3, True) is None
+    assert tokenize(row, template, tokenizer, 2, False) == {"input_ids": [a, b], "labels": [a, b]}
+
+
+def test_plain_text_has_no_prompt(tokenizer: Any) -> None:
+    a, b, end = *letters(tokenizer, "ab"), tokenizer.eos_token_id
+    text = TEMPLATES["text"]
+    assert tokenize({"text": "ab"}, text, tokenizer, 100, True) == {
+        "input_ids": [a, b, end],
+        "labels": [a, b, end],
+    }
+    # A single token is predicted from nothing: there is nothing to learn.
+    assert tokenize({"text": ""}, text, tokenizer, 100, True) is None
+    assert tokenize({"text": "ab"}, text, tokenizer, 1, True) is None
+
+
+def test_a_text_that_ends_with_the_end_gets_no_second(tokenizer: Any) -> None:
+    row = {"prompt": "a", "completion": "b</s>"}
+    a, b, end = *letters(tokenizer, "ab"), tokenizer.eos_token_id
+    found = tokenize(row, TEMPLATES["prompt_completion"], tokenizer, 100, True)
+    assert found == {"input_ids": [a, b, end], "labels": [IGNORE, b, end]}
+
+
+class EndsEveryText:
+    """A tokenizer that begins and ends every text with special tokens, as T5's and others do."""
+
+    eos_token_id = 2
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Codes of the characters between the beginning and the end."""
+        return {"input_ids": [1, *(ord(c) for c in text), 2]}
+
+
+def test_special_tokens_of_the_tokenizer_stay_where_they_belong() -> None:
+    row = {"prompt": "a", "completion": "b"}
+    found = tokenize(row, TEMPLATES["prompt_completion"], EndsEveryText(), 100, True)
+    assert found == {"input_ids": [1, 97, 98, 2], "labels": [IGNORE, IGNORE, 98, 2]}
+
+
+# --- all together ---
+
+
+def config_of(path: Path, **values: Any) -> Config:
+    """A run over `path`, two clients."""
+    return Config.of({"train_file": str(path), "num_clients": 2, "max_length": 64, **values})
+
+
+def keys(data: FederatedData, part: str) -> list[list[tuple[int, ...]]]:
+    """Every client's rows of that part, as values to compare."""
+    return [[tuple(row["input_ids"]) for row in getattr(c, part)] for c in data.clients]
+
+
+def test_rows_without_a_token_to_learn_from_are_dropped_and_counted(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    values = [{"prompt": "x" * n, "completion": "y"} for n in (2, 3, 9, 10, 11, 40)]
+    write_jsonl(tmp_path / "x.jsonl", values)
+    data = load_data(config_of(tmp_path / "x.jsonl", max_length=10), tokenizer)
+    kept = sorted(len(row["labels"]) for c in data.clients for row in c.train)
+    assert (kept, data.dropped) == ([4, 5, 10], 3)
+    with pytest.raises(fedlora.InputError, match=r"all .* rows lose their last token .* 2; use a"):
+        load_data(config_of(tmp_path / "x.jsonl", max_length=2), tokenizer)
+
+
+def test_a_share_of_every_client_is_held_out(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i:03}"} for i in range(41)])
+    path = tmp_path / "x.jsonl"
+    whole = keys(load_data(config_of(path), tokenizer), "train")
+    data = load_data(config_of(path, client_eval_fraction=0.25), tokenizer)
+    train, held = keys(data, "train"), keys(data, "eval")
+    assert [len(part) for part in held] == [5, 5]
+    for ours, trained, out in zip(whole, train, held, strict=True):
+        assert not set(trained) & set(out)
+        assert set(trained) | set(out) == set(ours)
+        assert len(trained) + len(out) == len(ours)
+    # Without other data, the global evaluation is on what all clients held out.
+    assert [tuple(row["input_ids"]) for row in data.eval] == held[0] + held[1]
+    assert keys(load_data(config_of(path, client_eval_fraction=0.25), tokenizer), "eval") == held
+    other = load_data(config_of(path, client_eval_fraction=0.25, seed=5), tokenizer)
+    assert keys(other, "eval") != held
+
+
+def test_an_evaluation_file_takes_the_place_of_what_clients_held_out(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i:03}"} for i in range(20)])
+    write_jsonl(tmp_path / "e.jsonl", [{"text": f"other {i}"} for i in range(7)])
+    data = load_data(
+        config_of(
+            tmp_path / "x.jsonl",
+            client_eval_fraction=0.2,
+            eval_file=str(tmp_path / "e.jsonl"),
+            max_eval_samples=3,
+        ),
+        tokenizer,
+    )
+    wanted = [[*letters(tokenizer, f"other {i}"), 2] for i in range(3)]
+    assert [row["input_ids"] for row in data.eval] == wanted
+    assert [len(part) for part in keys(data, "eval")] == [2, 2]
+
+
+def test_the_number_of_rows_is_limited_per_client(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i:03}"} for i in range(20)])
+    data = load_data(config_of(tmp_path / "x.jsonl", max_train_samples=4), tokenizer)
+    assert [len(c.train) for c in data.clients] == [4, 4]
+
+
+def test_a_row_that_lacks_a_value_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [*rows(4), {"prompt": "here", "completion": None}])
+    with pytest.raises(fedlora.InputError, match=r"client \d: a row has no completion: .*here"):
+        load_data(config_of(tmp_path / "x.jsonl"), tokenizer)
+    write_jsonl(tmp_path / "x.jsonl", rows(4))
+    write_jsonl(tmp_path / "e.jsonl", [{"text": "here"}])
+    config = config_of(tmp_path / "x.jsonl", eval_file=str(tmp_path / "e.jsonl"))
+    with pytest.raises(fedlora.InputError, match=r"evaluation data: a row has no prompt: .*her"):
+        load_data(config, tokenizer)
+
+
+def test_mixed_columns_in_one_file(tokenizer: Any, tmp_path: Path) -> None:
+    """Alternatives may change from row to row."""
+    write_jsonl(
+        tmp_path / "x.jsonl",
+        [{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}],
+    )
+    data = load_data(config_of(tmp_path / "x.jsonl", max_length=1000), tokenizer)
+    assert data.clients[0].train == data.clients[1].train
+
+
+def test_the_fingerprint_knows_every_token(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write_jsonl(path, rows(8))
+    first = load_data(config_of(path), tokenizer).fingerprint
+    assert load_data(config_of(path), tokenizer).fingerprint == first
+    for other in ({"seed": 1}, {"completion_only_loss": False}, {"client_eval_fraction": 0.25}):
+        assert load_data(config_of(path, **other), tokenizer).fingerprint != first
+    changed = rows(8)
+    changed[3]["completion"] += "!"
+    write_jsonl(path, changed)
+    assert load_data(config_of(path), tokenizer).fingerprint != first

@@ -1,0 +1,794 @@
+"""A run killed at any moment, and resumed, ends with the same bytes as one never interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import fedlora
+from fedlora.checkpoint import read_metrics
+from fedlora.cli import main
+from fedlora.engines import local
+from fedlora.errors import CheckpointError, FedloraError, InputError
+
+METHODS = ("exact", "flora")
+ROUNDS = 3
+WEIGHTS = "adapter_model.safetensors"
+
+# One process that has loaded everything; every request runs in a fork of it, which may be killed.
+DRIVER = '''
+import json, os, resource, shutil, signal, sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+import peft, transformers
+from fedlora import adapters, checkpoint, cli, train, worker
+from fedlora.engines import local
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at(owner, name, n, matches, act):
+    """Run `act` and die at the n-th call of `owner.name` whose arguments match."""
+    original, seen = getattr(owner, name), 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal seen
+        if matches(*args):
+            seen += 1
+            if seen == n:
+                act(original, *args, **kwargs)
+                die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def half_a_file(original, path, tensors):
+    original(path, tensors)
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def half_a_line(original, directory, line):
+    with (directory.path / "metrics.jsonl").open("a") as out:
+        text = json.dumps(line)
+        out.write(text[: len(text) // 2])
+
+
+def half_removed(original, path, **_):
+    sorted(p for p in Path(path).rglob("*") if p.is_file())[0].unlink()
+
+
+def any_call(*args):
+    return True
+
+
+def named(ending):
+    return lambda path, *_: str(path).endswith(ending)
+
+
+def round_line(directory, line):
+    return line["event"] == "round"
+
+
+POINTS = {
+    "before training": (worker.Worker, "handle", any_call, die),
+    "in a client's steps": (train, "collate", any_call, die),
+    "before the directory": (Path, "rename", named(".out.partial"), die),
+    "before the first line": (checkpoint.RunDirectory, "append", any_call, die),
+    "half of the state": (checkpoint, "save_tensors", any_call, half_a_file),
+    "half of the adapter": (adapters, "save_tensors", any_call, half_a_file),
+    "manifest, no name yet": (Path, "rename", named(".partial"), die),
+    "no metrics line yet": (checkpoint.RunDirectory, "append", round_line, die),
+    "half a metrics line": (checkpoint.RunDirectory, "append", round_line, half_a_line),
+    "before pruning": (Path, "rename", named("round-1"), die),
+    "while pruning": (shutil, "rmtree", lambda p, *_: p.name == ".round-1.removed" and p.exists(),
+                      half_removed),
+    "half of final": (adapters, "save_tensors", lambda p, *_: p.parent.name == ".final.partial",
+                      half_a_file),
+    "before final is named": (Path, "rename", named(".final.partial"), die),
+}
+
+
+def count(limit):
+    """Die at a call of the package's own code: the limit-th, or count them all."""
+    seen = 0
+
+    def profile(frame, event, argument):
+        nonlocal seen
+        if event in ("call", "c_call") and "/fedlora/" in frame.f_code.co_filename:
+            seen += 1
+            if seen == limit:
+                die()
+
+    sys.setprofile(profile)
+    return lambda: seen
+
+
+def child(request):
+    for name, mode in (("out", 1), ("err", 2)):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), mode)
+    if "file_size" in request:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
+    if "point" in request:
+        owner, name, matches, act = POINTS[request["point"]]
+        at(owner, name, request.get("n", 1), matches, act)
+    calls = count(request["calls"]) if "calls" in request else None
+    code = cli.main(request["argv"])
+    sys.setprofile(None)
+    if calls:
+        print("calls", calls())
+    sys.stdout.flush()
+    return code
+
+
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            code = child(json.loads(line))
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    print(os.waitstatus_to_exitcode(status), flush=True)
+'''
+
+
+@dataclass
+class Driver:
+    """Runs the command line in a process that a request may have killed."""
+
+    process: subprocess.Popen[str]
+    path: Path
+
+    def __call__(self, *argv: object, **request: Any) -> int:
+        assert self.process.stdin
+        assert self.process.stdout
+        request |= {"argv": [str(a) for a in argv]}
+        request |= {"out": str(self.path / "stdout"), "err": str(self.path / "stderr")}
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def kill(self, *argv: object, **request: Any) -> None:
+        code = self(*argv, **request)
+        assert code == -signal.SIGKILL, f"{code}: {self.stderr}"
+
+    @property
+    def stdout(self) -> str:
+        return (self.path / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.path / "stderr").read_text()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    path = tmp_path_factory.mktemp("driver")
+    (path / "driver.py").write_text(DRIVER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(path / "driver.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        yield Driver(process, path)
+        assert process.stdin
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def keys(tiny_llama: Path, site_files: Path) -> dict[str, Any]:
+    """A run of a third of a second in which rounds are pruned and momentum is kept."""
+    return {
+        "model_name_or_path": str(tiny_llama),
+        "train_file": str(site_files / "site_*.jsonl"),
+        "eval_file": str(site_files / "eval.jsonl"),
+        "client_ranks": [8, 4, 2, 2],
+        "num_rounds": ROUNDS,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lora_dropout": 0.1,
+        "clients_per_round": 3,
+        "server_momentum": 0.5,
+        "eval_exact_match": False,
+        "save_total_limit": 2,
+        "num_threads": 1,
+    }
+
+
+def write(path: Path, values: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For every method the directory of a run that was never interrupted."""
+    out = {}
+    for method in METHODS:
+        path = tmp_path_factory.mktemp("whole") / method
+        fedlora.run(fedlora.Config.of({**keys, "method": method, "output_dir": str(path)}))
+        out[method] = path
+    return out
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def course(path: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` tells of a run, without what depends on the clock."""
+
+    def timeless(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: timeless(v) for k, v in x.items() if k != "seconds"}
+        return [timeless(v) for v in x] if isinstance(x, list) else x
+
+    return [timeless(line) for line in read_metrics(path)]
+
+
+def final(path: Path) -> bytes:
+    return (path / "final" / WEIGHTS).read_bytes()
+
+
+def whole_lines(path: Path) -> bytes:
+    file = path / "metrics.jsonl"
+    content = file.read_bytes() if file.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def assert_ends_like(path: Path, reference: Path, before: bytes = b"") -> None:
+    assert final(path) == final(reference)
+    assert course(path) == course(reference)
+    expected = ["start", *["round"] * ROUNDS, "end"]
+    assert [line["event"] for line in course(path)] == expected
+    assert [line["round"] for line in course(path)] == [*range(ROUNDS + 1), ROUNDS]
+    assert (path / "metrics.jsonl").read_bytes().startswith(before)
+    assert [p.name for p in path.iterdir() if p.name.startswith(".") and p.name != ".lock"] == []
+
+
+def begin(driver: Driver, tmp_path: Path, keys: dict[str, Any], **request: Any) -> Path:
+    """Start a run in `tmp_path/out` and have it killed."""
+    config = write(tmp_path / "config.yaml", {**keys, "output_dir": str(tmp_path / "out")})
+    driver.kill("run", config, **request)
+    return tmp_path / "out"
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+KILLS = [
+    ("before training", 1),
+    ("before training", 5),
+    ("in a client's steps", 1),
+    ("in a client's steps", 9),
+    ("before the first line", 1),
+    ("half of the state", 1),
+    ("half of the state", 3),
+    ("half of the adapter", 2),
+    ("manifest, no name yet", 2),
+    ("manifest, no name yet", 3),
+    ("no metrics line yet", 1),
+    ("no metrics line yet", 3),
+    ("half a metrics line", 1),
+    ("half a metrics line", 2),
+    ("before pruning", 1),
+    ("while pruning", 1),
+    ("half of final", 1),
+    ("before final is named", 1),
+]
+
+
+@pytest.mark.parametrize(("point", "n"), KILLS, ids=[f"{p}-{n}" for p, n in KILLS])
+def test_killed_at_a_point(
+    driver: Driver,
+    keys: dict[str, Any],
+    whole: dict[str, Path],
+    tmp_path: Path,
+    point: str,
+    n: int,
+) -> None:
+    path = begin(driver, tmp_path, {**keys, "method": "exact"}, point=point, n=n)
+    assert not (path / "final").exists()
+    assert [p for p in path.glob("round-*") if not (p / "manifest.json").is_file()] == []
+    before = whole_lines(path)
+    fedlora.run(resume=path)
+    assert_ends_like(path, whole["exact"], before)
+
+
+def test_killed_before_the_directory_has_its_name_leaves_nothing_in_the_way(
+    driver: Driver, keys: dict[str, Any], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    path = begin(driver, tmp_path, {**keys, "method": "exact"}, point="before the directory")
+    assert not path.exists()
+    with pytest.raises(InputError, match="nothing to resume"):
+        fedlora.run(resume=path)
+    fedlora.run(fedlora.Config.of({**keys, "method": "exact", "output_dir": str(path)}))
+    assert_ends_like(path, whole["exact"])
+    assert not (tmp_path / ".out.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def calls(driver: Driver, keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many calls the package's own code makes in a run."""
+    path = tmp_path_factory.mktemp("calls")
+    config = write(path / "config.yaml", {**keys, "output_dir": str(path / "out")})
+    assert driver("run", config, calls=-1) == 0
+    return int(driver.stdout.split()[-1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_a_random_call(
+    driver: Driver,
+    calls: int,
+    keys: dict[str, Any],
+    whole: dict[str, Path],
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    method = METHODS[seed % 2]
+    # Reading the model and the data takes the first tenth or so; a run that is killed there has
+    # nothing to resume and is tested above.
+    moment = random.Random(seed).randrange(calls // 10, calls * 9 // 10)
+    path = begin(driver, tmp_path, {**keys, "method": method}, calls=moment)
+    if not path.exists():
+        fedlora.run(fedlora.Config.of({**keys, "method": method, "output_dir": str(path)}))
+        assert_ends_like(path, whole[method])
+        return
+    before = whole_lines(path)
+    fedlora.run(resume=path)
+    assert_ends_like(path, whole[method], before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_resumed_killed_resumed(
+    driver: Driver, keys: dict[str, Any], whole: dict[str, Path], tmp_path: Path, method: str
+) -> None:
+    path = begin(driver, tmp_path, {**keys, "method": method}, point="no metrics line yet")
+    for point in ("in a client's steps", "half a metrics line"):
+        before = whole_lines(path)
+        driver.kill("run", "--resume", path, point=point, n=1)
+        assert (path / "metrics.jsonl").read_bytes().startswith(before)
+    before = whole_lines(path)
+    assert driver("run", "--resume", path) == 0, driver.stderr
+    assert_ends_like(path, whole[method], before)
+    assert driver("run", "--resume", path) == 2
+    assert "the run is complete" in driver.stderr
+
+
+# --- damaged checkpoints ---
+
+
+@pytest.fixture(scope="module")
+def stopped(driver: Driver, keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run killed in round 3, with rounds 1 and 2 on the disk."""
+    path = tmp_path_factory.mktemp("stopped")
+    return begin(driver, path, {**keys, "method": "exact"}, point="before training", n=7)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+STATE = "state/server.safetensors"
+DAMAGES: list[tuple[Callable[[Path], None], str]] = [
+    (flip, STATE),
+    (flip, WEIGHTS),
+    (flip, "manifest.json"),
+    (cut, STATE),
+    (cut, "state/state.json"),
+    (cut, "manifest.json"),
+    (Path.unlink, STATE),
+    (Path.unlink, "state/state.json"),
+    (Path.unlink, "manifest.json"),
+]
+
+
+@pytest.mark.parametrize(("damage", "file"), DAMAGES, ids=[f"{d.__name__} {f}" for d, f in DAMAGES])
+def test_damaged_newest(
+    stopped: Path,
+    whole: dict[str, Path],
+    out: Path,
+    damage: Callable[[Path], None],
+    file: str,
+) -> None:
+    shutil.copytree(stopped, out)
+    assert sorted(p.name for p in out.glob("round-*")) == ["round-1", "round-2"]
+    damage(out / "round-2" / file)
+    before, events = whole_lines(out), list[Any]()
+    fedlora.run(resume=out, report=events.append)
+    [warning] = [e["message"] for e in events if e["event"] == "warning"]
+    assert str(out / "round-2") in warning
+    assert "damaged" in warning
+    assert "going on from round 1" in warning
+    if file != "manifest.json":
+        assert file in warning
+    assert_ends_like(out, whole["exact"], before)
+
+
+def test_all_damaged(stopped: Path, whole: dict[str, Path], out: Path) -> None:
+    shutil.copytree(stopped, out)
+    flip(out / "round-1" / STATE)
+    flip(out / "round-2" / STATE)
+    before, events = whole_lines(out), list[Any]()
+    fedlora.run(resume=out, report=events.append)
+    warnings = [e["message"] for e in events if e["event"] == "warning"]
+    assert [w.endswith("going on from the start") for w in warnings] == [True, True]
+    assert_ends_like(out, whole["exact"], before)
+
+
+def test_killed_while_pruning_then_everything_damaged(
+    driver: Driver, keys: dict[str, Any], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    """What a killed pruning left must not be in the way of the next one."""
+    path = begin(driver, tmp_path, {**keys, "method": "exact"}, point="while pruning")
+    for saved in path.glob("round-*"):
+        flip(saved / STATE)
+    fedlora.run(resume=path)
+    assert_ends_like(path, whole["exact"])
+
+
+# --- what a run remembers ---
+
+
+class StoppedError(Exception):
+    """Raised by a callback to end a run."""
+
+
+def stop_after(number: int) -> Callable[[fedlora.RoundResult], None]:
+    def stop(result: fedlora.RoundResult) -> None:
+        if result.record.round == number:
+            raise StoppedError
+
+    return stop
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Evaluations give these losses, one after the other."""
+    left = iter(losses)
+    monkeypatch.setattr(local, "evaluate", lambda *a, **k: {"loss": next(left)})
+
+
+def judged(keys: dict[str, Any], out: Path) -> fedlora.Config:
+    """A run that keeps the best round and stops early."""
+    return fedlora.Config.of(
+        {
+            **keys,
+            "num_rounds": 9,
+            "output_dir": str(out),
+            "load_best_model_at_end": True,
+            "early_stopping_patience": 3,
+        }
+    )
+
+
+def test_best_round_and_patience_survive(
+    keys: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [5.0, 1.0, 3.0, 3.0, 2.0, 0.5])
+    with pytest.raises(StoppedError):
+        fedlora.run(judged(keys, out), callbacks=[stop_after(3)])
+    result = fedlora.run(resume=out)
+    assert result.best_round == 1
+    # Three evaluations without a better one: rounds 2, 3 and, after the resume, 4.
+    assert [line["round"] for line in result.metrics if line["event"] == "round"] == [1, 2, 3, 4]
+    assert read_metrics(out)[-1] == {"event": "end", "round": 4, "final": 1, "best": 1}
+    assert final(out) == (out / "round-1" / WEIGHTS).read_bytes()
+    assert final(out) != (out / "round-4" / WEIGHTS).read_bytes()
+
+
+def test_a_damaged_best_round_is_not_loaded(
+    keys: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = [5.0, 1.0, 3.0, 3.0, 2.0]
+    scripted(monkeypatch, losses)
+    with pytest.raises(StoppedError):
+        fedlora.run(judged(keys, out), callbacks=[stop_after(3)])
+    good = (out / "round-1" / WEIGHTS).read_bytes()
+    flip(out / "round-1" / WEIGHTS)
+    scripted(monkeypatch, losses[4:])
+    with pytest.raises(CheckpointError, match=r"round-1: damaged .*best round"):
+        fedlora.run(resume=out)
+    assert not (out / "final").exists()
+    # What the message proposes works.
+    for saved in out.glob("round-*"):
+        shutil.rmtree(saved)
+    scripted(monkeypatch, losses)
+    fedlora.run(resume=out)
+    assert final(out) == good
+
+
+# --- refused ---
+
+
+def refused(path: Path, *argv: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Resume in vain: exit code 2, one message, the directory untouched."""
+    before = snapshot(path)
+    assert main(["run", "--resume", str(path), *argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fedlora: ")
+    assert snapshot(path) == before
+    return captured.err
+
+
+@pytest.fixture
+def movable(
+    keys: dict[str, Any], tiny_llama: Path, site_files: Path, tmp_path: Path
+) -> tuple[Path, Path, Path]:
+    """A run stopped after round 1, with a model and data of its own that a test may change."""
+    model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "out"
+    shutil.copytree(tiny_llama, model)
+    shutil.copytree(site_files, data)
+    config = {
+        **keys,
+        "model_name_or_path": str(model),
+        "train_file": str(data / "site_*.jsonl"),
+        "output_dir": str(out),
+    }
+    with pytest.raises(StoppedError):
+        fedlora.run(fedlora.Config.of(config), callbacks=[stop_after(1)])
+    return model, data, out
+
+
+def test_another_base_is_refused(
+    movable: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _, out = movable
+    tensors = load_file(model / "model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 0.01
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "the base differs" in refused(out, capsys=capsys)
+
+
+def test_other_data_are_refused(
+    movable: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, data, out = movable
+    site = data / "site_2.jsonl"
+    site.write_text(site.read_text().replace('"completion": "', '"completion": "x', 1))
+    assert "the data differs" in refused(out, capsys=capsys)
+
+
+def test_a_missing_site_is_refused(
+    movable: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, data, out = movable
+    (data / "site_2.jsonl").unlink()
+    assert "3 files" in refused(out, capsys=capsys)
+
+
+def test_other_keys_are_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(stopped, "--learning_rate", "0.5", "--seed", "7", capsys=capsys)
+    assert "learning_rate: 0.01 when it began, 0.5 now" in message
+    assert "seed: 42 when it began, 7 now" in message
+    assert "max_steps" not in message
+
+
+def test_another_file_is_refused_key_by_key(
+    keys: dict[str, Any], stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {**keys, "method": "flora", "client_ranks": [8, 4, 2, 4], "num_rounds": 5}
+    config = write(tmp_path / "other.yaml", other)
+    before = snapshot(stopped)
+    assert main(["run", str(config), "--resume", str(stopped)]) == 2
+    message = capsys.readouterr().err
+    assert "method: 'exact' when it began, 'flora' now" in message
+    assert "client_ranks: [8, 4, 2, 2] when it began, [8, 4, 2, 4] now" in message
+    assert "num_rounds: 3 when it began, 5 now" in message
+    assert "learning_rate" not in message
+    assert snapshot(stopped) == before
+
+
+def test_the_same_keys_are_accepted(
+    keys: dict[str, Any], stopped: Path, whole: dict[str, Path], out: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stopped, out)
+    config = write(tmp_path / "same.yaml", {**keys, "method": "exact"})
+    assert main(["run", str(config), "--resume", str(out), "--max_steps", "2"]) == 0
+    assert_ends_like(out, whole["exact"])
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [{"client_ranks": 4}, {"client_ranks": None, "lora_r": 2}, {"rank_choices": [2, 4, 8]}],
+    ids=["one for all", "none", "drawn"],
+)
+def test_ranks_that_were_filled_in_are_no_difference(
+    keys: dict[str, Any], out: Path, ranks: dict[str, Any]
+) -> None:
+    values = {**keys, "client_ranks": None, **ranks, "num_rounds": 2, "output_dir": str(out)}
+    config = fedlora.Config.of(values)
+    with pytest.raises(StoppedError):
+        fedlora.run(config, callbacks=[stop_after(1)])
+    assert fedlora.run(config, resume=out).metrics[-1]["round"] == 2
+
+
+def test_other_drawn_ranks_are_a_difference(keys: dict[str, Any], out: Path) -> None:
+    values = {**keys, "client_ranks": None, "rank_choices": [2, 4], "output_dir": str(out)}
+    with pytest.raises(StoppedError):
+        fedlora.run(fedlora.Config.of(values), callbacks=[stop_after(1)])
+    values["rank_choices"] = [3]
+    with pytest.raises(InputError, match=r"client_ranks: .* when it began, \[3, 3, 3, 3\] now"):
+        fedlora.run(fedlora.Config.of(values), resume=out)
+
+
+def test_nothing_to_resume(
+    whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name in ("absent", "empty", "file"):
+        for more in ([], ["--seed", "1"]):
+            assert main(["run", "--resume", str(tmp_path / name), *more]) == 2
+            message = capsys.readouterr().err
+            assert "nothing to resume; there is no config.yaml" in message
+            assert name in message
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "file"]
+    assert "nothing to resume; the run is complete" in refused(whole["exact"], capsys=capsys)
+
+
+def test_a_second_process_is_refused(driver: Driver, stopped: Path, out: Path) -> None:
+    shutil.copytree(stopped, out)
+    codes = list[int]()
+
+    def meanwhile(result: fedlora.RoundResult) -> None:
+        before = snapshot(out)
+        codes.append(driver("run", "--resume", out))
+        assert "another process is writing to this run" in driver.stderr
+        assert snapshot(out) == before
+
+    fedlora.run(resume=out, callbacks=[meanwhile])
+    assert codes == [2]
+
+
+def test_resumed_from_another_directory(
+    keys: dict[str, Any], site_files: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths and patterns are those of where the run began."""
+    monkeypatch.chdir(site_files)
+    relative = {"train_file": "site_*.jsonl", "eval_file": "eval.jsonl"}
+    config = fedlora.Config.of({**keys, **relative, "output_dir": str(out)})
+    with pytest.raises(StoppedError):
+        fedlora.run(config, callbacks=[stop_after(1)])
+    monkeypatch.chdir(out.parent)
+    assert fedlora.run(resume=out).metrics[-1]["round"] == ROUNDS
+
+
+# --- no space left ---
+
+
+def growing(keys: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A run whose checkpoints grow from round to round."""
+    return {
+        **keys,
+        "client_ranks": [2, 1, 1, 1],
+        "server_momentum": 0.0,
+        "save_total_limit": None,
+        "output_dir": str(out),
+    }
+
+
+@pytest.fixture(scope="module")
+def grown(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("grown") / "out"
+    fedlora.run(fedlora.Config.of(growing(keys, path)))
+    return path
+
+
+def test_a_file_that_cannot_grow(
+    driver: Driver, keys: dict[str, Any], grown: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    saved = [grown / f"round-{n}" for n in range(1, ROUNDS + 1)]
+    sizes = [max(p.stat().st_size for p in path.rglob("*.safetensors")) for path in saved]
+    assert sizes == sorted(set(sizes))
+    config = write(tmp_path / "config.yaml", growing(keys, out))
+    assert driver("run", config, file_size=sizes[0] + 1) == 2
+    assert_explained(driver.stderr, out)
+    assert [p.name for p in out.glob("round-*")] == ["round-1"]
+    assert snapshot(out / "round-1")[STATE] == snapshot(grown / "round-1")[STATE]
+    assert [p.name for p in out.glob(".*.partial")] == []
+    before = whole_lines(out)
+    assert driver("run", "--resume", out, file_size=sizes[1] + 1) == 2
+    assert_explained(driver.stderr, out)
+    assert driver("run", "--resume", out) == 0, driver.stderr
+    assert_ends_like(out, grown, before)
+
+
+def assert_explained(message: str, out: Path) -> None:
+    assert message.startswith(f"fedlora: {out}: no space left on the device")
+    assert message.endswith(f"fedlora run --resume {out}\n")
+    assert message.count("\n") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 640 KB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(path)]
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("needs root to mount a small disk")
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk(keys: dict[str, Any], grown: Path, small_disk: Path) -> None:
+    out, ballast = small_disk / "out", small_disk / "ballast"
+
+    def fill(result: fedlora.RoundResult) -> None:
+        with ballast.open("ab") as file:  # all but 24 KB, which takes no second round
+            free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+            file.write(b"\0" * (free - 24 * 1024))
+
+    config = fedlora.Config.of(growing(keys, out))
+    with pytest.raises(FedloraError, match="no space left on the device") as raised:
+        fedlora.run(config, callbacks=[fill])
+    assert str(raised.value).endswith(f"fedlora run --resume {out}")
+    assert [p.name for p in out.glob("round-*")] == ["round-1"]
+    assert snapshot(out / "round-1")[STATE] == snapshot(grown / "round-1")[STATE]
+    assert [p.name for p in out.glob(".*.partial")] == []
+    with pytest.raises(FedloraError, match="no space left on the device"):
+        fedlora.run(resume=out)
+    ballast.unlink()
+    before = whole_lines(out)
+    fedlora.run(resume=out)
+    assert_ends_like(out, grown, before)
+
+
+def test_a_full_disk_at_the_start(keys: dict[str, Any], small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    with ballast.open("wb") as file:
+        file.write(b"\0" * os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize)
+    with pytest.raises(InputError, match=r"output_dir: .*: No space left on device"):
+        fedlora.run(fedlora.Config.of({**keys, "output_dir": str(small_disk / "out")}))
+    assert not (small_disk / "out").exists()
+
+
+def test_every_kill_point_is_used() -> None:
+    used = {point for point, _ in KILLS} | {"before the directory"}
+    listed = itertools.takewhile(lambda s: s != "}", DRIVER.split("POINTS = {\n")[1].splitlines())
+    assert {s.split('"')[1] for s in listed if s.startswith('    "')} == used
+    assert torch.get_num_threads() == 1
