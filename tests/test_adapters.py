@@ -92,6 +92,7 @@ def test_peft_loads_what_is_saved_and_gives_our_logits(base_path: Path, tmp_path
     config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
     assert len(set(config["rank_pattern"].values())) >= 3
     assert config["rank_pattern"] == config["alpha_pattern"]
+    assert config["fan_in_fan_out"] == (base_path.name == "tiny-gpt2")
 
     untouched = logits(plain_model(base_path))
     theirs = logits(PeftModel.from_pretrained(plain_model(base_path), tmp_path / "a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,12 @@ def test_bad_overrides(tokens: list[str], message: str) -> None:
 def test_text_becomes_what_the_key_holds() -> None:
     config = Config.of(
         parse_overrides(
-            "--lora_r 8 --client_ranks 4 4 2 --lora_target_modules q_proj v_proj "
-            "--learning_rate 1e-3 --use_rslora --completion_only_loss false --lora_alpha 16 "
-            "--num_clients 3 --early_stopping_patience none --start_fraction 0 --max_rank none "
-            "--eval_exact_match true".split()
+            shlex.split(
+                "--lora_r 8 --client_ranks 4 4 2 --lora_target_modules q_proj v_proj "
+                "--learning_rate 1e-3 --use_rslora --completion_only_loss false --lora_alpha 16 "
+                "--num_clients 3 --early_stopping_patience none --start_fraction 0 --max_rank none "
+                "--eval_exact_match true"
+            )
         )
     )
     assert config.lora_r == 8
@@ -91,8 +94,15 @@ def test_a_share_of_the_clients_is_no_number_of_clients(given: Any, held: float)
 
 @pytest.mark.parametrize(
     ("given", "rank", "alpha"),
-    [("2r", 8, 16.0), ("r", 8, 8.0), ("0.5r", 8, 4.0), ("2 * r", 4, 8.0), (32, 8, 32.0)]
-    + [("32", 8, 32.0), ("1e1", 8, 10.0)],
+    [
+        ("2r", 8, 16.0),
+        ("r", 8, 8.0),
+        ("0.5r", 8, 4.0),
+        ("2 * r", 4, 8.0),
+        (32, 8, 32.0),
+        ("32", 8, 32.0),
+        ("1e1", 8, 10.0),
+    ],
 )
 def test_alpha(given: Any, rank: int, alpha: float) -> None:
     assert Config.of({"lora_alpha": given}).alpha(rank) == alpha

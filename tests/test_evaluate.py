@@ -122,7 +122,11 @@ def prompts_of(base: BaseModel) -> list[list[int]]:
     return [base.tokenizer(text)["input_ids"] for text in texts]
 
 
-def test_padding_does_not_change_what_is_generated(base: BaseModel) -> None:
+@pytest.mark.parametrize("with_its_end", [False, True])
+def test_padding_does_not_change_what_is_generated(base: BaseModel, with_its_end: bool) -> None:
+    """Also for a tokenizer that pads with its end-of-text token, as those without padding do."""
+    if with_its_end:
+        base.tokenizer.pad_token = base.tokenizer.eos_token
     prompts = prompts_of(base)
     wanted = [
         base.tokenizer.decode(answer_of(base, prompt, 6), skip_special_tokens=True).strip()

@@ -92,6 +92,7 @@ def train(server: Server, sent: Broadcast, seed: int = 0) -> ClientUpdate:
             for name, x in start.adapter.items()
         },
         server.federation.num_examples[sent.client],
+        dense=dict(sent.dense),
     )
 
 
@@ -258,7 +259,8 @@ def test_with_no_update_that_counts_the_model_stays(method: str) -> None:
     assert not after.last_merge
     assert record.aggregation_error is None
     assert record.update_norm == pytest.approx(0.0, abs=1e-6)
-    assert all(c.rejected and c.weight == 0.0 and c.bytes_up == 0 for c in record.clients)
+    assert all(c.rejected and c.weight == 0.0 for c in record.clients)
+    assert [c.bytes_up > 0 for c in record.clients] == [c.client < 2 for c in record.clients]
     # And the next round is an ordinary one.
     assert play(server).update_norm > 0
 
@@ -321,7 +323,7 @@ def test_an_update_sent_twice_is_an_error() -> None:
     bad = spoilt(train(server, sent[1]), math.nan, "A")
     server.accept(bad)
     for again in (update, bad):
-        with pytest.raises(ValueError, match="twice"):
+        with pytest.raises(ValueError, match="done with round 1 already"):
             server.accept(again)
 
 
@@ -449,14 +451,13 @@ def test_averaging_factors_is_exact_where_one_of_them_is_common(method: str, sam
     server = serve(method, given=random_adapter(3, 5))
     sent = server.plan()
     common = random_adapter(3, 6)
-    for k, broadcast in sent.items():
+    for broadcast in sent.values():
         update = train(server, broadcast)
         adapter = {
             n: LowRank(common[n].A, x.B) if same == "A" else LowRank(x.A, common[n].B)
             for n, x in update.adapter.items()
         }
         server.accept(replace(update, adapter=adapter))
-        assert k in sent
     error = server.commit().aggregation_error
     assert error is not None
     assert error <= 1e-7
@@ -500,6 +501,40 @@ def test_flora_sends_nothing_after_a_round_that_merged_nothing() -> None:
     server.commit()
     assert nbytes(server.state.base_delta) > 0
     assert all(sent.nbytes == 0 for sent in server.plan().values())
+
+
+def test_what_flora_merged_is_sent_at_the_rank_it_has() -> None:
+    server = serve("flora", [2, 2, 2])
+    common = random_adapter(2, 1)
+    for k, sent in server.plan().items():
+        server.accept(ClientUpdate(k, sent.round, common, 5))
+    server.commit()
+    # Three clients' stack of one and the same update comes to that update.
+    state = server.state
+    assert nbytes(state.last_merge) == nbytes(common)
+    assert all(sent.nbytes == nbytes(common) for sent in server.plan().values())
+
+
+def test_commit_needs_an_open_round() -> None:
+    server = serve("exact")
+    with pytest.raises(ValueError, match="plan"):
+        server.commit()
+    play(server)
+    with pytest.raises(ValueError, match="plan"):
+        server.commit()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_server_momentum_acts_on_dense_parameters_too(method: str) -> None:
+    server = serve(method, dense={"head": torch.zeros(1)}, server_momentum=0.5)
+    expected, velocity = 0.0, 0.0
+    for _ in range(3):
+        for sent in server.plan().values():
+            server.accept(replace(train(server, sent), dense={"head": sent.dense["head"] + 1.0}))
+        server.commit()
+        velocity = 0.5 * velocity + 1.0
+        expected += velocity
+        assert float(server.state.dense["head"]) == pytest.approx(expected)
 
 
 def held_bytes(state: ServerState) -> int:

@@ -186,9 +186,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 a mistake in the input, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -196,19 +194,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedlora {__version__}")
         return 0
     verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        raise InputError(
+            f"{verb}: no such verb; "
+            + (f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}")
+        )
+    function, help_text = VERBS[verb]
+    if {"-h", "--help"} & set(rest):
+        print(help_text, end="")
+        return 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    return function(rest)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 a mistake in the input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if verb not in VERBS:
-            close = difflib.get_close_matches(verb, VERBS, n=1)
-            raise InputError(
-                f"{verb}: no such verb; "
-                + (f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}")
-            )
-        function, help_text = VERBS[verb]
-        if {"-h", "--help"} & set(rest):
-            print(help_text, end="")
-            return 0
-        signal.signal(signal.SIGTERM, _interrupt)
-        return function(rest)
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
     except FedloraError as error:
         print(f"fedlora: {error}", file=sys.stderr)
         return 2

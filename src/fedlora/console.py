@@ -169,10 +169,10 @@ class Terminal:
             self.progress.update(self.steps, note="evaluating")
 
     def _begin(self, event: Event) -> None:
+        self.progress.remove_task(self.loading)
         for line in _introduction(event):
             self._print(line)
         self._print(Text(_HEADER, style="bold"), no_wrap=True)
-        self.progress.remove_task(self.loading)
         self.finished = event["resumed_from"] or 0
         self.rounds = self.progress.add_task(
             f"{self.title}rounds", total=event["num_rounds"], completed=self.finished, note=""

@@ -25,7 +25,6 @@ from fedlora.lowrank import (
     add_all,
     compact,
     nbytes,
-    prefix,
     scale_all,
     total_norm,
 )
@@ -68,7 +67,8 @@ class Federation:
 
     def weight(self, num_examples: int) -> float:
         """A client's weight before normalisation."""
-        return float(num_examples > 0 if self.client_weights == "uniform" else num_examples)
+        rows = max(num_examples, 0)
+        return float(rows > 0 if self.client_weights == "uniform" else rows)
 
     def sample(self, round: int) -> list[int]:
         """The clients of a round, in ascending order, drawn without replacement."""
@@ -123,6 +123,10 @@ def check_rule(rule: Rule, ranks: Sequence[int]) -> None:
         )
 
 
+_DENSE = "dense/"
+"""Marks dense parameters among the factors of a sum: they are averaged like them, by every rule."""
+
+
 class _Sum:
     """`sum_k w_k x_k` and `sum_k w_k`, folded one update at a time."""
 
@@ -130,18 +134,12 @@ class _Sum:
         self.factors: dict[str, Tensor] = {}
         self.products: Deltas = {}
         self.ideal: Deltas = {}
-        self.dense: dict[str, Tensor] = {}
         self.weight = 0.0
 
-    def fold(
-        self, encoded: Encoded, learnt: Deltas, dense: Mapping[str, Tensor], weight: float
-    ) -> None:
+    def fold(self, encoded: Encoded, learnt: Deltas, weight: float) -> None:
         for name, value in encoded.factors.items():
             term = value * weight
             self.factors[name] = self.factors[name] + term if name in self.factors else term
-        for name, value in dense.items():
-            term = value * weight
-            self.dense[name] = self.dense[name] + term if name in self.dense else term
         self.products = add_all([self.products, scale_all(encoded.products, weight)])
         self.ideal = add_all([self.ideal, scale_all(learnt, weight)])
         self.weight += weight
@@ -187,46 +185,41 @@ class Server:
         self.rule = rule
         self.options = options
         self.state = state
-        self._prepared = Prepared({}, {})
+        self._open = False
+        self._truncation_error = 0.0
         self._broadcasts: dict[int, Broadcast] = {}
         self._updates: dict[int, ClientUpdate] = {}
         self._rejected: dict[int, str] = {}
 
     def plan(self) -> dict[int, Broadcast]:
         """Open the next round: whom it asks, and what each of them is sent."""
-        state, rule = self.state, self.rule
-        prepared = rule.prepare(state, max(self.federation.ranks), self.options)
-        self._prepared, self._updates, self._rejected = prepared, {}, {}
+        prepared = self.rule.prepare(self.state, max(self.federation.ranks), self.options)
+        self._open, self._truncation_error = True, prepared.error
+        self._updates, self._rejected = {}, {}
         self._broadcasts = {
             client: self._broadcast(client, prepared)
-            for client in self.federation.sample(state.round + 1)
+            for client in self.federation.sample(self.state.round + 1)
         }
         return dict(self._broadcasts)
 
     def _broadcast(self, client: int, prepared: Prepared) -> Broadcast:
-        state = self.state
-        rank = self.federation.ranks[client]
-        adapter, leading = prepared.adapter, prepared.leading
-        if self.rule.downlink == "prefix":
-            leading = {name: prefix(x, rank) for name, x in leading.items()}
-            adapter = leading
-        # Beside a dense adapter only the directions this client can start from are sent.
-        leading = {n: x if x is adapter[n] else prefix(x, rank) for n, x in leading.items()}
-        size = nbytes(adapter) + sum(t.nbytes for t in state.dense.values())
-        size += nbytes({n: x for n, x in leading.items() if x is not adapter[n]})
+        state, rank = self.state, self.federation.ranks[client]
+        sent = self.rule.cut(prepared, rank, self.options)
+        beside = {n: x for n, x in sent.leading.items() if x is not sent.adapter[n]}
         # Who held the state of one round ago lacks only what that round merged.
         missing = nbytes(state.base_delta)
         if state.last_seen.get(client) == state.round and state.round > 0:
             missing = min(missing, nbytes(state.last_merge))
+        dense = sum(t.nbytes for t in state.dense.values())
         return Broadcast(
             round=state.round + 1,
             client=client,
             rank=rank,
-            adapter=adapter,
-            leading=leading,
+            adapter=sent.adapter,
+            leading=sent.leading,
             base_delta=state.base_delta,
             dense=state.dense,
-            nbytes=size + missing,
+            nbytes=nbytes(sent.adapter) + nbytes(beside) + missing + dense,
         )
 
     def accept(self, update: ClientUpdate) -> str:
@@ -245,7 +238,7 @@ class Server:
                 f"client {client} sent an update of round {update.round} that nobody asked for"
             )
         if client in self._updates or client in self._rejected:
-            raise ValueError(f"client {client} sent its update of round {update.round} twice")
+            raise ValueError(f"client {client} is done with round {update.round} already")
         shapes = self.federation.shapes
         if {n: (*x.shape, x.rank) for n, x in update.adapter.items()} != {
             n: (*s, sent.rank) for n, s in shapes.items()
@@ -253,8 +246,9 @@ class Server:
             raise ValueError(
                 f"client {client} sent modules, shapes or ranks other than those asked for"
             )
-        held = self.state.dense
-        if any(n not in held or t.shape != held[n].shape for n, t in update.dense.items()):
+        if {n: t.shape for n, t in update.dense.items()} != {
+            n: t.shape for n, t in self.state.dense.items()
+        }:
             raise ValueError(f"client {client} sent dense parameters other than those asked for")
         bad = [
             name
@@ -262,37 +256,42 @@ class Server:
             if not (torch.isfinite(x.A).all() and torch.isfinite(x.B).all())
         ]
         bad += [name for name, t in update.dense.items() if not torch.isfinite(t).all()]
-        if bad:
-            reason = f"its training ended in NaN or Inf ({bad[0]})"
-            self._rejected[client] = reason
-            return reason
         self._updates[client] = update
-        return ""
+        if bad:
+            self._rejected[client] = f"its training ended in NaN or Inf ({bad[0]})"
+        return self._rejected.get(client, "")
 
     def reject(self, client: int, reason: str) -> None:
         """Note that a client of this round failed; the round goes on without it."""
-        self._updates.pop(client, None)
         self._rejected[client] = reason
 
     def commit(self) -> RoundRecord:
         """Close the round: fold what was accepted in client order, aggregate, advance the state.
 
         With no update that counts, the global model stays as it is.
+
+        Raises:
+            ValueError: no round is open.
         """
+        if not self._open:
+            raise ValueError("commit needs a round that plan has opened")
         before, total = self.state, _Sum()
-        for client in sorted(self._updates):
-            update = self._updates[client]
-            weight = self.federation.weight(update.num_examples)
+        for client in sorted(self._updates.keys() - self._rejected.keys()):
+            update, sent, spec = self._updates[client], self._broadcasts[client], self.federation
+            weight = spec.weight(update.num_examples)
             if weight <= 0:
                 continue
-            sent, spec = self._broadcasts[client], self.federation
             start = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
             encoded = self.rule.encode(update.adapter, start, before)
-            dense = {name: value - before.dense[name] for name, value in update.dense.items()}
-            total.fold(encoded, change(update.adapter, start.adapter), dense, weight)
+            dense = {
+                _DENSE + name: value.float() - before.dense[name].float()
+                for name, value in update.dense.items()
+            }
+            encoded = replace(encoded, factors={**encoded.factors, **dense})
+            total.fold(encoded, change(update.adapter, start.adapter), weight)
         after = self._advance(before, total)
         record = self._record(before, after, total)
-        self.state = after
+        self.state, self._open = after, False
         self._broadcasts, self._updates, self._rejected = {}, {}, {}
         return record
 
@@ -307,16 +306,16 @@ class Server:
             total.mean(), before.momentum, spec.server_learning_rate, spec.server_momentum
         )
         aggregate = self.rule.finish(step, before)
-        merged = add_all([before.base_delta, aggregate.merge])
-        rate = spec.server_learning_rate / total.weight
+        merge = {name: compact(x) for name, x in aggregate.merge.items()}
+        merged = add_all([{n: x for n, x in before.base_delta.items() if n in merge}, merge])
         return replace(
             after,
             adapter=aggregate.adapter,
-            base_delta={name: compact(x) for name, x in merged.items()},
-            last_merge=aggregate.merge,
+            base_delta={**before.base_delta, **{name: compact(x) for name, x in merged.items()}},
+            last_merge=merge,
             momentum=velocity,
             dense={
-                name: value + rate * total.dense[name] if name in total.dense else value
+                name: (value.float() + step.factors[_DENSE + name]).to(value.dtype)
                 for name, value in before.dense.items()
             },
         )
@@ -331,25 +330,27 @@ class Server:
                 error = total_norm(add_all([moved, scale_all(ideal, -1.0)])) / size
         clients = []
         for client, sent in sorted(self._broadcasts.items()):
-            update = self._updates.get(client)
-            weight = max(spec.weight(update.num_examples), 0.0) if update else 0.0
+            update, rejected = self._updates.get(client), self._rejected.get(client, "")
+            counts = update is not None and not rejected and total.weight > 0
             clients.append(
                 ClientRecord(
                     client=client,
                     rank=sent.rank,
-                    num_examples=spec.num_examples[client],
-                    weight=weight / total.weight if total.weight > 0 else 0.0,
+                    num_examples=update.num_examples if update else spec.num_examples[client],
+                    weight=spec.weight(update.num_examples) / total.weight
+                    if update and counts
+                    else 0.0,
                     bytes_down=sent.nbytes,
                     bytes_up=update.nbytes if update else 0,
                     metrics=dict(update.metrics) if update else {},
-                    rejected=self._rejected.get(client, ""),
+                    rejected=rejected,
                 )
             )
         return RoundRecord(
             round=after.round,
             clients=tuple(clients),
             aggregation_error=error,
-            truncation_error=self._prepared.error,
+            truncation_error=self._truncation_error,
             update_norm=total_norm(moved),
             global_rank=max((x.rank for x in global_delta(after).values()), default=0),
         )

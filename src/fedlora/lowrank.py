@@ -166,7 +166,13 @@ def subtract(x: Delta, y: Delta) -> Delta:
 
 
 def inner(x: Delta, y: Delta) -> float:
-    """The Frobenius inner product `<dW_x, dW_y> = tr((B_x^T B_y) (A_y A_x^T))`, in float64."""
+    """The Frobenius inner product `<dW_x, dW_y> = tr((B_x^T B_y) (A_y A_x^T))`, in float64.
+
+    Raises:
+        ValueError: different shapes.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"no inner product of updates of shapes {x.shape} and {y.shape}")
     if isinstance(x, LowRank) and isinstance(y, LowRank):
         left = x.B.double().T @ y.B.double()  # (r_x, r_y)
         right = x.A.double() @ y.A.double().T  # (r_x, r_y)
@@ -212,13 +218,19 @@ def refactor(x: Delta) -> LowRank:
         return LowRank(right @ q_a.T, q_b @ (left * values))
 
 
-def compact(x: Delta) -> Delta:
-    """`dW` in its smaller form: singular factors, numerically zero directions dropped, or dense."""
+def smaller(x: Delta) -> Delta:
+    """`dW` dense where its factors need more numbers than the matrix, else as it is."""
     m, n = x.shape
+    if isinstance(x, LowRank) and x.rank * (m + n) > m * n:
+        return Dense(to_dense(x))
+    return x
+
+
+def compact(x: Delta) -> Delta:
+    """`smaller`, and what stays factors is refactored, numerically zero directions dropped."""
+    x = smaller(x)
     if isinstance(x, Dense):
         return x
-    if x.rank * (m + n) > m * n:
-        return Dense(to_dense(x))
     exact = refactor(x)
     values = exact.B.norm(dim=0)
     if exact.rank == 0:

@@ -84,8 +84,14 @@ class AdapterLayer(nn.Module):
             y = y + F.linear(x.float(), self.branch.W).to(y.dtype)
         if self.A is not None and self.B is not None:
             into = F.dropout(x, self.dropout, self.training) if self.dropout else x
-            low = F.linear(into.to(self.A.dtype), self.A)
-            y = y + (self.scale * F.linear(low, self.B)).to(y.dtype)
+            low = F.linear(into.to(self.A.dtype), self.A)  # (..., r)
+            if y.dtype == self.B.dtype:
+                flat = low.reshape(-1, low.shape[-1])
+                y = torch.addmm(y.reshape(-1, y.shape[-1]), flat, self.B.T, alpha=self.scale).view(
+                    y.shape
+                )
+            else:
+                y = y + (self.scale * F.linear(low, self.B)).to(y.dtype)
         return y
 
 

@@ -147,6 +147,7 @@ class RoundRecord:
         aggregation_error: `||dG - sum_k p_k (M_k - M_k_start)||` over the norm of that sum, with dG
             the change of the global model and M_k the product client k ended with; None with a
             server optimiser (its step is not meant to be that sum) or where nothing was learnt.
+            Rounding S to float32 sets a floor of about `4e-7 ||S|| / ||dG||`.
         truncation_error: `||S - S_hat|| / ||S||` of what was sent, where a rule truncates it.
         update_norm: the Frobenius norm of dG over all modules.
         global_rank: the largest rank bound of a module of the global update.

@@ -30,6 +30,7 @@ from fedlora.lowrank import (
     norm,
     prefix,
     refactor,
+    smaller,
     suffix,
     to_dense,
     total_norm,
@@ -64,23 +65,41 @@ def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[D
 
 
 def _prepare(state: ServerState, rank: int, options: Options) -> Prepared:
-    adapter, leading, lost = {}, {}, 0.0
-    wanted = round(options.start_fraction * rank)
+    adapter: dict[str, Delta] = {}
+    leading, lost = {}, 0.0
     for name, whole in state.adapter.items():
         sent = whole
         if options.max_rank is not None and options.max_rank < whole.rank:
             sent, error = truncate(whole, rank=options.max_rank)
             lost += (error * norm(whole)) ** 2
-        adapter[name] = sent
-        leading[name] = sent if isinstance(sent, LowRank) else prefix(refactor(sent), wanted)
+        adapter[name] = sent = smaller(sent)
+        if isinstance(sent, LowRank):
+            leading[name] = sent
+        else:
+            leading[name] = prefix(refactor(sent), from_global(rank, options))
     total = total_norm(state.adapter)
     return Prepared(adapter, leading, lost**0.5 / total if total else 0.0)
+
+
+def from_global(rank: int, options: Options) -> int:
+    """How many of a client's directions start from the global update; halves count up."""
+    return int(options.start_fraction * rank + 0.5)
+
+
+def _cut(prepared: Prepared, rank: int, options: Options) -> Prepared:
+    """All of S; beside a dense one the directions this client starts from."""
+    used = from_global(rank, options)
+    leading = {
+        name: x if isinstance(prepared.adapter[name], LowRank) else prefix(x, used)
+        for name, x in prepared.leading.items()
+    }
+    return Prepared(prepared.adapter, leading, prepared.error)
 
 
 def _start(
     adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Options
 ) -> Start:
-    from_global = round(options.start_fraction * rank)
+    used = from_global(rank, options)
     trained: dict[str, LowRank] = {}
     rest: dict[str, Delta] = {}
     for name, (m, _) in shapes.items():
@@ -89,7 +108,7 @@ def _start(
             a = fresh(name, rank)
             trained[name] = LowRank(a, a.new_zeros(m, rank))
             continue
-        top = prefix(leading[name], from_global)
+        top = prefix(leading[name], used)
         trained[name] = fill(top, fresh(name, rank - top.rank))
         if isinstance(whole, LowRank):
             rest[name] = suffix(whole, top.rank)
@@ -113,9 +132,9 @@ RULE = Rule(
     exact_when="always",
     mixed_ranks=True,
     secure_sum="products",
-    downlink="whole",
     initial=_initial,
     prepare=_prepare,
+    cut=_cut,
     start=_start,
     encode=_encode,
     finish=_finish,

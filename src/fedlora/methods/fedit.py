@@ -20,6 +20,7 @@ from fedlora.methods.rule import (
     prefix_start,
     prepare_as_is,
     shared_initial,
+    whole,
 )
 
 RULE = Rule(
@@ -29,9 +30,9 @@ RULE = Rule(
     exact_when="all clients end with the same A, or all with the same B",
     mixed_ranks=False,
     secure_sum="factors",
-    downlink="whole",
     initial=shared_initial,
     prepare=prepare_as_is,
+    cut=whole,
     start=prefix_start,
     encode=padded_change,
     finish=add_factors,

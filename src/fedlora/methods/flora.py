@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedlora.lowrank import Adapter, Deltas
-from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fresh_start
+from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fresh_start, whole
 from fedlora.state import Aggregate, Encoded, ServerState, Start
 
 
@@ -48,9 +48,9 @@ RULE = Rule(
     exact_when="always",
     mixed_ranks=True,
     secure_sum="products",
-    downlink="whole",
     initial=_initial,
     prepare=_prepare,
+    cut=whole,
     start=_start,
     encode=_encode,
     finish=_finish,

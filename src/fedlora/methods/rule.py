@@ -55,10 +55,10 @@ class Rule:
         exact_when: when the global model changes by exactly `sum_k p_k (M_k - M_k_start)`.
         mixed_ranks: whether clients may train different ranks.
         secure_sum: what is summed, hence what a secure sum has to carry.
-        downlink: "whole": everyone is sent the same adapter; "prefix": the part of its own rank.
         initial: `(shapes, rank, fresh, given) -> (adapter, base_delta)`, the global model before
             round 1; `rank` is the largest client's, `given` an adapter to go on from (or empty).
         prepare: `(state, rank, options) -> Prepared`, once a round; `rank` the largest client's.
+        cut: `(prepared, rank, options) -> Prepared`, what of it a client of this rank is sent.
         start: `(adapter, leading, shapes, rank, fresh, options) -> Start`, at the client.
         encode: `(update, start, state) -> Encoded`.
         finish: `(sum, state) -> Aggregate`.
@@ -72,13 +72,18 @@ class Rule:
     exact_when: str
     mixed_ranks: bool
     secure_sum: Literal["factors", "products"]
-    downlink: Literal["whole", "prefix"]
     initial: Callable[[Shapes, int, Fresh, Adapter], tuple[Deltas, Deltas]]
     prepare: Callable[[ServerState, int, Any], Prepared]
+    cut: Callable[[Prepared, int, Any], Prepared]
     start: Callable[[Deltas, Adapter, Shapes, int, Fresh, Any], Start]
     encode: Callable[[Adapter, Start, ServerState], Encoded]
     finish: Callable[[Encoded, ServerState], Aggregate]
     options: type[Any] = NoOptions
+
+
+def whole(prepared: Prepared, rank: int, options: Any) -> Prepared:
+    """Everyone is sent the same."""
+    return prepared
 
 
 def fresh_start(shapes: Shapes, rank: int, fresh: Fresh) -> dict[str, LowRank]:
@@ -133,6 +138,12 @@ def prepare_as_is(state: ServerState, rank: int, options: Any) -> Prepared:
     leading = {n: x for n, x in state.adapter.items() if isinstance(x, LowRank)}
     assert len(leading) == len(state.adapter), "a rule that averages factors keeps factors"
     return Prepared(leading, leading)
+
+
+def cut_to_rank(prepared: Prepared, rank: int, options: Any) -> Prepared:
+    """The first `rank` directions: what a client of that rank trains."""
+    leading = {name: prefix(x, rank) for name, x in prepared.leading.items()}
+    return Prepared(leading, leading, prepared.error)
 
 
 def prefix_start(

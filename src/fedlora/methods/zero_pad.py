@@ -13,6 +13,7 @@ from __future__ import annotations
 from fedlora.methods.rule import (
     Rule,
     add_factors,
+    cut_to_rank,
     padded_change,
     prefix_start,
     prepare_as_is,
@@ -26,9 +27,9 @@ RULE = Rule(
     exact_when="all ranks are equal and all clients end with the same A, or all with the same B",
     mixed_ranks=True,
     secure_sum="factors",
-    downlink="prefix",
     initial=shared_initial,
     prepare=prepare_as_is,
+    cut=cut_to_rank,
     start=prefix_start,
     encode=padded_change,
     finish=add_factors,
