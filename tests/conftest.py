@@ -122,7 +122,7 @@ def site_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_run(tiny_llama: Path, site_files: Path, tmp_path: Path) -> dict[str, Any]:
-    """Flat keys of a run of a second: four clients of ranks 8, 4, 2, 2, two rounds of three steps."""
+    """Flat keys of a run of a second: clients of ranks 8, 4, 2, 2; two rounds of three steps."""
     return {
         "model_name_or_path": str(tiny_llama),
         "train_file": str(site_files / "site_*.jsonl"),

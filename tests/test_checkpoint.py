@@ -71,8 +71,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def save(run: RunDirectory, number: int) -> Path:
     state = a_state(number)
-    log = [{"event": "round", "round": number}]
-    return run.save_round({"b.up": low()}, TARGETS, state, log, {"best": number})
+    line = {"event": "round", "round": number}
+    return run.save_round({"b.up": low()}, TARGETS, state, line, {"best": number})
 
 
 # --- the state ---
@@ -258,7 +258,7 @@ def test_a_round_is_a_peft_directory_and_a_state(run: RunDirectory) -> None:
     assert path == run.path / "round-1"
     saved = load_round(path)
     assert_same(saved.state, a_state(1))
-    assert saved.log == [{"event": "round", "round": 1}]
+    assert saved.line == {"event": "round", "round": 1}
     assert saved.extra == {"best": 1}
     assert load_adapter(path).keys() == set(TARGETS.shapes)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -275,7 +275,7 @@ def test_equal_rounds_are_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "other"):
         run = RunDirectory.create(tmp_path / name, "")
         torch.manual_seed(0)
-        contents.append(snapshot(run.save_round({"b.up": low()}, TARGETS, a_state(), [], {})))
+        contents.append(snapshot(run.save_round({"b.up": low()}, TARGETS, a_state(), {}, {})))
     assert contents[0] == contents[1]
 
 

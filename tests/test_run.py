@@ -20,6 +20,7 @@ from fedlora.adapters import WEIGHTS_NAME, save_adapter
 from fedlora.checkpoint import read_metrics
 from fedlora.data import IGNORE, Tokens, load_data
 from fedlora.engines.local import Result, RoundResult
+from fedlora.evaluate import evaluate
 from fedlora.federation import Server, global_delta, initial_state
 from fedlora.lowrank import total_norm
 from fedlora.methods import METHODS
@@ -283,6 +284,23 @@ def test_a_users_own_training_sees_the_adapter_alone(small_run: dict[str, Any]) 
         ]
     assert result.evaluations[1]["loss"] != result.evaluations[0]["loss"]
     assert final_bytes(result) != final_bytes(run(small_run, "with ours"))
+
+
+@pytest.mark.parametrize("method", ["exact", "flora"])
+def test_every_client_starts_from_the_global_model(small_run: dict[str, Any], method: str) -> None:
+    """Whatever its rank: what it trains and what lies frozen beside it are all of the update."""
+    data = evaluation_rows(small_run)
+    began: list[tuple[int, float]] = []
+
+    def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
+        loss = evaluate(model, None, data, batch_size=32)["loss"]
+        began.append((budget.round, loss))
+        return train(model, dataset, budget)
+
+    result = run(small_run, method=method, num_rounds=3, max_steps=6, train_function=local)
+    assert len(began) == 12
+    for number, loss in began:
+        assert loss == pytest.approx(result.evaluations[number - 1]["loss"], rel=1e-5)
 
 
 def test_callbacks_are_told_every_round_and_its_state(small_run: dict[str, Any]) -> None:

@@ -45,12 +45,12 @@ class Saved:
 
     Args:
         state: the server's state after the round.
-        log: the lines of `metrics.jsonl` that tell the run's course so far.
+        line: the round's line of `metrics.jsonl`, which a killed run may not have logged yet.
         extra: what else the run keeps (the best round, fingerprints).
     """
 
     state: ServerState
-    log: list[dict[str, Any]]
+    line: dict[str, Any]
     extra: dict[str, Any]
 
 
@@ -283,7 +283,7 @@ class RunDirectory:
         return sorted(int(match.group(1)) for match in found if match)
 
     def save_round(
-        self, delta: Deltas, targets: Targets, state: ServerState, log: list[Any], extra: Any
+        self, delta: Deltas, targets: Targets, state: ServerState, line: Any, extra: Any
     ) -> Path:
         """Write `round-N/`: the global model as a PEFT directory, and the state to resume from."""
 
@@ -295,7 +295,7 @@ class RunDirectory:
                 "round": state.round,
                 "last_seen": {str(k): v for k, v in state.last_seen.items()},
                 "extra": extra,
-                "log": log,
+                "line": line,
             }
             (partial / "state" / "state.json").write_text(json.dumps(facts) + "\n")
 
@@ -395,7 +395,7 @@ def load_round(path: Path) -> Saved:
         facts["round"],
         {int(k): v for k, v in facts["last_seen"].items()},
     )
-    return Saved(state, facts["log"], facts["extra"])
+    return Saved(state, facts["line"], facts["extra"])
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from fedlora.checkpoint import (
     Saved,
     check_free,
     no_space_is_explained,
+    read_metrics,
     settled,
     verify,
 )
@@ -202,7 +204,8 @@ class _Run:
         report: Report,
     ) -> None:
         self.session, self.config, self.directory = session, session.config, directory
-        self.callbacks, self.report = callbacks, report
+        self.callbacks = callbacks
+        self.report: Report = lambda event: report(_finite(event))
         self.log: list[dict[str, Any]] = []
         self.best = _Best()
         self.initial = initial
@@ -252,9 +255,9 @@ class _Run:
     def _restore(self, saved: Saved) -> None:
         self.server.state = saved.state
         self.best = _Best(**saved.extra["best"])
-        self.log = list(saved.log)
         # Killed between saving a round and logging it, a run has it in the state alone.
-        self.directory.append({**self.log[-1]})
+        self.directory.append(saved.line)
+        self.log = read_metrics(self.directory.path)
 
     def _begin(self, resumed_from: int | None = None) -> None:
         session, spec = self.session, self.session.federation
@@ -318,6 +321,7 @@ class _Run:
             "evaluate": time.perf_counter() - aggregated,
         }
         self._judge(line)
+        line = _finite(line)
         self._save(line)
         for callback in self.callbacks:
             callback(RoundResult(record, line, self.server.state))
@@ -346,7 +350,7 @@ class _Run:
         }
         self.log.append(line)
         self.directory.save_round(
-            global_delta(state), self.session.base.targets, state, self.log, extra
+            global_delta(state), self.session.base.targets, state, line, extra
         )
         self.directory.append(line)
         self.directory.prune(self.config.save_total_limit, self.best.round)
@@ -427,10 +431,16 @@ class _Run:
             self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
 
 
+def _finite(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinities become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _plain(record: RoundRecord) -> dict[str, Any]:
     """A record as JSON."""
     out = dataclasses.asdict(record)
-    out["clients"] = [
-        {**c, "metrics": dict(c["metrics"])} if c["metrics"] else c for c in out["clients"]
-    ]
     return {**out, "bytes_up": record.bytes_up, "bytes_down": record.bytes_down}
