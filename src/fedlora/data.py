@@ -128,7 +128,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
             rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
         else:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if text.lstrip().startswith("["):
                 rows = json.loads(text)
             else:

@@ -99,6 +99,8 @@ def generate(
     for i, prompt in enumerate(prompts):
         ids[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask[i, longest - len(prompt) :] = 1
+    ends = getattr(model.generation_config, "eos_token_id", None)  # some models have several
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     out = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -107,7 +109,7 @@ def generate(
         num_beams=1,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted(ends),
     )
     texts = tokenizer.batch_decode(out[:, longest:].tolist(), skip_special_tokens=True)
     return [text.strip() for text in texts]
