@@ -59,8 +59,9 @@ def site(here: Path, small_run: dict[str, Any]) -> Path:
 
 
 def environment() -> dict[str, str]:
-    shown = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
-    return {**shown, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    changing = ("FORCE_COLOR", "TTY_COMPATIBLE", "PYTHONUNBUFFERED")
+    usual = {k: v for k, v in os.environ.items() if k not in changing}
+    return {**usual, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm"}
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -509,7 +510,7 @@ def test_a_terminal_shows_bars_and_ctrl_c_gives_the_cursor_back(site: Path) -> N
 
     code, text = in_a_terminal(long_run(site, "out"), site, second_round)
     assert code == 130
-    for part in ("rounds ", "clients ", "steps ", "━", "tokens/s", "client 0, r=8", "/30"):
+    for part in ("rounds ", "clients ", "steps ", "━", "/30"):
         assert part in text
     hide, show = "\x1b[?25l", "\x1b[?25h"
     assert hide in text

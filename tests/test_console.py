@@ -280,6 +280,7 @@ def test_the_upper_bars_move_within_a_round(console: Console) -> None:
         )
         assert rounds == 1 + (1 + 1 / 4) / 2
         assert clients == 1 + 1 / 4
+        assert terminal.progress.speed_estimate_period >= 3600
 
 
 def test_bars_of_a_resumed_run(console: Console) -> None:

@@ -274,7 +274,10 @@ def assert_ends_like(path: Path, reference: Path, before: bytes = b"") -> None:
     expected = ["start", *["round"] * ROUNDS, "end"]
     assert [line["event"] for line in course(path)] == expected
     assert [line["round"] for line in course(path)] == [*range(ROUNDS + 1), ROUNDS]
-    assert (path / "metrics.jsonl").read_bytes().startswith(before)
+    content = (path / "metrics.jsonl").read_bytes()
+    assert content.startswith(before)
+    for line in content.splitlines():  # what was torn is gone, not grown together with the next
+        json.loads(line)
     assert [p.name for p in path.iterdir() if p.name.startswith(".") and p.name != ".lock"] == []
 
 
@@ -436,6 +439,7 @@ def test_damaged_newest(
     before, events = whole_lines(out), list[Any]()
     fedlora.run(resume=out, report=events.append)
     [warning] = [e["message"] for e in events if e["event"] == "warning"]
+    assert events[0]["resumed_from"] == 1
     assert str(out / "round-2") in warning
     assert "damaged" in warning
     assert "going on from round 1" in warning
@@ -451,6 +455,7 @@ def test_all_damaged(stopped: Path, whole: dict[str, Path], out: Path) -> None:
     before, events = whole_lines(out), list[Any]()
     fedlora.run(resume=out, report=events.append)
     warnings = [e["message"] for e in events if e["event"] == "warning"]
+    assert events[0]["resumed_from"] == 0
     assert [w.endswith("going on from the start") for w in warnings] == [True, True]
     assert_ends_like(out, whole["exact"], before)
 
