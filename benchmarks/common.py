@@ -70,7 +70,9 @@ def machine() -> str:
     if cpuinfo.exists():
         names = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
-    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, torch {torch.__version__}"
+    return (
+        f"{os.cpu_count()} x {model}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

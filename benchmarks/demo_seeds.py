@@ -38,7 +38,8 @@ def main() -> None:
         best.append(max(c[max(c)] for c in part))
     rounds = sorted(curves["exact"][0])
     lines = [
-        f"# Exact match (%) by round: mean ± standard deviation over seeds {' '.join(map(str, seeds))}",
+        "# Exact match (%) by round: mean ± standard deviation over seeds "
+        + " ".join(map(str, seeds)),
         "",
         f"`benchmarks/demo_seeds.py`, {machine()}.",
         "",
@@ -69,9 +70,7 @@ def _draw(curves: dict[str, list[dict[int, float]]], rounds: list[int]) -> None:
     ):
         stats = [mean_and_spread([100 * curve[r] for curve in of_seed]) for r in rounds]
         means, spreads = [s[0] for s in stats], [s[1] for s in stats]
-        axes.errorbar(
-            rounds, means, spreads, label=name, marker=marker, linestyle=style, capsize=3
-        )
+        axes.errorbar(rounds, means, spreads, label=name, marker=marker, linestyle=style, capsize=3)
     axes.set_xlabel("round")
     axes.set_ylabel("exact match (%)")
     axes.set_title("ten clients of ranks 64 to 4, one model")

@@ -26,7 +26,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def quadratic(method: str, options: dict[str, Any], seed: int) -> float:
-    """Clients minimise `||W - T||^2` for one T of rank 24, each through four directions at a time."""
+    """Clients minimise `||W - T||^2` for one T of rank 24, through four directions each."""
     import torch
 
     from fedlora.federation import Federation, Server, client_start, initial_state

@@ -16,12 +16,12 @@ from fedlora.checkpoint import (
     RunDirectory,
     check_free,
     load_round,
-    no_space_is_explained,
     read_metrics,
     settled,
     state_from_tensors,
     state_to_tensors,
     verify,
+    write_errors_are_explained,
 )
 from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.lowrank import Delta, Dense, LowRank, prefix, to_dense
@@ -434,14 +434,14 @@ def test_read_metrics_tells_every_round_once(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_no_space_is_explained(tmp_path: Path, number: int) -> None:
+def test_write_errors_are_explained(tmp_path: Path, number: int) -> None:
     with (
         pytest.raises(FedloraError, match=f"{tmp_path}: no space left .* --resume {tmp_path}$"),
-        no_space_is_explained(tmp_path),
+        write_errors_are_explained(tmp_path),
     ):
         raise OSError(number, "full")
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(BrokenPipeError), no_space_is_explained(tmp_path):
+    with pytest.raises(BrokenPipeError), write_errors_are_explained(tmp_path):
         raise BrokenPipeError(errno.EPIPE, "pipe")

@@ -303,9 +303,11 @@ def test_brackets_in_a_path_are_no_markup(console: Console) -> None:
 
 
 def test_reporter(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert reporter(as_json=True) is json_lines
+    with reporter(as_json=True) as report:
+        assert report is json_lines
     monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert reporter(as_json=False) is plain_lines
+    with reporter(as_json=False) as report:
+        assert report is plain_lines
 
 
 @pytest.mark.parametrize(("kind", "bars_shown"), [("xterm-256color", True), ("dumb", False)])
@@ -320,4 +322,5 @@ def test_reporter_of_a_terminal(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", kind)
     monkeypatch.setattr("sys.stdout", Screen())
-    assert isinstance(reporter(as_json=False), Terminal) is bars_shown
+    with reporter(as_json=False) as report:
+        assert isinstance(report, Terminal) is bars_shown

@@ -173,16 +173,19 @@ def _place(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 @contextlib.contextmanager
-def no_space_is_explained(directory: Path) -> Iterator[None]:
-    """Turn "no space left" into a message that says what is safe and how to go on."""
+def write_errors_are_explained(directory: Path) -> Iterator[None]:
+    """Turn a write that failed in the run's directory into what is safe and how to go on."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and str(directory) not in str(error.filename):
             raise
+        what = "no space left on the device" if full else "cannot be written to"
+        remedy = "Free some space" if full else "Mend that"
         raise FedloraError(
-            f"{directory}: no space left on the device ({error.strerror}); every round-N directory "
-            f"there is whole. Free some space, then: fedlora run --resume {directory}"
+            f"{directory}: {what} ({error.strerror}); every round-N directory there is whole. "
+            f"{remedy}, then: fedlora run --resume {directory}"
         ) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 import shlex
@@ -105,7 +104,7 @@ def run_verb(arguments: list[str]) -> int:
     as_json = _take_flag(arguments, "--json")
     resume = _take_value(arguments, "--resume")
     _quiet_libraries()
-    from fedlora.console import Terminal, reporter
+    from fedlora.console import reporter
     from fedlora.engines.local import run
 
     config: Config | None = None
@@ -118,9 +117,8 @@ def run_verb(arguments: list[str]) -> int:
             raise InputError(f"--resume {resume}: nothing to resume; there is no config.yaml")
         config = Config.of(_settings(arguments, own))
     where = resume or (config.output_dir if config else "")
-    report = reporter(as_json)
     try:
-        with report if isinstance(report, Terminal) else contextlib.nullcontext():
+        with reporter(as_json) as report:
             result = run(config, resume=resume, report=report)
     except KeyboardInterrupt:
         if not (Path(where) / "config.yaml").is_file():

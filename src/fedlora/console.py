@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -201,10 +202,16 @@ class Terminal:
         self.console.print(line, markup=False, highlight=False, no_wrap=no_wrap, overflow="fold")
 
 
-def reporter(as_json: bool) -> Callable[[Event], None] | Terminal:
-    """The right one for where standard output goes."""
+@contextmanager
+def reporter(
+    as_json: bool, console: Console | None = None, title: str = ""
+) -> Iterator[Callable[[Event], None]]:
+    """The right view for where standard output goes, for as long as a run lasts."""
+    console = console or Console()
     if as_json:
-        return json_lines
-    console = Console()
-    bars = console.is_terminal and not console.is_dumb_terminal
-    return Terminal(console) if bars else plain_lines
+        yield json_lines
+    elif console.is_terminal and not console.is_dumb_terminal:
+        with Terminal(console, title) as terminal:
+            yield terminal
+    else:
+        yield plain_lines

@@ -195,9 +195,9 @@ def load_rows(config: Config) -> tuple[list[list[dict[str, Any]]], list[dict[str
             paths = sorted(glob.glob(config.train_file), key=_natural)
             if not paths:
                 raise InputError(f"train_file: {config.train_file}: the pattern matches no file")
-            parts = [read_rows(path) for path in paths]
+            parts = [_named("train_file", path) for path in paths]
         else:
-            parts = [read_rows(config.train_file)]
+            parts = [_named("train_file", config.train_file)]
     elif config.dataset_name == EMBEDDED:
         train, held_out = EMBEDDED_ROWS
         parts = [instructions(train, seed=config.seed, split="train")]
@@ -209,7 +209,7 @@ def load_rows(config: Config) -> tuple[list[list[dict[str, Any]]], list[dict[str
     else:
         raise InputError("no data: give train_file or dataset_name (embedded: the package's own)")
     if config.eval_file:
-        evaluation = read_rows(config.eval_file)
+        evaluation = _named("eval_file", config.eval_file)
     number = len(config.client_ranks) if isinstance(config.client_ranks, list) else None
     if len(parts) > 1:
         for key, value in (("num_clients", config.num_clients), ("client_ranks", number)):
@@ -225,6 +225,14 @@ def load_rows(config: Config) -> tuple[list[list[dict[str, Any]]], list[dict[str
         )
     clients = config.num_clients or number or 10
     return _divide(config, parts[0], clients), evaluation
+
+
+def _named(key: str, path: str) -> list[dict[str, Any]]:
+    """The rows of a file; a message about it names the key it came from."""
+    try:
+        return read_rows(path)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def _natural(path: str) -> list[Any]:

@@ -225,6 +225,6 @@ def load_base(
 
 
 def _short(error: Exception) -> str:
-    """The first sentence of a library's message."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """The beginning of a library's message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."

@@ -11,11 +11,12 @@ from typing import Any
 import plotext
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedlora.config import Config, layered, read_yaml
-from fedlora.console import Terminal, human_bytes
+from fedlora.console import human_bytes, reporter
 from fedlora.demo import CONFIG
-from fedlora.engines.local import Event, Report, Result, run_session
+from fedlora.engines.local import Result, run_session
 from fedlora.errors import InputError
 from fedlora.setup import Session, assemble
 
@@ -60,42 +61,46 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
         overrides: configuration keys that go to every run; `output_dir` holds all of them.
 
     Returns:
-        Exact match (share of held-out rows) by round, for every method and for "alone" (the mean
-        over the clients).
+        Exact match (share of held-out rows) by round, for every method and for clients alone
+        (their mean and the best of them).
     """
     values = layered(read_yaml(CONFIG), overrides)
     if "method" in values:
         raise InputError(f"method: the demo runs {', '.join(METHODS)}; use fedlora run for one")
     where = _free_directory(str(values.pop("output_dir", "fedlora-demo")))
     console, began = Console(), time.perf_counter()
-    results: dict[str, Result] = {}
+    curves: dict[str, list[float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for method in METHODS:
         config = Config.of({**values, "method": method, "output_dir": str(where / method)})
-        console.print(f"\n[bold]{method}[/]" if console.is_terminal else f"\n{method}")
         session = assemble(config)
-        results[method] = _shown(session, console, f"{method}: ")
-        rounds = [line for line in results[method].metrics if line["event"] == "round"]
+        if not session.config.eval_exact_match:
+            raise InputError("eval_exact_match: the demo compares exact match; leave it on")
+        console.print(Text(f"\n{method}", style="bold"))
+        with reporter(False, console, f"{method}: ") as report:
+            result = run_session(session, report=report)
+        curves[method] = _curve(result)
+        rounds = [line for line in result.metrics if line["event"] == "round"]
         sizes[method] = (
             sum(line["bytes_up"] for line in rounds),
             sum(line["bytes_down"] for line in rounds),
         )
-    curves = {method: _curve(result) for method, result in results.items()}
-    clients = len(session.data.clients)
     console.print("\neach client alone, on its own rows")
     singles = []
-    for client in range(clients):
-        lone = alone(session, client, where / f"alone-{client}")
-        singles.append(_curve(_shown(lone, console, f"client {client} alone: ", quiet=True)))
-        console.print(
-            f"  client {client}, rank {session.federation.ranks[client]:>2}, "
-            f"{session.federation.num_examples[client]:>4} rows: {singles[-1][-1]:.1%}",
-            highlight=False,
-        )
-    curves["alone"] = [sum(values) / clients for values in zip(*singles, strict=True)]
+    for client, rank in enumerate(session.federation.ranks):
+        rows = session.federation.num_examples[client]
+        name = f"client {client}, rank {rank:>2}, {rows:>4} rows"
+        if not rows:
+            continue
+        with console.status(name):
+            singles.append(_curve(run_session(alone(session, client, where / f"alone-{client}"))))
+        console.print(f"  {name}: {singles[-1][-1]:.1%}", highlight=False)
+    by_round = list(zip(*singles, strict=True))
+    curves["alone, mean"] = [sum(values) / len(singles) for values in by_round]
+    curves["alone, best"] = [max(values) for values in by_round]
     console.print()
-    console.print(_table(curves, sizes, max(single[-1] for single in singles)))
-    _picture(curves)
+    console.print(_table(curves, sizes))
+    console.print(_picture(curves), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{time.perf_counter() - began:.0f} s; everything is in {where}/. Next:\n"
         "  fedlora run --num_rounds 10 --output_dir longer   the same federation for longer\n"
@@ -107,64 +112,36 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
     return curves
 
 
-def _shown(session: Session, console: Console, title: str, quiet: bool = False) -> Result:
-    if not console.is_terminal:
-        from fedlora.console import plain_lines
-
-        return run_session(session, report=_nothing if quiet else plain_lines)
-    with Terminal(console, title) as terminal:
-        return run_session(session, report=_bars_only(terminal) if quiet else terminal)
-
-
-def _nothing(event: Event) -> None:
-    """Says nothing."""
-
-
-def _bars_only(terminal: Terminal) -> Report:
-    """A terminal without the introduction and the table."""
-    console = terminal.console
-
-    def report(event: Event) -> None:
-        console.quiet = event["event"] in ("begin", "start", "round")
-        terminal(event)
-        console.quiet = False
-
-    return report
-
-
 def _curve(result: Result) -> list[float]:
     return [found[METRIC] for _, found in sorted(result.evaluations.items())]
 
 
-def _table(
-    curves: Mapping[str, list[float]], sizes: Mapping[str, tuple[int, int]], best_alone: float
-) -> Table:
+def _table(curves: Mapping[str, list[float]], sizes: Mapping[str, tuple[int, int]]) -> Table:
     table = Table(title="exact match on held-out instructions, by round")
     table.add_column("method")
     for number in range(len(next(iter(curves.values())))):
         table.add_column(str(number), justify="right")
-    table.add_column("sent up", justify="right")
-    table.add_column("sent down", justify="right")
+    table.add_column("up", justify="right")
+    table.add_column("down", justify="right")
     for name, values in curves.items():
-        up, down = sizes.get(name, (None, None))
-        label = f"alone (mean; best {best_alone:.1%})" if name == "alone" else name
-        table.add_row(
-            label,
-            *(f"{value:.1%}" for value in values),
-            "-" if up is None else human_bytes(up),
-            "-" if down is None else human_bytes(down),
-        )
+        traffic = [human_bytes(size) for size in sizes.get(name, ())] or ["-", "-"]
+        table.add_row(name, *(f"{value:.1%}" for value in values), *traffic)
     return table
 
 
-def _picture(curves: Mapping[str, list[float]]) -> None:
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plotsize(78, 20)
-    for name, marker in zip(curves, ("dot", "x", "o", "+"), strict=False):
-        values = [100 * value for value in curves[name]]
-        plotext.plot(list(range(len(values))), values, label=name, marker=marker)
-    plotext.title("exact match (%) by round")
-    plotext.xlabel("round")
-    plotext.xticks(list(range(len(next(iter(curves.values()))))))
-    plotext.show()
+def _picture(curves: Mapping[str, list[float]]) -> str:
+    """A plot of text, without colours."""
+    figure = plotext.figure
+    figure.clear()
+    figure.theme("clear")
+    figure.plot_size(78, 18)
+    for (name, values), marker in zip(curves.items(), "●xo+.", strict=False):
+        signal = figure.signal(
+            list(range(len(values))), [100 * value for value in values], marker=marker
+        )
+        signal.lines()
+        signal.label(name)
+        figure.draw(signal)
+    figure.title("exact match (%) by round")
+    figure.ruler(0, 0).ticks(list(range(len(next(iter(curves.values()))))))
+    return Text.from_ansi(figure.build()).plain

@@ -15,10 +15,10 @@ from fedlora.checkpoint import (
     RunDirectory,
     Saved,
     check_free,
-    no_space_is_explained,
     read_metrics,
     settled,
     verify,
+    write_errors_are_explained,
 )
 from fedlora.config import Config, read_yaml
 from fedlora.errors import CheckpointError, InputError
@@ -221,12 +221,12 @@ class _Run:
     # --- the course of a run ---
 
     def start(self) -> Result:
-        with no_space_is_explained(self.directory.path):
+        with write_errors_are_explained(self.directory.path):
             self._begin()
             return self._from_the_start()
 
     def resume(self) -> Result:
-        with no_space_is_explained(self.directory.path):
+        with write_errors_are_explained(self.directory.path):
             saved, problems = self.directory.load_latest()
             if saved:
                 self._check_same(saved)
