@@ -41,7 +41,7 @@ def test_demo_returns_every_curve_and_leaves_an_earlier_one_alone(tmp_path: Path
         }
     )
     assert {name: len(values) for name, values in curves.items()} == dict.fromkeys(
-        ("exact", "flora", "zero_pad", "alone, mean", "alone, best"), 2
+        ("exact", "flora", "zero_pad", "alone mean", "alone best"), 2
     )
     assert not any((tmp_path / "d").iterdir())
     assert (tmp_path / "d-2" / "exact" / "final").is_dir()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import plotext
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -96,8 +97,8 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
             singles.append(_curve(run_session(alone(session, client, where / f"alone-{client}"))))
         console.print(f"  {name}: {singles[-1][-1]:.1%}", highlight=False)
     by_round = list(zip(*singles, strict=True))
-    curves["alone, mean"] = [sum(values) / len(singles) for values in by_round]
-    curves["alone, best"] = [max(values) for values in by_round]
+    curves["alone mean"] = [sum(values) / len(singles) for values in by_round]
+    curves["alone best"] = [max(values) for values in by_round]
     console.print()
     console.print(_table(curves, sizes))
     console.print(_picture(curves), highlight=False, markup=False, soft_wrap=True)
@@ -117,8 +118,8 @@ def _curve(result: Result) -> list[float]:
 
 
 def _table(curves: Mapping[str, list[float]], sizes: Mapping[str, tuple[int, int]]) -> Table:
-    table = Table(title="exact match on held-out instructions, by round")
-    table.add_column("method")
+    table = Table(title="exact match on held-out instructions, by round", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
     for number in range(len(next(iter(curves.values())))):
         table.add_column(str(number), justify="right")
     table.add_column("up", justify="right")
@@ -144,4 +145,4 @@ def _picture(curves: Mapping[str, list[float]]) -> str:
         figure.draw(signal)
     figure.title("exact match (%) by round")
     figure.ruler(0, 0).ticks(list(range(len(next(iter(curves.values()))))))
-    return Text.from_ansi(figure.build()).plain
+    return Text.from_ansi(str(figure.build())).plain
