@@ -23,8 +23,9 @@ import yaml
 import fedlora
 from fedlora.checkpoint import read_metrics
 from fedlora.cli import VERBS, main
-from fedlora.config import Config, read_yaml
+from fedlora.config import Config
 from fedlora.demo import CONFIG
+from fedlora.sources import read_yaml
 
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
 
@@ -102,14 +103,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_config_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config"]) == 0
     captured = capsys.readouterr()
-    assert Config.of(yaml.safe_load(captured.out)) == Config.of(Config().flat())
+    assert Config(**yaml.safe_load(captured.out)) == Config(**Config().flat())
     assert captured.err == ""
 
 
 def test_config_prints_the_embedded_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "embedded"]) == 0
-    printed = Config.of(yaml.safe_load(capsys.readouterr().out))
-    assert printed.flat() == Config.of(read_yaml(CONFIG)).flat()
+    printed = Config(**yaml.safe_load(capsys.readouterr().out))
+    assert printed.flat() == Config(**read_yaml(CONFIG)).flat()
     assert len(printed.client_ranks) == 10  # type: ignore[arg-type]
 
 
@@ -118,8 +119,8 @@ def test_config_of_a_file_with_keys_over_it(here: Path, capsys: pytest.CaptureFi
     keys = "--lora_r=8 --client_ranks 4 4 2 2 --train_file none --use_rslora --output_dir 'a: #b'"
     assert main(["config", "my.yaml", *shlex.split(keys)]) == 0
     given = {"client_ranks": [4, 4, 2, 2], "use_rslora": True, "output_dir": "a: #b"}
-    wanted = Config.of({"lora_r": 8, "seed": 7, "learning_rate": 1e-3, **given})
-    assert Config.of(yaml.safe_load(capsys.readouterr().out)).flat() == wanted.flat()
+    wanted = Config(**{"lora_r": 8, "seed": 7, "learning_rate": 1e-3, **given})
+    assert Config(**yaml.safe_load(capsys.readouterr().out)).flat() == wanted.flat()
 
 
 # --- a run ---
@@ -272,7 +273,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("run", ["{base}"]),
     (RUN + "--train_file none", ["no data: give train_file or dataset_name"]),
     (RUN + "--train_file nope.jsonl", ["nope.jsonl: no such file"]),
-    (RUN + "--train_file 'nope_*.jsonl'", ["train_file: nope_*.jsonl: the pattern matches no"]),
+    (RUN + "--train_file 'nope_*.jsonl'", ["train_file: ", "nope_*.jsonl: the pattern matches no"]),
     (RUN + "--eval_file nope.jsonl", ["nope.jsonl: no such file"]),
     (RUN + "--eval_file no_rows.jsonl", ["no_rows.jsonl: holds no rows"]),
     (RUN + "--eval_file bad.jsonl", ["bad.jsonl, line 2: malformed JSON"]),
@@ -303,13 +304,19 @@ BAD: list[tuple[str, list[str]]] = [
         RUN + "--lora_target_modules q_proj query",
         ["lora_target_modules: 'query' matches no linear layer", "q_proj, k_proj, v_proj, o_proj"],
     ),
-    (RUN + "--model_name_or_path empty", ["model_name_or_path: empty: the model cannot be loaded"]),
+    (
+        RUN + "--model_name_or_path empty",
+        ["model_name_or_path: ", "/empty: the model cannot be loaded"],
+    ),
     (
         RUN + "--model_name_or_path nobody/nothing",
         ["model_name_or_path: nobody/nothing: the model cannot be loaded"],
     ),
-    (RUN + "--model_name_or_path bare", ["model_name_or_path: bare: the tokenizer cannot be"]),
-    (RUN + "--tokenizer_name empty", ["tokenizer_name: empty: the tokenizer cannot be loaded"]),
+    (RUN + "--model_name_or_path bare", ["model_name_or_path: ", "/bare: the tokenizer cannot be"]),
+    (
+        RUN + "--tokenizer_name empty",
+        ["tokenizer_name: ", "/empty: the tokenizer cannot be loaded"],
+    ),
     (RUN + "--init_adapter empty", ["init_adapter: ", "empty: holds no adapter_config.json"]),
     (RUN + "--init_adapter nowhere", ["init_adapter: ", "nowhere: holds no adapter_config.json"]),
     # where to write
@@ -321,7 +328,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("run --resume full --seed 1", ["--resume full: nothing to resume; there is no config.yaml"]),
     ("config --lora_r 0", ["lora_r: '0' must be at least 1"]),
     ("config missing.yaml", ["missing.yaml: no such configuration file"]),
-    ("demo --method flora", ["method: the demo runs exact, flora, zero_pad"]),
+    ("demo --method flora", ["method: the demo compares exact, flora, zero_pad"]),
 ]
 
 

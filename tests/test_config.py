@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.config import Config, layered, parse_overrides, read_yaml
+from fedlora.config import Config
 from fedlora.demo import CONFIG
 from fedlora.errors import InputError
+from fedlora.sources import layered, parse_overrides, read_yaml
 
 # --- the command line's keys ---
 
@@ -55,8 +56,8 @@ def test_bad_overrides(tokens: list[str], message: str) -> None:
 
 
 def test_text_becomes_what_the_key_holds() -> None:
-    config = Config.of(
-        parse_overrides(
+    config = Config(
+        **parse_overrides(
             shlex.split(
                 "--lora_r 8 --client_ranks 4 4 2 --lora_target_modules q_proj v_proj "
                 "--learning_rate 1e-3 --use_rslora --completion_only_loss false --lora_alpha 16 "
@@ -80,7 +81,7 @@ def test_text_becomes_what_the_key_holds() -> None:
 
 @pytest.mark.parametrize("none", ["none", "None", "null"])
 def test_none_reaches_the_key(none: str) -> None:
-    assert Config.of(parse_overrides(["--save_total_limit", none])).save_total_limit is None
+    assert Config(**parse_overrides(["--save_total_limit", none])).save_total_limit is None
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_none_reaches_the_key(none: str) -> None:
     [("1.0", 1.0), (1.0, 1.0), ("5e-1", 0.5), ("0.3", 0.3), ("1", 1), (1, 1), ("12", 12)],
 )
 def test_a_share_of_the_clients_is_no_number_of_clients(given: Any, held: float) -> None:
-    found = Config.of({"clients_per_round": given}).clients_per_round
+    found = Config(**{"clients_per_round": given}).clients_per_round
     assert (found, type(found)) == (held, type(held))
 
 
@@ -105,7 +106,7 @@ def test_a_share_of_the_clients_is_no_number_of_clients(given: Any, held: float)
     ],
 )
 def test_alpha(given: Any, rank: int, alpha: float) -> None:
-    assert Config.of({"lora_alpha": given}).alpha(rank) == alpha
+    assert Config(**{"lora_alpha": given}).alpha(rank) == alpha
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_alpha(given: Any, rank: int, alpha: float) -> None:
     ],
 )
 def test_which_way_is_better(metric: str, given: bool | None, greater: bool) -> None:
-    config = Config.of({"metric_for_best_model": metric, "greater_is_better": given})
+    config = Config(**{"metric_for_best_model": metric, "greater_is_better": given})
     assert config.metric_is_better_when_greater is greater
 
 
@@ -132,7 +133,7 @@ def test_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
     path.write_text("learning_rate: 1e-3\nadam_epsilon: 1e-9\nlora_alpha: 1e1\n")
     values = read_yaml(path)
     assert isinstance(values["learning_rate"], str)
-    config = Config.of(values)
+    config = Config(**values)
     assert (config.learning_rate, config.adam_epsilon, config.lora_alpha) == (1e-3, 1e-9, 10.0)
 
 
@@ -172,7 +173,7 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
 
 def test_merge_keys_are_allowed(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("method_options: &o {start_fraction: 1}\nseed: 3\n")
-    assert Config.of(read_yaml(tmp_path / "a.yaml")).rule_options().start_fraction == 1
+    assert Config(**read_yaml(tmp_path / "a.yaml")).rule_options().start_fraction == 1
 
 
 # --- layers ---
@@ -193,8 +194,8 @@ def test_a_later_source_of_data_replaces_an_earlier_one() -> None:
 
 
 def test_defaults_and_the_embedded_file_are_valid() -> None:
-    assert Config.of({}) == Config()
-    assert Config.of(read_yaml(CONFIG)).model_name_or_path == "embedded"
+    assert Config(**{}) == Config()
+    assert Config(**read_yaml(CONFIG)).model_name_or_path == "embedded"
 
 
 numbers = st.floats(1e-12, 1e12)
@@ -223,10 +224,10 @@ configurations = st.fixed_dictionaries(
 
 @given(configurations)
 def test_written_and_read_back_it_is_the_same(values: dict[str, Any]) -> None:
-    config = Config.of(values)
+    config = Config(**values)
     for comments in (False, True):
-        assert Config.of(yaml.safe_load(config.to_yaml(comments))).flat() == config.flat()
-    assert Config.of(config.flat()).flat() == config.flat()
+        assert Config(**yaml.safe_load(config.to_yaml(comments))).flat() == config.flat()
+    assert Config(**config.flat()).flat() == config.flat()
 
 
 def test_every_key_has_its_line_and_says_what_it_does() -> None:
@@ -238,10 +239,10 @@ def test_every_key_has_its_line_and_says_what_it_does() -> None:
 
 
 def test_options_of_the_rule_are_flat_keys() -> None:
-    config = Config.of({"method": "exact", "start_fraction": 0.25})
+    config = Config(**{"method": "exact", "start_fraction": 0.25})
     assert config.method_options == {"start_fraction": 0.25}
     assert config.flat()["start_fraction"] == 0.25
-    assert "start_fraction" not in Config.of({"method": "flora"}).flat()
+    assert "start_fraction" not in Config(**{"method": "flora"}).flat()
 
 
 # --- what is wrong ---
@@ -252,7 +253,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"metod": "exact"}, "metod: unknown configuration key; did you mean method?"),
     ({"start_fracton": 1}, "start_fracton: unknown configuration key; did you mean start_fraction"),
     ({"zzzz": 1}, "zzzz: unknown configuration key; `fedlora config` lists all keys"),
-    ({1: 2}, "1: unknown configuration key"),
     ({"method": "flor"}, "method: 'flor' is none of fedit, zero_pad, flora, exact; did you mean "),
     ({"method": "zzzz"}, "method: 'zzzz' is none of fedit, zero_pad, flora, exact"),
     ({"method": "flora", "start_fraction": 1}, "start_fraction: method flora has no such option"),
@@ -316,7 +316,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("values", "message"), BAD, ids=[str(values) for values, _ in BAD])
 def test_what_is_wrong_is_said_in_one_line(values: dict[Any, Any], message: str) -> None:
     with pytest.raises(InputError) as raised:
-        Config.of(values)
+        Config(**values)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
     assert "input should" not in str(raised.value).lower()
@@ -324,7 +324,7 @@ def test_what_is_wrong_is_said_in_one_line(values: dict[Any, Any], message: str)
 
 def test_several_wrong_keys_are_several_lines() -> None:
     with pytest.raises(InputError) as raised:
-        Config.of({"lora_r": "x", "num_rounds": 0, "client_ranks": [None], "seed": True})
+        Config(**{"lora_r": "x", "num_rounds": 0, "client_ranks": [None], "seed": True})
     lines = str(raised.value).splitlines()
     assert sorted(line.partition(":")[0] for line in lines) == sorted(
         ["lora_r", "num_rounds", "client_ranks", "seed"]
@@ -335,6 +335,6 @@ def test_several_wrong_keys_are_several_lines() -> None:
 def test_no_key_takes_anything(key: str) -> None:
     """Whatever the key: a mapping is refused in words of ours that name the key."""
     with pytest.raises(InputError) as raised:
-        Config.of({key: {"a": object}})
+        Config(**{key: {"a": object}})
     assert str(raised.value).startswith(f"{key}: {{'a': ")
     assert ": expected " in str(raised.value)

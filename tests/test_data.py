@@ -187,14 +187,14 @@ def test_counts_that_do_not_fit_the_files(
     values: dict[str, Any], says: str, site_files: Path
 ) -> None:
     with pytest.raises(fedlora.InputError, match=says):
-        load_rows(Config.of({"train_file": str(site_files / "site_*.jsonl"), **values}))
+        load_rows(Config(**{"train_file": str(site_files / "site_*.jsonl"), **values}))
 
 
 def test_counts_that_do_not_fit_each_other(site_files: Path) -> None:
     values = {"train_file": str(site_files / "site_0.jsonl"), "client_ranks": [1, 2]}
     with pytest.raises(fedlora.InputError, match="client_ranks: 2 ranks for num_clients: 3"):
-        load_rows(Config.of({**values, "num_clients": 3}))
-    assert len(load_rows(Config.of(values))[0]) == 2
+        load_rows(Config(**{**values, "num_clients": 3}))
+    assert len(load_rows(Config(**values))[0]) == 2
 
 
 def test_no_data_at_all_says_which_keys_to_give() -> None:
@@ -399,7 +399,7 @@ def test_special_tokens_of_the_tokenizer_stay_where_they_belong() -> None:
 
 def config_of(path: Path, **values: Any) -> Config:
     """A run over `path`, two clients."""
-    return Config.of({"train_file": str(path), "num_clients": 2, "max_length": 64, **values})
+    return Config(**{"train_file": str(path), "num_clients": 2, "max_length": 64, **values})
 
 
 def keys(data: FederatedData, part: str) -> list[list[tuple[int, ...]]]:
@@ -431,7 +431,11 @@ def test_a_share_of_every_client_is_held_out(tokenizer: Any, tmp_path: Path) -> 
         assert set(trained) | set(out) == set(ours)
         assert len(trained) + len(out) == len(ours)
     # Without other data, the global evaluation is on what all clients held out.
-    assert [tuple(row["input_ids"]) for row in data.eval] == held[0] + held[1]
+    # in turn, so that a limit takes some of every client's.
+    in_turn = [row for pair in zip(*held, strict=True) for row in pair]
+    assert [tuple(row["input_ids"]) for row in data.eval] == in_turn
+    few = load_data(config_of(path, client_eval_fraction=0.25, max_eval_samples=4), tokenizer)
+    assert [tuple(row["input_ids"]) for row in few.eval] == in_turn[:4]
     assert keys(load_data(config_of(path, client_eval_fraction=0.25), tokenizer), "eval") == held
     other = load_data(config_of(path, client_eval_fraction=0.25, seed=5), tokenizer)
     assert keys(other, "eval") != held

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from fedlora.cli import main
-from fedlora.config import Config, read_yaml
+from fedlora.config import Config
 from fedlora.demo import CONFIG
 from fedlora.setup import assemble
 from fedlora.showcase import alone, demo
+from fedlora.sources import read_yaml
 
 SHORT = ["--num_rounds", "1", "--max_steps", "1", "--max_eval_samples", "12", "--num_threads", "1"]
 
@@ -53,7 +54,7 @@ def test_demo_refuses_a_method(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_embedded_default_is_what_the_documentation_says() -> None:
-    session = assemble(Config.of({**read_yaml(CONFIG), "num_threads": 1}))
+    session = assemble(Config(**{**read_yaml(CONFIG), "num_threads": 1}))
     assert list(session.federation.ranks) == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
     assert sum(session.federation.num_examples) == 2400
     assert len(session.data.eval) == 480
@@ -61,7 +62,7 @@ def test_the_embedded_default_is_what_the_documentation_says() -> None:
 
 
 def test_a_client_alone_keeps_its_rows_and_rank(tmp_path: Path) -> None:
-    session = assemble(Config.of({**read_yaml(CONFIG), "num_threads": 1}))
+    session = assemble(Config(**{**read_yaml(CONFIG), "num_threads": 1}))
     lone = alone(session, 3, tmp_path / "alone")
     assert list(lone.federation.ranks) == [16]
     assert lone.data.clients == (session.data.clients[3],)

@@ -376,7 +376,9 @@ def test_rate_and_momentum_step_the_products(method: str, rate: float, momentum:
 def test_rate_and_momentum_step_the_factors_of_fedit(rate: float, momentum: float) -> None:
     adapter = random_adapter(3, 1)
     server = serve("fedit", given=adapter, server_learning_rate=rate, server_momentum=momentum)
-    wanted = {n: [x.A.clone(), x.B.clone()] for n, x in adapter.items()}
+    began = {n: x for n, x in server.state.adapter.items() if isinstance(x, LowRank)}
+    assert began.keys() == adapter.keys()
+    wanted = {n: [x.A.clone(), x.B.clone()] for n, x in began.items()}
     velocity = {n: [torch.zeros_like(x.A), torch.zeros_like(x.B)] for n, x in adapter.items()}
     for round in range(4):
         updates = {k: train(server, b, round) for k, b in server.plan().items()}

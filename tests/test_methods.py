@@ -547,7 +547,7 @@ def tell(method: str) -> Told:
     before = server.state
     done = play(server, 2, torch.float64)
     encoded = [
-        (p, server.rule.encode(done.updates[k].adapter, done.starts[k], before))
+        (p, server.rule.encode(done.updates[k].adapter, done.starts[k], before, server.options))
         for k, p in done.weights.items()
     ]
     return Told(server.rule, before, server.state, encoded, done)
@@ -564,7 +564,7 @@ def summed_products(told: Told) -> Deltas:
 
 def finished(told: Told, total: Encoded) -> Matrices:
     """The global model that a rule makes of a weighted sum."""
-    aggregate = told.rule.finish(total, told.before)
+    aggregate = told.rule.finish(total, told.before, 6, told.rule.options())
     return matrices(add_all([told.before.base_delta, aggregate.merge, aggregate.adapter]))
 
 
@@ -684,3 +684,15 @@ def test_a_module_that_the_given_adapter_lacks_starts_afresh(method: str) -> Non
 
 def test_the_table_of_methods_is_keyed_by_name() -> None:
     assert {name: rule.name for name, rule in METHODS.items()} == {n: n for n in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rule_sums_what_it_says(method: str) -> None:
+    told = tell(method)
+    kinds = {
+        kind
+        for _, encoded in told.encoded
+        for kind, entries in (("factors", encoded.factors), ("products", encoded.products))
+        if entries
+    }
+    assert " and ".join(sorted(kinds)) == told.rule.secure_sum

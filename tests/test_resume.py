@@ -237,7 +237,7 @@ def whole(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dic
     out = {}
     for method in METHODS:
         path = tmp_path_factory.mktemp("whole") / method
-        fedlora.run(fedlora.Config.of({**keys, "method": method, "output_dir": str(path)}))
+        fedlora.run(fedlora.Config(**{**keys, "method": method, "output_dir": str(path)}))
         out[method] = path
     return out
 
@@ -338,7 +338,7 @@ def test_killed_before_the_directory_has_its_name_leaves_nothing_in_the_way(
     assert not path.exists()
     with pytest.raises(InputError, match="nothing to resume"):
         fedlora.run(resume=path)
-    fedlora.run(fedlora.Config.of({**keys, "method": "exact", "output_dir": str(path)}))
+    fedlora.run(fedlora.Config(**{**keys, "method": "exact", "output_dir": str(path)}))
     assert_ends_like(path, whole["exact"])
     assert not (tmp_path / ".out.partial").exists()
 
@@ -367,7 +367,7 @@ def test_killed_at_a_random_call(
     moment = random.Random(seed).randrange(calls // 10, calls * 9 // 10)
     path = begin(driver, tmp_path, {**keys, "method": method}, calls=moment)
     if not path.exists():
-        fedlora.run(fedlora.Config.of({**keys, "method": method, "output_dir": str(path)}))
+        fedlora.run(fedlora.Config(**{**keys, "method": method, "output_dir": str(path)}))
         assert_ends_like(path, whole[method])
         return
     before = whole_lines(path)
@@ -494,8 +494,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
 
 def judged(keys: dict[str, Any], out: Path) -> fedlora.Config:
     """A run that keeps the best round and stops early."""
-    return fedlora.Config.of(
-        {
+    return fedlora.Config(
+        **{
             **keys,
             "num_rounds": 9,
             "output_dir": str(out),
@@ -570,7 +570,7 @@ def movable(
         "output_dir": str(out),
     }
     with pytest.raises(StoppedError):
-        fedlora.run(fedlora.Config.of(config), callbacks=[stop_after(1)])
+        fedlora.run(fedlora.Config(**config), callbacks=[stop_after(1)])
     return model, data, out
 
 
@@ -642,7 +642,7 @@ def test_ranks_that_were_filled_in_are_no_difference(
     keys: dict[str, Any], out: Path, ranks: dict[str, Any]
 ) -> None:
     values = {**keys, "client_ranks": None, **ranks, "num_rounds": 2, "output_dir": str(out)}
-    config = fedlora.Config.of(values)
+    config = fedlora.Config(**values)
     with pytest.raises(StoppedError):
         fedlora.run(config, callbacks=[stop_after(1)])
     assert fedlora.run(config, resume=out).metrics[-1]["round"] == 2
@@ -651,10 +651,10 @@ def test_ranks_that_were_filled_in_are_no_difference(
 def test_other_drawn_ranks_are_a_difference(keys: dict[str, Any], out: Path) -> None:
     values = {**keys, "client_ranks": None, "rank_choices": [2, 4], "output_dir": str(out)}
     with pytest.raises(StoppedError):
-        fedlora.run(fedlora.Config.of(values), callbacks=[stop_after(1)])
+        fedlora.run(fedlora.Config(**values), callbacks=[stop_after(1)])
     values["rank_choices"] = [3]
     with pytest.raises(InputError, match=r"client_ranks: .* when it began, \[3, 3, 3, 3\] now"):
-        fedlora.run(fedlora.Config.of(values), resume=out)
+        fedlora.run(fedlora.Config(**values), resume=out)
 
 
 def test_nothing_to_resume(
@@ -692,7 +692,7 @@ def test_resumed_from_another_directory(
     """Relative paths and patterns are those of where the run began."""
     monkeypatch.chdir(site_files)
     relative = {"train_file": "site_*.jsonl", "eval_file": "eval.jsonl"}
-    config = fedlora.Config.of({**keys, **relative, "output_dir": str(out)})
+    config = fedlora.Config(**{**keys, **relative, "output_dir": str(out)})
     with pytest.raises(StoppedError):
         fedlora.run(config, callbacks=[stop_after(1)])
     monkeypatch.chdir(out.parent)
@@ -716,7 +716,7 @@ def growing(keys: dict[str, Any], out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def grown(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("grown") / "out"
-    fedlora.run(fedlora.Config.of(growing(keys, path)))
+    fedlora.run(fedlora.Config(**growing(keys, path)))
     return path
 
 
@@ -768,7 +768,7 @@ def test_a_full_disk(keys: dict[str, Any], grown: Path, small_disk: Path) -> Non
             free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
             file.write(b"\0" * (free - 24 * 1024))
 
-    config = fedlora.Config.of(growing(keys, out))
+    config = fedlora.Config(**growing(keys, out))
     with pytest.raises(FedloraError, match="no space left on the device") as raised:
         fedlora.run(config, callbacks=[fill])
     assert str(raised.value).endswith(f"fedlora run --resume {out}")
@@ -788,7 +788,7 @@ def test_a_full_disk_at_the_start(keys: dict[str, Any], small_disk: Path) -> Non
     with ballast.open("wb") as file:
         file.write(b"\0" * os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize)
     with pytest.raises(InputError, match=r"output_dir: .*: No space left on device"):
-        fedlora.run(fedlora.Config.of({**keys, "output_dir": str(small_disk / "out")}))
+        fedlora.run(fedlora.Config(**{**keys, "output_dir": str(small_disk / "out")}))
     assert not (small_disk / "out").exists()
 
 

@@ -35,7 +35,7 @@ from fedlora.worker import Worker
 def test_every_method_learns(small_run: dict[str, Any], method: str) -> None:
     ranks = [4, 4, 4, 4] if method == "fedit" else small_run["client_ranks"]
     config = {**small_run, "method": method, "client_ranks": ranks, "max_steps": 10}
-    result = fedlora.run(fedlora.Config.of(config))
+    result = fedlora.run(fedlora.Config(**config))
     losses = [found["loss"] for _, found in sorted(result.evaluations.items())]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
@@ -48,7 +48,7 @@ def run(values: Mapping[str, Any], name: str = "out", **changes: Any) -> Result:
     """Run with some keys changed, into a directory of that name; options of `run` go through."""
     options = {k: changes.pop(k) for k in ("train_function", "callbacks", "report") if k in changes}
     where = str(Path(values["output_dir"]).with_name(name))
-    return fedlora.run(Config.of({**values, **changes, "output_dir": where}), **options)
+    return fedlora.run(Config(**{**values, **changes, "output_dir": where}), **options)
 
 
 def final_bytes(result: Result) -> bytes:
@@ -91,7 +91,7 @@ def loss_of(base: str, adapter: Path | None, data: Sequence[Tokens]) -> float:
 def evaluation_rows(values: Mapping[str, Any]) -> Sequence[Tokens]:
     """What the global model of that run is evaluated on."""
     tokenizer = AutoTokenizer.from_pretrained(values["model_name_or_path"])
-    return load_data(Config.of(values), tokenizer).eval
+    return load_data(Config(**values), tokenizer).eval
 
 
 def nothing(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def trained_by_hand(session: Session, backwards: bool) -> bytes:
 @pytest.mark.parametrize("method", ["exact", "flora", "zero_pad"])
 def test_the_order_of_clients_changes_no_bit(small_run: dict[str, Any], method: str) -> None:
     values = {**small_run, "method": method, "lora_dropout": 0.1}
-    session = assemble(Config.of(values))
+    session = assemble(Config(**values))
     forwards = trained_by_hand(session, backwards=False)
     assert trained_by_hand(session, backwards=True) == forwards
     assert final_bytes(run(values)) == forwards
@@ -233,7 +233,7 @@ def test_ranks_are_drawn_from_choices_by_shares(small_run: dict[str, Any]) -> No
     drawn = {**small_run, "client_ranks": None, "rank_choices": [2, 3, 8]}
 
     def ranks(**changes: Any) -> list[int]:
-        found: list[int] = assemble(Config.of({**drawn, **changes})).config.client_ranks
+        found: list[int] = assemble(Config(**{**drawn, **changes})).config.client_ranks
         return found
 
     assert ranks(rank_shares=[0, 1, 0]) == [3, 3, 3, 3]
@@ -248,7 +248,7 @@ def test_ranks_are_drawn_from_choices_by_shares(small_run: dict[str, Any]) -> No
 
 @pytest.mark.parametrize(("given", "ranks"), [(None, [5] * 4), (3, [3] * 4)])
 def test_one_rank_for_all(small_run: dict[str, Any], given: int | None, ranks: list[int]) -> None:
-    session = assemble(Config.of({**small_run, "client_ranks": given, "lora_r": 5}))
+    session = assemble(Config(**{**small_run, "client_ranks": given, "lora_r": 5}))
     assert session.config.client_ranks == session.federation.ranks == ranks
 
 
@@ -606,7 +606,7 @@ def test_server_momentum_and_learning_rate(small_run: dict[str, Any], method: st
 def test_clients_are_evaluated_on_what_they_held_out(small_run: dict[str, Any]) -> None:
     result = run(small_run, client_eval_fraction=0.25)
     tokenizer = AutoTokenizer.from_pretrained(small_run["model_name_or_path"])
-    data = load_data(Config.of({**small_run, "client_eval_fraction": 0.25}), tokenizer)
+    data = load_data(Config(**{**small_run, "client_eval_fraction": 0.25}), tokenizer)
     assert [len(c.eval) for c in data.clients] == [6, 4, 3, 2]
     assert [c["num_examples"] for c in rounds_of(result)[0]["clients"]] == [18, 12, 9, 6]
     for line in (result.metrics[0], *rounds_of(result)):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedlora.errors import CheckpointError, InputError
-from fedlora.lowrank import Deltas, LowRank, refactor
+from fedlora.lowrank import Delta, Deltas, Dense, LowRank
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -63,6 +63,7 @@ class Targets:
         names: what PEFT's `target_modules` says to get exactly these.
         fan_in_fan_out: weights are stored `(n, m)` (GPT-2's Conv1D).
         model_name: of the base, for `base_model_name_or_path`.
+        revision: of the base, for `revision`.
         task_type: PEFT's name of the task.
     """
 
@@ -70,6 +71,7 @@ class Targets:
     names: list[str]
     fan_in_fan_out: bool
     model_name: str
+    revision: str | None = None
     task_type: str = "CAUSAL_LM"
 
 
@@ -79,7 +81,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def find_targets(
-    model: nn.Module, target_modules: Sequence[str] | str | None, model_name: str
+    model: nn.Module,
+    target_modules: Sequence[str] | str | None,
+    model_name: str,
+    revision: str | None = None,
 ) -> Targets:
     """Resolve `lora_target_modules` as PEFT does.
 
@@ -89,6 +94,7 @@ def find_targets(
             output head), a regular expression over full names, or None: PEFT's default for the
             architecture.
         model_name: of the base.
+        revision: of the base.
 
     Raises:
         InputError: nothing matches; the message lists candidates.
@@ -146,12 +152,14 @@ def find_targets(
         rows, columns = module.weight.shape
         shapes[name] = (int(columns), int(rows)) if is_conv1d(module) else (int(rows), int(columns))
     ends_of = sorted({name.rpartition(".")[2] for name in chosen})
-    short = {n for n in linear if n.rpartition(".")[2] in ends_of} == set(chosen)
+    # PEFT matches the ends of all modules' names, not of linear layers alone.
+    matched = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in ends_of}
     return Targets(
         shapes=shapes,
-        names=ends_of if short else sorted(chosen),
+        names=ends_of if matched == set(chosen) else sorted(chosen),
         fan_in_fan_out=any(is_conv1d(m) for m in chosen.values()),
         model_name=model_name,
+        revision=revision,
     )
 
 
@@ -159,10 +167,16 @@ def _candidates(linear: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
-def _factors(x: Any) -> LowRank:
-    """What PEFT can hold: factors of rank at least 1, in float32."""
-    x = x if isinstance(x, LowRank) else refactor(x)
+def _factors(x: Delta) -> LowRank:
+    """What PEFT can hold: factors of rank at least 1, in float32.
+
+    A dense update is its own factor beside an identity: as large as its singular factors would be,
+    without their rounding.
+    """
     m, n = x.shape
+    if isinstance(x, Dense):
+        w = x.W.float()
+        x = LowRank(torch.eye(n), w) if n <= m else LowRank(w, torch.eye(m))
     if x.rank == 0:
         return LowRank(x.A.new_zeros(1, n).float(), x.B.new_zeros(m, 1).float())
     return LowRank(x.A.float().contiguous(), x.B.float().contiguous())
@@ -199,6 +213,7 @@ def save_adapter(path: Path, deltas: Deltas, targets: Targets) -> None:
         bias="none",
         fan_in_fan_out=targets.fan_in_fan_out,
         base_model_name_or_path=targets.model_name,
+        revision=targets.revision,
         task_type=targets.task_type,
         inference_mode=True,
     ).to_dict()

@@ -143,7 +143,8 @@ def _sync(path: Path) -> None:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _place(target: Path, fill: Callable[[Path], None]) -> None:
@@ -165,11 +166,15 @@ def _place(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if target.exists():
-        damaged = target.with_name(f"{target.name}.damaged")
-        shutil.rmtree(damaged, ignore_errors=True)
-        target.rename(damaged)
+        _set_aside(target)
     partial.rename(target)
     _sync(target.parent)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 @contextlib.contextmanager
@@ -326,6 +331,8 @@ class RunDirectory:
     def load_latest(self) -> tuple[Saved | None, list[str]]:
         """The newest round that can be trusted, and what is wrong with those after it.
 
+        Damaged ones are set aside as `round-N.damaged`, so that they count as rounds no more.
+
         Returns:
             None where no round can be trusted (or none was saved): the run begins at its start.
         """
@@ -335,6 +342,7 @@ class RunDirectory:
                 return load_round(self.path / f"round-{number}"), problems
             except CheckpointError as error:
                 problems.append(str(error))
+                _set_aside(self.path / f"round-{number}")
         return None, problems
 
     # --- the end ---

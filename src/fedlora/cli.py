@@ -13,10 +13,11 @@ from types import FrameType
 from typing import Any
 
 from fedlora import __version__
-from fedlora.config import Config, layered, parse_overrides, read_yaml
+from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.demo import EMBEDDED
 from fedlora.errors import FedloraError, InputError
+from fedlora.sources import layered, parse_overrides, read_yaml
 
 HELP = f"""\
 fedlora {__version__}: federated fine-tuning of language models with LoRA adapters of different rank
@@ -80,9 +81,9 @@ def _settings(arguments: Sequence[str], default: str | None) -> dict[str, Any]:
     if named:
         source, arguments = arguments[0], arguments[1:]
     overrides = parse_overrides(arguments)
-    own_data = overrides.get("train_file") or overrides.get("dataset_name") not in (None, EMBEDDED)
-    if own_data and source == EMBEDDED and not named:
-        source = None  # the embedded clients, ranks and division belong to the embedded data
+    own = (overrides.get(key) for key in ("model_name_or_path", "dataset_name", "train_file"))
+    if source == EMBEDDED and not named and any(x not in (None, EMBEDDED) for x in own):
+        source = None  # the embedded ranks, division and learning rate belong to what is embedded
     base: dict[str, Any] = {}
     if source is not None:
         base = read_yaml(EMBEDDED_CONFIG if source == EMBEDDED else source)
@@ -109,13 +110,13 @@ def run_verb(arguments: list[str]) -> int:
 
     config: Config | None = None
     if resume is None:
-        config = Config.of(_settings(arguments, EMBEDDED))
+        config = Config(**_settings(arguments, EMBEDDED))
     elif arguments:
         # Keys alone are held against the run's own configuration, a file against all of it.
         own = str(Path(resume) / "config.yaml")
         if not Path(own).is_file():
             raise InputError(f"--resume {resume}: nothing to resume; there is no config.yaml")
-        config = Config.of(_settings(arguments, own))
+        config = Config(**_settings(arguments, own))
     where = resume or (config.output_dir if config else "")
     try:
         with reporter(as_json) as report:
@@ -140,7 +141,7 @@ def run_verb(arguments: list[str]) -> int:
 
 def config_verb(arguments: list[str]) -> int:
     """`fedlora config`."""
-    print(Config.of(_settings(arguments, None)).to_yaml(comments=True), end="")
+    print(Config(**_settings(arguments, None)).to_yaml(comments=True), end="")
     return 0
 
 

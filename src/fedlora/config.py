@@ -11,8 +11,7 @@ import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -26,21 +25,27 @@ from pydantic import (
     model_validator,
 )
 
-from fedlora.demo import EMBEDDED
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
+from fedlora.sources import rule_keys
 
 
 class Config(BaseModel):
-    """All that decides a run. Raises InputError (through `Config.of`) on an impossible value."""
+    """All that decides a run: flat keys, a rule's options among them.
+
+    `Config(method="exact", start_fraction=0.5, num_rounds=3)`; `fedlora config` lists every key.
+
+    Raises:
+        InputError: one line per unknown key or impossible value, with what is expected.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
 
     # --- model ---
-    model_name_or_path: str = Field(
-        EMBEDDED, description="hub name or directory of the base model; 'embedded': the package's"
+    model_name_or_path: str | None = Field(
+        None, description="hub name or directory of the base model; 'embedded': the package's"
     )
     model_revision: str | None = Field(None, description="branch, tag or commit on the hub")
     tokenizer_name: str | None = Field(None, description="another tokenizer than the model's own")
@@ -129,7 +134,7 @@ class Config(BaseModel):
     proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 ||w - w_start||^2 is added")
     # --- evaluation ---
     eval_rounds: int = Field(1, ge=0, description="evaluate every so many rounds; 0: at the ends")
-    per_device_eval_batch_size: int = Field(32, ge=1, description="samples of an evaluation batch")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="samples of an evaluation batch")
     client_eval_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of each client's rows held out to evaluate on"
     )
@@ -149,16 +154,49 @@ class Config(BaseModel):
         3, ge=1, description="rounds kept on disk, never fewer than two; none: all"
     )
     seed: int = Field(42, ge=0, description="of every random draw")
-    num_threads: int | None = Field(None, ge=1, description="of torch; none: the machine's cores")
+    num_threads: int | None = Field(None, ge=1, description="of torch; none: torch's own choice")
+    use_cpu: bool | None = Field(None, description="stay on the CPU; none: a GPU if there is one")
     method_options: dict[str, Any] = Field(
         default_factory=dict, description="the rule's own options; flat keys in a file"
     )
 
+    def __init__(self, **values: Any) -> None:
+        options = values.pop("method_options", None) or {}
+        if not isinstance(options, Mapping):
+            raise InputError(
+                f"method_options: {options!r}: expected the rule's keys and values; they can be "
+                "written as keys of their own"
+            )
+        options = dict(options)
+        ours, theirs = set(type(self).model_fields), rule_keys()
+        for key in [k for k in values if k not in ours]:
+            if key not in theirs:
+                raise InputError(
+                    f"{key}: unknown configuration key" + _nearest(key, sorted(ours | theirs))
+                )
+            options[key] = values.pop(key)
+        try:
+            super().__init__(**values, method_options=options)
+        except ValidationError as error:
+            raise InputError(_readable(error, {**values, **options})) from None
+
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """The text none is none, one value where a list is wanted a list of one."""
         key = str(info.field_name)
-        _refuse_truth(key, value, cls.model_fields[key].annotation)
+        annotation = cls.model_fields[key].annotation
+        _refuse_truth(key, value, annotation)
+        members = _members(annotation)
+        if type(None) in members and isinstance(value, str) and value.lower() in ("none", "null"):
+            return None
+        lists = [member for member in members if get_origin(member) is list]
+        if lists and value is not None and not isinstance(value, list) and len(members) == 2:
+            return [value]
+        if not lists and isinstance(value, list) and str in members:
+            raise ValueError(
+                f"{key}: {value!r}: expected one value; a file pattern has to be quoted"
+            )
         return value
 
     @field_validator("clients_per_round", mode="before")
@@ -248,34 +286,6 @@ class Config(BaseModel):
             return self.greater_is_better
         return not re.search(r"loss|perplexity", self.metric_for_best_model)
 
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Config:
-        """A configuration from flat keys, a rule's options among them.
-
-        Raises:
-            InputError: one line per unknown key or impossible value, with what is expected.
-        """
-        values = {str(key): value for key, value in values.items()}
-        options = values.pop("method_options", None) or {}
-        if not isinstance(options, Mapping):
-            raise InputError(
-                f"method_options: {options!r}: expected the rule's keys and values; they can be "
-                "written as keys of their own"
-            )
-        options = dict(options)
-        ours = set(cls.model_fields)
-        theirs = {f.name: name for name, f in _rule_fields()}
-        for key in [k for k in values if k not in ours]:
-            if key not in theirs:
-                raise InputError(
-                    f"{key}: unknown configuration key" + _nearest(key, [*ours, *theirs])
-                )
-            options[key] = values.pop(key)
-        try:
-            return cls(**values, method_options=options)
-        except ValidationError as error:
-            raise InputError(_readable(error, {**values, **options})) from None
-
     def flat(self) -> dict[str, Any]:
         """Every key and value, the rule's options among them with their defaults filled in."""
         out = self.model_dump()
@@ -297,10 +307,6 @@ class Config(BaseModel):
             value = _scalar(getattr(self.rule_options(), f.name))
             lines.append(f"{f.name + ': ' + value:<46} # {_option_line(rule.options, f.name)}")
         return "\n".join(lines) + "\n"
-
-
-def _rule_fields() -> list[tuple[str, dataclasses.Field[Any]]]:
-    return [(name, f) for name, rule in METHODS.items() for f in dataclasses.fields(rule.options)]
 
 
 def _option_line(options: type[Any], key: str) -> str:
@@ -386,91 +392,5 @@ def _readable(error: ValidationError, values: Mapping[str, Any]) -> str:
 def _annotation(key: str) -> Any:
     if key in Config.model_fields:
         return Config.model_fields[key].annotation
-    return next(
-        get_type_hints(METHODS[name].options)[key] for name, f in _rule_fields() if f.name == key
-    )
-
-
-class _Twice(yaml.constructor.ConstructorError):
-    """A key that stands twice in one mapping."""
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML takes the last of several equal keys in silence; this refuses them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise _Twice(None, None, f"{key.value} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A configuration file as flat keys.
-
-    Raises:
-        InputError: the file is missing, is not YAML (with the line) or holds no mapping.
-    """
-    path = Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read as a configuration: {why}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        kind = "" if isinstance(error, _Twice) else "broken YAML: "
-        raise InputError(f"{path}{where}: {kind}{problem}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
-    return cast(dict[str, Any], values)
-
-
-def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers over earlier ones; a later source of data replaces an earlier one."""
-    out: dict[str, Any] = {}
-    for layer in layers:
-        for one, other in (("train_file", "dataset_name"), ("dataset_name", "train_file")):
-            if layer.get(one) and other not in layer:
-                out.pop(other, None)
-        out.update(layer)
-    return out
-
-
-def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
-    """`--key value ...` as flat keys; several values make a list, none means true.
-
-    Raises:
-        InputError: a value without a key, or a key given twice.
-    """
-    out: dict[str, Any] = {}
-    key, values = "", list[str]()
-
-    def close() -> None:
-        if key:
-            if key in out:
-                raise InputError(f"--{key} is given twice")
-            plain = [None if v.lower() in ("none", "null") else v for v in values]
-            out[key] = True if not plain else plain[0] if len(plain) == 1 else plain
-
-    for token in tokens:
-        if token.startswith("--") and len(token) > 2:
-            close()
-            key, _, value = token[2:].partition("=")
-            key, values = key.replace("-", "_"), [value] if value or "=" in token else []
-            if not key:
-                raise InputError(f"{token!r}: expected --key value")
-        elif not key:
-            raise InputError(f"{token!r}: expected --key value; the configuration file comes first")
-        else:
-            values.append(token)
-    close()
-    return out
+    hints = (get_type_hints(rule.options) for rule in METHODS.values())
+    return next(found[key] for found in hints if key in found)

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,8 +191,12 @@ def load_rows(config: Config) -> tuple[list[list[dict[str, Any]]], list[dict[str
         InputError: no data is named, a file or split is missing, or a count does not fit.
     """
     evaluation: list[dict[str, Any]] = []
+    one_each = False  # a file per client
     if config.train_file:
-        if re.search(r"[*?\[]", config.train_file) and not Path(config.train_file).exists():
+        one_each = (
+            bool(set(config.train_file) & set("*?[")) and not Path(config.train_file).exists()
+        )
+        if one_each:
             paths = sorted(glob.glob(config.train_file), key=_natural)
             if not paths:
                 raise InputError(f"train_file: {config.train_file}: the pattern matches no file")
@@ -211,7 +216,12 @@ def load_rows(config: Config) -> tuple[list[list[dict[str, Any]]], list[dict[str
     if config.eval_file:
         evaluation = _named("eval_file", config.eval_file)
     number = len(config.client_ranks) if isinstance(config.client_ranks, list) else None
-    if len(parts) > 1:
+    if one_each:
+        if config.partition != "iid":
+            raise InputError(
+                f"partition: {config.partition} divides one data set; train_file: "
+                f"{config.train_file} is one file per client already"
+            )
         for key, value in (("num_clients", config.num_clients), ("client_ranks", number)):
             if value is not None and value != len(parts):
                 raise InputError(
@@ -352,7 +362,9 @@ def load_data(config: Config, tokenizer: Any) -> FederatedData:
         raise InputError("no client has a row to train on; lower client_eval_fraction")
     held_out = tokenized(evaluation, config.max_eval_samples, "the evaluation data")
     if not evaluation:
-        held_out = [row for part in parts for row in part.eval][: config.max_eval_samples]
+        # In turn, so that a limit takes some of every client's rows.
+        turns = zip_longest(*(part.eval for part in parts))
+        held_out = [row for turn in turns for row in turn if row][: config.max_eval_samples]
     return FederatedData(
         tuple(parts), held_out, template.name, dropped, _fingerprint(parts, held_out)
     )

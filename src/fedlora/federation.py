@@ -28,6 +28,7 @@ from fedlora.lowrank import (
     scale_all,
     total_norm,
 )
+from fedlora.methods import METHODS
 from fedlora.methods.rule import Prepared, Rule, Shapes, change
 from fedlora.seeds import SERVER, Purpose, fresh_factors, generator
 from fedlora.state import (
@@ -116,10 +117,11 @@ def check_rule(rule: Rule, ranks: Sequence[int]) -> None:
         InputError: which rule, which ranks, and what to do.
     """
     if not rule.mixed_ranks and len(set(ranks)) > 1:
+        able = ", ".join(name for name, other in METHODS.items() if other.mixed_ranks)
         raise InputError(
             f"method: {rule.name} needs one rank for all clients, got client_ranks "
             f"{' '.join(map(str, ranks))}; use one rank, or a method that combines different ranks "
-            "(exact, flora, zero_pad)"
+            f"({able})"
         )
 
 
@@ -150,6 +152,10 @@ class _Sum:
             {name: value * inverse for name, value in self.factors.items()},
             scale_all(self.products, inverse),
         )
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _step(total: Encoded, velocity: Encoded, rate: float, momentum: float) -> tuple[Encoded, ...]:
@@ -282,9 +288,9 @@ class Server:
             if weight <= 0:
                 continue
             start = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
-            encoded = self.rule.encode(update.adapter, start, before)
+            encoded = self.rule.encode(update.adapter, start, before, self.options)
             dense = {
-                _DENSE + name: value.float() - before.dense[name].float()
+                _DENSE + name: _wide(value) - _wide(before.dense[name])
                 for name, value in update.dense.items()
             }
             encoded = replace(encoded, factors={**encoded.factors, **dense})
@@ -305,7 +311,7 @@ class Server:
         step, velocity = _step(
             total.mean(), before.momentum, spec.server_learning_rate, spec.server_momentum
         )
-        aggregate = self.rule.finish(step, before)
+        aggregate = self.rule.finish(step, before, max(spec.ranks), self.options)
         merge = {name: compact(x) for name, x in aggregate.merge.items()}
         merged = add_all([{n: x for n, x in before.base_delta.items() if n in merge}, merge])
         return replace(
@@ -315,7 +321,7 @@ class Server:
             last_merge=merge,
             momentum=velocity,
             dense={
-                name: (value.float() + step.factors[_DENSE + name]).to(value.dtype)
+                name: (_wide(value) + step.factors[_DENSE + name]).to(value.dtype)
                 for name, value in before.dense.items()
             },
         )

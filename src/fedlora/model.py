@@ -39,6 +39,7 @@ class AdapterLayer(nn.Module):
         self.B: nn.Parameter | None = None  # (m, r)
         self.scale = 1.0
         self.dropout = 0.0
+        self.start: tuple[Tensor, Tensor] | None = None  # B at the start, with and without scale
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
         self.branch: Delta | None = None
 
@@ -52,7 +53,7 @@ class AdapterLayer(nn.Module):
     ) -> None:
         """Take a client's frozen updates and its trainable adapter (None: nothing to train)."""
         weight = self.weight
-        self.merged = self.branch = self.A = self.B = None
+        self.merged = self.branch = self.A = self.B = self.start = None
         self.scale, self.dropout = scale, dropout
         if frozen:
             device = weight.device
@@ -64,6 +65,7 @@ class AdapterLayer(nn.Module):
                 self.branch = total
         if adapter is not None:
             a, b = unfold(adapter, scale)
+            self.start = adapter.B, b.clone()
             self.A = nn.Parameter(a.to(weight.device))
             self.B = nn.Parameter(b.to(weight.device))
 
@@ -119,6 +121,11 @@ class BaseModel:
     layers: Mapping[str, AdapterLayer]
     fingerprint: str
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return cast(torch.device, next(self.model.parameters()).device)
+
     def load(
         self,
         frozen: Sequence[Deltas],
@@ -134,14 +141,19 @@ class BaseModel:
     def read_adapter(self) -> dict[str, LowRank]:
         """The adapter as it now is, scale folded, in float32, on the CPU.
 
+        `B` is its start plus the scaled change, so that what was not trained comes back to the bit:
+        dividing by a scale and multiplying again would count as learning.
+
         Raises:
             ValueError: no adapter is loaded.
         """
         out = {}
         for name, layer in self.layers.items():
-            if layer.A is None or layer.B is None:
+            if layer.A is None or layer.B is None or layer.start is None:
                 raise ValueError(f"{name} holds no adapter")
-            out[name] = fold(layer.A.cpu(), layer.B.cpu(), layer.scale)
+            folded, plain = layer.start
+            learnt = fold(layer.A.cpu(), layer.B.cpu() - plain, layer.scale)
+            out[name] = LowRank(learnt.A, folded + learnt.B)
         return out
 
 
@@ -177,6 +189,7 @@ def load_base(
     tokenizer_name: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    use_cpu: bool = False,
 ) -> BaseModel:
     """Load a causal language model and its tokenizer, freeze it and wrap its target modules.
 
@@ -187,6 +200,7 @@ def load_base(
         tokenizer_name: another tokenizer than the model's own.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model.
+        use_cpu: stay on the CPU where there is a GPU.
 
     Raises:
         InputError: the model or the tokenizer cannot be loaded, or no target module matches.
@@ -218,10 +232,20 @@ def load_base(
             f"tokenizer_name: {source} has {len(tokenizer)} tokens, the model "
             f"{model.get_input_embeddings().num_embeddings}; they do not belong together"
         )
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not use_cpu:
         model.to("cuda")
     model.config.use_cache = False
-    return attach(model, tokenizer, find_targets(model, target_modules, name))
+    model.generation_config = _greedy(model)
+    return attach(model, tokenizer, find_targets(model, target_modules, name, revision))
+
+
+def _greedy(model: Any) -> Any:
+    """The model's special tokens alone: its sampling and penalties would be inherited."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return GenerationConfig(**{name: getattr(own, name, None) for name in names})
 
 
 def _short(error: Exception) -> str:

@@ -25,7 +25,6 @@ class Purpose(IntEnum):
     HOLDOUT = 5
     BATCHES = 6
     DROPOUT = 7
-    MODEL = 8
 
 
 SERVER = 0

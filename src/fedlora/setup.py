@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ PATHS = (
 )
 AUTOMATIC = (
     "num_threads",
+    "use_cpu",
     "num_clients",
     "client_ranks",
     "template",
@@ -59,14 +59,9 @@ class Session:
     warnings: tuple[str, ...]
 
     @property
-    def base_fingerprint(self) -> str:
-        """Of the base weights."""
-        return self.base.fingerprint
-
-    @property
-    def data_fingerprint(self) -> str:
-        """Of all tokens."""
-        return self.data.fingerprint
+    def fingerprints(self) -> dict[str, str]:
+        """Of the base weights and of all tokens, to recognise others on resume."""
+        return {"base": self.base.fingerprint, "data": self.data.fingerprint}
 
 
 def client_ranks(config: Config, num_clients: int) -> list[int]:
@@ -92,29 +87,29 @@ def client_ranks(config: Config, num_clients: int) -> list[int]:
     return [given or config.lora_r] * num_clients
 
 
-def available_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def assemble(config: Config) -> Session:
     """Load and check everything; nothing is written.
 
     Raises:
         InputError: what cannot be used, and what to do.
     """
-    threads = config.num_threads or available_cores()
+    if not config.model_name_or_path:
+        raise InputError(
+            "model_name_or_path: name the base model, a hub name or a directory (embedded: the "
+            "tiny model of this package)"
+        )
+    config = resolve_paths(config)
+    threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     embedded = config.model_name_or_path == EMBEDDED
     base = load_base(
-        str(BASE_DIR) if embedded else config.model_name_or_path,
+        str(BASE_DIR) if embedded else str(config.model_name_or_path),
         target_modules=config.lora_target_modules,
         dtype=config.dtype,
         tokenizer_name=config.tokenizer_name,
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
+        use_cpu=bool(config.use_cpu),
     )
     data = load_data(config, base.tokenizer)
     number = len(data.clients)
@@ -133,18 +128,29 @@ def assemble(config: Config) -> Session:
     for client, part in enumerate(data.clients):
         if not part.train:
             warnings.append(f"client {client} has no rows and takes no part")
+    held_out = [*data.eval, *(row for part in data.clients for row in part.eval)]
+    rows = [*held_out, *(row for part in data.clients for row in part.train)]
+    longest = max(len(row["input_ids"]) for row in rows)
+    context = getattr(base.model.config, "max_position_embeddings", None) or longest
+    if longest > context:
+        raise InputError(
+            f"max_length: {config.max_length}: a row has {longest} tokens, the model's context "
+            f"{context}; use max_length {context} or less"
+        )
     exact_match = config.eval_exact_match
     if exact_match == "auto":
-        exact_match = references_fit(data.eval, config.generation_max_new_tokens)
-    elif exact_match and not has_prompts([*data.eval, *(r for c in data.clients for r in c.eval)]):
+        fits = longest + config.generation_max_new_tokens <= context
+        exact_match = fits and references_fit(data.eval, config.generation_max_new_tokens)
+    elif exact_match and not has_prompts(held_out):
         raise InputError(
             "eval_exact_match: true, but there are rows without a prompt to answer; it needs "
             "completion_only_loss: true and a template other than text"
         )
     _check_metric(config, data, exact_match)
-    resolved = resolve_paths(config).model_copy(
+    resolved = config.model_copy(
         update={
             "num_threads": threads,
+            "use_cpu": base.device.type == "cpu",
             "num_clients": number,
             "client_ranks": ranks,
             "rank_choices": None,

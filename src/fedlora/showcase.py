@@ -14,15 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.config import Config, layered, read_yaml
+from fedlora.config import Config
 from fedlora.console import human_bytes, reporter
 from fedlora.demo import CONFIG
 from fedlora.engines.local import Result, run_session
 from fedlora.errors import InputError
 from fedlora.setup import Session, assemble
+from fedlora.sources import layered, read_yaml
 
-METHODS = ("exact", "flora", "zero_pad")
+COMPARED = ("exact", "flora", "zero_pad")
 METRIC = "exact_match"
+FIXED = ("method", "eval_rounds", "eval_exact_match", "early_stopping_patience")
 
 
 def alone(session: Session, client: int, output_dir: Path) -> Session:
@@ -66,17 +68,22 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
         (their mean and the best of them).
     """
     values = layered(read_yaml(CONFIG), overrides)
-    if "method" in values:
-        raise InputError(f"method: the demo runs {', '.join(METHODS)}; use fedlora run for one")
+    for key in FIXED:
+        if key in overrides:
+            raise InputError(
+                f"{key}: the demo compares {', '.join(COMPARED)} by exact match in every round; "
+                "for another comparison use fedlora run"
+            )
     where = _free_directory(str(values.pop("output_dir", "fedlora-demo")))
     console, began = Console(), time.perf_counter()
     curves: dict[str, list[float]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for method in METHODS:
-        config = Config.of({**values, "method": method, "output_dir": str(where / method)})
+    configs = {
+        method: Config(**layered(values, {"method": method, "output_dir": str(where / method)}))
+        for method in COMPARED
+    }
+    for method, config in configs.items():
         session = assemble(config)
-        if not session.config.eval_exact_match:
-            raise InputError("eval_exact_match: the demo compares exact match; leave it on")
         console.print(Text(f"\n{method}", style="bold"))
         with reporter(False, console, f"{method}: ") as report:
             result = run_session(session, report=report)

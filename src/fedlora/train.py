@@ -187,7 +187,8 @@ def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, An
                 seen += sum(len(row["input_ids"]) for row in rows)
                 slots += batch["input_ids"].numel()
             for parameter, anchor in zip(parameters, anchors, strict=bool(anchors)):
-                assert parameter.grad is not None
+                if parameter.grad is None:  # its layer took no part in this step
+                    parameter.grad = torch.zeros_like(parameter)
                 parameter.grad.add_(parameter.detach() - anchor, alpha=budget.proximal_mu)
             if budget.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)

@@ -25,6 +25,17 @@ def budget_of(config: Config) -> Budget:
     return Budget(**{name: getattr(config, name) for name in names})
 
 
+def _plain(key: str, value: Any) -> float | str | None:
+    """A metric as JSON can hold it; scalars of torch and numpy become numbers."""
+    value = value.item() if hasattr(value, "item") else value
+    if value is not None and not isinstance(value, int | float | str):
+        raise TypeError(
+            f"the local training returned {key} as {type(value).__name__}; metrics are numbers or "
+            "text"
+        )
+    return value
+
+
 @dataclass(frozen=True)
 class Worker:
     """Trains clients on request.
@@ -66,11 +77,11 @@ class Worker:
         )
         data = self.clients[client]
         budget = replace(budget_of(config), client=client, round=broadcast.round, on_step=on_step())
-        metrics: Mapping[str, Any] = self.train_function(self.base.model, data.train, budget)
+        metrics = self.train_function(self.base.model, data.train, budget)
         return ClientUpdate(
             client=client,
             round=broadcast.round,
             adapter=self.base.read_adapter(),
             num_examples=len(data.train),
-            metrics=dict(metrics or {}),
+            metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )

@@ -20,13 +20,15 @@ from fedlora.checkpoint import (
     verify,
     write_errors_are_explained,
 )
-from fedlora.config import Config, read_yaml
+from fedlora.config import Config
+from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import CheckpointError, InputError
 from fedlora.evaluate import evaluate
 from fedlora.federation import Server, global_delta, initial_state
 from fedlora.lowrank import Deltas
 from fedlora.methods import METHODS
 from fedlora.setup import AUTOMATIC, Session, assemble, client_ranks, resolve_paths
+from fedlora.sources import read_yaml
 from fedlora.state import RoundRecord, ServerState
 from fedlora.train import StepCallback, TrainFunction, train
 from fedlora.worker import Worker
@@ -90,7 +92,8 @@ def run(
     Sets torch's number of threads to `config.num_threads`.
 
     Args:
-        config: what to run; with `resume`, None or the configuration the run began with.
+        config: what to run (None: the embedded default); with `resume`, None or the configuration
+            the run began with.
         resume: the output directory of a run that was interrupted.
         train_function: `(model, dataset, budget) -> metrics`, the local training.
         callbacks: called after every committed and saved round.
@@ -109,7 +112,7 @@ def run(
         finally:
             directory.close()
     if config is None:
-        raise InputError("run needs a configuration, or resume and a directory")
+        config = Config(**read_yaml(EMBEDDED_CONFIG))
     check_free(config.output_dir)
     return run_session(
         assemble(config), train_function=train_function, callbacks=callbacks, report=report
@@ -139,7 +142,7 @@ def _as_it_began(path: Path, config: Config | None) -> Config:
     Raises:
         InputError: key by key, what differs.
     """
-    saved = Config.of({**read_yaml(path / "config.yaml"), "output_dir": str(path)})
+    saved = Config(**{**read_yaml(path / "config.yaml"), "output_dir": str(path)})
     if config is None:
         return saved
     ours = resolve_paths(config.model_copy(update={"output_dir": str(path)})).flat()
@@ -244,20 +247,27 @@ class _Run:
             return self._rounds()
 
     def _check_same(self, saved: Saved) -> None:
-        for key in ("base", "data"):
-            ours, theirs = getattr(self.session, f"{key}_fingerprint"), saved.extra[key]
-            if ours != theirs:
+        for key, ours in self._identity().items():
+            if ours != saved.extra[key]:
                 raise InputError(
-                    f"--resume {self.directory.path}: the {key} differs from the one the run "
-                    "began with; restore it, or start a new run"
+                    f"--resume {self.directory.path}: the {key.replace('_', ' ')} differs from the "
+                    "one the run began with; restore it, or start a new run"
                 )
+
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for a run to go on, beside its configuration."""
+        function = self.worker.train_function
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        return {**self.session.fingerprints, "train_function": f"{function.__module__}.{name}"}
 
     def _restore(self, saved: Saved) -> None:
         self.server.state = saved.state
         self.best = _Best(**saved.extra["best"])
         # Killed between saving a round and logging it, a run has it in the state alone.
-        self.directory.append(saved.line)
         self.log = read_metrics(self.directory.path)
+        if not any(x["event"] == "round" and x["round"] == saved.state.round for x in self.log):
+            self.directory.append(saved.line)
+            self.log.append(saved.line)
 
     def _begin(self, resumed_from: int | None = None) -> None:
         session, spec = self.session, self.session.federation
@@ -304,7 +314,7 @@ class _Run:
             problem = self.server.accept(update)
             if problem:
                 self._warn(f"client {client} is left out of round {number}: {problem}")
-            self.report({"event": "client_end", "client": client, **update.metrics})
+            self.report({"event": "client_end", "client": client, "metrics": update.metrics})
         trained = time.perf_counter()
         record = self.server.commit()
         self.server.state = settled(self.server.state)
@@ -345,8 +355,7 @@ class _Run:
         state = self.server.state
         extra = {
             "best": dataclasses.asdict(self.best),
-            "base": self.session.base_fingerprint,
-            "data": self.session.data_fingerprint,
+            **self._identity(),
         }
         self.log.append(line)
         self.directory.save_round(
@@ -425,7 +434,9 @@ class _Run:
             return
         value = found[self.config.metric_for_best_model.removeprefix("eval_")]
         sign = 1.0 if self.config.metric_is_better_when_greater else -1.0
-        if self.best.value is None or sign * value > sign * self.best.value:
+        if math.isfinite(value) and (
+            self.best.value is None or sign * value > sign * self.best.value
+        ):
             self.best = _Best(line["round"], value)
         else:
             self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)

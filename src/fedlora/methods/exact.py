@@ -117,11 +117,11 @@ def _start(
     return Start(trained, rest)
 
 
-def _encode(update: Adapter, start: Start, state: ServerState) -> Encoded:
+def _encode(update: Adapter, start: Start, state: ServerState, options: Options) -> Encoded:
     return Encoded(products=change(update, start.adapter))
 
 
-def _finish(total: Encoded, state: ServerState) -> Aggregate:
+def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
     return Aggregate({n: compact(x) for n, x in add_all([state.adapter, total.products]).items()})
 
 

@@ -33,11 +33,11 @@ def _start(
     return Start(fresh_start(shapes, rank, fresh))
 
 
-def _encode(update: Adapter, start: Start, state: ServerState) -> Encoded:
+def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
     return Encoded(products=change(update, start.adapter))
 
 
-def _finish(total: Encoded, state: ServerState) -> Aggregate:
+def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     return Aggregate(adapter={}, merge=total.products)
 
 

@@ -2,8 +2,8 @@
 
 A rule is pure functions. With `p_k` the weights, renormalised over the clients that counted,
 
-    encode(update_k, start_k, state)    what of client k's *change* the rule needs
-    finish(sum_k p_k encode_k, state)   the next global adapter, and what is merged for good
+    encode(update_k, start_k, ...)    what of client k's *change* the rule needs
+    finish(sum_k p_k encode_k, ...)   the next global adapter, and what is merged for good
 
 The server sees a rule's input only through that weighted sum. So secure aggregation and central
 differential privacy, which replace many updates by one sum, need to know no rule; and a server
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, prefix, suffix, truncate
+from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, prefix, refactor, suffix
 from fedlora.state import Aggregate, Encoded, ServerState, Start
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -54,14 +54,14 @@ class Rule:
         paper: the source.
         exact_when: when the global model changes by exactly `sum_k p_k (M_k - M_k_start)`.
         mixed_ranks: whether clients may train different ranks.
-        secure_sum: what is summed, hence what a secure sum has to carry.
+        secure_sum: what `encode` gives and a secure sum has to carry: factors, products or both.
         initial: `(shapes, rank, fresh, given) -> (adapter, base_delta)`, the global model before
             round 1; `rank` is the largest client's, `given` an adapter to go on from (or empty).
         prepare: `(state, rank, options) -> Prepared`, once a round; `rank` the largest client's.
         cut: `(prepared, rank, options) -> Prepared`, what of it a client of this rank is sent.
         start: `(adapter, leading, shapes, rank, fresh, options) -> Start`, at the client.
-        encode: `(update, start, state) -> Encoded`.
-        finish: `(sum, state) -> Aggregate`.
+        encode: `(update, start, state, options) -> Encoded`, at the server.
+        finish: `(sum, state, rank, options) -> Aggregate`; `rank` the largest client's.
         options: a frozen dataclass of the rule's own configuration keys; its `__post_init__`
             raises ValueError on an impossible value.
     """
@@ -71,13 +71,13 @@ class Rule:
     paper: str
     exact_when: str
     mixed_ranks: bool
-    secure_sum: Literal["factors", "products"]
+    secure_sum: Literal["factors", "products", "factors and products"]
     initial: Callable[[Shapes, int, Fresh, Adapter], tuple[Deltas, Deltas]]
     prepare: Callable[[ServerState, int, Any], Prepared]
     cut: Callable[[Prepared, int, Any], Prepared]
     start: Callable[[Deltas, Adapter, Shapes, int, Fresh, Any], Start]
-    encode: Callable[[Adapter, Start, ServerState], Encoded]
-    finish: Callable[[Encoded, ServerState], Aggregate]
+    encode: Callable[[Adapter, Start, ServerState, Any], Encoded]
+    finish: Callable[[Encoded, ServerState, int, Any], Aggregate]
     options: type[Any] = NoOptions
 
 
@@ -124,11 +124,10 @@ def shared_initial(
     """
     adapter, beyond = dict(fresh_start(shapes, rank, fresh)), {}
     for name, x in given.items():
-        if x.rank > rank:
-            exact, _ = truncate(x, rank=x.rank)
-            x = prefix(exact, rank)
-            if exact.rank > rank:
-                beyond[name] = suffix(exact, rank)
+        exact = refactor(x)
+        x = prefix(exact, rank)
+        if exact.rank > rank:
+            beyond[name] = suffix(exact, rank)
         adapter[name] = fill(x, fresh(name, rank)[x.rank :])
     return adapter, beyond
 
@@ -153,7 +152,7 @@ def prefix_start(
     return Start({name: prefix(leading[name], rank) for name in shapes})
 
 
-def padded_change(update: Adapter, start: Start, state: ServerState) -> Encoded:
+def padded_change(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
     """`pad(A_k) - A`, `pad(B_k) - B`: factors padded with zeros to the global rank, as a change."""
     factors: dict[str, Tensor] = {}
     for name, current in state.adapter.items():
@@ -166,7 +165,7 @@ def padded_change(update: Adapter, start: Start, state: ServerState) -> Encoded:
     return Encoded(factors=factors)
 
 
-def add_factors(total: Encoded, state: ServerState) -> Aggregate:
+def add_factors(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     """`A + sum.A`, `B + sum.B`."""
     adapter = {}
     for name, current in state.adapter.items():

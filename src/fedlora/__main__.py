@@ -1,0 +1,8 @@
+"""`python -m fedlora`."""
+
+import sys
+
+from fedlora.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
