@@ -520,3 +520,17 @@ def test_no_default_of_peft_lists_candidates(tiny_llama: Path) -> None:
     model.config.model_type = "unheard-of"
     with pytest.raises(fedlora.InputError, match=r"architecture 'unheard-of'; give .*q_proj"):
         find_targets(model, None, "tiny")
+
+
+def test_names_that_other_modules_end_with_too_are_written_in_full() -> None:
+    """PEFT matches the ends of all modules' names: "0" would also be `blocks.0`."""
+    block = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(3, 3), nn.ReLU())})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    assert find_targets(model, "all-linear", "x").names == ["blocks.0.mlp.0"]
+
+
+def test_the_revision_of_the_base_is_kept(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(3, 3)})
+    targets = find_targets(model, ["up"], "base", "v2")
+    save_adapter(tmp_path, {}, targets)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"

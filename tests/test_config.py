@@ -338,3 +338,36 @@ def test_no_key_takes_anything(key: str) -> None:
         Config(**{key: {"a": object}})
     assert str(raised.value).startswith(f"{key}: {{'a': ")
     assert ": expected " in str(raised.value)
+
+
+@pytest.mark.parametrize("none", ["none", "None", "null"])
+def test_the_word_none_is_none_in_a_file_too(tmp_path: Path, none: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"save_total_limit: {none}\nlora_target_modules: {none}\n")
+    config = Config(**read_yaml(tmp_path / "a.yaml"))
+    assert config.save_total_limit is None
+    assert config.lora_target_modules is None
+
+
+def test_one_value_is_a_list_of_one() -> None:
+    assert Config(**parse_overrides(["--rank_choices", "4"])).rank_choices == [4]
+
+
+def test_an_unquoted_pattern_is_explained() -> None:
+    with pytest.raises(InputError, match=r"train_file: .* has to be quoted"):
+        Config(**parse_overrides(["--train_file", "a.jsonl", "b.jsonl"]))
+
+
+def test_another_method_drops_the_options_it_does_not_have() -> None:
+    file = {"method": "exact", "start_fraction": 0.3, "seed": 1}
+    assert layered(file, {"method": "flora"}) == {"method": "flora", "seed": 1}
+    assert layered(file, {"method": "exact"}) == file
+    assert layered(file, {"seed": 2}) == {**file, "seed": 2}
+    # What is given together is not dropped: it is a mistake, and Config says so.
+    with pytest.raises(InputError, match="start_fraction: method flora has no such option"):
+        Config(**layered({}, {"method": "flora", "start_fraction": 0.3}))
+
+
+def test_from_python_a_mistake_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"^num_rounds: 0 must be at least 1$"):
+        Config(num_rounds=0)
+    assert Config(start_fraction=1.0).rule_options().start_fraction == 1.0

@@ -498,3 +498,13 @@ def test_the_fingerprint_knows_every_token(tokenizer: Any, tmp_path: Path) -> No
     changed[3]["completion"] += "!"
     write_jsonl(path, changed)
     assert load_data(config_of(path), tokenizer).fingerprint != first
+
+
+def test_a_pattern_is_one_file_per_client_even_with_one_file(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "site_0.jsonl", [{"text": f"row {i:03}"} for i in range(20)])
+    values = {"train_file": str(tmp_path / "site_*.jsonl")}
+    assert [len(c.train) for c in load_data(Config(**values), tokenizer).clients] == [20]
+    with pytest.raises(fedlora.InputError, match="partition: dirichlet divides one data set"):
+        load_rows(Config(**values, partition="dirichlet", partition_column="text"))

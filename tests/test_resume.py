@@ -21,10 +21,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fedlora
-from fedlora.checkpoint import read_metrics
+from fedlora.checkpoint import read_metrics, verify
 from fedlora.cli import main
 from fedlora.engines import local
 from fedlora.errors import CheckpointError, FedloraError, InputError
+from fedlora.train import train
 
 METHODS = ("exact", "flora")
 ROUNDS = 3
@@ -687,16 +688,53 @@ def test_a_second_process_is_refused(driver: Driver, stopped: Path, out: Path) -
 
 
 def test_resumed_from_another_directory(
-    keys: dict[str, Any], site_files: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    keys: dict[str, Any],
+    site_files: Path,
+    tiny_llama: Path,
+    whole: dict[str, Path],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Relative paths and patterns are those of where the run began."""
+    """Relative paths and patterns are those of where the run began, and so are the bytes."""
     monkeypatch.chdir(site_files)
-    relative = {"train_file": "site_*.jsonl", "eval_file": "eval.jsonl"}
+    relative = {
+        "model_name_or_path": os.path.relpath(tiny_llama, site_files),
+        "train_file": "site_*.jsonl",
+        "eval_file": "eval.jsonl",
+    }
     config = fedlora.Config(**{**keys, **relative, "output_dir": str(out)})
     with pytest.raises(StoppedError):
         fedlora.run(config, callbacks=[stop_after(1)])
     monkeypatch.chdir(out.parent)
     assert fedlora.run(resume=out).metrics[-1]["round"] == ROUNDS
+    assert_ends_like(out, whole["exact"])
+
+
+def test_two_sound_rounds_are_kept_beside_a_damaged_one(keys: dict[str, Any], out: Path) -> None:
+    config = {**keys, "num_rounds": 5, "save_total_limit": 2, "output_dir": str(out)}
+    with pytest.raises(StoppedError):
+        fedlora.run(fedlora.Config(**config), callbacks=[stop_after(4)])
+    flip(out / "round-4" / "adapter_model.safetensors")
+    with pytest.raises(StoppedError):
+        fedlora.run(resume=out, callbacks=[stop_after(4)])
+    sound = [p.name for p in out.iterdir() if p.name in ("round-3", "round-4")]
+    assert len(sound) == 2
+    for name in sound:
+        verify(out / name)
+
+
+def twice_as_many(model: Any, dataset: Any, budget: Any) -> dict[str, Any]:
+    """A local training of a user's own."""
+    return train(model, dataset, budget)
+
+
+def test_another_local_training_is_refused(keys: dict[str, Any], out: Path) -> None:
+    config = fedlora.Config(**{**keys, "output_dir": str(out)})
+    with pytest.raises(StoppedError):
+        fedlora.run(config, train_function=twice_as_many, callbacks=[stop_after(1)])
+    with pytest.raises(fedlora.InputError, match="the train function differs"):
+        fedlora.run(resume=out)
+    assert fedlora.run(resume=out, train_function=twice_as_many).final_dir.is_dir()
 
 
 # --- no space left ---

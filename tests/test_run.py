@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from fedlora.adapters import WEIGHTS_NAME, save_adapter
 from fedlora.checkpoint import read_metrics
 from fedlora.data import IGNORE, Tokens, load_data
 from fedlora.engines.local import Result, RoundResult
-from fedlora.evaluate import evaluate
-from fedlora.federation import Server, global_delta, initial_state
+from fedlora.errors import InputError
+from fedlora.evaluate import evaluate, generate
+from fedlora.federation import Server, client_start, global_delta, initial_state
 from fedlora.lowrank import total_norm
 from fedlora.methods import METHODS
 from fedlora.model import AdapterLayer
 from fedlora.setup import Session, assemble
+from fedlora.sources import read_yaml
 from fedlora.state import ClientUpdate
 from fedlora.train import Budget, train
 from fedlora.worker import Worker
@@ -695,3 +698,115 @@ def test_a_real_model_learns_from_real_answers(material: Path, tmp_path: Path) -
     data = evaluation_rows(values)
     found = loss_of(values["model_name_or_path"], result.final_dir, data)
     assert found == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_metrics_of_an_own_training_become_numbers(small_run: dict[str, Any]) -> None:
+    def own(model: Any, dataset: Any, budget: Budget) -> dict[str, Any]:
+        return {**train(model, dataset, budget), "event": torch.tensor(2.5), "note": "x"}
+
+    result = run(small_run, train_function=own)
+    for line in rounds_of(result):
+        assert {(c["metrics"]["event"], c["metrics"]["note"]) for c in line["clients"]} == {
+            (2.5, "x")
+        }
+
+    def wrong(model: Any, dataset: Any, budget: Budget) -> dict[str, Any]:
+        return {"history": [1, 2]}
+
+    with pytest.raises(TypeError, match="history as list"):
+        run(small_run, "wrong", train_function=wrong)
+
+
+@pytest.mark.parametrize("keys", [{"lora_alpha": 7}, {"use_rslora": True, "lora_alpha": 3}])
+def test_a_client_that_learns_nothing_sends_its_start_to_the_bit(
+    small_run: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    """Dividing by the scale and multiplying again must not count as learning."""
+    session = assemble(Config(**{**small_run, **keys, "start_fraction": 1.0}))
+    rule, options = METHODS["exact"], session.config.rule_options()
+    server = Server(session.federation, rule, options, initial_state(session.federation, rule))
+    clients = dict(enumerate(session.data.clients))
+    worker = Worker(session.base, clients, session.config)
+    for sent in server.plan().values():
+        server.accept(worker.handle(sent))
+    server.commit()
+    idle = Worker(session.base, clients, session.config, lambda model, rows, budget: {})
+    shapes, seed = session.federation.shapes, session.federation.seed
+    for sent in server.plan().values():
+        start = client_start(sent, rule, options, shapes, seed)
+        update = idle.handle(sent)
+        for name, x in update.adapter.items():
+            assert torch.equal(x.A, start.adapter[name].A)
+            assert torch.equal(x.B, start.adapter[name].B)
+
+
+def test_a_row_longer_than_the_context_is_refused(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "completion": "y" * 299}) + "\n")
+    values = {**small_run, "train_file": str(path), "client_ranks": None, "num_clients": 1}
+    with pytest.raises(InputError, match=r"max_length: 1024: a row has 301 tokens.* 128"):
+        run(values)
+    assert not Path(small_run["output_dir"]).exists()
+
+
+def test_penalties_of_a_model_do_not_change_exact_match(
+    small_run: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Greedy is greedy, whatever sampling its author recommends."""
+    other = tmp_path / "model"
+    shutil.copytree(tiny_llama, other)
+    settings = json.loads((other / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 5.0, "min_new_tokens": 9, "temperature": 3.0}
+    settings["do_sample"] = True
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    answers = []
+    for path in (tiny_llama, other):
+        base = assemble(Config(**{**small_run, "model_name_or_path": str(path)})).base
+        base.load([])
+        prompts = [[10, 20, 30, 40], [50, 60]]
+        answers.append(generate(base.model, base.tokenizer, prompts, 12))
+    assert answers[0] == answers[1]
+
+
+def test_without_a_configuration_the_embedded_default_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        assert event["model"] == "embedded"
+        assert event["ranks"] == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        fedlora.run(report=stop)
+
+
+def test_the_example_of_real_data_runs(
+    material: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`examples/stories260k-dolly.yaml` as it is, in a short form."""
+    repository = Path(__file__).resolve().parent.parent
+    monkeypatch.chdir(repository)
+    short = {"num_rounds": 1, "max_steps": 4, "max_train_samples": 24, "num_threads": 1}
+    example = read_yaml(repository / "examples" / "stories260k-dolly.yaml")
+    result = fedlora.run(Config(**{**example, **short, "output_dir": str(tmp_path / "out")}))
+    losses = result.evaluations
+    assert losses[1]["loss"] < losses[0]["loss"]
+    assert [c["rank"] for c in rounds_of(result)[0]["clients"]] == [
+        64,
+        32,
+        16,
+        16,
+        8,
+        8,
+        4,
+        4,
+        4,
+        4,
+    ]

@@ -1,6 +1,8 @@
 """The built wheel is complete, and works where nothing of the checkout is in reach."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -64,6 +66,7 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
         shipped = set(archive.namelist())
 
     assert "fedlora/py.typed" in shipped
+    assert "fedlora/demo/config.yaml" in shipped
     assert "fedlora/demo/base/config.json" in shipped
     assert any(Path(name).match("fedlora/demo/base/*.safetensors") for name in shipped)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in shipped)
@@ -86,3 +89,32 @@ def test_installed_wheel_runs_in_an_empty_directory(
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert version in run(installed["scripts"] / "fedlora", "--version", cwd=tmp_path)
     assert run(installed["scripts"] / "fedlora", "config", cwd=tmp_path).strip()
+    short = [
+        "--num_rounds",
+        "1",
+        "--max_steps",
+        "1",
+        "--max_eval_samples",
+        "4",
+        "--num_threads",
+        "1",
+    ]
+    run(installed["scripts"] / "fedlora", "run", *short, "--output_dir", "out", cwd=tmp_path)
+    assert (tmp_path / "out" / "final" / "adapter_model.safetensors").is_file()
+    module = run(installed["scripts"] / "python", "-m", "fedlora", "--version", cwd=tmp_path)
+    assert version in module
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    """The test above sees the developer's packages; this finds a dependency nobody declared."""
+    imported = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    imported -= {*sys.stdlib_module_names, "fedlora"}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=]", line)[0].lower() for line in declared}
+    assert {{"yaml": "pyyaml"}.get(name, name) for name in imported} == names

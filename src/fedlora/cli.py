@@ -17,6 +17,7 @@ from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.demo import EMBEDDED
 from fedlora.errors import FedloraError, InputError
+from fedlora.methods import METHODS
 from fedlora.sources import layered, parse_overrides, read_yaml
 
 HELP = f"""\
@@ -100,6 +101,15 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def _methods() -> str:
+    """The rules, a line each."""
+    lines = []
+    for name, rule in METHODS.items():
+        ranks = "mixed ranks" if rule.mixed_ranks else "one rank"
+        lines.append(f"  {name:<9} {rule.title}\n{'':12}{ranks}; exact when: {rule.exact_when}")
+    return "Methods (--method):\n" + "\n".join(lines) + "\n"
+
+
 def run_verb(arguments: list[str]) -> int:
     """`fedlora run`."""
     as_json = _take_flag(arguments, "--json")
@@ -155,7 +165,7 @@ def demo_verb(arguments: list[str]) -> int:
 
 
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "run": (run_verb, HELP_RUN),
+    "run": (run_verb, f"{HELP_RUN}\n{_methods()}"),
     "config": (config_verb, HELP_CONFIG),
     "demo": (demo_verb, HELP_DEMO),
 }
