@@ -17,6 +17,7 @@ from fedlora.lowrank import (
     LowRank,
     add,
     add_all,
+    balance,
     compact,
     inner,
     nbytes,
@@ -487,3 +488,19 @@ def test_one_thread_restores_the_number_of_threads(threads: int) -> None:
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_balance_keeps_the_product_and_evens_the_factors(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(4, 7, generator=generator, dtype=dtype)
+    b = 50 * torch.randn(5, 4, generator=generator, dtype=dtype)
+    b[:, 2] = 0  # a fresh direction stays as it is
+    x = LowRank(a, b)
+    even = balance(x)
+    torch.testing.assert_close(to_dense(even), to_dense(x))
+    used = [0, 1, 3]
+    torch.testing.assert_close(even.A.norm(dim=1)[used], even.B.norm(dim=0)[used])
+    assert torch.equal(even.A[2], a[2])
+    assert torch.equal(x.A, a)
+    assert balance(LowRank(a[:0], b[:, :0])).rank == 0

@@ -218,6 +218,17 @@ def refactor(x: Delta) -> LowRank:
         return LowRank(right @ q_a.T, q_b @ (left * values))
 
 
+def balance(x: LowRank) -> LowRank:
+    """The same `B @ A` with every direction's weight shared evenly: `||A_i|| = ||B_i||`.
+
+    Adam moves every entry by about its learning rate, so how a product is divided decides how far
+    a step moves it. Directions that are zero stay as they are.
+    """
+    a, b = _wide(x.A).norm(dim=1), _wide(x.B).norm(dim=0)  # (r,)
+    ratio = torch.where((a > 0) & (b > 0), b / a.clamp_min(torch.finfo(a.dtype).tiny), 1.0).sqrt()
+    return LowRank(_wide(x.A) * ratio[:, None], _wide(x.B) / ratio)
+
+
 def smaller(x: Delta) -> Delta:
     """`dW` dense where its factors need more numbers than the matrix, else as it is."""
     m, n = x.shape

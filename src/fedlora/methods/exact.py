@@ -8,7 +8,9 @@ The global update S is kept whole. Everyone is sent S (or `S_hat`, its best appr
 Exactness does not depend on the split. `start_fraction` 1 trains the leading r_k singular
 directions of S, 0 starts afresh as FLoRA does, between them some of each: always the leading ones
 can exhaust a small rank, always afresh loses what the directions have learnt in many short rounds.
-Directions that S does not fill are fresh (A random, B = 0).
+The leading directions are handed out balanced, `||A_i|| = ||B_i||`: with orthonormal A and all
+weight in B, Adam's steps on A are too large. Directions that S does not fill are fresh (A random,
+B = 0).
 
 Rests on the algebra of FLoRA (arXiv 2409.05976) and the refactoring of FlexLoRA (arXiv 2402.11505).
 
@@ -26,6 +28,7 @@ from fedlora.lowrank import (
     Dense,
     LowRank,
     add_all,
+    balance,
     compact,
     norm,
     prefix,
@@ -50,7 +53,7 @@ class Options:
         max_rank: send at most this rank of the global update (none: all of it).
     """
 
-    start_fraction: float = 0.5
+    start_fraction: float = 0.75
     max_rank: int | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +111,7 @@ def _start(
             a = fresh(name, rank)
             trained[name] = LowRank(a, a.new_zeros(m, rank))
             continue
-        top = prefix(leading[name], used)
+        top = balance(prefix(leading[name], used))
         trained[name] = fill(top, fresh(name, rank - top.rank))
         if isinstance(whole, LowRank):
             rest[name] = suffix(whole, top.rank)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, prefix, refactor, suffix
+from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, balance, prefix, refactor, suffix
 from fedlora.state import Aggregate, Encoded, ServerState, Start
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -125,7 +125,7 @@ def shared_initial(
     adapter, beyond = dict(fresh_start(shapes, rank, fresh)), {}
     for name, x in given.items():
         exact = refactor(x)
-        x = prefix(exact, rank)
+        x = balance(prefix(exact, rank))
         if exact.rank > rank:
             beyond[name] = suffix(exact, rank)
         adapter[name] = fill(x, fresh(name, rank)[x.rank :])
