@@ -392,9 +392,21 @@ def test_an_adapter_of_another_model_is_refused_before_anything_is_written(
 # --- interrupted ---
 
 
+LONG = 10  # rounds
+
+
 def long_run(site: Path, out: str) -> list[str]:
-    """Thirty rounds of a twentieth of a second, to be interrupted in one of the first."""
-    keys = ["--num_rounds", "30", "--eval_file", "none", "--lora_target_modules", "q_proj"]
+    """Ten rounds of half a second or more, to be interrupted in one of the first."""
+    keys = [
+        "--num_rounds",
+        str(LONG),
+        "--max_steps",
+        "20",
+        "--eval_file",
+        "none",
+        "--lora_target_modules",
+        "q_proj",
+    ]
     return [FEDLORA, "run", "my.yaml", *keys, "--output_dir", out]
 
 
@@ -407,10 +419,10 @@ def assert_resumable(message: str, out: str, site: Path) -> None:
     assert argv == ["fedlora", "run", "--resume", out]
     begun = [line["round"] for line in read_metrics(site / out) if line["event"] == "round"]
     assert begun
-    assert begun[-1] < 30
+    assert begun[-1] < LONG
     assert main(argv[1:]) == 0
     rounds = [line["round"] for line in read_metrics(site / out) if line["event"] == "round"]
-    assert rounds == list(range(1, 31))
+    assert rounds == list(range(1, LONG + 1))
     assert (site / out / "final" / "adapter_model.safetensors").is_file()
 
 
@@ -517,7 +529,7 @@ def test_a_terminal_shows_bars_and_ctrl_c_gives_the_cursor_back(site: Path) -> N
 
     code, text = in_a_terminal(long_run(site, "out"), site, second_round)
     assert code == 130
-    for part in ("rounds ", "clients ", "steps ", "━", "/30"):
+    for part in ("rounds ", "clients ", "steps ", "━", f"/{LONG}"):
         assert part in text
     hide, show = "\x1b[?25l", "\x1b[?25h"
     assert hide in text
@@ -526,7 +538,7 @@ def test_a_terminal_shows_bars_and_ctrl_c_gives_the_cursor_back(site: Path) -> N
     assert max(map(len, lines)) <= 80
     head = next(n for n, line in enumerate(lines) if line.startswith("round "))
     introduction = " ".join(" ".join(lines[:head]).split())
-    assert "2 target modules, method exact, 30 rounds -> out 4 clients, ranks 8 4" in introduction
+    assert "2 target modules, method exact, 10 rounds -> out 4 clients, ranks 8 4" in introduction
     rows = [line.split()[0] for line in lines[head + 1 :] if re.match(r" +\d", line)]
     assert rows[:3] == ["0", "1", "2"]
     assert "Traceback" not in text

@@ -276,7 +276,8 @@ def test_exact_starts_from_the_leading_directions_of_a_given_adapter() -> None:
     # Its own directions come in any order and are not orthogonal.
     adapter = random_adapter(6, 1, torch.float64)["wide"]
     ascending = torch.arange(1.0, 7.0, dtype=torch.float64) ** 2
-    server = serve("exact", [2], {"wide": LowRank(adapter.A, adapter.B * ascending)})
+    given = {"wide": LowRank(adapter.A, adapter.B * ascending)}
+    server = serve("exact", [2], given, start_fraction=0.5)
     start = start_of(server, server.plan()[0]).adapter["wide"]
     best = prefix(refactor(LowRank(adapter.A, adapter.B * ascending)), 1)
     assert torch.allclose(start.B @ start.A, best.B @ best.A, atol=1e-9)
