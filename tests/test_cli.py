@@ -496,6 +496,11 @@ def in_a_terminal(argv: list[str], cwd: Path, when: Callable[[str], bool]) -> tu
     """Run in a pseudo-terminal of 80 columns; press Ctrl-C when the output so far says so."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+
+    def as_in_a_shell() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, where the tests run in background
+
     process = subprocess.Popen(
         argv,
         cwd=cwd,
@@ -504,7 +509,7 @@ def in_a_terminal(argv: list[str], cwd: Path, when: Callable[[str], bool]) -> tu
         stdout=follower,
         stderr=follower,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=as_in_a_shell,
     )
     os.close(follower)
     text, pressed = "", False
