@@ -92,6 +92,17 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def load_base(name: str, *, target_modules: Any, weights: bool = True, **keys: Any) -> Any:
+    """A causal model with adapter layers, as a run loads it."""
+    from fedlora.config import Config
+    from fedlora.loading import find_source, load_model, load_tokenizer
+
+    config = Config(model_name_or_path=name, lora_target_modules=target_modules, **keys)
+    source = find_source(name)
+    tokenizer = load_tokenizer(source, config.tokenizer_name)
+    return load_model(source, tokenizer, config, weights=weights)[0]
+
+
 def rows(number: int, offset: int = 0) -> list[dict[str, str]]:
     """Prompts that ask for a word backwards."""
     words = ["stone", "river", "cloud", "amber", "fig", "oak", "lantern", "moss", "quill", "tide"]

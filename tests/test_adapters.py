@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import fedlora
+from conftest import load_base
 from fedlora.adapters import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -30,7 +31,6 @@ from fedlora.adapters import (
 )
 from fedlora.errors import CheckpointError
 from fedlora.lowrank import Delta, Dense, LowRank, to_dense
-from fedlora.model import load_base
 
 LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -101,7 +101,7 @@ def test_peft_loads_what_is_saved_and_gives_our_logits(base_path: Path, tmp_path
     assert (ours - untouched).abs().max() > 0.05  # the update matters
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=2e-6)
     # What is loaded as an adapter to train gives the same too.
-    factors = load_adapter(tmp_path / "a")
+    factors = load_adapter(tmp_path / "a").deltas
     ranks_apart = {name: factors[name] for name in base.targets.shapes}
     base.load([], ranks_apart, scale=0.25)
     torch.testing.assert_close(logits(base.model), ours, rtol=1e-4, atol=2e-6)
@@ -129,7 +129,7 @@ def test_a_saved_update_is_read_back_unchanged(base_path: Path, tmp_path: Path) 
         for i, (name, shape) in enumerate(targets.shapes.items())
     }
     save_adapter(tmp_path / "a", deltas, targets)
-    back = load_adapter(tmp_path / "a")
+    back = load_adapter(tmp_path / "a").deltas
     assert back.keys() == deltas.keys()
     for name, x in deltas.items():
         assert torch.equal(back[name].A, x.A)
@@ -142,7 +142,7 @@ def test_missing_and_zero_rank_modules_are_read_back_as_zero(
     targets = find_targets(plain_model(base_path), "all-linear", "x")
     deltas = mixed_deltas(targets)
     save_adapter(tmp_path / "a", deltas, targets)
-    back = load_adapter(tmp_path / "a")
+    back = load_adapter(tmp_path / "a").deltas
     assert sorted(back) == sorted(targets.shapes)
     for name, (m, n) in targets.shapes.items():
         wanted = to_dense(deltas[name]) if name in deltas else torch.zeros(m, n)
@@ -267,7 +267,7 @@ def test_adapters_of_peft_are_what_peft_merges(
     shape: str, options: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     wanted = peft_adapter(tmp_path, request.getfixturevalue(shape), **options)
-    found = load_adapter(tmp_path)
+    found = load_adapter(tmp_path).deltas
     assert found.keys() == wanted.keys()
     for name, delta in wanted.items():
         assert found[name].A.dtype == found[name].B.dtype == torch.float32
@@ -278,15 +278,15 @@ def test_factors_in_the_older_format_and_in_half_precision(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     saved_by_peft(tmp_path, tiny_llama, r=4, lora_alpha=10)
-    wanted = load_adapter(tmp_path)
+    wanted = load_adapter(tmp_path).deltas
     weights = load_file(tmp_path / WEIGHTS_NAME)
     (tmp_path / WEIGHTS_NAME).unlink()
     torch.save(weights, tmp_path / "adapter_model.bin")
-    found = load_adapter(tmp_path)
+    found = load_adapter(tmp_path).deltas
     assert all(torch.equal(found[n].A, x.A) for n, x in wanted.items())
     assert all(torch.equal(found[n].B, x.B) for n, x in wanted.items())
     torch.save({k: v.bfloat16() for k, v in weights.items()}, tmp_path / "adapter_model.bin")
-    halves = load_adapter(tmp_path)
+    halves = load_adapter(tmp_path).deltas
     for name, x in wanted.items():
         assert halves[name].B.dtype == torch.float32
         torch.testing.assert_close(to_dense(halves[name]), to_dense(x), rtol=0.05, atol=2e-2)
@@ -300,12 +300,12 @@ def test_factors_in_the_older_format_and_in_half_precision(
         ("gpt2-spam-r1-alpha1", 1),
     ],
 )
-def test_real_adapters_with_a_classifier_head_are_refused_by_name(
-    material: Path, name: str, rank: int
-) -> None:
-    """They were trained with a head that is no LoRA factor; leaving it out would be silent."""
-    with pytest.raises(fedlora.InputError, match=r"cannot use the tensor \S*score\S*"):
-        load_adapter(material / "adapters" / name)
+def test_real_adapters_keep_their_classifier_head(material: Path, name: str, rank: int) -> None:
+    """PEFT saves a classifier's head without naming it in `modules_to_save`."""
+    found = load_adapter(material / "adapters" / name)
+    assert {x.rank for x in found.deltas.values()} == {rank}
+    assert list(found.dense) == ["score.weight"]
+    assert found.dense["score.weight"].shape[1] == 768
 
 
 # --- refusals ---
@@ -337,7 +337,6 @@ def change_weights(path: Path, remove: str = "", **more: Tensor) -> None:
     [
         ({"use_dora": True}, "use_dora is True; only plain LoRA"),
         ({"bias": "lora_only"}, "bias is 'lora_only'; only plain LoRA"),
-        ({"modules_to_save": ["lm_head"]}, "cannot use the tensor .*lm_head"),
         ({"target_modules": ["embed_tokens"]}, "cannot use the tensor .*embed_tokens"),
         ({"target_modules": ["q_proj"], "lora_bias": True}, "cannot use the tensor .*lora_B.bias"),
     ],

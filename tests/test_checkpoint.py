@@ -27,7 +27,9 @@ from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.lowrank import Delta, Dense, LowRank, prefix, to_dense
 from fedlora.state import Encoded, ServerState
 
-TARGETS = Targets({"b.up": (6, 4), "a.down": (4, 6)}, ["up", "down"], False, "tiny")
+TARGETS = Targets(
+    {"b.up": (6, 4), "a.down": (4, 6)}, ["up", "down"], False, "tiny", modules_to_save=("head",)
+)
 
 
 def low(rank: int = 2) -> LowRank:
@@ -260,7 +262,8 @@ def test_a_round_is_a_peft_directory_and_a_state(run: RunDirectory) -> None:
     assert_same(saved.state, a_state(1))
     assert saved.line == {"event": "round", "round": 1}
     assert saved.extra == {"best": 1}
-    assert load_adapter(path).keys() == set(TARGETS.shapes)
+    assert load_adapter(path).deltas.keys() == set(TARGETS.shapes)
+    assert torch.equal(load_adapter(path).dense["head.weight"], saved.state.dense["head.weight"])
     manifest = json.loads((path / "manifest.json").read_text())
     assert sorted(manifest) == [
         "adapter_config.json",

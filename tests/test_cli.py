@@ -248,7 +248,7 @@ RUN = "run my.yaml "
 BAD: list[tuple[str, list[str]]] = [
     # verbs and keys
     ("rn", ["rn: no such verb; did you mean run?"]),
-    ("zzz", ["zzz: no such verb; there are run, config, demo"]),
+    ("zzz", ["zzz: no such verb; there are run, partition, data, config, demo"]),
     (RUN + "--lora_rnk 4", ["lora_rnk: unknown configuration key; did you mean lora_r?"]),
     (RUN + "--seed 1 --seed 2", ["--seed is given twice"]),
     ("run 8 --seed 1", ["8: no such configuration file"]),
@@ -287,7 +287,7 @@ BAD: list[tuple[str, list[str]]] = [
     ),
     (
         RUN + "--train_file {sites}/site_0.jsonl --num_clients 3",
-        ["client_ranks: 4 ranks for num_clients: 3"],
+        ["num_clients: 3, client_ranks: 4: these do not name the same"],
     ),
     (RUN + "--clients_per_round 9", ["clients_per_round: 9, but there are 4 clients"]),
     (RUN + "--metric_for_best_model eval_bleu", ["metric_for_best_model: 'eval_bleu' is not me"]),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.console import Terminal, human_bytes, json_lines, plain_lines, reporter
+from fedlora.console import PlainLines, Terminal, human_bytes, json_lines, reporter
 
 Event = dict[str, Any]
 
@@ -40,6 +40,7 @@ def begin(**more: Any) -> Event:
         "resumed_from": None,
         "model": "tiny",
         "method": "exact",
+        "task": "CAUSAL_LM",
         "num_rounds": 3,
         "modules": 14,
         "ranks": [8, 4],
@@ -113,8 +114,9 @@ def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show = PlainLines()
     for event in whole_run():
-        plain_lines(event)
+        show(event)
     captured = capsys.readouterr()
     assert captured.err == "warning: /data/[x]/[/bold] is damaged\n"
     lines = captured.out.splitlines()
@@ -130,6 +132,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_columns_stand_below_their_heads(capsys: pytest.CaptureFixture[str]) -> None:
     extreme = {"loss": 12.3456, "perplexity": 2.3e5, "token_accuracy": 1.0, "exact_match": 1.0}
+    show = PlainLines()
     for event in (
         begin(),
         START,
@@ -137,7 +140,7 @@ def test_columns_stand_below_their_heads(capsys: pytest.CaptureFixture[str]) -> 
         a_round(999, evaluation=extreme, bytes_up=999_900, bytes_down=1, seconds={"train": 99_999}),
         a_round(2, evaluation=None, aggregation_error=None),
     ):
-        plain_lines(event)
+        show(event)
     _, _, head, *rows = capsys.readouterr().out.splitlines()
     assert len(head) < 80  # it must not wrap in a terminal of 80 columns
     assert {len(row) for row in rows} == {len(head)}
@@ -148,12 +151,13 @@ def test_columns_stand_below_their_heads(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_no_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    show = PlainLines()
     for event in (
         begin(eval_rows=0),
         {"event": "start", "round": 0},
         {k: v for k, v in a_round(1, aggregation_error=None).items() if k != "evaluation"},
     ):
-        plain_lines(event)
+        show(event)
     *_, start, first = capsys.readouterr().out.splitlines()
     assert start.split() == ["0", *"--------"]
     assert first.split() == ["1", *"-----", "59.4", "KB", "230.4", "KB", "1.8"]
@@ -163,12 +167,12 @@ def test_no_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     ("round_number", "line"), [(2, "resumed after round 2"), (0, "resumed from the start")]
 )
 def test_resumed(round_number: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    plain_lines(begin(resumed_from=round_number))
+    PlainLines()(begin(resumed_from=round_number))
     assert capsys.readouterr().out.splitlines()[2] == line
 
 
 def test_many_clients_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
-    plain_lines(begin(ranks=[4] * 99 + [64], rows=list(range(100))))
+    PlainLines()(begin(ranks=[4] * 99 + [64], rows=list(range(100))))
     line = capsys.readouterr().out.splitlines()[1]
     assert line == (
         "100 clients, ranks 4 4 4 4 4 4 4 4 ... (from 4 to 64), "
@@ -307,7 +311,7 @@ def test_reporter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert report is json_lines
     monkeypatch.setattr("sys.stdout", io.StringIO())
     with reporter(as_json=False) as report:
-        assert report is plain_lines
+        assert isinstance(report, PlainLines)
 
 
 @pytest.mark.parametrize(("kind", "bars_shown"), [("xterm-256color", True), ("dumb", False)])

@@ -14,16 +14,11 @@ import pytest
 import fedlora
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.data import (
-    IGNORE,
-    TEMPLATES,
-    FederatedData,
-    choose_template,
-    load_data,
-    load_rows,
-    read_rows,
-    tokenize,
-)
+from fedlora.data import FederatedData, RawData, load_data
+from fedlora.data import load_rows as load_raw
+from fedlora.rows import read_rows
+from fedlora.templates import TEMPLATES, UnusableRowError, choose_template
+from fedlora.tokens import IGNORE, tokenize
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x1cf"
 """What str.splitlines takes for ends of lines, and JSON does not."""
@@ -41,6 +36,12 @@ def tokenizer(tiny_llama: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def load_rows(config: Config) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Every client's rows, and those of the evaluation."""
+    found: RawData = load_raw(config)
+    return found.clients, found.eval
 
 
 def write_parquet(path: Path, values: list[dict[str, Any]]) -> None:
@@ -151,7 +152,7 @@ def test_rows_that_are_no_objects_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.parquet", "x.jsonl", "x.csv"])
 def test_what_is_no_such_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"\xff\xfe\x00PAR")
-    with pytest.raises(fedlora.InputError, match=rf"{name}: cannot be read"):
+    with pytest.raises(fedlora.InputError, match=rf"{name}: is (no Parquet file|binary)"):
         read_rows(tmp_path / name)
 
 
@@ -192,7 +193,9 @@ def test_counts_that_do_not_fit_the_files(
 
 def test_counts_that_do_not_fit_each_other(site_files: Path) -> None:
     values = {"train_file": str(site_files / "site_0.jsonl"), "client_ranks": [1, 2]}
-    with pytest.raises(fedlora.InputError, match="client_ranks: 2 ranks for num_clients: 3"):
+    with pytest.raises(
+        fedlora.InputError, match="num_clients: 3, client_ranks: 2: these do not name the same"
+    ):
         load_rows(Config(**{**values, "num_clients": 3}))
     assert len(load_rows(Config(**values))[0]) == 2
 
@@ -355,7 +358,8 @@ def test_labels_token_by_token(tokenizer: Any) -> None:
         "input_ids": [a, b, arrow, b],
         "labels": [IGNORE, IGNORE, IGNORE, b],
     }
-    assert tokenize(row, template, tokenizer, 3, True) is None
+    with pytest.raises(UnusableRowError, match="no token"):
+        tokenize(row, template, tokenizer, 3, True)
     assert tokenize(row, template, tokenizer, 2, False) == {"input_ids": [a, b], "labels": [a, b]}
 
 
@@ -367,8 +371,10 @@ def test_plain_text_has_no_prompt(tokenizer: Any) -> None:
         "labels": [a, b, end],
     }
     # A single token is predicted from nothing: there is nothing to learn.
-    assert tokenize({"text": ""}, text, tokenizer, 100, True) is None
-    assert tokenize({"text": "ab"}, text, tokenizer, 1, True) is None
+    with pytest.raises(UnusableRowError, match="no token"):
+        tokenize({"text": ""}, text, tokenizer, 100, True)
+    with pytest.raises(UnusableRowError, match="no token"):
+        tokenize({"text": "ab"}, text, tokenizer, 1, True)
 
 
 def test_a_text_that_ends_with_the_end_gets_no_second(tokenizer: Any) -> None:
@@ -414,8 +420,10 @@ def test_rows_without_a_token_to_learn_from_are_dropped_and_counted(
     write_jsonl(tmp_path / "x.jsonl", values)
     data = load_data(config_of(tmp_path / "x.jsonl", max_length=10), tokenizer)
     kept = sorted(len(row["labels"]) for c in data.clients for row in c.train)
-    assert (kept, data.dropped) == ([4, 5, 10], 3)
-    with pytest.raises(fedlora.InputError, match=r"all .* rows lose their last token .* 2; use a"):
+    assert (kept, list(data.dropped.values())) == ([4, 5, 10], [3])
+    with pytest.raises(
+        fedlora.InputError, match=r"all .* rows are dropped.* max_length 2.*; use a"
+    ):
         load_data(config_of(tmp_path / "x.jsonl", max_length=2), tokenizer)
 
 
@@ -468,12 +476,12 @@ def test_the_number_of_rows_is_limited_per_client(tokenizer: Any, tmp_path: Path
 
 def test_a_row_that_lacks_a_value_is_named(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [*rows(4), {"prompt": "here", "completion": None}])
-    with pytest.raises(fedlora.InputError, match=r"client \d: a row has no completion: .*here"):
+    with pytest.raises(fedlora.InputError, match=r"client \d: row 3 has no completion: .*here"):
         load_data(config_of(tmp_path / "x.jsonl"), tokenizer)
     write_jsonl(tmp_path / "x.jsonl", rows(4))
-    write_jsonl(tmp_path / "e.jsonl", [{"text": "here"}])
+    write_jsonl(tmp_path / "e.jsonl", [*rows(1), {"completion": "here"}])
     config = config_of(tmp_path / "x.jsonl", eval_file=str(tmp_path / "e.jsonl"))
-    with pytest.raises(fedlora.InputError, match=r"evaluation data: a row has no prompt: .*her"):
+    with pytest.raises(fedlora.InputError, match=r"evaluation data: row \d has no prompt: .*her"):
         load_data(config, tokenizer)
 
 

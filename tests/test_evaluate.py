@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from conftest import rows
-from fedlora.data import IGNORE, TEMPLATES, Tokens, tokenize
+from conftest import load_base, rows
 from fedlora.evaluate import evaluate, generate, has_prompts, references_fit
 from fedlora.lowrank import LowRank
-from fedlora.model import BaseModel, load_base
+from fedlora.model import BaseModel
+from fedlora.templates import TEMPLATES
+from fedlora.tokens import IGNORE, Tokens, tokenize
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import fedlora
+from conftest import load_base
 from fedlora.adapters import unfold
 from fedlora.lowrank import Delta, Dense, LowRank, to_dense
-from fedlora.model import AdapterLayer, BaseModel, load_base, weights_fingerprint
+from fedlora.model import AdapterLayer, BaseModel, weights_fingerprint
 
 
 def lowrank(m: int, n: int, rank: int, seed: int, size: float = 0.3) -> LowRank:

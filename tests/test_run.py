@@ -19,7 +19,7 @@ from conftest import rows, write_jsonl
 from fedlora import Config
 from fedlora.adapters import WEIGHTS_NAME, save_adapter
 from fedlora.checkpoint import read_metrics
-from fedlora.data import IGNORE, Tokens, load_data
+from fedlora.data import load_data
 from fedlora.engines.local import Result, RoundResult
 from fedlora.errors import InputError
 from fedlora.evaluate import evaluate, generate
@@ -30,6 +30,7 @@ from fedlora.model import AdapterLayer
 from fedlora.setup import Session, assemble
 from fedlora.sources import read_yaml
 from fedlora.state import ClientUpdate
+from fedlora.tokens import IGNORE, Tokens
 from fedlora.train import Budget, train
 from fedlora.worker import Worker
 
@@ -148,7 +149,7 @@ def test_the_result_is_what_is_on_the_disk(small_run: dict[str, Any]) -> None:
     assert result.final_dir == result.output_dir / "final"
     assert [line["event"] for line in result.metrics] == ["start", "round", "round", "end"]
     assert read_metrics(result.output_dir) == json.loads(json.dumps(result.metrics))
-    stored = fedlora.load_adapter(result.final_dir)
+    stored = fedlora.load_adapter(result.final_dir).deltas
     assert stored.keys() == result.adapter.keys()
     # Norms of what is returned and of what is stored.
     assert total_norm(stored) == pytest.approx(total_norm(result.adapter), rel=1e-5)
@@ -326,7 +327,7 @@ def test_callbacks_are_told_every_round_and_its_state(small_run: dict[str, Any])
     # What is told is saved already, and the state told is the one that is saved.
     assert disk == [["round-1"], ["round-1", "round-2"], ["round-1", "round-2", "round-3"]]
     for r in told:
-        stored = fedlora.load_adapter(where / f"round-{r.record.round}")
+        stored = fedlora.load_adapter(where / f"round-{r.record.round}").deltas
         assert total_norm(stored) == pytest.approx(total_norm(global_delta(r.state)), rel=1e-5)
     assert len({total_norm(global_delta(r.state)) for r in told}) == 3
 

@@ -13,13 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
 
-from conftest import rows
+from conftest import load_base, rows
 from fedlora.adapters import unfold
-from fedlora.data import IGNORE, TEMPLATES, Tokens, tokenize
 from fedlora.lowrank import LowRank
-from fedlora.model import BaseModel, load_base
+from fedlora.model import BaseModel
 from fedlora.seeds import Purpose, fresh_factors, generator
-from fedlora.train import Budget, batches, collate, labelled, next_token_loss, schedule, train
+from fedlora.templates import TEMPLATES
+from fedlora.tokens import IGNORE, Tokens, tokenize
+from fedlora.train import Budget, batches, collate, labelled, schedule, summed_loss, train
 
 SCALE, RANK = 2.0, 4
 
@@ -463,8 +464,8 @@ def test_padding_changes_no_loss(llama: BaseModel) -> None:
     llama.load([], start_of(llama), SCALE)
     llama.model.eval()
     with torch.no_grad():
-        together, logits, labels = next_token_loss(llama.model, collate(data))
-        alone = sum(float(next_token_loss(llama.model, collate([row]))[0]) for row in data)
+        together, logits, labels = summed_loss(llama.model, collate(data))
+        alone = sum(float(summed_loss(llama.model, collate([row]))[0]) for row in data)
     assert float(together) == pytest.approx(alone, rel=1e-5)
     assert len(logits) == len(labels) == labelled(data)
     assert labels.tolist() == [t for row in data for t in row["labels"][1:] if t != IGNORE]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ class Targets:
         model_name: of the base, for `base_model_name_or_path`.
         revision: of the base, for `revision`.
         task_type: PEFT's name of the task.
+        modules_to_save: modules trained whole, as PEFT's `modules_to_save` names them.
+        model_config: the model's own configuration as JSON, saved beside a classifier's adapter:
+            it holds the label names.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -73,6 +76,8 @@ class Targets:
     model_name: str
     revision: str | None = None
     task_type: str = "CAUSAL_LM"
+    modules_to_save: tuple[str, ...] = ()
+    model_config: str | None = None
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -85,6 +90,8 @@ def find_targets(
     target_modules: Sequence[str] | str | None,
     model_name: str,
     revision: str | None = None,
+    modules_to_save: Sequence[str] = (),
+    task_type: str = "CAUSAL_LM",
 ) -> Targets:
     """Resolve `lora_target_modules` as PEFT does.
 
@@ -95,6 +102,8 @@ def find_targets(
             architecture.
         model_name: of the base.
         revision: of the base.
+        modules_to_save: modules trained whole (full names); they get no adapter.
+        task_type: PEFT's name of the task.
 
     Raises:
         InputError: nothing matches; the message lists candidates.
@@ -105,6 +114,8 @@ def find_targets(
         if name and (isinstance(module, nn.Linear) or is_conv1d(module))
     }
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    trained_whole = {n for n in linear if _inside(n, modules_to_save)}
+    free = {n: m for n, m in linear.items() if n not in trained_whole}
     if target_modules is None:
         from peft.utils import constants
 
@@ -113,39 +124,45 @@ def find_targets(
         if kind not in known:
             raise InputError(
                 f"lora_target_modules: PEFT has no default for the architecture {kind!r}; give "
-                f"module names, for example {_candidates(linear)}, or all-linear"
+                f"module names, for example {_candidates(free)}, or all-linear"
             )
         target_modules = list(known[kind])
     if target_modules == "all-linear":
-        chosen = {n: m for n, m in linear.items() if m is not head}
+        chosen = {n: m for n, m in free.items() if m is not head}
     elif isinstance(target_modules, str):
         pattern, ends = target_modules, f".{target_modules}"
         try:
             chosen = {
                 n: m
-                for n, m in linear.items()
+                for n, m in free.items()
                 if n == pattern or n.endswith(ends) or re.fullmatch(pattern, n)
             }
         except re.error as error:
             raise InputError(
                 f"lora_target_modules: {pattern!r} is no regular expression ({error}); expected "
-                f"one over full names, or a name such as {_candidates(linear)}"
+                f"one over full names, or a name such as {_candidates(free)}"
             ) from None
     else:
-        chosen = {}
-        for wanted in target_modules:
-            found = {n: m for n, m in linear.items() if n == wanted or n.endswith(f".{wanted}")}
+        names = {w: {n for n in linear if n == w or n.endswith(f".{w}")} for w in target_modules}
+        for wanted, found in names.items():
             if not found:
                 raise InputError(
-                    f"lora_target_modules: {wanted!r} matches no linear layer of {model_name}; "
-                    f"it has {_candidates(linear)}"
+                    f"lora_target_modules: {wanted!r} "
+                    + (_fused(model, wanted) or f"matches no linear layer of {model_name}")
+                    + f"; it has {_candidates(free)}"
                 )
-            chosen.update(found)
-        chosen = {n: m for n, m in linear.items() if n in chosen}
+            if found <= trained_whole:
+                raise InputError(
+                    f"lora_target_modules: {wanted!r} is trained whole (lora_modules_to_save, or a "
+                    f"classifier's head) and takes no adapter; there are {_candidates(free)}"
+                )
+        chosen = {n: m for n, m in free.items() if any(n in found for found in names.values())}
     if not chosen:
+        wanted = str(target_modules)
         raise InputError(
-            f"lora_target_modules: {target_modules!r} matches no linear layer of {model_name}; it "
-            f"has {_candidates(linear)}"
+            f"lora_target_modules: {target_modules!r} "
+            + (_fused(model, wanted) or f"matches no linear layer of {model_name}")
+            + f"; it has {_candidates(free)}"
         )
     shapes = {}
     for name, module in chosen.items():
@@ -160,7 +177,33 @@ def find_targets(
         fan_in_fan_out=any(is_conv1d(m) for m in chosen.values()),
         model_name=model_name,
         revision=revision,
+        task_type=task_type,
+        modules_to_save=tuple(modules_to_save),
     )
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module or parameter is one of these modules or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def fused_experts(model: nn.Module) -> dict[str, int]:
+    """Expert weights of a mixture of experts held as one tensor `(experts, ., .)`: name -> size."""
+    return {
+        name: value.numel()
+        for name, value in model.named_parameters()
+        if value.ndim == 3 and "expert" in name
+    }
+
+
+def _fused(model: nn.Module, wanted: str) -> str:
+    """Why a name of fused expert weights cannot be a target; nothing where it is another name."""
+    if any(wanted in name.split(".") for name in fused_experts(model)):
+        return (
+            "names expert weights that are fused into one tensor for all experts, which is no "
+            "linear layer; adapters go to the other layers"
+        )
+    return ""
 
 
 def _candidates(linear: dict[str, Any]) -> str:
@@ -182,8 +225,12 @@ def _factors(x: Delta) -> LowRank:
     return LowRank(x.A.float().contiguous(), x.B.float().contiguous())
 
 
-def save_adapter(path: Path, deltas: Deltas, targets: Targets) -> None:
+def save_adapter(
+    path: Path, deltas: Deltas, targets: Targets, dense: Mapping[str, Tensor] | None = None
+) -> None:
     """Write an update as a PEFT adapter directory, with `alpha = r`, hence scale 1, everywhere.
+
+    `dense` holds the parameters of `modules_to_save` by their full names.
 
     Modules of `targets` that `deltas` does not name get a zero adapter of rank 1. The files are
     read back and compared before this returns. The same update gives the same bytes.
@@ -215,6 +262,7 @@ def save_adapter(path: Path, deltas: Deltas, targets: Targets) -> None:
         base_model_name_or_path=targets.model_name,
         revision=targets.revision,
         task_type=targets.task_type,
+        modules_to_save=list(targets.modules_to_save) or None,
         inference_mode=True,
     ).to_dict()
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
@@ -222,8 +270,12 @@ def save_adapter(path: Path, deltas: Deltas, targets: Targets) -> None:
     for name, x in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = x.A
         tensors[f"base_model.model.{name}.lora_B.weight"] = x.B
+    for name, value in (dense or {}).items():
+        tensors[f"base_model.model.{name}"] = value.detach().cpu().contiguous()
     path.mkdir(parents=True, exist_ok=True)
     (path / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+    if targets.model_config is not None:
+        (path / "config.json").write_text(targets.model_config)
     save_tensors(path / WEIGHTS_NAME, tensors)
 
 
@@ -248,8 +300,23 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{path}: what was read back differs from what was written")
 
 
-def load_adapter(path: str | Path) -> dict[str, LowRank]:
-    """Read a PEFT LoRA directory as updates, scale folded into `B`, in float32.
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a PEFT LoRA directory holds.
+
+    Args:
+        deltas: target module -> its update, scale folded into `B`, in float32.
+        dense: parameters of `modules_to_save`, by their full names.
+        config: the contents of `adapter_config.json`.
+    """
+
+    deltas: dict[str, LowRank]
+    dense: dict[str, Tensor]
+    config: Mapping[str, Any]
+
+
+def load_adapter(path: str | Path) -> SavedAdapter:
+    """Read a PEFT LoRA directory.
 
     Args:
         path: a directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`,
@@ -286,8 +353,16 @@ def load_adapter(path: str | Path) -> dict[str, LowRank]:
                 f"{path / CONFIG_NAME}: {key} is {config.get(key)!r}; expected a number"
             )
     found: dict[str, dict[str, Tensor]] = {}
+    dense: dict[str, Tensor] = {}
+    saved = [str(name) for name in config.get("modules_to_save") or []]
+    if config.get("task_type") == "SEQ_CLS":  # PEFT saves heads of these names unasked
+        saved += ["classifier", "score"]
     for key, value in _weights(path).items():
         match = _KEY.match(key)
+        plain_key = key.removeprefix("base_model.model.")
+        if not match and plain_key != key and _saved_whole(plain_key, saved):
+            dense[plain_key] = value
+            continue
         if not match or value.ndim != 2:
             raise InputError(f"{path}: cannot use the tensor {key} {tuple(value.shape)}")
         found.setdefault(match.group(1), {})[match.group(2)] = value
@@ -305,7 +380,13 @@ def load_adapter(path: str | Path) -> dict[str, LowRank]:
         out[name] = fold(pair["A"], pair["B"], scale)
     if not out:
         raise InputError(f"{path}: holds no LoRA factors")
-    return out
+    return SavedAdapter(out, dense, config)
+
+
+def _saved_whole(parameter: str, modules: Sequence[str]) -> bool:
+    """Whether a parameter lies in one of PEFT's `modules_to_save`: full names, or ends of them."""
+    owner = f".{parameter.rpartition('.')[0]}."
+    return any(f".{module}." in owner for module in modules)
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

@@ -296,7 +296,7 @@ class RunDirectory:
         """Write `round-N/`: the global model as a PEFT directory, and the state to resume from."""
 
         def fill(partial: Path) -> None:
-            save_adapter(partial, delta, targets)
+            save_adapter(partial, delta, targets, state.dense)
             (partial / "state").mkdir()
             save_tensors(partial / "state" / "server.safetensors", state_to_tensors(state))
             facts = {

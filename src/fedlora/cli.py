@@ -27,6 +27,9 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
   fedlora run [CONFIG.yaml] [--key value ...]
                                     run a federation; without CONFIG.yaml, the embedded default
   fedlora run --resume DIR          go on with a run that was interrupted
+  fedlora run CONFIG.yaml --dry_run check a configuration: model, data, ranks; read no weights
+  fedlora partition [CONFIG.yaml]   who holds what: a table and bars, a picture with --output
+  fedlora data [CONFIG.yaml]        samples token by token, and which of them are learnt
   fedlora config [CONFIG.yaml] [--key value ...]
                                     every key, its value and one line on what it does
   fedlora VERB --help               more on a verb
@@ -38,7 +41,7 @@ Try:
 """
 
 HELP_RUN = """\
-fedlora run [CONFIG.yaml] [--key value ...] [--json]
+fedlora run [CONFIG.yaml] [--key value ...] [--json] [--dry_run]
 fedlora run --resume DIR [--json]
 
 Runs a federation: in every round the server sends the global model to the clients, each trains a
@@ -50,11 +53,14 @@ not given has the value that `fedlora config` shows.
 
   --resume DIR    go on with the run in DIR after its last whole round
   --json          one JSON object per event on standard output
+  --dry_run       check everything and show what would be done; read no weights, write nothing
 
 Examples:
   fedlora run --client_ranks 32 16 8 --num_clients 3 --output_dir out
   fedlora run --model_name_or_path path/or/hub-name --train_file 'site_*.jsonl' \\
       --eval_file held_out.jsonl --lora_target_modules q_proj v_proj --learning_rate 3e-4
+  fedlora run --model_name_or_path an/encoder --train_file all.csv --label_column_name label \
+      --partition dirichlet --partition_alpha 0.5 --num_clients 10    # a classifier
 
 In DIR: config.yaml, metrics.jsonl, round-N/ and final/, which PeftModel.from_pretrained loads.
 """
@@ -65,6 +71,41 @@ fedlora config [CONFIG.yaml | embedded] [--key value ...]
 Prints every configuration key with its value (its default where none is given) and one line on
 what it does. The output is a configuration file. `fedlora config embedded` prints the one that
 `fedlora run` uses when it is given none.
+"""
+
+HELP_PARTITION = """\
+fedlora partition [CONFIG.yaml] [--key value ...] [--by COLUMN] [--output FILE]
+
+Shows who holds what: rows and ranks of every client, and how many rows of each value of a column
+(the one divided by or a classifier's label, another with --by). FILE is a picture (.png .svg .pdf).
+
+  --partition iid        equal parts at random (Flower: IidPartitioner)
+  --partition dirichlet  each value of --partition_column in shares of Dirichlet(--partition_alpha)
+                         (DirichletPartitioner)
+  --partition column     a client for each value of --partition_column (NaturalIdPartitioner)
+  --partition labels     --partition_labels_per_client values each (PathologicalPartitioner)
+  --partition quantity   random rows, sizes from Dirichlet(--partition_alpha) or --partition_shares
+  --train_file 'site_*'  one file per client, no partition
+
+Examples:
+  fedlora partition --train_file all.csv --partition dirichlet --partition_column topic \\
+      --partition_alpha 0.1 --num_clients 8 --output who.png
+"""
+
+HELP_DATA = """\
+fedlora data [CONFIG.yaml] [--key value ...] [--show N]
+
+Shows the tokenised data: lengths, the share of tokens a loss is taken on, rows that are dropped and
+why, and N samples (3 unless given) token by token, with those that are learnt in [brackets].
+
+Templates (--template; auto takes the first whose columns are there):
+  alpaca             instruction, input or context, output or response (Alpaca, Dolly, WizardLM)
+  chat               messages, or ShareGPT's conversations, by the tokenizer's chat template
+                     (--chat_template_path for another one; vicuna is built in)
+  prompt_completion  prompt, completion
+  text               text
+  custom             --prompt_template 'Q: {question} A: ' --completion_template '{answer}'
+  classification     --text_column_names, --label_column_name
 """
 
 HELP_DEMO = """\
@@ -113,9 +154,13 @@ def _methods() -> str:
 def run_verb(arguments: list[str]) -> int:
     """`fedlora run`."""
     as_json = _take_flag(arguments, "--json")
-    resume = _take_value(arguments, "--resume")
+    resume = _take_value(arguments, "--resume", "the output directory of the run to go on with")
+    if _take_flag(arguments, "--dry_run") or _take_flag(arguments, "--dry-run"):
+        if resume is not None:
+            raise InputError("--dry_run checks a run that has not begun; leave --resume out")
+        return _dry_run(arguments)
     _quiet_libraries()
-    from fedlora.console import reporter
+    from fedlora.console import per_class, reporter
     from fedlora.engines.local import run
 
     config: Config | None = None
@@ -142,10 +187,67 @@ def run_verb(arguments: list[str]) -> int:
             )
         return 130
     if not as_json:
+        shown = per_class(result.metrics[-2].get("evaluation") or {})
+        print("\n".join(shown), end="\n" if shown else "")
         end = result.metrics[-1]
         best = "" if end["best"] is None else f"; best: round {end['best']}"
         print(f"ended after round {end['round']}{best}; final/ holds round {end['final']}")
         print(f"final adapter: {result.final_dir}  (PeftModel.from_pretrained loads it)")
+    return 0
+
+
+def _dry_run(arguments: list[str]) -> int:
+    from rich.console import Console
+
+    from fedlora.checkpoint import check_free
+    from fedlora.setup import assemble
+    from fedlora.views import show_plan
+
+    _quiet_libraries()
+    config = Config(**_settings(arguments, EMBEDDED))
+    check_free(config.output_dir)
+    show_plan(assemble(config, weights=False), Console())
+    return 0
+
+
+def partition_verb(arguments: list[str]) -> int:
+    """`fedlora partition`."""
+    by = _take_value(arguments, "--by", "the column to count")
+    output = _take_value(arguments, "--output", "the picture to write")
+    _quiet_libraries()
+    from rich.console import Console
+
+    from fedlora.clients import check_overrides, client_ranks
+    from fedlora.data import load_rows
+    from fedlora.setup import resolve_paths
+    from fedlora.views import check_picture, divide, draw_partition, show_partition
+
+    picture = check_picture(output) if output else None
+    config = resolve_paths(Config(**_settings(arguments, EMBEDDED)))
+    raw = load_rows(config)
+    check_overrides(config, len(raw.clients))
+    division = divide(config, raw, client_ranks(config, len(raw.clients)), by)
+    show_partition(division, Console())
+    if picture:
+        draw_partition(division, picture)
+        print(f"picture: {picture}")
+    return 0
+
+
+def data_verb(arguments: list[str]) -> int:
+    """`fedlora data`."""
+    show = _take_value(arguments, "--show", "the number of samples to show") or "3"
+    if not show.isdecimal():
+        raise InputError(f"--show {show}: expected a number of samples")
+    _quiet_libraries()
+    from rich.console import Console
+
+    from fedlora.setup import resolve_paths, tokenized
+    from fedlora.views import show_samples
+
+    config = resolve_paths(Config(**_settings(arguments, EMBEDDED)))
+    _, tokenizer, data = tokenized(config)
+    show_samples(data, tokenizer, config, int(show), Console())
     return 0
 
 
@@ -166,6 +268,8 @@ def demo_verb(arguments: list[str]) -> int:
 
 VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (run_verb, f"{HELP_RUN}\n{_methods()}"),
+    "partition": (partition_verb, HELP_PARTITION),
+    "data": (data_verb, HELP_DATA),
     "config": (config_verb, HELP_CONFIG),
     "demo": (demo_verb, HELP_DEMO),
 }
@@ -178,7 +282,7 @@ def _take_flag(arguments: list[str], flag: str) -> bool:
     return found
 
 
-def _take_value(arguments: list[str], flag: str) -> str | None:
+def _take_value(arguments: list[str], flag: str, what: str) -> str | None:
     for i, token in enumerate(arguments):
         if token == flag or token.startswith(f"{flag}="):
             value = token[len(flag) + 1 :]
@@ -186,7 +290,7 @@ def _take_value(arguments: list[str], flag: str) -> str | None:
             if not value and i < len(arguments) and not arguments[i].startswith("--"):
                 value = arguments.pop(i)
             if not value:
-                raise InputError(f"{flag}: give the output directory of the run to go on with")
+                raise InputError(f"{flag}: give {what}")
             return value
     return None
 

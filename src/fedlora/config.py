@@ -7,11 +7,9 @@ Names are those of transformers, PEFT and TRL where they have one. An aggregatio
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-import types
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -25,9 +23,33 @@ from pydantic import (
     model_validator,
 )
 
+from fedlora.complaints import members, nearest, readable, refuse_truth
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.sources import rule_keys
+
+CLIENT_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_dropout",
+    "lora_target_modules",
+    "max_train_samples",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "num_train_epochs",
+    "max_steps",
+    "proximal_mu",
+)
+"""What `client_overrides` may set for a client."""
 
 
 class Config(BaseModel):
@@ -49,11 +71,17 @@ class Config(BaseModel):
     )
     model_revision: str | None = Field(None, description="branch, tag or commit on the hub")
     tokenizer_name: str | None = Field(None, description="another tokenizer than the model's own")
+    chat_template_path: str | None = Field(
+        None, description="Jinja file or tokenizer with another chat template; vicuna: built in"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen base; auto: the checkpoint's. Adapters are float32"
     )
     # --- LoRA ---
+    lora_task_type: Literal["auto", "CAUSAL_LM", "SEQ_CLS"] = Field(
+        "auto", description="auto: SEQ_CLS (classifier) with label_column_name, or if the model is"
+    )
     lora_r: int = Field(16, ge=1, description="rank of every client without one of its own")
     lora_alpha: float | str = Field(
         "2r",
@@ -64,6 +92,9 @@ class Config(BaseModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before A while training")
     lora_target_modules: list[str] | str | None = Field(
         "all-linear", description="module names, all-linear, or none: PEFT's for the architecture"
+    )
+    lora_modules_to_save: list[str] | None = Field(
+        None, description="modules trained whole and averaged; a classifier's head always is"
     )
     init_adapter: str | None = Field(None, description="PEFT adapter directory to go on from")
     # --- data ---
@@ -78,12 +109,32 @@ class Config(BaseModel):
         description="JSON, JSONL, CSV or Parquet; a pattern (part_*.json) is one file per client",
     )
     eval_file: str | None = Field(None, description="held-out rows of the global evaluation")
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of the data set held out for the global evaluation"
+    )
     max_train_samples: int | None = Field(None, ge=1, description="rows kept of each client")
     max_eval_samples: int | None = Field(None, ge=1, description="rows kept of the evaluation")
-    template: Literal["auto", "alpaca", "prompt_completion", "text"] = Field(
-        "auto", description="how a row becomes text; auto: by its columns"
+    template: Literal[
+        "auto", "alpaca", "chat", "prompt_completion", "text", "classification", "custom"
+    ] = Field("auto", description="how a row becomes text; auto: by its columns")
+    prompt_template: str | None = Field(
+        None, description="prompt of the template custom, with {column} in braces"
     )
-    completion_only_loss: bool = Field(True, description="loss on the completion alone")
+    completion_template: str | None = Field(
+        None, description="its completion, such as '{answer}'; a template custom needs it"
+    )
+    completion_only_loss: bool = Field(
+        True, description="loss on the completion (in a chat: all assistant turns) alone"
+    )
+    text_column_names: list[str] | None = Field(
+        None, description="a classifier's text, one column or a pair; none: by their names"
+    )
+    label_column_name: str | None = Field(
+        None, description="a classifier's labels, text or whole numbers"
+    )
+    label_names: list[str] | None = Field(
+        None, description="a classifier's labels in order; none: the model's, or those in the data"
+    )
     max_length: int = Field(1024, ge=2, description="tokens a sample is cut to")
     # --- federation ---
     method: str = Field("exact", description="aggregation rule: " + ", ".join(METHODS))
@@ -106,11 +157,27 @@ class Config(BaseModel):
     client_weights: Literal["examples", "uniform"] = Field(
         "examples", description="weights by number of examples, or all alike"
     )
-    partition: Literal["iid", "dirichlet"] = Field(
+    client_overrides: dict[int, dict[str, Any]] | str | None = Field(
+        None, description="settings of single clients, {0: {lora_r: 4}}; or a pattern of files"
+    )
+    partition: Literal["iid", "dirichlet", "column", "labels", "quantity"] = Field(
         "iid", description="how one data set is divided among clients"
     )
-    partition_alpha: float = Field(0.5, gt=0, description="Dirichlet's concentration")
-    partition_column: str | None = Field(None, description="column Dirichlet divides by")
+    partition_column: str | None = Field(
+        None, description="what dirichlet, column and labels divide by; none: the label"
+    )
+    partition_alpha: float = Field(
+        0.5, gt=0, description="concentration of dirichlet and quantity; near 0: uneven"
+    )
+    partition_labels_per_client: int = Field(
+        2, ge=1, description="different values each client holds with labels"
+    )
+    partition_shares: list[float] | None = Field(
+        None, description="the clients' shares with quantity; none: drawn from Dirichlet"
+    )
+    partition_min_size: int = Field(
+        1, ge=1, description="fewest rows of a client; draws are repeated until all have them"
+    )
     server_learning_rate: float = Field(1.0, gt=0, description="step on the global update")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the global update")
     # --- local training ---
@@ -172,13 +239,13 @@ class Config(BaseModel):
         for key in [k for k in values if k not in ours]:
             if key not in theirs:
                 raise InputError(
-                    f"{key}: unknown configuration key" + _nearest(key, sorted(ours | theirs))
+                    f"{key}: unknown configuration key" + nearest(key, sorted(ours | theirs))
                 )
             options[key] = values.pop(key)
         try:
             super().__init__(**values, method_options=options)
         except ValidationError as error:
-            raise InputError(_readable(error, {**values, **options})) from None
+            raise InputError(readable(error, {**values, **options}, _annotation)) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -186,14 +253,14 @@ class Config(BaseModel):
         """The text none is none, one value where a list is wanted a list of one."""
         key = str(info.field_name)
         annotation = cls.model_fields[key].annotation
-        _refuse_truth(key, value, annotation)
-        members = _members(annotation)
-        if type(None) in members and isinstance(value, str) and value.lower() in ("none", "null"):
+        refuse_truth(key, value, annotation)
+        union = members(annotation)
+        if type(None) in union and isinstance(value, str) and value.lower() in ("none", "null"):
             return None
-        lists = [member for member in members if get_origin(member) is list]
-        if lists and value is not None and not isinstance(value, list) and len(members) == 2:
+        lists = [member for member in union if get_origin(member) is list]
+        if lists and value is not None and not isinstance(value, list) and len(union) == 2:
             return [value]
-        if not lists and isinstance(value, list) and str in members:
+        if not lists and isinstance(value, list) and str in union:
             raise ValueError(
                 f"{key}: {value!r}: expected one value; a file pattern has to be quoted"
             )
@@ -215,7 +282,7 @@ class Config(BaseModel):
         if self.method not in METHODS:
             raise ValueError(
                 f"method: {self.method!r} is none of {', '.join(METHODS)}"
-                + _nearest(self.method, METHODS, "")
+                + nearest(self.method, METHODS, "")
             )
         if self.alpha(1) <= 0:
             raise ValueError(f"lora_alpha: {self.lora_alpha} must be greater than 0")
@@ -246,10 +313,43 @@ class Config(BaseModel):
             )
         if self.max_steps == 0:
             raise ValueError("max_steps: 0 trains nothing; give a number, or -1 to count epochs")
-        if self.partition == "dirichlet" and not self.partition_column:
-            raise ValueError("partition: dirichlet needs partition_column, the column to divide by")
+        by_value = ("dirichlet", "column", "labels")
+        if self.partition in by_value and not (self.partition_column or self.label_column_name):
+            raise ValueError(
+                f"partition: {self.partition} needs partition_column, the column to divide by"
+            )
+        if self.partition_shares is not None:
+            if self.partition != "quantity":
+                raise ValueError("partition_shares belongs to partition: quantity")
+            if not self.partition_shares or min(self.partition_shares) <= 0:
+                raise ValueError(f"partition_shares: {self.partition_shares} must be positive")
+        self._consistent_template()
         self.rule_options()
         return self
+
+    def _consistent_template(self) -> None:
+        if self.template == "custom" and not self.completion_template:
+            raise ValueError("template: custom needs completion_template, such as '{answer}'")
+        given = self.prompt_template or self.completion_template
+        if given and self.template not in ("auto", "custom"):
+            raise ValueError(
+                "prompt_template and completion_template belong to template: custom, not "
+                + self.template
+            )
+        if self.prompt_template and not self.completion_template:
+            raise ValueError("prompt_template needs completion_template beside it")
+        classifies = self.label_column_name is not None or self.template == "classification"
+        if classifies and self.lora_task_type == "CAUSAL_LM":
+            raise ValueError(
+                "lora_task_type: CAUSAL_LM learns no labels; leave label_column_name and template: "
+                "classification out, or use SEQ_CLS"
+            )
+        if self.lora_task_type == "SEQ_CLS" and self.template not in ("auto", "classification"):
+            raise ValueError(f"template: {self.template} is no text to classify (SEQ_CLS)")
+        if self.text_column_names is not None and len(self.text_column_names) not in (1, 2):
+            raise ValueError("text_column_names: give one column, or two for pairs")
+        if self.label_names is not None and len(set(self.label_names)) != len(self.label_names):
+            raise ValueError("label_names: a name is given twice")
 
     def rule_options(self) -> Any:
         """The rule's options as its own dataclass.
@@ -265,8 +365,31 @@ class Config(BaseModel):
                     f"{key}: method {self.method} has no such option; it has "
                     + (", ".join(fields) or "none")
                 )
-            _refuse_truth(key, self.method_options[key], get_type_hints(rule.options)[key])
+            refuse_truth(key, self.method_options[key], get_type_hints(rule.options)[key])
         return TypeAdapter(rule.options).validate_python(dict(self.method_options))
+
+    def of_client(self, client: int) -> Config:
+        """The configuration as this client trains by it: `client_overrides` over the others.
+
+        Raises:
+            InputError: a key that a client cannot have of its own, or an impossible value.
+        """
+        overrides = self.client_overrides
+        assert not isinstance(overrides, str), "a pattern of files is read by fedlora.clients"
+        own = (overrides or {}).get(client)
+        if not own:
+            return self
+        for key in own:
+            if key not in CLIENT_KEYS:
+                raise InputError(
+                    f"client_overrides: client {client}: {key} is not a client's own to set"
+                    + nearest(key, CLIENT_KEYS, f"; it may set {', '.join(CLIENT_KEYS)}")
+                )
+        values = {**self.model_dump(), "client_overrides": None, **own}
+        try:
+            return type(self)(**values)
+        except InputError as error:
+            raise InputError(f"client_overrides: client {client}: {error}") from None
 
     def alpha(self, rank: int) -> float:
         """LoRA's alpha for a client of this rank."""
@@ -317,76 +440,6 @@ def _option_line(options: type[Any], key: str) -> str:
 
 def _scalar(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
-
-
-def _nearest(
-    key: str,
-    among: Sequence[str] | Mapping[str, Any],
-    otherwise: str = "; `fedlora config` lists all keys",
-) -> str:
-    close = difflib.get_close_matches(key, list(among), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else otherwise
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The members of a union, or the one type there is."""
-    union = get_origin(annotation) in (Union, types.UnionType)
-    return list(get_args(annotation)) if union else [annotation]
-
-
-_WORDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    type(None): "none",
-}
-
-
-def _expected(annotation: Any) -> str:
-    """`int | list[int] | None` -> `a whole number, a list of whole numbers or none`."""
-    words = []
-    for member in _members(annotation):
-        if get_origin(member) is Literal:
-            words += [str(value) for value in get_args(member)]
-        elif get_origin(member) is list:
-            item = _WORDS[get_args(member)[0]].removeprefix("a ")
-            words.append(f"a list of {item}s" if item != "text" else "a list of names")
-        else:
-            words.append(_WORDS.get(member, str(member)))
-    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def _refuse_truth(key: str, value: Any, annotation: Any) -> None:
-    """true and false are no numbers, though Python counts with them."""
-    inside = value if isinstance(value, list) else [value]
-    if bool not in _members(annotation) and any(isinstance(x, bool) for x in inside):
-        why = " (a key without a value is true)" if value is True else ""
-        raise ValueError(f"{key}: {value!r}: expected {_expected(annotation)}{why}")
-
-
-_LIMITS = {
-    "greater_than_equal": "must be at least {ge:g}",
-    "greater_than": "must be greater than {gt:g}",
-    "less_than_equal": "must be at most {le:g}",
-    "less_than": "must be less than {lt:g}",
-    "finite_number": "must be a finite number",
-}
-
-
-def _readable(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """One line per key: its value and what is expected, whichever member of a union complained."""
-    lines: dict[str, str] = {}
-    for item in error.errors():
-        key = str(item["loc"][0]) if item["loc"] else ""
-        limit = _LIMITS.get(item["type"])
-        if item["type"] == "value_error" or not key:
-            lines[key] = item["msg"].removeprefix("Value error, ")
-        elif limit:
-            lines[key] = f"{key}: {item['input']!r} {limit.format(**item.get('ctx', {}))}"
-        elif key not in lines:
-            lines[key] = f"{key}: {values.get(key)!r}: expected {_expected(_annotation(key))}"
-    return "\n".join(lines.values())
 
 
 def _annotation(key: str) -> Any:

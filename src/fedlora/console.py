@@ -43,33 +43,61 @@ def json_lines(event: Event) -> None:
         print(json.dumps(event), flush=True)
 
 
-_HEADER = (
-    f"{'round':>5} {'loss':>8} {'ppl':>8} {'token acc':>9} {'exact':>6} {'agg. err':>8} "
-    f"{'up':>8} {'down':>8} {'seconds':>7}"
-)
+_MEASURES = {
+    "CAUSAL_LM": (
+        ("loss", "loss", 8, ".4f"),
+        ("perplexity", "ppl", 8, ".5g"),
+        ("token_accuracy", "token acc", 9, ".1%"),
+        ("exact_match", "exact", 6, ".1%"),
+    ),
+    "SEQ_CLS": (
+        ("loss", "loss", 8, ".4f"),
+        ("accuracy", "accuracy", 8, ".1%"),
+        ("macro_f1", "macro F1", 9, ".1%"),
+    ),
+}
+"""By task: metric, heading, width, form."""
 
 
-def _row(event: Event) -> str:
+def _header(task: str) -> str:
+    measures = " ".join(f"{heading:>{width}}" for _, heading, width, _ in _MEASURES[task])
+    return f"{'round':>5} {measures} {'agg. err':>8} {'up':>8} {'down':>8} {'seconds':>7}"
+
+
+def _row(event: Event, task: str) -> str:
     """A line of the table of rounds; it fits into a terminal of 80 columns."""
     found = event.get("evaluation") or {}
-
-    def number(key: str, form: str) -> str:
+    cells = []
+    for key, _, width, form in _MEASURES[task]:
         value = found.get(key)
-        return "-" if value is None else format(value, form)
-
-    perplexity = number("perplexity", ".5g" if found.get("perplexity", 0) < 1e5 else ".1e")
-
+        if key == "perplexity" and value is not None and value >= 1e5:
+            form = ".1e"
+        cells.append(f"{'-' if value is None else format(value, form):>{width}}")
     error = event.get("aggregation_error")
     seconds = sum((event.get("seconds") or {}).values())
     is_round = event["event"] == "round"
     return (
-        f"{event['round']:>5} {number('loss', '.4f'):>8} {perplexity:>8} "
-        f"{number('token_accuracy', '.1%'):>9} {number('exact_match', '.1%'):>6} "
+        f"{event['round']:>5} {' '.join(cells)} "
         f"{'-' if error is None else format(error, '.1e'):>8} "
         f"{human_bytes(event['bytes_up']) if is_round else '-':>8} "
         f"{human_bytes(event['bytes_down']) if is_round else '-':>8} "
         f"{format(seconds, '.1f') if is_round else '-':>7}"
     )
+
+
+def per_class(evaluation: Mapping[str, Any]) -> list[str]:
+    """A classifier's last evaluation, a line per label; nothing for a language model."""
+    found = evaluation.get("per_class")
+    if not found:
+        return []
+    width = max(5, *(len(name) for name in found))
+    lines = [f"{'label':<{width}} {'precision':>9} {'recall':>7} {'F1':>7} {'rows':>6}"]
+    for name, x in found.items():
+        lines.append(
+            f"{name:<{width}} {x['precision']:>9.1%} {x['recall']:>7.1%} {x['f1']:>7.1%} "
+            f"{x['support']:>6}"
+        )
+    return lines
 
 
 def _introduction(event: Event) -> list[str]:
@@ -92,15 +120,22 @@ def _short(values: list[int]) -> str:
     return " ".join(map(str, values[:8])) + f" ... (from {min(values)} to {max(values)})"
 
 
-def plain_lines(event: Event) -> None:
+class PlainLines:
     """Lines for a log file: no bars, no colours."""
-    kind = event["event"]
-    if kind == "begin":
-        print("\n".join([*_introduction(event), _HEADER]), flush=True)
-    elif kind in ("start", "round"):
-        print(_row(event), flush=True)
-    elif kind == "warning":
-        print(f"warning: {event['message']}", file=sys.stderr, flush=True)
+
+    def __init__(self) -> None:
+        self.task = "CAUSAL_LM"
+
+    def __call__(self, event: Event) -> None:
+        """Print an event."""
+        kind = event["event"]
+        if kind == "begin":
+            self.task = event["task"]
+            print("\n".join([*_introduction(event), _header(self.task)]), flush=True)
+        elif kind in ("start", "round"):
+            print(_row(event, self.task), flush=True)
+        elif kind == "warning":
+            print(f"warning: {event['message']}", file=sys.stderr, flush=True)
 
 
 class _Count(MofNCompleteColumn):
@@ -129,7 +164,7 @@ class Terminal:
             transient=True,
             speed_estimate_period=3600,  # a round may take long
         )
-        self.title = title
+        self.title, self.task = title, "CAUSAL_LM"
         self.clients: list[int] = []
         self.finished, self.done = 0, 0  # rounds, clients of this round
         self.loading = self.progress.add_task("loading model and data", total=None, note="")
@@ -148,7 +183,7 @@ class Terminal:
         if kind == "begin":
             self._begin(event)
         elif kind in ("start", "round"):
-            self._print(_row(event), no_wrap=True)
+            self._print(_row(event, self.task), no_wrap=True)
             self.finished, self.done = event["round"], 0
             self.progress.update(self.rounds, completed=event["round"])
             self.progress.update(self.steps, note="")
@@ -171,9 +206,10 @@ class Terminal:
 
     def _begin(self, event: Event) -> None:
         self.progress.remove_task(self.loading)
+        self.task = event["task"]
         for line in _introduction(event):
             self._print(line)
-        self._print(Text(_HEADER, style="bold"), no_wrap=True)
+        self._print(Text(_header(self.task), style="bold"), no_wrap=True)
         self.finished = event["resumed_from"] or 0
         self.rounds = self.progress.add_task(
             f"{self.title}rounds", total=event["num_rounds"], completed=self.finished, note=""
@@ -214,4 +250,4 @@ def reporter(
         with Terminal(console, title) as terminal:
             yield terminal
     else:
-        yield plain_lines
+        yield PlainLines()

@@ -1,87 +1,62 @@
-"""Data: loaded, divided among clients, turned into text by a template, tokenised.
-
-A tokenised row is `{"input_ids": [...], "labels": [...]}`, as transformers' Trainer takes it;
-labels are -100 where no loss is taken.
-"""
+"""Data: loaded, divided among clients, turned into tokens."""
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import json
-import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.demo import EMBEDDED, instructions
 from fedlora.errors import InputError
-from fedlora.partition import dirichlet, iid
+from fedlora.partition import Indices, by_column, dirichlet, few_labels, iid, natural, quantity
+from fedlora.rows import Row, Rows, check_column, columns_of, read_hub, read_rows
 from fedlora.seeds import SERVER, Purpose, generator
+from fedlora.templates import (
+    Classified,
+    Template,
+    UnusableRowError,
+    choose_template,
+    classification,
+)
+from fedlora.tokens import Tokens, tokenize
 
 if TYPE_CHECKING:
     from fedlora.config import Config
-
-Row = Mapping[str, Any]
-Tokens = Mapping[str, list[int]]
-IGNORE = -100
-"""The label of a token no loss is taken on (PyTorch's and transformers' convention)."""
 
 EMBEDDED_ROWS = (2400, 480)
 """Training rows (all clients together) and held-out rows of the embedded data set."""
 
 
 @dataclass(frozen=True)
-class Template:
-    """How a row becomes a prompt and a completion.
+class RawData:
+    """Rows as they were read, divided among clients.
 
     Args:
-        name: what `template:` says.
-        columns: each entry is a tuple of alternatives, one of which a row must have.
-        render: `row -> (prompt, completion)`.
+        clients: each client's rows, in client order.
+        names: what each client's rows are: a file, a value of `partition_column`, or nothing.
+        eval: rows of the global evaluation.
+        what: what was read, for a heading.
     """
 
-    name: str
-    columns: tuple[tuple[str, ...], ...]
-    render: Callable[[Row], tuple[str, str]]
+    clients: list[Rows]
+    names: list[str]
+    eval: Rows
+    what: str
 
+    @property
+    def train(self) -> Rows:
+        """All clients' rows."""
+        return [row for rows in self.clients for row in rows]
 
-def _first(row: Row, *names: str) -> str:
-    return next((str(row[name]) for name in names if row.get(name) is not None), "")
-
-
-def _alpaca(row: Row) -> tuple[str, str]:
-    context = _first(row, "input", "context").strip()
-    if context:
-        lead = (
-            "Below is an instruction that describes a task, paired with an input that provides "
-            "further context. Write a response that appropriately completes the request.\n\n"
-        )
-        middle = f"### Instruction:\n{row['instruction']}\n\n### Input:\n{context}"
-    else:
-        lead = (
-            "Below is an instruction that describes a task. Write a response that appropriately "
-            "completes the request.\n\n"
-        )
-        middle = f"### Instruction:\n{row['instruction']}"
-    return f"{lead}{middle}\n\n### Response:\n", _first(row, "output", "response")
-
-
-TEMPLATES = {
-    t.name: t
-    for t in (
-        Template("alpaca", (("instruction",), ("output", "response")), _alpaca),
-        Template(
-            "prompt_completion",
-            (("prompt",), ("completion",)),
-            lambda row: (str(row["prompt"]), str(row["completion"])),
-        ),
-        Template("text", (("text",),), lambda row: ("", str(row["text"]))),
-    )
-}
+    def called(self, client: int) -> str:
+        """A client in a message."""
+        return f"client {client}" + (f" ({name})" if (name := self.names[client]) else "")
 
 
 @dataclass(frozen=True)
@@ -100,144 +75,88 @@ class FederatedData:
         clients: in client order.
         eval: held-out rows of the global evaluation; empty: none is made.
         template: the template used.
-        dropped: rows left out because truncation left no token to learn from.
+        dropped: why rows were left out -> how many.
         fingerprint: of all tokens, to recognise other data on resume.
+        label_names: a classifier's labels in the order of their ids.
     """
 
     clients: tuple[ClientData, ...]
     eval: Sequence[Tokens]
     template: str
-    dropped: int
+    dropped: Mapping[str, int]
     fingerprint: str
+    label_names: tuple[str, ...] = field(default=())
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSON list, JSON lines, CSV or Parquet file.
-
-    Raises:
-        InputError: the file is missing, empty or malformed (with the line where there is one).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    rows: list[dict[str, Any]]
-    try:
-        if path.suffix == ".csv":
-            rows = _csv(path)
-        elif path.suffix == ".parquet":
-            from datasets import Dataset
-
-            rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                rows = json.loads(text)
-            else:
-                rows = [
-                    _line(path, number, line)
-                    for number, line in enumerate(text.split("\n"), 1)
-                    if line.strip()
-                ]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: malformed JSON: {error.msg}") from None
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if not rows:
-        raise InputError(f"{path}: holds no rows")
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: row {number} is no object with columns: {str(row)[:40]!r}")
-    return rows
+# --- who holds which rows ---
 
 
-def _csv(path: Path) -> list[dict[str, Any]]:
-    """Cells as text, empty ones None: guessing types would make 7 of "007", nothing of "None"."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, strict=True))
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise InputError(f"{path}: row {number} has more cells than the header")
-    return [{column: cell or None for column, cell in row.items()} for row in rows]
-
-
-def _line(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}: malformed JSON: {error.msg}") from None
-
-
-def _hub(config: Config, split: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset
-
-    assert config.dataset_name is not None
-    try:
-        found = load_dataset(config.dataset_name, config.dataset_config, split=split)
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"dataset_name: {config.dataset_name}: split {split!r} cannot be loaded: {lines[0]}"
-        ) from None
-    rows: list[dict[str, Any]] = found.to_list()
-    return rows
-
-
-def load_rows(config: Config) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+def load_rows(config: Config) -> RawData:
     """The raw rows of every client, and those of the global evaluation.
 
     Raises:
         InputError: no data is named, a file or split is missing, or a count does not fit.
     """
-    evaluation: list[dict[str, Any]] = []
-    one_each = False  # a file per client
+    evaluation: Rows = []
     if config.train_file:
-        one_each = (
-            bool(set(config.train_file) & set("*?[")) and not Path(config.train_file).exists()
-        )
-        if one_each:
-            paths = sorted(glob.glob(config.train_file), key=_natural)
-            if not paths:
-                raise InputError(f"train_file: {config.train_file}: the pattern matches no file")
-            parts = [_named("train_file", path) for path in paths]
-        else:
-            parts = [_named("train_file", config.train_file)]
+        if _is_pattern(config.train_file):
+            return _one_file_each(config)
+        rows, what = _named("train_file", config.train_file), Path(config.train_file).name
     elif config.dataset_name == EMBEDDED:
         train, held_out = EMBEDDED_ROWS
-        parts = [instructions(train, seed=config.seed, split="train")]
+        rows, what = instructions(train, seed=config.seed, split="train"), "embedded instructions"
         evaluation = instructions(held_out, seed=config.seed, split="eval")
     elif config.dataset_name:
-        parts = [_hub(config, config.dataset_train_split)]
+        what = config.dataset_name
+        rows = read_hub(what, config.dataset_config, config.dataset_train_split)
         if config.dataset_test_split:
-            evaluation = _hub(config, config.dataset_test_split)
+            evaluation = read_hub(what, config.dataset_config, config.dataset_test_split)
     else:
         raise InputError("no data: give train_file or dataset_name (embedded: the package's own)")
     if config.eval_file:
         evaluation = _named("eval_file", config.eval_file)
-    number = len(config.client_ranks) if isinstance(config.client_ranks, list) else None
-    if one_each:
-        if config.partition != "iid":
+    if config.eval_fraction:
+        if evaluation:
             raise InputError(
-                f"partition: {config.partition} divides one data set; train_file: "
-                f"{config.train_file} is one file per client already"
+                "eval_fraction holds rows out for the evaluation, which has rows of its own "
+                "already; leave one of them out"
             )
-        for key, value in (("num_clients", config.num_clients), ("client_ranks", number)):
-            if value is not None and value != len(parts):
-                raise InputError(
-                    f"{key}: {value}, but train_file: {config.train_file} matches {len(parts)} "
-                    "files, one per client"
-                )
-        return parts, evaluation
-    if config.num_clients and number and number != config.num_clients:
+        rows, evaluation = _held_out(config, rows)
+    parts, names = _divide(config, rows, _number_of_clients(config))
+    return RawData([[rows[i] for i in part] for part in parts], names, evaluation, what)
+
+
+def _is_pattern(path: str) -> bool:
+    return bool(set(path) & set("*?[")) and not Path(path).exists()
+
+
+def _one_file_each(config: Config) -> RawData:
+    pattern = str(config.train_file)
+    paths = sorted(glob.glob(pattern), key=natural)
+    if not paths:
+        raise InputError(f"train_file: {pattern}: the pattern matches no file")
+    if config.partition != "iid":
         raise InputError(
-            f"client_ranks: {number} ranks for num_clients: {config.num_clients}; give one for each"
+            f"partition: {config.partition} divides one data set; train_file: {pattern} is one "
+            "file per client already"
         )
-    clients = config.num_clients or number or 10
-    return _divide(config, parts[0], clients), evaluation
+    if config.eval_fraction:
+        raise InputError(
+            f"eval_fraction divides one data set; train_file: {pattern} is one file per client: "
+            "use client_eval_fraction, or eval_file"
+        )
+    for key, value in (("num_clients", config.num_clients), ("client_ranks", _ranks(config))):
+        if value is not None and value != len(paths):
+            raise InputError(
+                f"{key}: {value}, but train_file: {pattern} matches {len(paths)} files, one per "
+                "client"
+            )
+    evaluation = _named("eval_file", config.eval_file) if config.eval_file else []
+    clients = [_named("train_file", path) for path in paths]
+    return RawData(clients, [Path(path).name for path in paths], evaluation, Path(pattern).name)
 
 
-def _named(key: str, path: str) -> list[dict[str, Any]]:
+def _named(key: str, path: str) -> Rows:
     """The rows of a file; a message about it names the key it came from."""
     try:
         return read_rows(path)
@@ -245,110 +164,230 @@ def _named(key: str, path: str) -> list[dict[str, Any]]:
         raise InputError(f"{key}: {error}") from None
 
 
-def _natural(path: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+def _ranks(config: Config) -> int | None:
+    return len(config.client_ranks) if isinstance(config.client_ranks, list) else None
 
 
-def _divide(config: Config, rows: list[dict[str, Any]], clients: int) -> list[list[dict[str, Any]]]:
-    rng = generator(config.seed, 0, SERVER, Purpose.PARTITION)
-    if config.partition == "dirichlet":
-        column = str(config.partition_column)
-        if any(column not in row for row in rows):
-            raise InputError(
-                f"partition_column: {column!r} is not a column; there are {', '.join(rows[0])}"
-            )
-        parts = dirichlet([row[column] for row in rows], clients, config.partition_alpha, rng)
-    else:
-        parts = iid(len(rows), clients, rng)
-    return [[rows[i] for i in part] for part in parts]
-
-
-def choose_template(name: str, columns: Sequence[str]) -> Template:
-    """The template of that name, or ("auto") the first whose columns are there.
-
-    Raises:
-        InputError: a column is missing; the message lists those present.
-    """
-
-    def missing(template: Template) -> list[str]:
-        return [" or ".join(c) for c in template.columns if not set(c) & set(columns)]
-
-    if name != "auto":
-        if absent := missing(TEMPLATES[name]):
-            raise InputError(
-                f"template: {name} needs the column {', '.join(absent)}; the data has "
-                f"{', '.join(columns)}"
-            )
-        return TEMPLATES[name]
-    for template in TEMPLATES.values():
-        if not missing(template):
-            return template
-    raise InputError(
-        f"template: no template fits the columns {', '.join(columns)}; known are "
-        + "; ".join(
-            f"{t.name} ({', '.join(' or '.join(c) for c in t.columns)})" for t in TEMPLATES.values()
+def _number_of_clients(config: Config) -> int | None:
+    given = {
+        "num_clients": config.num_clients,
+        "client_ranks": _ranks(config),
+        "partition_shares": len(config.partition_shares) if config.partition_shares else None,
+    }
+    found = {key: number for key, number in given.items() if number}
+    if len(set(found.values())) > 1:
+        raise InputError(
+            ", ".join(f"{key}: {number}" for key, number in found.items())
+            + ": these do not name the same number of clients; give one of each for every client"
         )
+    return next(iter(found.values()), None)
+
+
+def _held_out(config: Config, rows: Rows) -> tuple[Rows, Rows]:
+    order = generator(config.seed, 0, SERVER, Purpose.EVALUATION).permutation(len(rows))
+    number = round(config.eval_fraction * len(rows))
+    if not 0 < number < len(rows):
+        raise InputError(
+            f"eval_fraction: {config.eval_fraction} of {len(rows)} rows leaves "
+            + ("none to evaluate on" if number == 0 else "none to train on")
+        )
+    out = set(order[:number].tolist())
+    kept = [row for i, row in enumerate(rows) if i not in out]
+    return kept, [rows[i] for i in sorted(out)]
+
+
+def _divide(config: Config, rows: Rows, clients: int | None) -> tuple[list[Indices], list[str]]:
+    rng = generator(config.seed, 0, SERVER, Purpose.PARTITION)
+    number, least = clients or 10, config.partition_min_size
+    values: list[Any] = []
+    if config.partition in ("dirichlet", "column", "labels"):
+        column = str(config.partition_column or config.label_column_name)
+        key = "partition_column" if config.partition_column else "label_column_name"
+        if column not in (columns := columns_of(rows)):
+            raise InputError(f"{key}: {column!r} is not a column; there are {', '.join(columns)}")
+        check_column(rows, column, "the training data")
+        values = [row.get(column) for row in rows]
+        if None in values:
+            raise InputError(f"{key}: row {values.index(None) + 1} has no {column}")
+    if config.partition == "column":
+        parts, names = by_column(values)
+        if clients is not None and clients != len(parts):
+            raise InputError(
+                f"num_clients: {clients}, but partition: column makes a client of each of the "
+                f"{len(parts)} values of {column}; leave num_clients out"
+            )
+        short = [name for name, part in zip(names, parts, strict=True) if len(part) < least]
+        if short:
+            raise InputError(
+                f"partition_min_size: {least}, but {column} {short[0]!r} has fewer rows"
+            )
+        return parts, names
+    if config.partition == "dirichlet":
+        parts = dirichlet(values, number, config.partition_alpha, rng, least)
+    elif config.partition == "labels":
+        parts = few_labels(values, number, config.partition_labels_per_client, rng, least)
+    elif config.partition == "quantity":
+        alpha, shares = config.partition_alpha, config.partition_shares
+        parts = quantity(len(rows), number, alpha, rng, least, shares)
+    else:
+        parts = iid(len(rows), number, rng, least)
+    return parts, [""] * number
+
+
+# --- how rows are read ---
+
+
+def is_classification(config: Config) -> bool:
+    """Whether the data and the settings alone say that a classifier is trained."""
+    return (
+        config.lora_task_type == "SEQ_CLS"
+        or config.label_column_name is not None
+        or config.template == "classification"
     )
 
 
-def tokenize(
-    row: Row, template: Template, tokenizer: Any, max_length: int, completion_only: bool
-) -> dict[str, list[int]] | None:
-    """One row as tokens: the prompt, the completion, the end-of-text token, cut to `max_length`.
+def template_of(config: Config, raw: RawData, classify: bool) -> Template:
+    """The template, checked against the columns of the training and the evaluation data.
 
-    Returns:
-        None where no token is left to learn from.
+    Raises:
+        InputError: a column is missing, has several types, or is empty in a row.
     """
-    prompt, completion = template.render(row)
-    before = tokenizer(prompt)["input_ids"] if prompt else []
-    ids = list(tokenizer(prompt + completion)["input_ids"])
-    if before and before[-1] == tokenizer.eos_token_id:  # tokenizers that end every text with it
-        before = before[:-1]
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    ids = ids[:max_length]
-    masked = min(len(before), len(ids)) if completion_only else 0
-    labels = [IGNORE] * masked + ids[masked:]
-    # The first token of a text is predicted from nothing, so it never counts.
-    if all(label == IGNORE for label in labels[1:]):
-        return None
-    return {"input_ids": ids, "labels": labels}
+    columns = columns_of(raw.train)
+    if classify:
+        template = classification(config.text_column_names, config.label_column_name, columns)
+    else:
+        template = choose_template(
+            config.template,
+            columns,
+            prompt_template=config.prompt_template,
+            completion_template=config.completion_template,
+        )
+    if raw.eval and (absent := template.missing(there := columns_of(raw.eval))):
+        raise InputError(
+            f"the evaluation data: template {template.name} needs the column {', '.join(absent)}; "
+            f"it has {', '.join(there)}"
+        )
+    used = [*(name for names in template.columns for name in names), *template.optional]
+    for rows, what in _groups(raw):
+        for number, row in enumerate(rows, 1):
+            for names in template.columns:
+                if all(row.get(name) is None for name in names):
+                    raise InputError(
+                        f"{what}: row {number} has no {' or '.join(names)}: {str(dict(row))[:80]}"
+                    )
+    for name in used:
+        check_column(raw.train, name, "the training data")
+        check_column(raw.eval, name, "the evaluation data")
+    return template
 
 
-def load_data(config: Config, tokenizer: Any) -> FederatedData:
-    """Everything above in one: the tokenised data of every client and of the evaluation.
+def _groups(raw: RawData) -> list[tuple[Rows, str]]:
+    clients = [(rows, raw.called(client)) for client, rows in enumerate(raw.clients)]
+    return [*clients, (raw.eval, "the evaluation data")]
+
+
+def labels_of(rows: Sequence[Row], template: Template) -> Counter[str]:
+    """A classifier's labels and how often each stands there."""
+    out: Counter[str] = Counter()
+    for row in rows:
+        rendered = template.render(row)
+        assert isinstance(rendered, Classified)
+        out[rendered.label] += 1
+    return out
+
+
+def find_labels(config: Config, raw: RawData, template: Template) -> list[str]:
+    """All labels, in natural order, or as `label_names` has them.
+
+    Raises:
+        InputError: only one value, one for almost every row, or one that `label_names` lacks.
+    """
+    column = template.columns[-1][0]
+    found = labels_of(raw.train, template)
+    everything = found + labels_of(raw.eval, template)
+    if len(found) < 2:
+        raise InputError(
+            f"label_column_name: {column} has one value ({next(iter(found))}) in all "
+            f"{sum(found.values())} training rows; a classifier needs two"
+        )
+    if len(found) > 100 and len(found) > sum(found.values()) / 2:
+        raise InputError(
+            f"label_column_name: {column} has {len(found)} different values in "
+            f"{sum(found.values())} rows; these are no classes"
+        )
+    if config.label_names is None:
+        return sorted(everything, key=natural)
+    if unknown := sorted(set(everything) - set(config.label_names)):
+        raise InputError(
+            f"label_names: the data has labels that are not among them: {', '.join(unknown)}"
+        )
+    return list(config.label_names)
+
+
+# --- all together ---
+
+
+def load_data(
+    config: Config,
+    tokenizer: Any,
+    raw: RawData | None = None,
+    *,
+    classify: bool = False,
+    label_names: Sequence[str] = (),
+    limits: Callable[[int], int | None] | None = None,
+) -> FederatedData:
+    """The tokenised data of every client and of the evaluation.
+
+    Args:
+        config: of the run.
+        tokenizer: of transformers.
+        raw: rows that were read already.
+        classify: make texts and labels for a classifier.
+        label_names: its labels in the order of their ids; none: `find_labels`.
+        limits: client -> its own `max_train_samples`.
 
     Raises:
         InputError: data that cannot be used, with what was found and what to do.
     """
-    raw, evaluation = load_rows(config)
-    template = choose_template(config.template, list(raw[0][0]))
-    dropped = 0
+    raw = raw or load_rows(config)
+    classify = classify or is_classification(config)
+    template = template_of(config, raw, classify)
+    if classify and not label_names:
+        label_names = find_labels(config, raw, template)
+    dropped: Counter[str] = Counter()
 
     def tokenized(rows: Sequence[Row], limit: int | None, what: str) -> list[Tokens]:
-        nonlocal dropped
-        for row in rows:
-            for column in template.columns:
-                if all(row.get(name) is None for name in column):
-                    raise InputError(
-                        f"{what}: a row has no {' or '.join(column)}: {str(dict(row))[:80]}"
+        kept: list[Tokens] = []
+        why: Counter[str] = Counter()
+        for row in rows[:limit]:
+            try:
+                kept.append(
+                    tokenize(
+                        row,
+                        template,
+                        tokenizer,
+                        config.max_length,
+                        config.completion_only_loss,
+                        label_names,
                     )
-        found = [
-            tokenize(row, template, tokenizer, config.max_length, config.completion_only_loss)
-            for row in rows[:limit]
-        ]
-        kept: list[Tokens] = [tokens for tokens in found if tokens]
-        dropped += len(found) - len(kept)
-        if found and not kept:
+                )
+            except UnusableRowError as error:
+                why[str(error)] += 1
+        dropped.update(why)
+        if why and not kept:
+            reason, number = why.most_common(1)[0]
             raise InputError(
-                f"{what}: all {len(found)} rows lose their last token to learn from when cut to "
-                f"max_length: {config.max_length}; use a larger one"
+                f"{what}: all {sum(why.values())} rows are dropped"
+                + (": " if len(why) == 1 else f", {number} of them because: ")
+                + reason
+                + ("; use a larger one" if "max_length" in reason else "")
             )
         return kept
 
     parts = []
-    for client, rows in enumerate(raw):
-        kept = tokenized(rows, config.max_train_samples, f"client {client}")
+    for client, rows in enumerate(raw.clients):
+        limit = limits(client) if limits else config.max_train_samples
+        kept = tokenized(rows, limit, raw.called(client))
         order = generator(config.seed, 0, client, Purpose.HOLDOUT).permutation(len(kept))
         held = round(config.client_eval_fraction * len(kept))
         out = set(order[:held].tolist())
@@ -360,13 +399,18 @@ def load_data(config: Config, tokenizer: Any) -> FederatedData:
         )
     if not any(part.train for part in parts):
         raise InputError("no client has a row to train on; lower client_eval_fraction")
-    held_out = tokenized(evaluation, config.max_eval_samples, "the evaluation data")
-    if not evaluation:
+    held_out = tokenized(raw.eval, config.max_eval_samples, "the evaluation data")
+    if not raw.eval:
         # In turn, so that a limit takes some of every client's rows.
         turns = zip_longest(*(part.eval for part in parts))
         held_out = [row for turn in turns for row in turn if row][: config.max_eval_samples]
     return FederatedData(
-        tuple(parts), held_out, template.name, dropped, _fingerprint(parts, held_out)
+        tuple(parts),
+        held_out,
+        template.name,
+        dict(dropped),
+        _fingerprint(parts, held_out),
+        tuple(label_names),
     )
 
 
@@ -375,5 +419,5 @@ def _fingerprint(parts: Sequence[ClientData], held_out: Sequence[Tokens]) -> str
     for rows in [*(r for part in parts for r in (part.train, part.eval)), held_out]:
         digest.update(b"|")
         for row in rows:
-            digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+            digest.update(json.dumps(list(row.values())).encode())
     return digest.hexdigest()

@@ -1,4 +1,7 @@
-"""How good a model is on held-out rows: loss, perplexity, token accuracy, exact match."""
+"""How good a model is on held-out rows.
+
+Language models: loss, perplexity, token accuracy, exact match. Classifiers: loss, accuracy, F1.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fedlora.data import IGNORE, Tokens
-from fedlora.train import collate, next_token_loss
+from fedlora.tokens import IGNORE, Tokens
+from fedlora.train import collate, pad_token_of, summed_loss
 
 
 def evaluate(
@@ -20,41 +24,83 @@ def evaluate(
     batch_size: int,
     exact_match: bool = False,
     max_new_tokens: int = 24,
-) -> dict[str, float]:
+    label_names: Sequence[str] = (),
+) -> dict[str, Any]:
     """Evaluate on rows: dropout off, generation greedy.
 
     Args:
-        model: a transformers causal language model.
+        model: a transformers causal language model, or a classifier.
         tokenizer: the model's.
         rows: tokenised, at least one.
         batch_size: rows at once.
         exact_match: also generate an answer to every prompt and compare it with the reference.
         max_new_tokens: longest answer generated.
+        label_names: a classifier's, in the order of their ids; empty for a language model.
 
     Returns:
         loss (mean over labelled tokens, in nats), perplexity (`exp(loss)`), token_accuracy (share
         of labelled tokens that are the most likely one), and exact_match (share of rows whose
-        generated text equals the reference, white space at the ends aside).
+        generated text equals the reference, white space at the ends aside). For a classifier loss
+        (mean over rows) and what `scores` gives.
     """
-    device = next(model.parameters()).device
+    device, padding = next(model.parameters()).device, pad_token_of(model)
     model.eval()
-    total, right, count = 0.0, 0, 0
+    total, count = 0.0, 0
+    guesses, truths = [], []
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # rows of one length: no padding
     with torch.inference_mode():
         for at in range(0, len(ordered), batch_size):
-            batch = collate(ordered[at : at + batch_size], device)
-            loss, logits, labels = next_token_loss(model, batch)
+            batch = collate(ordered[at : at + batch_size], device, padding)
+            loss, logits, labels = summed_loss(model, batch)
             total += float(loss)
-            right += int((logits.argmax(-1) == labels).sum())
             count += labels.numel()
+            guesses.append(logits.argmax(-1))
+            truths.append(labels)
+        guess, truth = torch.cat(guesses).cpu(), torch.cat(truths).cpu()
+        if label_names:
+            return {"loss": total / count, **scores(truth, guess, label_names)}
         out = {
             "loss": total / count,
             "perplexity": math.exp(min(total / count, 700.0)),
-            "token_accuracy": right / count,
+            "token_accuracy": int((guess == truth).sum()) / count,
         }
         if exact_match:
             out["exact_match"] = _exact_match(model, tokenizer, rows, batch_size, max_new_tokens)
     return out
+
+
+def scores(truth: Tensor, guess: Tensor, label_names: Sequence[str]) -> dict[str, Any]:
+    """How well labels were guessed.
+
+    Args:
+        truth, guess: label ids `(n,)`.
+        label_names: in the order of their ids.
+
+    Returns:
+        accuracy; macro_f1, the mean F1 over the labels that stand in `truth` or `guess` (as
+        scikit-learn has it); per_class: label -> precision, recall, f1 (0 where undefined) and
+        support, the number of rows that have it.
+    """
+    classes = len(label_names)
+    table = torch.bincount(truth * classes + guess, minlength=classes**2).view(classes, classes)
+    right, have, said = table.diag(), table.sum(1), table.sum(0)  # (classes,) each
+    per_class, f1s = {}, []
+    for i, name in enumerate(label_names):
+        hits, support, chosen = int(right[i]), int(have[i]), int(said[i])
+        f1 = 2 * hits / (support + chosen) if support + chosen else 0.0
+        per_class[name] = {
+            "precision": hits / chosen if chosen else 0.0,
+            "recall": hits / support if support else 0.0,
+            "f1": f1,
+            "support": support,
+        }
+        if support + chosen:
+            f1s.append(f1)
+    return {
+        "accuracy": int(right.sum()) / len(truth),
+        "macro_f1": sum(f1s) / len(f1s),
+        "per_class": per_class,
+    }
 
 
 def has_prompts(rows: Sequence[Tokens]) -> bool:

@@ -12,7 +12,7 @@ arrive in, so that arrival changes no bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -55,6 +55,8 @@ class Federation:
         client_weights: "examples": p_k in proportion to the rows; "uniform": all alike.
         server_learning_rate: eta in `G' = G + eta v`.
         server_momentum: mu in `v = mu v + sum_k p_k encode_k` (FedAvgM, arXiv 1909.06335).
+        modules: the target modules of clients that do not train all of them. What a client does
+            not train stays as it is sent: it adds nothing to the sum, its weight counts in full.
     """
 
     ranks: Sequence[int]
@@ -65,6 +67,11 @@ class Federation:
     client_weights: Literal["examples", "uniform"] = "examples"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
+    modules: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+    def trained_by(self, client: int) -> frozenset[str] | None:
+        """The target modules a client trains; None = all."""
+        return self.modules.get(client)
 
     def weight(self, num_examples: int) -> float:
         """A client's weight before normalisation."""
@@ -107,7 +114,12 @@ def client_start(
 ) -> Start:
     """What client k makes of its broadcast, by the rule; a pure function, run on both sides."""
     fresh = fresh_factors(seed, broadcast.round, broadcast.client, Purpose.CLIENT_INIT, shapes)
-    return rule.start(broadcast.adapter, broadcast.leading, shapes, broadcast.rank, fresh, options)
+    start = rule.start(broadcast.adapter, broadcast.leading, shapes, broadcast.rank, fresh, options)
+    if broadcast.modules is None:
+        return start
+    frozen = {n: x for n, x in start.adapter.items() if n not in broadcast.modules}
+    trained = {n: x for n, x in start.adapter.items() if n in broadcast.modules}
+    return Start(trained, add_all([start.rest, frozen]))
 
 
 def check_rule(rule: Rule, ranks: Sequence[int]) -> None:
@@ -161,10 +173,9 @@ def _wide(value: Tensor) -> Tensor:
 def _step(total: Encoded, velocity: Encoded, rate: float, momentum: float) -> tuple[Encoded, ...]:
     """`v = mu v + total`; returns what is applied, `eta v`, and `v`."""
     if momentum:
-        factors = {
-            name: value + momentum * velocity.factors[name] if name in velocity.factors else value
-            for name, value in total.factors.items()
-        }
+        factors = {name: momentum * value for name, value in velocity.factors.items()}
+        for name, value in total.factors.items():
+            factors[name] = value + factors[name] if name in factors else value
         products = add_all([total.products, scale_all(velocity.products, momentum)])
         total = velocity = Encoded(factors, {n: compact(x) for n, x in products.items()})
     if rate != 1.0:
@@ -226,6 +237,7 @@ class Server:
             base_delta=state.base_delta,
             dense=state.dense,
             nbytes=nbytes(sent.adapter) + nbytes(beside) + missing + dense,
+            modules=self.federation.trained_by(client),
         )
 
     def accept(self, update: ClientUpdate) -> str:
@@ -246,8 +258,9 @@ class Server:
         if client in self._updates or client in self._rejected:
             raise ValueError(f"client {client} is done with round {update.round} already")
         shapes = self.federation.shapes
+        asked = shapes if sent.modules is None else {n: shapes[n] for n in sent.modules}
         if {n: (*x.shape, x.rank) for n, x in update.adapter.items()} != {
-            n: (*s, sent.rank) for n, s in shapes.items()
+            n: (*s, sent.rank) for n, s in asked.items()
         }:
             raise ValueError(
                 f"client {client} sent modules, shapes or ranks other than those asked for"

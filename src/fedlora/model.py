@@ -7,16 +7,15 @@ beside its adapter and the adapter itself into the layers; the base weights are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora.adapters import Targets, find_targets, fold, is_conv1d, unfold
-from fedlora.errors import InputError
+from fedlora.adapters import Targets, fold, is_conv1d, unfold
 from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, to_dense
 
 
@@ -113,6 +112,7 @@ class BaseModel:
         targets: where the adapters go.
         layers: target module name -> its layer.
         fingerprint: of the base weights, to recognise another base on resume.
+        dense: parameters trained whole (a classifier's head), by full name, in float32.
     """
 
     model: Any
@@ -120,6 +120,7 @@ class BaseModel:
     targets: Targets
     layers: Mapping[str, AdapterLayer]
     fingerprint: str
+    dense: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -132,11 +133,23 @@ class BaseModel:
         adapter: Adapter | None = None,
         scale: float = 1.0,
         dropout: float = 0.0,
+        dense: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Set all layers: `W_0 + sum frozen`, and what is trained on top."""
+        """Set all layers: `W_0 + sum frozen`, and what is trained on top.
+
+        Args:
+            frozen: what lies beside the base and is not trained.
+            adapter: what is trained; a module it does not name has nothing to train.
+            scale: of the adapter.
+            dropout: before the adapter.
+            dense: values of the parameters trained whole; None leaves them as they are.
+        """
         for name, layer in self.layers.items():
             parts = [deltas[name] for deltas in frozen if name in deltas]
-            layer.load(parts, adapter[name] if adapter is not None else None, scale, dropout)
+            layer.load(parts, (adapter or {}).get(name), scale, dropout)
+        with torch.no_grad():
+            for name, value in (dense or {}).items():
+                self.dense[name].copy_(value)
 
     def read_adapter(self) -> dict[str, LowRank]:
         """The adapter as it now is, scale folded, in float32, on the CPU.
@@ -150,105 +163,71 @@ class BaseModel:
         out = {}
         for name, layer in self.layers.items():
             if layer.A is None or layer.B is None or layer.start is None:
-                raise ValueError(f"{name} holds no adapter")
+                continue
             folded, plain = layer.start
             learnt = fold(layer.A.cpu(), layer.B.cpu() - plain, layer.scale)
             out[name] = LowRank(learnt.A, folded + learnt.B)
+        if not out:
+            raise ValueError("the model holds no adapter")
         return out
+
+    def read_dense(self) -> dict[str, Tensor]:
+        """The parameters trained whole as they now are. Copies, on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self.dense.items()}
 
 
 def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
-    """Freeze a model and wrap its target modules. The model is changed in place."""
+    """Freeze a model, wrap its target modules, and make what is trained whole float32.
+
+    The model is changed in place.
+    """
     model.requires_grad_(False)
-    fingerprint = weights_fingerprint(model)
+    dense = {}
+    for name in targets.modules_to_save:
+        module = model.get_submodule(name)
+        _make_float32(module, keep_output="." not in name)
+        for end, parameter in module.named_parameters(name):
+            dense[end] = parameter.requires_grad_(True)
+    fingerprint = weights_fingerprint(model, skip=dense)
     layers = {}
     for name in targets.shapes:
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent) if parent else model
         layers[name] = AdapterLayer(getattr(owner, child))
         setattr(owner, child, layers[name])
-    return BaseModel(model, tokenizer, targets, layers, fingerprint)
+    return BaseModel(model, tokenizer, targets, layers, fingerprint, dense)
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def _make_float32(module: nn.Module, keep_output: bool) -> None:
+    """Train a module of a half-precision base in float32: small steps would be rounded away.
+
+    Args:
+        module: changed in place.
+        keep_output: it is a head, whose output nothing but the loss reads.
+    """
+    kind = next(module.parameters()).dtype
+    if kind in (torch.float32, torch.float64):
+        return
+
+    def wide(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(
+            x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
+        )
+
+    module.float()
+    module.register_forward_pre_hook(wide)
+    if not keep_output:
+        module.register_forward_hook(lambda _, inputs, out: out.to(kind))
+
+
+def weights_fingerprint(model: nn.Module, skip: Container[str] = ()) -> str:
     """A SHA-256 over names, shapes and at most 4,096 evenly spaced values of every parameter."""
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
+        if name in skip or value.is_meta:
+            continue
         flat = value.detach().reshape(-1)
         step = max(1, flat.numel() // 4096)
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def load_base(
-    name: str,
-    *,
-    target_modules: Sequence[str] | str | None,
-    dtype: str = "float32",
-    tokenizer_name: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    use_cpu: bool = False,
-) -> BaseModel:
-    """Load a causal language model and its tokenizer, freeze it and wrap its target modules.
-
-    Args:
-        name: hub name or directory, as `from_pretrained` takes it.
-        target_modules: see `find_targets`.
-        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's.
-        tokenizer_name: another tokenizer than the model's own.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run code that comes with the model.
-        use_cpu: stay on the CPU where there is a GPU.
-
-    Raises:
-        InputError: the model or the tokenizer cannot be loaded, or no target module matches.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, **common)
-    except Exception as error:
-        raise InputError(
-            f"model_name_or_path: {name}: the model cannot be loaded: {_short(error)}"
-        ) from None
-    source = tokenizer_name or name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-    except Exception as error:
-        key = "tokenizer_name" if tokenizer_name else "model_name_or_path"
-        raise InputError(
-            f"{key}: {source}: the tokenizer cannot be loaded: {_short(error)}"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{source}: the tokenizer has no end-of-text token (eos_token)")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise InputError(
-            f"tokenizer_name: {source} has {len(tokenizer)} tokens, the model "
-            f"{model.get_input_embeddings().num_embeddings}; they do not belong together"
-        )
-    if torch.cuda.is_available() and not use_cpu:
-        model.to("cuda")
-    model.config.use_cache = False
-    model.generation_config = _greedy(model)
-    return attach(model, tokenizer, find_targets(model, target_modules, name, revision))
-
-
-def _greedy(model: Any) -> Any:
-    """The model's special tokens alone: its sampling and penalties would be inherited."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    return GenerationConfig(**{name: getattr(own, name, None) for name in names})
-
-
-def _short(error: Exception) -> str:
-    """The beginning of a library's message, on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."

@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     HOLDOUT = 5
     BATCHES = 6
     DROPOUT = 7
+    EVALUATION = 8
+    HEAD = 9
 
 
 SERVER = 0

@@ -4,22 +4,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
+from fedlora.clients import (
+    check_overrides,
+    client_modules,
+    client_ranks,
+    settled_overrides,
+    with_overrides_read,
+)
 from fedlora.config import Config
-from fedlora.data import FederatedData, load_data
+from fedlora.data import (
+    FederatedData,
+    RawData,
+    find_labels,
+    is_classification,
+    load_data,
+    load_rows,
+    template_of,
+)
 from fedlora.demo import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
 from fedlora.evaluate import has_prompts, references_fit
 from fedlora.federation import Federation, check_rule
+from fedlora.loading import (
+    BUILT_IN_CHAT,
+    Source,
+    find_source,
+    label_order,
+    load_model,
+    load_tokenizer,
+)
 from fedlora.methods import METHODS
-from fedlora.model import BaseModel, load_base
-from fedlora.seeds import SERVER, Purpose, generator
+from fedlora.model import BaseModel
 
 PATHS = (
     "model_name_or_path",
     "tokenizer_name",
+    "chat_template_path",
     "dataset_name",
     "train_file",
     "eval_file",
@@ -31,13 +55,18 @@ AUTOMATIC = (
     "num_clients",
     "client_ranks",
     "template",
+    "lora_task_type",
+    "label_names",
     "dtype",
     "eval_exact_match",
     "greater_is_better",
 )
 """Keys whose automatic value is decided once, written to `config.yaml` and kept on resume."""
 
-EVALUATED = ("loss", "perplexity", "token_accuracy", "exact_match")
+EVALUATED = {
+    "CAUSAL_LM": ("loss", "perplexity", "token_accuracy", "exact_match"),
+    "SEQ_CLS": ("loss", "accuracy", "macro_f1"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,54 +93,78 @@ class Session:
         return {"base": self.base.fingerprint, "data": self.data.fingerprint}
 
 
-def client_ranks(config: Config, num_clients: int) -> list[int]:
-    """The rank of every client: given, one for all, or drawn from `rank_choices`.
+def model_source(config: Config) -> Source:
+    """Where the base model comes from; none of its weights are read.
 
     Raises:
-        InputError: a list of another length than there are clients.
-    """
-    given = config.client_ranks
-    if isinstance(given, list):
-        if len(given) != num_clients:
-            raise InputError(
-                f"client_ranks: {len(given)} ranks for {num_clients} clients; give one for each"
-            )
-        return list(given)
-    if config.rank_choices:
-        shares = config.rank_shares or [1.0] * len(config.rank_choices)
-        rng = generator(config.seed, 0, SERVER, Purpose.RANKS)
-        drawn = rng.choice(
-            config.rank_choices, size=num_clients, p=[s / sum(shares) for s in shares]
-        )
-        return [int(rank) for rank in drawn]
-    return [given or config.lora_r] * num_clients
-
-
-def assemble(config: Config) -> Session:
-    """Load and check everything; nothing is written.
-
-    Raises:
-        InputError: what cannot be used, and what to do.
+        InputError: none is named, or it cannot be found.
     """
     if not config.model_name_or_path:
         raise InputError(
             "model_name_or_path: name the base model, a hub name or a directory (embedded: the "
             "tiny model of this package)"
         )
+    embedded = config.model_name_or_path == EMBEDDED
+    return find_source(
+        str(BASE_DIR) if embedded else config.model_name_or_path,
+        config.model_revision,
+        config.trust_remote_code,
+    )
+
+
+def classifies(config: Config, source: Source) -> bool:
+    """Whether a classifier is trained: the data, the settings or the checkpoint say so."""
+    if config.lora_task_type != "auto":
+        return config.lora_task_type == "SEQ_CLS"
+    return is_classification(config) or (source.classifier and config.template == "auto")
+
+
+def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, FederatedData]:
+    """The data as the model will read it, without its weights.
+
+    Args:
+        config: with absolute paths (`resolve_paths`).
+        raw: its rows, where they were read already.
+
+    Raises:
+        InputError: data, tokenizer or model cannot be used, and what to do.
+    """
+    source = model_source(config)
+    raw = raw or load_rows(config)
+    check_overrides(config, len(raw.clients))
+    classify = classifies(config, source)
+    tokenizer = load_tokenizer(
+        source, config.tokenizer_name, config.chat_template_path, generates=not classify
+    )
+    names: tuple[str, ...] = ()
+    if classify:
+        found = find_labels(config, raw, template_of(config, raw, True))
+        names = tuple(found) if config.label_names else label_order(source, found)
+    data = load_data(
+        config,
+        tokenizer,
+        raw,
+        classify=classify,
+        label_names=names,
+        limits=lambda client: config.of_client(client).max_train_samples,
+    )
+    return source, tokenizer, data
+
+
+def assemble(config: Config, *, weights: bool = True) -> Session:
+    """Load and check everything; nothing is written.
+
+    Args:
+        config: of the run.
+        weights: False checks all the same, with a model of shapes alone.
+
+    Raises:
+        InputError: what cannot be used, and what to do.
+    """
     config = resolve_paths(config)
     threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    embedded = config.model_name_or_path == EMBEDDED
-    base = load_base(
-        str(BASE_DIR) if embedded else str(config.model_name_or_path),
-        target_modules=config.lora_target_modules,
-        dtype=config.dtype,
-        tokenizer_name=config.tokenizer_name,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        use_cpu=bool(config.use_cpu),
-    )
-    data = load_data(config, base.tokenizer)
+    source, tokenizer, data = tokenized(config)
     number = len(data.clients)
     ranks = client_ranks(config, number)
     check_rule(METHODS[config.method], ranks)
@@ -119,25 +172,13 @@ def assemble(config: Config) -> Session:
         raise InputError(
             f"clients_per_round: {config.clients_per_round}, but there are {number} clients"
         )
-    warnings = []
-    if data.dropped:
-        warnings.append(
-            f"{data.dropped} rows are dropped: cut to max_length {config.max_length}, they have no "
-            "token left to learn from"
-        )
-    for client, part in enumerate(data.clients):
-        if not part.train:
-            warnings.append(f"client {client} has no rows and takes no part")
+    task = "SEQ_CLS" if data.label_names else "CAUSAL_LM"
+    base, notes = load_model(source, tokenizer, config, data.label_names, weights=weights)
+    modules = client_modules(config, base.targets)
+    warnings = [*notes, *_data_warnings(data)]
     held_out = [*data.eval, *(row for part in data.clients for row in part.eval)]
-    rows = [*held_out, *(row for part in data.clients for row in part.train)]
-    longest = max(len(row["input_ids"]) for row in rows)
-    context = getattr(base.model.config, "max_position_embeddings", None) or longest
-    if longest > context:
-        raise InputError(
-            f"max_length: {config.max_length}: a row has {longest} tokens, the model's context "
-            f"{context}; use max_length {context} or less"
-        )
-    exact_match = config.eval_exact_match
+    longest, context = _fits(config, base, data)
+    exact_match = config.eval_exact_match if task == "CAUSAL_LM" else False
     if exact_match == "auto":
         fits = longest + config.generation_max_new_tokens <= context
         exact_match = fits and references_fit(data.eval, config.generation_max_new_tokens)
@@ -146,17 +187,16 @@ def assemble(config: Config) -> Session:
             "eval_exact_match: true, but there are rows without a prompt to answer; it needs "
             "completion_only_loss: true and a template other than text"
         )
-    _check_metric(config, data, exact_match)
-    resolved = config.model_copy(
+    _check_metric(config, data, task, exact_match)
+    resolved = settled_overrides(config, ranks).model_copy(
         update={
             "num_threads": threads,
-            "use_cpu": base.device.type == "cpu",
+            "use_cpu": base.device.type != "cuda",
             "num_clients": number,
-            "client_ranks": ranks,
-            "rank_choices": None,
-            "rank_shares": None,
             "template": data.template,
-            "dtype": str(next(base.model.parameters()).dtype).removeprefix("torch."),
+            "lora_task_type": task,
+            "label_names": list(data.label_names) or None,
+            "dtype": str(_frozen_dtype(base)).removeprefix("torch."),
             "eval_exact_match": exact_match,
             "greater_is_better": config.metric_is_better_when_greater,
         }
@@ -170,13 +210,52 @@ def assemble(config: Config) -> Session:
         client_weights=config.client_weights,
         server_learning_rate=config.server_learning_rate,
         server_momentum=config.server_momentum,
+        modules=modules,
     )
     return Session(resolved, base, data, federation, tuple(warnings))
 
 
-def _check_metric(config: Config, data: FederatedData, exact_match: bool) -> None:
+def _frozen_dtype(base: BaseModel) -> torch.dtype:
+    frozen = (p for name, p in base.model.named_parameters() if name not in base.dense)
+    return cast(torch.dtype, next(frozen).dtype)
+
+
+def _data_warnings(data: FederatedData) -> list[str]:
+    out = [f"{number} rows are dropped: {why}" for why, number in data.dropped.items()]
+    for client, part in enumerate(data.clients):
+        if not part.train:
+            out.append(f"client {client} has no rows and takes no part")
+    if data.label_names:
+        learnt = {row["label"] for part in data.clients for row in part.train}
+        unseen = [name for i, name in enumerate(data.label_names) if i not in learnt]
+        if unseen:
+            out.append(f"no client has a row of the label {', '.join(unseen)}")
+    return out
+
+
+def _fits(config: Config, base: BaseModel, data: FederatedData) -> tuple[int, int]:
+    """The longest row and the model's context, in tokens."""
+    rows = [*data.eval, *(row for part in data.clients for row in (*part.train, *part.eval))]
+    longest = max(len(row["input_ids"]) for row in rows)
+    text = base.model.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or longest
+    if getattr(text, "model_type", "") in _OFFSET_POSITIONS:
+        context -= (text.pad_token_id or 0) + 1
+    if longest > context:
+        raise InputError(
+            f"max_length: {config.max_length}: a row has {longest} tokens, the model's context "
+            f"{context}; use max_length {context} or less"
+        )
+    return longest, context
+
+
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xmod")
+"""Architectures that count positions from the padding token's id on."""
+
+
+def _check_metric(config: Config, data: FederatedData, task: str, exact_match: bool) -> None:
     name = config.metric_for_best_model.removeprefix("eval_")
-    known = EVALUATED if exact_match else EVALUATED[:-1]
+    known = [k for k in EVALUATED[task] if k != "exact_match" or exact_match]
     if name not in known:
         raise InputError(
             f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; there are "
@@ -193,13 +272,15 @@ def _check_metric(config: Config, data: FederatedData, exact_match: bool) -> Non
 
 
 def resolve_paths(config: Config) -> Config:
-    """The configuration with absolute paths, which a resumed run finds from any directory."""
+    """The configuration with absolute paths, which a resumed run finds from any directory, and
+    with the settings of single clients read from their files."""
+    config = with_overrides_read(config)
     return config.model_copy(update={key: _absolute(getattr(config, key)) for key in PATHS})
 
 
 def _absolute(name: str | None) -> str | None:
     """An absolute path; a hub name stays as it is."""
-    if name is None or name == EMBEDDED:
+    if name is None or name == EMBEDDED or name in BUILT_IN_CHAT:
         return name
     path = Path(name)
     pattern = bool(set(name) & set("*?["))

@@ -28,6 +28,7 @@ class Broadcast:
         base_delta: the frozen side so far, `W_0 + base_delta` being what is not trained.
         dense: parameters averaged as they are (a classifier head).
         nbytes: bytes that have to be transferred: what this client does not hold already.
+        modules: the target modules it trains; None = all.
     """
 
     round: int
@@ -38,6 +39,7 @@ class Broadcast:
     base_delta: Deltas
     dense: Mapping[str, Tensor]
     nbytes: int
+    modules: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.data import IGNORE, Tokens
 from fedlora.seeds import Purpose, generator, integer
+from fedlora.tokens import IGNORE, Tokens
 
 StepCallback = Callable[[int, int, float, int], None]
 """Called after each step with `(step, steps, loss, tokens)`; tokens without padding."""
@@ -82,42 +82,62 @@ def batches(dataset: Sequence[Tokens], budget: Budget, steps: int) -> Iterator[l
             done += 1
 
 
-def collate(rows: Sequence[Tokens], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Rows as right-padded tensors `(batch, longest)`: input_ids, attention_mask, labels."""
+def collate(
+    rows: Sequence[Tokens], device: torch.device | str = "cpu", pad_token_id: int = 0
+) -> dict[str, Tensor]:
+    """Rows as right-padded tensors `(batch, longest)`: input_ids, attention_mask, labels.
+
+    A classifier's labels are `(batch,)`; `token_type_ids` go along where rows have them.
+    """
     longest = max(len(row["input_ids"]) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+
+    def padded(key: str, filling: int) -> Tensor:
+        out = torch.full((len(rows), longest), filling, dtype=torch.long)
+        for i, row in enumerate(rows):
+            out[i, : len(row[key])] = torch.tensor(row[key])
+        return out.to(device)
+
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORE, dtype=torch.long)
     for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        ids[i, :length] = torch.tensor(row["input_ids"])
-        labels[i, :length] = torch.tensor(row["labels"])
-        mask[i, :length] = 1
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "labels": labels.to(device),
-    }
+        mask[i, : len(row["input_ids"])] = 1
+    batch = {"input_ids": padded("input_ids", pad_token_id), "attention_mask": mask.to(device)}
+    if "token_type_ids" in rows[0]:
+        batch["token_type_ids"] = padded("token_type_ids", 0)
+    if "label" in rows[0]:
+        batch["labels"] = torch.tensor([row["label"] for row in rows], device=device)
+    else:
+        batch["labels"] = padded("labels", IGNORE)
+    return batch
 
 
-def next_token_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed cross-entropy of the labelled tokens, in float32.
+def pad_token_of(model: Any) -> int:
+    """What a model expects as padding; some compute positions and lengths from it."""
+    return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+
+
+def summed_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed cross-entropy, in float32, of the labelled tokens or of a classifier's rows.
 
     Returns:
-        The sum (a scalar), the logits of the labelled tokens `(tokens, vocabulary)`, their labels.
+        The sum (a scalar), the logits `(n, vocabulary)` of the n labelled tokens or `(n, classes)`
+        of the n rows, their labels `(n,)`.
     """
-    out = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    )
-    targets = batch["labels"][:, 1:]
-    counted = targets != IGNORE  # (batch, longest - 1)
-    logits = out.logits[:, :-1][counted].float()  # (tokens, vocabulary)
-    labels = targets[counted]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"]
+    if labels.ndim == 1:
+        logits = model(**inputs).logits.float()  # (batch, classes)
+    else:
+        out = model(**inputs, use_cache=False)
+        counted = labels[:, 1:] != IGNORE  # (batch, longest - 1)
+        logits = out.logits[:, :-1][counted].float()  # (tokens, vocabulary)
+        labels = labels[:, 1:][counted]
     return F.cross_entropy(logits, labels, reduction="sum"), logits, labels
 
 
 def labelled(rows: Sequence[Tokens]) -> int:
-    """The number of tokens a loss is taken on; the first of a row is predicted from nothing."""
+    """What a loss is a mean over: labelled tokens (never a row's first), or a classifier's rows."""
+    if rows and "label" in rows[0]:
+        return len(rows)
     return sum(label != IGNORE for row in rows for label in row["labels"][1:])
 
 
@@ -141,11 +161,12 @@ def schedule(budget: Budget, steps: int) -> Callable[[int], float]:
 def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
     """Train the parameters of `model` that require gradients, in place.
 
-    With `theta` the trained factors and `theta_0` their start, the loss of a step is
-    `sum_tokens CE / tokens + mu/2 ||theta - theta_0||^2` (FedProx, arXiv 1812.06127).
+    With `theta` all that is trained and `theta_0` its start, the loss of a step is
+    `sum_tokens CE / tokens + mu/2 ||theta - theta_0||^2` (FedProx, arXiv 1812.06127); for a
+    classifier rows stand for tokens.
 
     Args:
-        model: a transformers causal language model with adapters.
+        model: a transformers causal language model or sequence classifier with adapters.
         dataset: tokenised rows, at least one.
         budget: what may be spent.
 
@@ -170,6 +191,7 @@ def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, An
         eps=budget.adam_epsilon,
         weight_decay=budget.weight_decay,
     )
+    padding = pad_token_of(model)
     began, losses, tokens, slots = time.perf_counter(), list[float](), 0, 0
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -180,8 +202,8 @@ def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, An
             counted = sum(labelled(rows) for rows in micro_batches)
             value, seen = 0.0, 0
             for rows in micro_batches:
-                batch = collate(rows, device)
-                loss = next_token_loss(model, batch)[0] / counted
+                batch = collate(rows, device, padding)
+                loss = summed_loss(model, batch)[0] / counted
                 loss.backward()
                 value += float(loss.detach())
                 seen += sum(len(row["input_ids"]) for row in rows)

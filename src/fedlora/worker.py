@@ -66,14 +66,19 @@ class Worker:
         Returns:
             The client's update, its adapter on the CPU in float32 with the scale folded.
         """
-        config, client = self.config, broadcast.client
+        client = broadcast.client
+        config = self.config.of_client(client)
         rule = METHODS[config.method]
         start = client_start(
             broadcast, rule, config.rule_options(), self.base.targets.shapes, config.seed
         )
         scale = scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora)
         self.base.load(
-            [broadcast.base_delta, start.rest], start.adapter, scale, config.lora_dropout
+            [broadcast.base_delta, start.rest],
+            start.adapter,
+            scale,
+            config.lora_dropout,
+            broadcast.dense,
         )
         data = self.clients[client]
         budget = replace(budget_of(config), client=client, round=broadcast.round, on_step=on_step())
@@ -83,5 +88,6 @@ class Worker:
             round=broadcast.round,
             adapter=self.base.read_adapter(),
             num_examples=len(data.train),
+            dense=self.base.read_dense(),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.adapters import load_adapter, save_adapter
+from fedlora.adapters import SavedAdapter, load_adapter, save_adapter
 from fedlora.checkpoint import (
     RunDirectory,
     Saved,
@@ -20,6 +20,7 @@ from fedlora.checkpoint import (
     verify,
     write_errors_are_explained,
 )
+from fedlora.clients import client_ranks, settled_overrides
 from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import CheckpointError, InputError
@@ -27,7 +28,7 @@ from fedlora.evaluate import evaluate
 from fedlora.federation import Server, global_delta, initial_state
 from fedlora.lowrank import Deltas
 from fedlora.methods import METHODS
-from fedlora.setup import AUTOMATIC, Session, assemble, client_ranks, resolve_paths
+from fedlora.setup import AUTOMATIC, Session, assemble, resolve_paths
 from fedlora.sources import read_yaml
 from fedlora.state import RoundRecord, ServerState
 from fedlora.train import StepCallback, TrainFunction, train
@@ -72,7 +73,7 @@ class Result:
     best_round: int | None
 
     @property
-    def evaluations(self) -> dict[int, dict[str, float]]:
+    def evaluations(self) -> dict[int, dict[str, Any]]:
         """Round -> global evaluation, round 0 being the base."""
         return {
             line["round"]: line["evaluation"] for line in self.metrics if line.get("evaluation")
@@ -145,12 +146,11 @@ def _as_it_began(path: Path, config: Config | None) -> Config:
     saved = Config(**{**read_yaml(path / "config.yaml"), "output_dir": str(path)})
     if config is None:
         return saved
-    ours = resolve_paths(config.model_copy(update={"output_dir": str(path)})).flat()
+    now = resolve_paths(config.model_copy(update={"output_dir": str(path)}))
+    # The saved run holds a rank for every client, whichever key they came from.
+    ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
     theirs = saved.flat()
     automatic = set(AUTOMATIC)
-    # The saved run holds a rank for every client, whichever key they came from.
-    ours["client_ranks"] = client_ranks(config, saved.num_clients or 0)
-    ours["rank_choices"] = ours["rank_shares"] = None
     different = [
         f"  {key}: {theirs.get(key)!r} when it began, {value!r} now"
         for key, value in ours.items()
@@ -171,20 +171,28 @@ def _initial(session: Session) -> ServerState:
     Raises:
         InputError: `init_adapter` cannot be read, or changes what is no target module.
     """
-    given, source = {}, session.config.init_adapter
+    given, dense, source = {}, session.base.read_dense(), session.config.init_adapter
     if source:
         try:
-            given = load_adapter(source)
+            saved = load_adapter(source)
         except InputError as error:
             raise InputError(f"init_adapter: {error}") from None
-        ours = session.federation.shapes
+        given, ours = saved.deltas, session.federation.shapes
         for name, x in given.items():
             if ours.get(name) != x.shape:
                 raise InputError(
                     f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
                     f"target modules ({ours.get(name, 'absent')})"
                 )
-    return initial_state(session.federation, METHODS[session.config.method], given)
+        for name, value in saved.dense.items():
+            if name not in dense or dense[name].shape != value.shape:
+                there = tuple(dense[name].shape) if name in dense else "absent"
+                raise InputError(
+                    f"init_adapter: {source} holds {name} {tuple(value.shape)}, which is not among "
+                    f"what is trained whole ({there}); see lora_modules_to_save"
+                )
+            dense[name] = value.to(dense[name].dtype)
+    return initial_state(session.federation, METHODS[session.config.method], given, dense)
 
 
 @dataclass
@@ -278,6 +286,7 @@ class _Run:
                 "resumed_from": resumed_from,
                 "model": self.config.model_name_or_path,
                 "method": self.config.method,
+                "task": self.config.lora_task_type,
                 "num_rounds": self.config.num_rounds,
                 "modules": len(spec.shapes),
                 "ranks": list(spec.ranks),
@@ -367,14 +376,17 @@ class _Run:
 
     def _end(self) -> Result:
         state = self.server.state
-        wanted, delta = state.round, global_delta(state)
+        wanted, delta, dense = state.round, global_delta(state), state.dense
         if self.config.load_best_model_at_end and self.best.round not in (None, state.round):
             assert self.best.round is not None
             wanted = self.best.round
-            delta = self._saved_adapter(wanted) if wanted else global_delta(self.initial)
+            delta, dense = global_delta(self.initial), self.initial.dense
+            if wanted:
+                best = self._saved_adapter(wanted)
+                delta, dense = best.deltas, best.dense
 
         def fill(partial: Path) -> None:
-            save_adapter(partial, delta, self.session.base.targets)
+            save_adapter(partial, delta, self.session.base.targets, dense)
             self.session.base.tokenizer.save_pretrained(partial)
 
         line = {"event": "end", "round": state.round, "final": wanted, "best": self.best.round}
@@ -382,7 +394,7 @@ class _Run:
         final = self.directory.save_final(fill)
         return Result(self.directory.path, final, delta, list(self.log), self.best.round)
 
-    def _saved_adapter(self, number: int) -> Deltas:
+    def _saved_adapter(self, number: int) -> SavedAdapter:
         path = self.directory.path / f"round-{number}"
         try:
             verify(path)
@@ -410,9 +422,10 @@ class _Run:
         if not data.eval and not with_rows:
             return {}
         self.report({"event": "evaluate_begin"})
-        base.load([self.server.state.base_delta, self.server.state.adapter])
+        state = self.server.state
+        base.load([state.base_delta, state.adapter], dense=state.dense)
 
-        def measured(rows: Any) -> dict[str, float]:
+        def measured(rows: Any) -> dict[str, Any]:
             return evaluate(
                 base.model,
                 base.tokenizer,
@@ -420,6 +433,7 @@ class _Run:
                 batch_size=config.per_device_eval_batch_size,
                 exact_match=config.eval_exact_match is True,
                 max_new_tokens=config.generation_max_new_tokens,
+                label_names=data.label_names,
             )
 
         out: dict[str, Any] = {"evaluation": measured(data.eval)} if data.eval else {}

@@ -153,11 +153,14 @@ def prefix_start(
 
 
 def padded_change(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    """`pad(A_k) - A`, `pad(B_k) - B`: factors padded with zeros to the global rank, as a change."""
+    """`pad(A_k) - A`, `pad(B_k) - B`: factors padded with zeros to the global rank, as a change.
+
+    A module that the client does not train is not in `update`, and does not change.
+    """
     factors: dict[str, Tensor] = {}
-    for name, current in state.adapter.items():
+    for name, trained in update.items():
+        current = state.adapter[name]
         assert isinstance(current, LowRank)
-        trained = update[name]
         a, b = -current.A, -current.B
         a[: trained.rank] += trained.A  # (r, n)
         b[:, : trained.rank] += trained.B  # (m, r)
@@ -166,10 +169,13 @@ def padded_change(update: Adapter, start: Start, state: ServerState, options: An
 
 
 def add_factors(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
-    """`A + sum.A`, `B + sum.B`."""
+    """`A + sum.A`, `B + sum.B`; a module that nobody trained stays."""
     adapter = {}
     for name, current in state.adapter.items():
         assert isinstance(current, LowRank)
+        if f"{name}.A" not in total.factors:
+            adapter[name] = current
+            continue
         adapter[name] = LowRank(
             current.A + total.factors[f"{name}.A"], current.B + total.factors[f"{name}.B"]
         )

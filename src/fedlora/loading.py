@@ -1,0 +1,313 @@
+"""Loading what Hugging Face users bring: configuration, tokenizer, causal model or classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fedlora.adapters import Targets, find_targets, fused_experts
+from fedlora.errors import InputError
+from fedlora.model import BaseModel, attach
+from fedlora.partition import natural
+from fedlora.seeds import SERVER, Purpose, integer
+
+if TYPE_CHECKING:
+    from fedlora.config import Config
+
+BUILT_IN_CHAT = {"vicuna": Path(__file__).parent / "vicuna.jinja"}
+"""Chat templates of the package, for base models that have none."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base model comes from.
+
+    Args:
+        name: hub name or directory, as `from_pretrained` takes it.
+        config: its configuration, of transformers.
+        classifier: whether the checkpoint is a sequence classifier already.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    name: str
+    config: Any
+    classifier: bool
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def find_source(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Read a model's configuration, and none of its weights.
+
+    Raises:
+        InputError: there is no such model, or its architecture is unknown.
+    """
+    from transformers import AutoConfig
+
+    with _explained(f"model_name_or_path: {name}: the model cannot be loaded"):
+        config = AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    kinds = getattr(config, "architectures", None) or []
+    classifier = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+    return Source(name, config, classifier, revision, trust_remote_code)
+
+
+def load_tokenizer(
+    source: Source,
+    name: str | None = None,
+    chat_template: str | None = None,
+    generates: bool = True,
+) -> Any:
+    """The model's tokenizer, or another, with a padding token.
+
+    Args:
+        source: the model.
+        name: another tokenizer than the model's own.
+        chat_template: a Jinja file, a tokenizer (hub name or directory) that has one, or a name of
+            `BUILT_IN_CHAT`.
+        generates: the model writes text, so there has to be an end-of-text token.
+
+    Raises:
+        InputError: a tokenizer cannot be loaded, has no chat template or no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    def load(key: str, which: str, revision: str | None) -> Any:
+        with _explained(f"{key}: {which}: the tokenizer cannot be loaded"):
+            return AutoTokenizer.from_pretrained(
+                which, revision=revision, trust_remote_code=source.trust_remote_code
+            )
+
+    key = "tokenizer_name" if name else "model_name_or_path"
+    tokenizer = load(key, name or source.name, None if name else source.revision)
+    where = name or source.name
+    if tokenizer.eos_token_id is None and generates:
+        raise InputError(f"{where}: the tokenizer has no end-of-text token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"{where}: the tokenizer has no padding token (pad_token)")
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template:
+        path = BUILT_IN_CHAT.get(chat_template, Path(chat_template))
+        if path.is_file():
+            try:
+                tokenizer.chat_template = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"chat_template_path: {path}: cannot be read: {error}") from None
+        else:
+            other = load("chat_template_path", chat_template, None)
+            if not getattr(other, "chat_template", None):
+                raise InputError(f"chat_template_path: {chat_template} has no chat template")
+            tokenizer.chat_template = other.chat_template
+    return tokenizer
+
+
+def label_order(source: Source, names: Sequence[str]) -> tuple[str, ...]:
+    """The labels in the order of their ids: the checkpoint's where it has just these labels."""
+    own = {int(i): str(name) for i, name in (source.config.id2label or {}).items()}
+    if source.classifier and sorted(own.values()) == sorted(names):
+        return tuple(own[i] for i in sorted(own))
+    return tuple(names)
+
+
+def load_model(
+    source: Source,
+    tokenizer: Any,
+    config: Config,
+    label_names: Sequence[str] = (),
+    *,
+    weights: bool = True,
+) -> tuple[BaseModel, list[str]]:
+    """Load the model, freeze it and wrap its target modules.
+
+    A classifier gets a head for these labels; a new head is drawn from the run's seed.
+
+    Args:
+        source: where it comes from.
+        tokenizer: the one its data is tokenised with.
+        config: reads dtype, use_cpu, seed and the lora_ keys.
+        label_names: a classifier's labels in the order of their ids; empty: a causal model.
+        weights: False makes the modules without any memory, to look at their shapes.
+
+    Returns:
+        The model, and what the user should know.
+
+    Raises:
+        InputError: the model cannot be loaded, or a target module does not match.
+    """
+    model, missing = _load(source, config, label_names, weights)
+    embeddings = model.get_input_embeddings()
+    if embeddings is not None and len(tokenizer) > embeddings.num_embeddings:
+        raise InputError(
+            f"tokenizer_name: {config.tokenizer_name or source.name} has {len(tokenizer)} tokens, "
+            f"the model {embeddings.num_embeddings}; they do not belong together"
+        )
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    to_save = _modules_to_save(model, config.lora_modules_to_save, bool(label_names), missing)
+    targets = find_targets(
+        model,
+        config.lora_target_modules,
+        source.name,
+        source.revision,
+        to_save,
+        "SEQ_CLS" if label_names else "CAUSAL_LM",
+    )
+    if label_names:
+        targets = dataclasses.replace(targets, model_config=model.config.to_json_string())
+    else:
+        model.generation_config = _greedy(model)
+    if weights and torch.cuda.is_available() and not config.use_cpu:
+        model.to("cuda")
+    notes = _notes(model, targets, missing)
+    return attach(model, tokenizer, targets), notes
+
+
+def _load(
+    source: Source, config: Config, label_names: Sequence[str], weights: bool
+) -> tuple[Any, list[str]]:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForSequenceClassification if label_names else AutoModelForCausalLM
+    own = source.config
+    if label_names:
+        own.num_labels = len(label_names)
+        own.id2label = dict(enumerate(label_names))
+        own.label2id = {name: i for i, name in enumerate(label_names)}
+        own.problem_type = "single_label_classification"
+    elif _reads_both_ways(own):
+        raise InputError(
+            f"model_name_or_path: {source.name} ({own.model_type}) reads text in both directions "
+            "and cannot write any; to train it as a classifier give label_column_name"
+        )
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    with (
+        _explained(f"model_name_or_path: {source.name}: the model cannot be loaded"),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(integer(config.seed, 0, SERVER, Purpose.HEAD))
+        if not weights:
+            with torch.device("meta"):
+                plain = None if dtype == "auto" else dtype
+                model = kind.from_config(
+                    own, dtype=plain, trust_remote_code=source.trust_remote_code
+                )
+            return model, []
+        model, info = kind.from_pretrained(
+            source.name,
+            config=own,
+            dtype=dtype,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            ignore_mismatched_sizes=bool(label_names),
+            output_loading_info=True,
+        )
+    changed = [entry[0] for entry in info.get("mismatched_keys", [])]
+    return model, sorted({*info["missing_keys"], *changed})
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether this is an encoder, of which transformers would make a decoder that knows nothing."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    kind = getattr(config, "model_type", "")
+    return kind in MASKED and kind in CAUSAL and not getattr(config, "is_decoder", False)
+
+
+def _modules_to_save(
+    model: Any, asked: Sequence[str] | None, classifier: bool, missing: Sequence[str]
+) -> list[str]:
+    """Full names of the modules trained whole: those asked for, a classifier's head, new ones."""
+    chosen: dict[str, None] = {}
+    if classifier:
+        for name, module in model.named_children():
+            if name != model.base_model_prefix and any(True for _ in module.parameters()):
+                chosen[name] = None
+        for parameter in missing:
+            chosen[parameter.rpartition(".")[0]] = None
+    modules = dict(model.named_modules())
+    for wanted in asked or []:
+        found = [n for n in modules if n == wanted or n.endswith(f".{wanted}")]
+        if not found or not any(True for n in found for _ in modules[n].parameters()):
+            tops = ", ".join(name for name, _ in model.named_children())
+            raise InputError(
+                f"lora_modules_to_save: {wanted!r} is no module of this model with parameters; at "
+                f"its top it has {tops}"
+            )
+        chosen.update(dict.fromkeys(found))
+    names = sorted(chosen, key=natural)
+    outer = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    _refuse_shared(model, outer)
+    return outer
+
+
+def _refuse_shared(model: nn.Module, modules: Sequence[str]) -> None:
+    inside = {
+        id(p): f"{name}.{end}"
+        for name in modules
+        for end, p in model.get_submodule(name).named_parameters()
+    }
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        theirs = inside.get(id(parameter))
+        if theirs and not any(name.startswith(f"{module}.") for module in modules):
+            raise InputError(
+                f"lora_modules_to_save: {theirs} is the same tensor as {name} (tied weights); "
+                "training one would change the other, and a saved adapter could not say so"
+            )
+
+
+def _notes(model: Any, targets: Targets, missing: Sequence[str]) -> list[str]:
+    out = []
+    experts = fused_experts(model)
+    if experts:
+        total = sum(p.numel() for p in model.parameters())
+        out.append(
+            f"mixture of experts: {sum(experts.values()) / total:.0%} of the parameters are fused "
+            "expert weights, which get no adapter; attention and the other linear layers do"
+        )
+    new = [name for name in missing if name.rpartition(".")[0] not in targets.modules_to_save]
+    new = [n for n in new if not any(n.startswith(f"{m}.") for m in targets.modules_to_save)]
+    if new:
+        out.append(
+            f"{len(new)} weights are not in the checkpoint and stay as they were drawn: "
+            + ", ".join(new[:3])
+            + (" ..." if len(new) > 3 else "")
+        )
+    return out
+
+
+def _greedy(model: Any) -> Any:
+    """The model's special tokens alone: its sampling and penalties would be inherited."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    return GenerationConfig(**{name: getattr(own, name, None) for name in names})
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Whatever a library raises in here becomes one line for the user."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {_short(error)}") from None
+
+
+def _short(error: Exception) -> str:
+    """The beginning of a library's message, on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."

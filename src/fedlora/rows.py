@@ -1,0 +1,230 @@
+"""Raw rows: JSON lists, JSON lines, CSV, Parquet, and data sets of the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import InputError
+
+Row = Mapping[str, Any]
+Rows = list[dict[str, Any]]
+
+ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+
+def read_rows(path: str | Path) -> Rows:
+    """The rows of a file, by its ending.
+
+    `.json`, `.jsonl` and `.ndjson` hold a JSON list of objects or one object per line, whichever it
+    is (both stand under either ending in the wild); `.csv` has a header, its cells are text and
+    empty ones None; `.parquet`.
+
+    Raises:
+        InputError: the file is missing, empty, malformed (with the line where there is one), or
+            not what its ending says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: is no file")
+    if path.suffix not in ENDINGS:
+        raise InputError(
+            f"{path}: cannot tell what it holds; its name should end in {', '.join(ENDINGS)}"
+        )
+    try:
+        rows = _read(path)
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: is not UTF-8 text; convert the file") from None
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: row {number} is no object with columns: {str(row)[:40]!r}")
+    return rows
+
+
+def _read(path: Path) -> Rows:
+    with path.open("rb") as file:
+        head = file.read(256)
+    found = _kind(head)
+    if path.suffix == ".parquet":
+        if found != "Parquet" and head:
+            raise InputError(f"{path}: is no Parquet file; it looks like {found}")
+        return _parquet(path)
+    if found not in ("JSON", "text"):
+        raise InputError(f"{path}: is {found}, not what its ending ({path.suffix}) says")
+    if path.suffix == ".csv":
+        if found == "JSON" and _is_json(path):
+            raise InputError(f"{path}: holds JSON, not CSV; name it .json or .jsonl")
+        return _csv(path)
+    return _json(path, found)
+
+
+def _kind(head: bytes) -> str:
+    """What the first bytes of a file look like."""
+    for mark, name in (
+        (b"PAR1", "Parquet"),
+        (b"\x1f\x8b", "compressed (gzip)"),
+        (b"PK\x03\x04", "compressed (zip)"),
+        (b"BZh", "compressed (bzip2)"),
+        (b"\x28\xb5\x2f\xfd", "compressed (zstd)"),
+    ):
+        if head.startswith(mark):
+            return name
+    if b"\0" in head:
+        return "binary"
+    return "JSON" if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"[") else "text"
+
+
+def _is_json(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8-sig").strip()
+    for part in (text, text.partition("\n")[0]):
+        try:
+            json.loads(part)
+            return True
+        except ValueError:
+            continue
+    return False
+
+
+def _parquet(path: Path) -> Rows:
+    from datasets import Dataset
+
+    rows: Rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+    return rows
+
+
+def _json(path: Path, found: str) -> Rows:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return []
+    if found == "text":
+        first = text.strip().partition("\n")[0][:60]
+        raise InputError(f"{path}, line 1: malformed JSON: {first!r}; CSV files end in .csv")
+    if text.lstrip().startswith("["):
+        try:
+            rows: Rows = json.loads(text)
+            return rows
+        except json.JSONDecodeError as error:
+            raise _malformed(path, error.lineno, error) from None
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    try:
+        return [json.loads(line) for _, line in lines]
+    except json.JSONDecodeError:
+        pass
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        for number, line in lines:
+            try:
+                json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _malformed(path, number, error) from None
+    raise InputError(
+        f"{path}: holds one JSON object with {', '.join(list(whole)[:5])}; expected a list of "
+        "rows, or one object per line"
+    )
+
+
+def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> InputError:
+    return InputError(f"{path}, line {line}: malformed JSON: {error.msg}")
+
+
+def _csv(path: Path) -> Rows:
+    """Cells as text, empty ones None: guessing types would make 7 of "007", nothing of "None"."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, strict=True)
+        rows: Rows = []
+        try:
+            header = list(reader.fieldnames or [])
+            for row in reader:
+                if None in row:
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: row {len(rows) + 1} has more cells than "
+                        "the header"
+                    )
+                rows.append({column: cell or None for column, cell in row.items()})
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: malformed CSV: {error}") from None
+    for column in header:
+        if header.count(column) > 1:
+            raise InputError(f"{path}, line 1: the header names the column {column!r} twice")
+    return rows
+
+
+def read_hub(name: str, configuration: str | None, split: str) -> Rows:
+    """A data set of the hub (or a directory), a column of class numbers as their names.
+
+    Raises:
+        InputError: it cannot be loaded, or has no such split; the message lists those there are.
+    """
+    from datasets import ClassLabel, get_dataset_split_names, load_dataset
+
+    try:
+        found = load_dataset(name, configuration, split=split)
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        try:
+            splits = get_dataset_split_names(name, configuration)
+            if split.partition("[")[0] not in splits:
+                why = f"it has {', '.join(splits)}"
+        except Exception:
+            pass
+        raise InputError(f"dataset_name: {name}: split {split!r} cannot be loaded: {why}") from None
+    rows: Rows = found.to_list()
+    for column, feature in found.features.items():
+        if isinstance(feature, ClassLabel):
+            for row in rows:
+                value = row[column]
+                row[column] = None if value is None or value < 0 else feature.int2str(value)
+    if not rows:
+        raise InputError(f"dataset_name: {name}: split {split!r} holds no rows")
+    return rows
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The columns that any row has, in the order of their first appearance."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def check_column(rows: Sequence[Row], column: str, what: str) -> None:
+    """Refuse a column whose values are of several types.
+
+    Raises:
+        InputError: the rows (counted from 1) that differ.
+    """
+    first: tuple[int, str, Any] | None = None
+    for number, row in enumerate(rows, 1):
+        value = row.get(column)
+        if value is None:
+            continue
+        kind = _type(value)
+        if first is None:
+            first = number, kind, value
+        elif kind != first[1]:
+            raise InputError(
+                f"{what}: the column {column} mixes types: row {first[0]} holds {first[1]} "
+                f"({_short(first[2])}), row {number} {kind} ({_short(value)}); use one type"
+            )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 30 else text[:27] + "..."

@@ -1,0 +1,221 @@
+"""Rows as tokens, and which of them a loss is taken on.
+
+A tokenised row is `{"input_ids": [...], "labels": [...]}`, as transformers' Trainer takes it;
+labels are -100 where no loss is taken. A classifier's row is `{"input_ids": [...], "label": id}`,
+with `token_type_ids` where the tokenizer has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+
+from fedlora.errors import InputError
+from fedlora.rows import Row
+from fedlora.templates import Chat, Classified, Template, UnusableRowError
+
+Tokens = Mapping[str, Any]
+IGNORE = -100
+"""The label of a token no loss is taken on (PyTorch's and transformers' convention)."""
+
+
+def tokenize(
+    row: Row,
+    template: Template,
+    tokenizer: Any,
+    max_length: int,
+    completion_only: bool,
+    label_names: Sequence[str] = (),
+) -> Tokens:
+    """One row as tokens, cut to `max_length`.
+
+    A text is its prompt, its completion and the end-of-text token; a conversation is what the
+    tokenizer's chat template makes of it. Both equal what TRL's SFTTrainer makes of the same row.
+
+    Args:
+        row: what the template reads.
+        template: how it reads it.
+        tokenizer: of transformers.
+        max_length: tokens kept, from the first.
+        completion_only: take the loss on the completion, or on all assistant turns, alone.
+        label_names: a classifier's labels in the order of their ids.
+
+    Raises:
+        UnusableRowError: nothing is left to learn from, or the chat template refuses the row.
+        InputError: the tokenizer has no chat template where one is needed; an unknown label.
+    """
+    rendered = template.render(row)
+    if isinstance(rendered, Classified):
+        return _classified(rendered, tokenizer, max_length, label_names)
+    if isinstance(rendered, Chat):
+        ids, learnt = _chat(rendered, tokenizer, completion_only)
+    else:
+        ids, learnt = _text(*rendered, tokenizer, completion_only)
+    if not any(learnt[1:]):  # the first token of a text is predicted from nothing
+        raise UnusableRowError("no token to learn from")
+    ids, learnt = ids[:max_length], learnt[:max_length]
+    if not any(learnt[1:]):
+        raise UnusableRowError(
+            f"cut to max_length {max_length}, it has no token left to learn from"
+        )
+    labels = [token if learn else IGNORE for token, learn in zip(ids, learnt, strict=True)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _text(
+    prompt: str, completion: str, tokenizer: Any, completion_only: bool
+) -> tuple[list[int], list[bool]]:
+    ids = list(tokenizer(prompt + completion)["input_ids"])
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    before = _common_prefix(tokenizer(prompt)["input_ids"], ids) if prompt else 0
+    masked = before if completion_only else 0
+    return ids, [i >= masked for i in range(len(ids))]
+
+
+def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How long both begin alike: a completion begins where its prompt alone diverges from it."""
+    if one == other[: len(one)]:
+        return len(one)
+    for i, (x, y) in enumerate(zip(one, other, strict=False)):
+        if x != y:
+            return i
+    return min(len(one), len(other))
+
+
+def _classified(
+    row: Classified, tokenizer: Any, max_length: int, label_names: Sequence[str]
+) -> Tokens:
+    found = tokenizer(*row.texts, truncation=True, max_length=max_length)
+    if row.label not in label_names:
+        raise InputError(
+            f"label_names: a row has the label {row.label!r}; known are {', '.join(label_names)}"
+        )
+    kept = {k: list(found[k]) for k in ("input_ids", "token_type_ids") if k in found}
+    if not kept["input_ids"]:
+        raise UnusableRowError("the text is empty")
+    return {**kept, "label": list(label_names).index(row.label)}
+
+
+# --- conversations ---
+
+
+def _chat(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[int], list[bool]]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "template: chat needs a chat template, and the tokenizer has none; give "
+            "chat_template_path: a Jinja file, a tokenizer that has one, or vicuna"
+        )
+    try:
+        if chat.prompt is not None:
+            return _conversational_completion(chat, tokenizer, assistant_only)
+        if assistant_only and _marks_assistant(tokenizer):
+            found = tokenizer.apply_chat_template(
+                chat.messages,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                **(chat.extra or {}),
+            )
+            return list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
+        return _by_spans(chat, tokenizer, assistant_only)
+    except TemplateError as error:
+        raise UnusableRowError(
+            f"the chat template refuses it: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _marks_assistant(tokenizer: Any) -> bool:
+    """Whether the template says itself what the assistant generates (transformers' marker)."""
+    template = tokenizer.chat_template
+    return isinstance(template, str) and bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
+
+
+def _conversational_completion(
+    chat: Chat, tokenizer: Any, completion_only: bool
+) -> tuple[list[int], list[bool]]:
+    def tokens(messages: list[dict[str, Any]], generation: bool) -> list[int]:
+        text = _rendered(tokenizer, chat, messages, generation)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    ids = tokens(chat.messages, False)
+    masked = 0
+    if completion_only:
+        masked = _common_prefix(tokens(chat.messages[: chat.prompt], True), ids)
+    return ids, [i >= masked for i in range(len(ids))]
+
+
+def _rendered(
+    tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], generation: bool = False
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation, **(chat.extra or {})
+        )
+    )
+
+
+def _by_spans(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[int], list[bool]]:
+    """All turns, learnt are the spans of text that the model would have to generate."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("template: chat needs a fast tokenizer, which knows where a token stands")
+    text = _rendered(tokenizer, chat, chat.messages)
+    spans = _assistant_spans(chat, tokenizer, text)
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = list(found["input_ids"])
+    if not assistant_only:
+        return ids, [True] * len(ids)
+    learnt = [
+        any(begin < end and lo <= begin < hi for lo, hi in spans)
+        for begin, end in found["offset_mapping"]
+    ]
+    end = spans[-1][1] if spans else 0
+    if not text[end:].strip() and not text[:end].endswith(tuple(_specials(tokenizer))):
+        # A template without an end-of-turn token: the model would never learn to stop.
+        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
+    return ids, learnt
+
+
+_MARK = "\ue000"
+"""A character of Unicode's private use: no text has it, no template looks for it."""
+
+
+def _assistant_spans(chat: Chat, tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Where in the rendered conversation the assistant's turns stand.
+
+    A turn begins where the rendered conversation goes on after the prompt for generation. It ends
+    with its content, found by rendering once more with a mark behind it, and with the special
+    token that ends the turn. So templates that render earlier turns in another way once there are
+    later ones (Qwen3's thoughts) are read rightly too.
+    """
+    spans = []
+    for i, message in enumerate(chat.messages):
+        if message["role"] != "assistant" or not message["content"]:
+            continue
+        before = _rendered(tokenizer, chat, chat.messages[:i], True)
+        begin = _common_prefix(before, text)
+        marked = list(chat.messages)
+        marked[i] = {**message, "content": message["content"] + _MARK}
+        end = _common_prefix(_rendered(tokenizer, chat, marked).partition(_MARK)[0], text)
+        end += len(_end_of_turn(text[end:], tokenizer))
+        if begin < end:
+            spans.append((begin, end))
+    return spans
+
+
+@lru_cache(maxsize=4)
+def _specials(tokenizer: Any) -> list[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {str(token) for token in added.values() if token.special}
+    return sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def _end_of_turn(after: str, tokenizer: Any) -> str:
+    """The special token that follows a turn at once, or nothing."""
+    pattern = r"\s*(?:" + "|".join(map(re.escape, _specials(tokenizer))) + ")"
+    found = re.match(pattern, after)
+    return found.group() if found else ""

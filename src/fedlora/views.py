@@ -1,0 +1,359 @@
+"""Looking before running: who holds what, what is learnt, what a run would do.
+
+fedlora partition    show_partition, draw_partition
+fedlora data         show_samples
+fedlora run --dry_run    show_plan
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.adapters import scaling
+from fedlora.config import Config
+from fedlora.console import human_bytes
+from fedlora.data import FederatedData, RawData, template_of
+from fedlora.errors import InputError
+from fedlora.rows import columns_of
+from fedlora.setup import Session
+from fedlora.tokens import IGNORE, Tokens
+from fedlora.train import labelled
+from fedlora.worker import budget_of
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+COLOURS = (
+    "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5",
+    "#9c6b4e", "#9498a0",
+)  # fmt: skip
+MOST_VALUES = 10
+"""Different values of a column shown by themselves; the rarest beyond them are summed up."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """Who holds how many rows of what.
+
+    Args:
+        heading: what was divided, and how.
+        column: the column that is counted; None: rows alone.
+        values: its values, the most frequent first, the last perhaps "other".
+        counts: for every client the number of rows of each value.
+        names: what the clients are called, or "".
+        ranks: their adapter ranks.
+        evaluation: rows of the global evaluation of each value.
+    """
+
+    heading: str
+    column: str | None
+    values: list[str]
+    counts: list[list[int]]
+    names: list[str]
+    ranks: list[int]
+    evaluation: list[int]
+
+
+def divide(config: Config, raw: RawData, ranks: list[int], by: str | None = None) -> Division:
+    """Count who holds what.
+
+    Args:
+        config: of the run.
+        raw: its rows.
+        ranks: of the clients.
+        by: the column to count; None: the one divided by, or a classifier's label.
+
+    Raises:
+        InputError: there is no such column.
+    """
+    columns = columns_of(raw.train)
+    column = by or config.partition_column or config.label_column_name
+    if column is None and config.lora_task_type == "SEQ_CLS":
+        column = template_of(config, raw, True).columns[-1][0]
+    if column is not None and column not in columns:
+        raise InputError(f"{column!r} is not a column; there are {', '.join(columns)}")
+
+    def count(rows: Sequence[Any]) -> Counter[str]:
+        return Counter(str(row.get(column)) if column else "rows" for row in rows)
+
+    total = count(raw.train)
+    values = [value for value, _ in total.most_common()]
+    kept = values if len(values) <= MOST_VALUES else values[: MOST_VALUES - 1]
+    other = [f"{len(values) - len(kept)} others"] if len(kept) < len(values) else []
+
+    def row(counts: Counter[str]) -> list[int]:
+        own = [counts[value] for value in kept]
+        return own + [counts.total() - sum(own)] * len(other)
+
+    how: str = config.partition
+    if any(raw.names) and config.partition == "iid":
+        how = "one file per client"
+    if config.partition in ("dirichlet", "quantity") and config.partition_shares is None:
+        how += f" (alpha {config.partition_alpha:g})"
+    if config.partition == "labels":
+        how += f" ({config.partition_labels_per_client} per client)"
+    heading = f"{raw.what}: {len(raw.train):,} rows, {len(raw.clients)} clients, {how}"
+    if config.partition in ("dirichlet", "column", "labels"):
+        heading += f" by {config.partition_column or config.label_column_name}"
+    return Division(
+        f"{heading}, seed {config.seed}",
+        column,
+        kept + other,
+        [row(count(rows)) for rows in raw.clients],
+        raw.names,
+        ranks,
+        row(count(raw.eval)) if raw.eval else [],
+    )
+
+
+def show_partition(division: Division, console: Console) -> None:
+    """A table of counts, and a bar per client in the terminal."""
+    console.print(Text(division.heading, style="bold"))
+    letters = LETTERS[: len(division.values)]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("client", justify="right")
+    if any(division.names):
+        table.add_column("holds", overflow="ellipsis", no_wrap=True, max_width=24)
+    table.add_column("rank", justify="right")
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+    if division.column is not None:
+        for letter, value in zip(letters, division.values, strict=True):
+            table.add_column(Text(f"{letter} {value}"), justify="right", overflow="fold")
+    total = sum(map(sum, division.counts))
+    for client, counts in enumerate(division.counts):
+        name = [Text(division.names[client])] if any(division.names) else []
+        cells = [f"{n:,}" if n else "-" for n in counts] if division.column else []
+        rows = sum(counts)
+        table.add_row(
+            str(client), *name, str(division.ranks[client]), f"{rows:,}", f"{rows / total:.1%}",
+            *cells,
+        )  # fmt: skip
+    if division.evaluation:
+        name = [Text("")] if any(division.names) else []
+        cells = [f"{n:,}" if n else "-" for n in division.evaluation] if division.column else []
+        table.add_row("eval", *name, "", f"{sum(division.evaluation):,}", "", *cells)
+    console.print(table)
+    width = max(20, min(console.width, 100) - 14)
+    most = max(map(sum, division.counts))
+    for client, counts in enumerate(division.counts):
+        line = Text(f"{client:>6} ")
+        for i, size in enumerate(_cells(counts, width * sum(counts) / most)):
+            line.append(letters[i] * size, style=f"black on {COLOURS[i % len(COLOURS)]}")
+        line.append(f" {sum(counts):,}")
+        console.print(line, no_wrap=True)
+    if division.column is not None:
+        legend = Text("\n       ")
+        for i, value in enumerate(division.values):
+            legend.append(f" {letters[i]} ", style=f"black on {COLOURS[i % len(COLOURS)]}")
+            legend.append(f" {value}  ")
+        console.print(legend)
+
+
+def _cells(counts: Sequence[int], width: float) -> list[int]:
+    """Characters of a bar of this width for each count; rounded so that they add up to it."""
+    total, ends, done = sum(counts), [], 0
+    for count in counts:
+        done += count
+        ends.append(round(width * done / total) if total else 0)
+    return [end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: str) -> Path:
+    """A file that a picture can be written to.
+
+    Raises:
+        InputError: another ending, or no such directory.
+    """
+    file = Path(path)
+    if file.suffix not in PICTURES:
+        raise InputError(f"--output {path}: a picture's name ends in {', '.join(PICTURES)}")
+    if not file.parent.is_dir():
+        raise InputError(f"--output {path}: there is no directory {file.parent}")
+    return file
+
+
+def draw_partition(division: Division, path: Path) -> None:
+    """The bars as a picture: PNG, SVG or PDF by the file's ending."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    clients = len(division.counts)
+    figure, axes = pyplot.subplots(figsize=(8, max(2.5, 0.32 * clients + 1.2)))
+    places, left = list(range(clients)), [0] * clients
+    for i, value in enumerate(division.values):
+        sizes = [counts[i] for counts in division.counts]
+        axes.barh(
+            places, sizes, left=left, color=COLOURS[i % len(COLOURS)], label=value, height=0.8
+        )
+        left = [x + y for x, y in zip(left, sizes, strict=True)]
+    labels = [
+        f"{k} {name}".strip() + f"  (r={rank})"
+        for k, (name, rank) in enumerate(zip(division.names, division.ranks, strict=True))
+    ]
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("rows")
+    axes.set_title(division.heading, fontsize=9, loc="left")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if division.column is not None:
+        axes.legend(
+            title=division.column, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0),
+            frameon=False,
+        )  # fmt: skip
+    figure.savefig(path, bbox_inches="tight", dpi=150)
+    pyplot.close(figure)
+
+
+# --- samples ---
+
+
+def show_samples(
+    data: FederatedData, tokenizer: Any, config: Config, number: int, console: Console
+) -> None:
+    """Lengths and losses of the whole data set, and its first samples token by token."""
+    rows = [row for part in data.clients for row in (*part.train, *part.eval)]
+    lengths = sorted(len(row["input_ids"]) for row in rows)
+    tokens = sum(lengths)
+    console.print(
+        f"template {data.template}: {len(rows):,} rows of {len(data.clients)} clients, "
+        f"{len(data.eval):,} to evaluate on",
+        highlight=False,
+    )
+    at = [lengths[min(len(lengths) - 1, int(q * len(lengths)))] for q in (0.0, 0.5, 0.95)]
+    cut = sum(length == config.max_length for length in lengths)
+    console.print(
+        f"tokens of a row: least {at[0]}, median {at[1]}, 95% {at[2]}, most {lengths[-1]}; {cut:,} "
+        f"reach max_length {config.max_length}",
+        highlight=False,
+    )
+    if not data.label_names:
+        share = labelled(rows) / tokens
+        console.print(f"a loss is taken on {share:.1%} of {tokens:,} tokens", highlight=False)
+    for why, count in data.dropped.items():
+        console.print(f"{count:,} rows are dropped: {why}", highlight=False, markup=False)
+    if not data.label_names:
+        console.print(Text("\n[learnt] tokens stand in brackets, the others are context"))
+    console.print()
+    shown = 0
+    for client, part in enumerate(data.clients):
+        for row in part.train[: max(1, -(-number // len(data.clients)))]:
+            if shown == number:
+                return
+            shown += 1
+            _show_row(row, f"client {client}", data, tokenizer, console)
+
+
+def _show_row(
+    row: Tokens, whose: str, data: FederatedData, tokenizer: Any, console: Console
+) -> None:
+    length = len(row["input_ids"])
+    if data.label_names:
+        label = data.label_names[row["label"]]
+        console.print(Text(f"{whose}, {length} tokens, label {label}", style="bold"))
+        console.print(Text(tokenizer.decode(row["input_ids"])))
+    else:
+        learnt = [label != IGNORE for label in row["labels"]]
+        console.print(Text(f"{whose}, {length} tokens, {sum(learnt)} learnt", style="bold"))
+        console.print(tokens_text(row["input_ids"], learnt, tokenizer))
+    console.print()
+
+
+def tokens_text(ids: Sequence[int], learnt: Sequence[bool], tokenizer: Any) -> Text:
+    """Tokens as text, learnt ones green and in brackets, so that it reads without colours too."""
+    out, pending = Text(), list[int]()
+    for i, (token, learn) in enumerate(zip(ids, learnt, strict=True)):
+        pending.append(token)
+        piece = _piece(tokenizer, pending)
+        if piece.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(ids):
+            continue  # a part of a character; it is whole with the tokens that follow
+        pending = []
+        shown = piece.replace("\n", "\\n\n")
+        if learn:
+            out.append(f"[{shown}]", style="bold green")
+        else:
+            out.append(shown, style="dim" if i % 2 else "")
+    return out
+
+
+def _piece(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens as it stands within a text: with the space before a word."""
+    tokens = tokenizer.convert_ids_to_tokens(list(ids))
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
+    if tokens and str(tokens[0]).startswith("\u2581") and not text.startswith(" "):
+        text = " " + text  # SentencePiece drops the space of a first word
+    return text
+
+
+# --- what a run would do ---
+
+
+def show_plan(session: Session, console: Console) -> None:
+    """What a run would do, from the shapes of the model and the tokenised data."""
+    config, base, data, spec = session.config, session.base, session.data, session.federation
+    parameters = sum(p.numel() for p in base.model.parameters())
+    dense = sum(p.numel() for p in base.dense.values())
+    console.print(
+        f"{config.model_name_or_path}: {type(base.model).__name__}, {_count(parameters)} "
+        f"parameters ({config.dtype})\n{len(spec.shapes)} target modules: "
+        + ", ".join(base.targets.names[:8])
+        + (" ..." if len(base.targets.names) > 8 else ""),
+        highlight=False,
+    )
+    if dense:
+        names = ", ".join(base.targets.modules_to_save)
+        console.print(f"trained whole: {names} ({_count(dense)} parameters)", highlight=False)
+    for warning in session.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    budget = budget_of(config)
+    console.print(
+        f"method {config.method}, {config.num_rounds} rounds, {len(spec.sample(1))} of "
+        f"{len(spec.ranks)} clients in each; batches of {budget.per_device_train_batch_size} x "
+        f"{budget.gradient_accumulation_steps}, learning rate {config.learning_rate:g}",
+        highlight=False,
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("client", "rank", "scale", "rows", "tokens", "steps a round", "trained", "up"):
+        table.add_column(name, justify="right")
+    for client, part in enumerate(data.clients):
+        own, rank = config.of_client(client), spec.ranks[client]
+        asked = spec.trained_by(client)
+        shapes = [s for n, s in spec.shapes.items() if asked is None or n in asked]
+        size = sum(rank * (m + n) for m, n in shapes) + dense
+        table.add_row(
+            str(client),
+            str(rank),
+            f"{scaling(own.alpha(rank), rank, own.use_rslora):g}",
+            f"{len(part.train):,}",
+            f"{sum(len(row['input_ids']) for row in part.train):,}",
+            f"{budget_of(own).steps(len(part.train)):,}" if part.train else "-",
+            _count(size),
+            human_bytes(4 * size),
+        )
+    console.print(table)
+    console.print(
+        f"{len(data.eval):,} rows to evaluate on; template {data.template}. Everything fits "
+        "together; no weights were read and nothing was written.",
+        highlight=False,
+    )
+
+
+def _count(number: float) -> str:
+    for unit in ("", " K", " M", " B"):
+        if number < 1000 or unit == " B":
+            return f"{number:.0f}{unit}" if unit in ("", " K") else f"{number:.1f}{unit}"
+        number /= 1000
+    raise AssertionError
