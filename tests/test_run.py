@@ -28,7 +28,6 @@ from fedlora.lowrank import total_norm
 from fedlora.methods import METHODS
 from fedlora.model import AdapterLayer
 from fedlora.setup import Session, assemble
-from fedlora.sources import read_yaml
 from fedlora.state import ClientUpdate
 from fedlora.tokens import IGNORE, Tokens
 from fedlora.train import Budget, train
@@ -786,28 +785,3 @@ def test_without_a_configuration_the_embedded_default_runs(
 
     with pytest.raises(StoppedError):
         fedlora.run(report=stop)
-
-
-def test_the_example_of_real_data_runs(
-    material: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """`examples/stories260k-dolly.yaml` as it is, in a short form."""
-    repository = Path(__file__).resolve().parent.parent
-    monkeypatch.chdir(repository)
-    short = {"num_rounds": 1, "max_steps": 4, "max_train_samples": 24, "num_threads": 1}
-    example = read_yaml(repository / "examples" / "stories260k-dolly.yaml")
-    result = fedlora.run(Config(**{**example, **short, "output_dir": str(tmp_path / "out")}))
-    losses = result.evaluations
-    assert losses[1]["loss"] < losses[0]["loss"]
-    assert [c["rank"] for c in rounds_of(result)[0]["clients"]] == [
-        64,
-        32,
-        16,
-        16,
-        8,
-        8,
-        4,
-        4,
-        4,
-        4,
-    ]

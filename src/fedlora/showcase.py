@@ -30,13 +30,16 @@ FIXED = ("method", "eval_rounds", "eval_exact_match", "early_stopping_patience")
 def alone(session: Session, client: int, output_dir: Path) -> Session:
     """The session of one client that trains by itself: same rows, steps and rank, nobody to ask."""
     data, spec = session.data, session.federation
-    rank = spec.ranks[client]
+    rank, overrides = spec.ranks[client], session.config.client_overrides
+    assert not isinstance(overrides, str)
+    own = (overrides or {}).get(client)
     config = session.config.model_copy(
         update={
             "method": "fedit",  # with one client: go on training the same adapter
             "method_options": {},
             "num_clients": 1,
             "client_ranks": [rank],
+            "client_overrides": {0: own} if own else None,
             "output_dir": str(output_dir),
             "save_total_limit": 2,
         }
@@ -45,7 +48,12 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         session,
         config=config,
         data=replace(data, clients=(data.clients[client],)),
-        federation=replace(spec, ranks=[rank], num_examples=[spec.num_examples[client]]),
+        federation=replace(
+            spec,
+            ranks=[rank],
+            num_examples=[spec.num_examples[client]],
+            modules={0: spec.modules[client]} if client in spec.modules else {},
+        ),
     )
 
 
