@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -107,8 +108,9 @@ def _chat(row: Row) -> Chat:
     messages = _messages(turns)
     if row.get("messages") is None:
         # ShareGPT's conversations may begin in the middle; what answers nothing is left out.
-        while messages and messages[0]["role"] == "assistant":
-            messages = messages[1:]
+        first = int(bool(messages) and messages[0]["role"] == "system")
+        while messages[first:] and messages[first]["role"] == "assistant":
+            del messages[first]
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
         raise UnusableRowError("no assistant turn to learn")
     return Chat(messages, None, _extra(row))
@@ -144,7 +146,13 @@ def _messages(turns: Any) -> list[dict[str, Any]]:
 
 def _extra(row: Row) -> dict[str, Any]:
     extra = dict(row.get("chat_template_kwargs") or {})
-    return {**extra, "tools": row["tools"]} if row.get("tools") else extra
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools:  # as TRL takes them: columns cannot hold all functions
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise InputError(f"template: chat: tools is no JSON: {error}: {tools[:60]!r}") from None
+    return {**extra, "tools": tools} if tools else extra
 
 
 def _prompt_completion(row: Row) -> tuple[str, str] | Chat:

@@ -123,6 +123,10 @@ def _chat(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[int], 
             )
             return list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
         return _by_spans(chat, tokenizer, assistant_only)
+    except (UnusableRowError, InputError):
+        raise
+    except ValueError as error:  # transformers': no default among several templates, bad tools
+        raise InputError(f"the chat template: {' '.join(str(error).split())}") from None
     except TemplateError as error:
         raise UnusableRowError(
             f"the chat template refuses it: {' '.join(str(error).split())}"
@@ -164,24 +168,25 @@ def _by_spans(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[in
     if not getattr(tokenizer, "is_fast", False):
         raise InputError("template: chat needs a fast tokenizer, which knows where a token stands")
     text = _rendered(tokenizer, chat, chat.messages)
-    spans = _assistant_spans(chat, tokenizer, text)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = list(found["input_ids"])
     if not assistant_only:
         return ids, [True] * len(ids)
+    spans = _assistant_spans(chat, tokenizer, text)
+    last = spans[-1][1] if spans else 0
+    # A template without an end-of-turn token: the model would never learn to stop.
+    endless = not text[last:].strip() and not text[:last].endswith(tuple(_specials(tokenizer)))
+    if endless and spans:
+        spans[-1] = spans[-1][0], len(text)
     learnt = [
-        any(begin < end and lo <= begin < hi for lo, hi in spans)
+        any(begin < hi and (lo <= begin or lo < end) for lo, hi in spans)
         for begin, end in found["offset_mapping"]
     ]
-    end = spans[-1][1] if spans else 0
-    if not text[end:].strip() and not text[:end].endswith(tuple(_specials(tokenizer))):
-        # A template without an end-of-turn token: the model would never learn to stop.
-        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
-    return ids, learnt
+    return ([*ids, tokenizer.eos_token_id], [*learnt, True]) if endless else (ids, learnt)
 
 
-_MARK = "\ue000"
-"""A character of Unicode's private use: no text has it, no template looks for it."""
+_MARK = "\ue000\uf8ff\ue001"
+"""Characters of Unicode's private use that no text has in a row, and no template looks for."""
 
 
 def _assistant_spans(chat: Chat, tokenizer: Any, text: str) -> list[tuple[int, int]]:
@@ -196,15 +201,47 @@ def _assistant_spans(chat: Chat, tokenizer: Any, text: str) -> list[tuple[int, i
     for i, message in enumerate(chat.messages):
         if message["role"] != "assistant" or not message["content"]:
             continue
-        before = _rendered(tokenizer, chat, chat.messages[:i], True)
-        begin = _common_prefix(before, text)
-        marked = list(chat.messages)
-        marked[i] = {**message, "content": message["content"] + _MARK}
-        end = _common_prefix(_rendered(tokenizer, chat, marked).partition(_MARK)[0], text)
-        end += len(_end_of_turn(text[end:], tokenizer))
+        end = _place(tokenizer, chat, text, i, behind=True)
+        if end is None:
+            raise UnusableRowError("the chat template leaves an assistant turn's text out")
+        begin = _begin(tokenizer, chat, text, i)
+        alone = _rendered(tokenizer, chat, _marked(chat.messages[: i + 1], i, behind=True))
+        end += len(_end_of_turn(text[end:], alone.partition(_MARK)[2], tokenizer))
         if begin < end:
             spans.append((begin, end))
     return spans
+
+
+def _marked(messages: list[dict[str, Any]], i: int, *, behind: bool) -> list[dict[str, Any]]:
+    content = messages[i]["content"]
+    content = content + _MARK if behind else _MARK + content
+    return [*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]]
+
+
+def _place(tokenizer: Any, chat: Chat, text: str, i: int, *, behind: bool) -> int | None:
+    """Where in the text a turn's content begins or ends; None: the template does not show it."""
+    marked = _rendered(tokenizer, chat, _marked(chat.messages, i, behind=behind))
+    before, mark, _ = marked.partition(_MARK)
+    return _common_prefix(before, text) if mark else None
+
+
+def _begin(tokenizer: Any, chat: Chat, text: str, i: int) -> int:
+    content = _place(tokenizer, chat, text, i, behind=False)
+    if i == 0:  # transformers renders no empty conversation
+        return content or 0
+    prompt = _rendered(tokenizer, chat, chat.messages[:i], True)
+    begin = _common_prefix(prompt, text)
+    floor = _place(tokenizer, chat, text, i - 1, behind=True)
+    if floor is not None and begin < floor:
+        # Earlier turns are rendered otherwise without this one: look for the prompt's end itself.
+        bare = _rendered(tokenizer, chat, chat.messages[:i])
+        added, begin = prompt[_common_prefix(bare, prompt) :], floor
+        for length in range(len(added), 0, -1):
+            if (at := text.find(added[:length], floor)) >= 0:
+                begin = at + length
+                break
+    # The prompt may end with what the content happens to begin with ("<think>", "<b>").
+    return begin if content is None else min(begin, content)
 
 
 @lru_cache(maxsize=4)
@@ -214,8 +251,16 @@ def _specials(tokenizer: Any) -> list[str]:
     return sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
-def _end_of_turn(after: str, tokenizer: Any) -> str:
-    """The special token that follows a turn at once, or nothing."""
-    pattern = r"\s*(?:" + "|".join(map(re.escape, _specials(tokenizer))) + ")"
-    found = re.match(pattern, after)
-    return found.group() if found else ""
+def _end_of_turn(after: str, alone: str, tokenizer: Any) -> str:
+    """The special tokens that end a turn, or nothing.
+
+    Several in a row (Cohere's) where they also stand behind the turn when it is the last;
+    otherwise the one that follows at once, or the plain text that always ends a turn.
+    """
+    special = "(?:" + "|".join(map(re.escape, _specials(tokenizer))) + ")"
+    found = re.match(rf"\s*{special}+", after[: _common_prefix(alone, after)])
+    found = found or re.match(rf"\s*{special}", after)
+    if found:
+        return found.group()
+    plain = alone.rstrip()  # a mark that is no token of its own
+    return plain if plain and after.startswith(plain) else ""
