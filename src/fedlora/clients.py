@@ -55,7 +55,8 @@ def client_ranks(config: Config, num_clients: int) -> list[int]:
     """
     given = config.client_ranks
     assert not isinstance(config.client_overrides, str)
-    own = {k: v["lora_r"] for k, v in (config.client_overrides or {}).items() if "lora_r" in v}
+    table = config.client_overrides or {}
+    own = {k: config.of_client(k).lora_r for k, v in table.items() if "lora_r" in v}
     if isinstance(given, list):
         if len(given) != num_clients:
             raise InputError(
@@ -91,10 +92,12 @@ def client_modules(config: Config, targets: Targets) -> dict[int, frozenset[str]
     out = {}
     assert not isinstance(config.client_overrides, str)
     for client, own in (config.client_overrides or {}).items():
-        wanted = own.get("lora_target_modules")
+        if "lora_target_modules" not in own:
+            continue
+        wanted = config.of_client(client).lora_target_modules
         if wanted in (None, "all-linear"):
             continue
-        found = _matching(config.of_client(client).lora_target_modules, targets.shapes)
+        found = _matching(wanted, targets.shapes)
         if not found:
             ends = dict.fromkeys(name.rpartition(".")[2] for name in targets.shapes)
             raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_rows(path: str | Path) -> Rows:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: is no file")
-    if path.suffix not in ENDINGS:
+    if path.suffix.lower() not in ENDINGS:
         raise InputError(
             f"{path}: cannot tell what it holds; its name should end in {', '.join(ENDINGS)}"
         )
@@ -38,8 +39,8 @@ def read_rows(path: str | Path) -> Rows:
         rows = _read(path)
     except InputError:
         raise
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+    except UnicodeDecodeError:
+        line = _first_undecodable(path.read_bytes())
         raise InputError(f"{path}, line {line}: is not UTF-8 text; convert the file") from None
     except Exception as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
@@ -55,17 +56,27 @@ def _read(path: Path) -> Rows:
     with path.open("rb") as file:
         head = file.read(256)
     found = _kind(head)
-    if path.suffix == ".parquet":
+    ending = path.suffix.lower()
+    if ending == ".parquet":
         if found != "Parquet" and head:
             raise InputError(f"{path}: is no Parquet file; it looks like {found}")
         return _parquet(path)
     if found not in ("JSON", "text"):
         raise InputError(f"{path}: is {found}, not what its ending ({path.suffix}) says")
-    if path.suffix == ".csv":
+    if ending == ".csv":
         if found == "JSON" and _is_json(path):
             raise InputError(f"{path}: holds JSON, not CSV; name it .json or .jsonl")
         return _csv(path)
     return _json(path, found)
+
+
+def _first_undecodable(content: bytes) -> int:
+    """The line, from 1; a decoder that reads in pieces counts from the piece's start."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content[: error.start].count(b"\n") + 1
+    raise AssertionError
 
 
 def _kind(head: bytes) -> str:
@@ -74,6 +85,8 @@ def _kind(head: bytes) -> str:
         (b"PAR1", "Parquet"),
         (b"\x1f\x8b", "compressed (gzip)"),
         (b"PK\x03\x04", "compressed (zip)"),
+        (b"\xff\xfe", "UTF-16 text (expected UTF-8)"),
+        (b"\xfe\xff", "UTF-16 text (expected UTF-8)"),
         (b"BZh", "compressed (bzip2)"),
         (b"\x28\xb5\x2f\xfd", "compressed (zstd)"),
     ):
@@ -96,9 +109,9 @@ def _is_json(path: Path) -> bool:
 
 
 def _parquet(path: Path) -> Rows:
-    from datasets import Dataset
+    from pyarrow import parquet
 
-    rows: Rows = Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+    rows: Rows = parquet.ParquetFile(path).read().to_pylist()
     return rows
 
 
@@ -141,19 +154,25 @@ def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> InputError
 def _csv(path: Path) -> Rows:
     """Cells as text, empty ones None: guessing types would make 7 of "007", nothing of "None"."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
+        csv.field_size_limit(2**31 - 1)  # documents are longer than the 131,072 characters it has
+        reader = csv.reader(file, strict=True)
+        header: list[str] = []
         rows: Rows = []
+        begins = 1  # the line at which the row begins that is being read
         try:
-            header = list(reader.fieldnames or [])
-            for row in reader:
-                if None in row:
+            for cells in reader:
+                if not header:
+                    header = cells
+                elif len(cells) > len(header):
                     raise InputError(
-                        f"{path}, line {reader.line_num}: row {len(rows) + 1} has more cells than "
-                        "the header"
+                        f"{path}, line {begins}: row {len(rows) + 1} has more cells than the header"
                     )
-                rows.append({column: cell or None for column, cell in row.items()})
+                elif cells:
+                    found = zip_longest(header, cells)
+                    rows.append({column: cell or None for column, cell in found})
+                begins = reader.line_num + 1
         except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: malformed CSV: {error}") from None
+            raise InputError(f"{path}, line {begins}: malformed CSV: {error}") from None
     for column in header:
         if header.count(column) > 1:
             raise InputError(f"{path}, line 1: the header names the column {column!r} twice")

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -118,15 +120,20 @@ def show_partition(division: Division, console: Console) -> None:
     console.print(Text(division.heading, style="bold"))
     letters = LETTERS[: len(division.values)]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("client", justify="right")
+    table.add_column("client", justify="right", no_wrap=True)
     if any(division.names):
         table.add_column("holds", overflow="ellipsis", no_wrap=True, max_width=24)
-    table.add_column("rank", justify="right")
-    table.add_column("rows", justify="right")
-    table.add_column("share", justify="right")
+    for heading in ("rank", "rows", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
     if division.column is not None:
-        for letter, value in zip(letters, division.values, strict=True):
-            table.add_column(Text(f"{letter} {value}"), justify="right", overflow="fold")
+        shown = [
+            f"{letter} {_brief(x)}" for letter, x in zip(letters, division.values, strict=True)
+        ]
+        if sum(max(len(word) for word in x.split()) + 2 for x in shown) > console.width - 40:
+            shown = list(letters)  # the legend below has the values
+        for i, heading in enumerate(shown):
+            longest = max(len(f"{n:,}") for n in (row[i] for row in _all_counts(division)))
+            table.add_column(Text(heading), justify="right", overflow="fold", min_width=longest)
     total = sum(map(sum, division.counts))
     for client, counts in enumerate(division.counts):
         name = [Text(division.names[client])] if any(division.names) else []
@@ -140,7 +147,10 @@ def show_partition(division: Division, console: Console) -> None:
         name = [Text("")] if any(division.names) else []
         cells = [f"{n:,}" if n else "-" for n in division.evaluation] if division.column else []
         table.add_row("eval", *name, "", f"{sum(division.evaluation):,}", "", *cells)
-    console.print(table)
+    least = Measurement.get(console, console.options.update(max_width=10_000), table).minimum
+    if least > console.width:  # a line that goes on is better than a number cut off
+        table.width = least
+    console.print(table, crop=False)
     width = max(20, min(console.width, 100) - 14)
     most = max(map(sum, division.counts))
     for client, counts in enumerate(division.counts):
@@ -153,8 +163,17 @@ def show_partition(division: Division, console: Console) -> None:
         legend = Text("\n       ")
         for i, value in enumerate(division.values):
             legend.append(f" {letters[i]} ", style=f"black on {COLOURS[i % len(COLOURS)]}")
-            legend.append(f" {value}  ")
+            legend.append(f" {_brief(value)}  ")
         console.print(legend)
+
+
+def _brief(value: str) -> str:
+    value = " ".join(value.split())
+    return value if len(value) <= 24 else value[:21] + "..."
+
+
+def _all_counts(division: Division) -> list[list[int]]:
+    return [*division.counts, *([division.evaluation] if division.evaluation else [])]
 
 
 def _cells(counts: Sequence[int], width: float) -> list[int]:
@@ -178,6 +197,8 @@ def check_picture(path: str) -> Path:
     file = Path(path)
     if file.suffix not in PICTURES:
         raise InputError(f"--output {path}: a picture's name ends in {', '.join(PICTURES)}")
+    if file.is_dir():
+        raise InputError(f"--output {path}: is a directory")
     if not file.parent.is_dir():
         raise InputError(f"--output {path}: there is no directory {file.parent}")
     return file
@@ -185,6 +206,8 @@ def check_picture(path: str) -> Path:
 
 def draw_partition(division: Division, path: Path) -> None:
     """The bars as a picture: PNG, SVG or PDF by the file's ending."""
+    import warnings
+
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,12 +215,11 @@ def draw_partition(division: Division, path: Path) -> None:
 
     clients = len(division.counts)
     figure, axes = pyplot.subplots(figsize=(8, max(2.5, 0.32 * clients + 1.2)))
-    places, left = list(range(clients)), [0] * clients
-    for i, value in enumerate(division.values):
+    places, left, handles = list(range(clients)), [0] * clients, []
+    for i in range(len(division.values)):
         sizes = [counts[i] for counts in division.counts]
-        axes.barh(
-            places, sizes, left=left, color=COLOURS[i % len(COLOURS)], label=value, height=0.8
-        )
+        bars = axes.barh(places, sizes, left=left, color=COLOURS[i % len(COLOURS)], height=0.8)
+        handles.append(bars)
         left = [x + y for x, y in zip(left, sizes, strict=True)]
     labels = [
         f"{k} {name}".strip() + f"  (r={rank})"
@@ -206,19 +228,34 @@ def draw_partition(division: Division, path: Path) -> None:
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
     axes.set_xlabel("rows")
-    axes.set_title(division.heading, fontsize=9, loc="left")
+    title = axes.set_title(division.heading, fontsize=9, loc="left")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    texts = []
     if division.column is not None:
-        axes.legend(
-            title=division.column, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0),
-            frameon=False,
+        legend = axes.legend(
+            handles, [_brief(value) for value in division.values], title=division.column,
+            fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
         )  # fmt: skip
-    figure.savefig(path, bbox_inches="tight", dpi=150)
-    pyplot.close(figure)
+        texts = [*legend.get_texts(), legend.get_title()]
+    for text in [*texts, *axes.get_yticklabels(), title]:
+        text.set_parse_math(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(path, bbox_inches="tight", dpi=150)
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)
 
 
 # --- samples ---
+
+
+def _say(console: Console, text: str) -> None:
+    """A sentence as it is: no markup, no colours, no line ends that a file would keep."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def show_samples(
@@ -228,33 +265,32 @@ def show_samples(
     rows = [row for part in data.clients for row in (*part.train, *part.eval)]
     lengths = sorted(len(row["input_ids"]) for row in rows)
     tokens = sum(lengths)
-    console.print(
+    _say(
+        console,
         f"template {data.template}: {len(rows):,} rows of {len(data.clients)} clients, "
         f"{len(data.eval):,} to evaluate on",
-        highlight=False,
     )
     at = [lengths[min(len(lengths) - 1, int(q * len(lengths)))] for q in (0.0, 0.5, 0.95)]
     cut = sum(length == config.max_length for length in lengths)
-    console.print(
+    _say(
+        console,
         f"tokens of a row: least {at[0]}, median {at[1]}, 95% {at[2]}, most {lengths[-1]}; {cut:,} "
         f"reach max_length {config.max_length}",
-        highlight=False,
     )
     if not data.label_names:
         share = labelled(rows) / tokens
-        console.print(f"a loss is taken on {share:.1%} of {tokens:,} tokens", highlight=False)
+        _say(console, f"a loss is taken on {share:.1%} of {tokens:,} tokens")
     for why, count in data.dropped.items():
-        console.print(f"{count:,} rows are dropped: {why}", highlight=False, markup=False)
+        _say(console, f"{count:,} rows are dropped: {why}")
     if not data.label_names:
         console.print(Text("\n[learnt] tokens stand in brackets, the others are context"))
     console.print()
-    shown = 0
-    for client, part in enumerate(data.clients):
-        for row in part.train[: max(1, -(-number // len(data.clients)))]:
-            if shown == number:
-                return
-            shown += 1
-            _show_row(row, f"client {client}", data, tokenizer, console)
+    # In turn: every client's first row, every client's second ...
+    turns = zip_longest(*(part.train for part in data.clients))
+    found = ((k, row) for turn in turns for k, row in enumerate(turn) if row is not None)
+    chosen = sorted(islice(found, number), key=lambda pair: pair[0])
+    for client, row in chosen:
+        _show_row(row, f"client {client}", data, tokenizer, console)
 
 
 def _show_row(
@@ -306,24 +342,24 @@ def show_plan(session: Session, console: Console) -> None:
     config, base, data, spec = session.config, session.base, session.data, session.federation
     parameters = sum(p.numel() for p in base.model.parameters())
     dense = sum(p.numel() for p in base.dense.values())
-    console.print(
+    _say(
+        console,
         f"{config.model_name_or_path}: {type(base.model).__name__}, {_count(parameters)} "
         f"parameters ({config.dtype})\n{len(spec.shapes)} target modules: "
         + ", ".join(base.targets.names[:8])
         + (" ..." if len(base.targets.names) > 8 else ""),
-        highlight=False,
     )
     if dense:
         names = ", ".join(base.targets.modules_to_save)
-        console.print(f"trained whole: {names} ({_count(dense)} parameters)", highlight=False)
+        _say(console, f"trained whole: {names} ({_count(dense)} parameters)")
     for warning in session.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
     budget = budget_of(config)
-    console.print(
+    _say(
+        console,
         f"method {config.method}, {config.num_rounds} rounds, {len(spec.sample(1))} of "
         f"{len(spec.ranks)} clients in each; batches of {budget.per_device_train_batch_size} x "
         f"{budget.gradient_accumulation_steps}, learning rate {config.learning_rate:g}",
-        highlight=False,
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("client", "rank", "scale", "rows", "tokens", "steps a round", "trained", "up"):
@@ -344,10 +380,10 @@ def show_plan(session: Session, console: Console) -> None:
             human_bytes(4 * size),
         )
     console.print(table)
-    console.print(
+    _say(
+        console,
         f"{len(data.eval):,} rows to evaluate on; template {data.template}. Everything fits "
         "together; no weights were read and nothing was written.",
-        highlight=False,
     )
 
 
