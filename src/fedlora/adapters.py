@@ -164,6 +164,7 @@ def find_targets(
             + (_fused(model, wanted) or f"matches no linear layer of {model_name}")
             + f"; it has {_candidates(free)}"
         )
+    _refuse_bypassed(model, chosen)
     shapes = {}
     for name, module in chosen.items():
         rows, columns = module.weight.shape
@@ -182,6 +183,20 @@ def find_targets(
     )
 
 
+_STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+"""Architectures whose kernels read the weight of `out_proj` past any layer around it."""
+
+
+def _refuse_bypassed(model: nn.Module, chosen: Mapping[str, Any]) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    ends = {name.rpartition(".")[2] for name in chosen}
+    if kind in _STATE_SPACE and "out_proj" in ends:
+        raise InputError(
+            f"lora_target_modules: {kind} reads the weight of out_proj past an adapter, and PEFT "
+            f"loads none there; name others: {', '.join(sorted(ends - {'out_proj'}))}"
+        )
+
+
 def _inside(name: str, modules: Sequence[str]) -> bool:
     """Whether a module or parameter is one of these modules or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
@@ -198,7 +213,7 @@ def fused_experts(model: nn.Module) -> dict[str, int]:
 
 def _fused(model: nn.Module, wanted: str) -> str:
     """Why a name of fused expert weights cannot be a target; nothing where it is another name."""
-    if any(wanted in name.split(".") for name in fused_experts(model)):
+    if any(f".{wanted}." in f".{name}." for name in fused_experts(model)):
         return (
             "names expert weights that are fused into one tensor for all experts, which is no "
             "linear layer; adapters go to the other layers"

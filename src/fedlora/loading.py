@@ -43,6 +43,12 @@ class Source:
     revision: str | None = None
     trust_remote_code: bool = False
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels of a classifier's checkpoint by id; transformers' `LABEL_7` counts as 7."""
+        own = sorted((int(i), str(name)) for i, name in (self.config.id2label or {}).items())
+        return tuple(str(i) if name == f"LABEL_{i}" else name for i, name in own)
+
 
 def find_source(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Read a model's configuration, and none of its weights.
@@ -113,9 +119,8 @@ def load_tokenizer(
 
 def label_order(source: Source, names: Sequence[str]) -> tuple[str, ...]:
     """The labels in the order of their ids: the checkpoint's where it has just these labels."""
-    own = {int(i): str(name) for i, name in (source.config.id2label or {}).items()}
-    if source.classifier and sorted(own.values()) == sorted(names):
-        return tuple(own[i] for i in sorted(own))
+    if source.classifier and sorted(source.labels) == sorted(names):
+        return source.labels
     return tuple(names)
 
 
@@ -164,6 +169,7 @@ def load_model(
         "SEQ_CLS" if label_names else "CAUSAL_LM",
     )
     if label_names:
+        model.config.architectures = [type(model).__name__]
         targets = dataclasses.replace(targets, model_config=model.config.to_json_string())
     else:
         model.generation_config = _greedy(model)
@@ -180,6 +186,7 @@ def _load(
 
     kind = AutoModelForSequenceClassification if label_names else AutoModelForCausalLM
     own = source.config
+    before = source.labels
     if label_names:
         own.num_labels = len(label_names)
         own.id2label = dict(enumerate(label_names))
@@ -212,8 +219,29 @@ def _load(
             ignore_mismatched_sizes=bool(label_names),
             output_loading_info=True,
         )
-    changed = [entry[0] for entry in info.get("mismatched_keys", [])]
+        changed = [entry[0] for entry in info.get("mismatched_keys", [])]
+        if source.classifier and len(before) == len(label_names) and before != tuple(label_names):
+            _follow_labels(model, before, label_names)
     return model, sorted({*info["missing_keys"], *changed})
+
+
+@torch.no_grad()
+def _follow_labels(model: Any, before: Sequence[str], now: Sequence[str]) -> None:
+    """A head of as many labels: its rows in their new order, or drawn anew for other labels."""
+    layers = [
+        module
+        for name, child in model.named_children()
+        if name != model.base_model_prefix
+        for module in child.modules()
+        if isinstance(module, nn.Linear) and module.out_features == len(now)
+    ]
+    for value in layers[-1].parameters() if layers else ():
+        if set(before) == set(now):
+            value.copy_(value[[before.index(name) for name in now]].clone())
+        elif value.ndim > 1:
+            value.normal_(std=getattr(model.config.get_text_config(), "initializer_range", 0.02))
+        else:
+            value.zero_()
 
 
 def _reads_both_ways(config: Any) -> bool:
@@ -222,7 +250,11 @@ def _reads_both_ways(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     kind = getattr(config, "model_type", "")
-    return kind in MASKED and kind in CAUSAL and not getattr(config, "is_decoder", False)
+    if kind not in CAUSAL:  # unless code that comes with the model can write
+        return kind in MASKED and "AutoModelForCausalLM" not in (
+            getattr(config, "auto_map", None) or {}
+        )
+    return kind in MASKED and not getattr(config, "is_decoder", False)
 
 
 def _modules_to_save(

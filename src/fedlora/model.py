@@ -47,6 +47,11 @@ class AdapterLayer(nn.Module):
         """The pristine base weight; some architectures ask a layer for its dtype this way."""
         return cast(Tensor, self.base.weight)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias; some architectures (Mamba) read it."""
+        return cast("Tensor | None", self.base.bias)
+
     def load(
         self, frozen: Sequence[Delta], adapter: LowRank | None, scale: float, dropout: float
     ) -> None:

@@ -239,6 +239,8 @@ def _fits(config: Config, base: BaseModel, data: FederatedData) -> tuple[int, in
     longest = max(len(row["input_ids"]) for row in rows)
     text = base.model.config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or longest
+    if context < 0:  # positions that are relative, without an end (XLNet)
+        context = longest
     if getattr(text, "model_type", "") in _OFFSET_POSITIONS:
         context -= (text.pad_token_id or 0) + 1
     if longest > context:

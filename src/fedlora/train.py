@@ -8,6 +8,7 @@ transformers'. Batches, dropout and schedule depend on `(seed, round, client)` a
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,6 +159,23 @@ def schedule(budget: Budget, steps: int) -> Callable[[int], float]:
     return lambda step: float(factor(offset + step))
 
 
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, biases and norms (of modules trained whole) without weight decay."""
+    norms = [f"{name}." for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)]
+    decayed, plain = list[Tensor](), list[Tensor]()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free = _UNDECAYED.search(name.lower()) or name.startswith(tuple(norms))
+            (plain if free else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
 def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
     """Train the parameters of `model` that require gradients, in place.
 
@@ -185,11 +203,10 @@ def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, An
     steps = budget.steps(len(dataset))
     factor = schedule(budget, steps)
     optimizer = torch.optim.AdamW(
-        parameters,
+        _groups(model, budget.weight_decay),
         lr=budget.learning_rate,
         betas=(budget.adam_beta1, budget.adam_beta2),
         eps=budget.adam_epsilon,
-        weight_decay=budget.weight_decay,
     )
     padding = pad_token_of(model)
     began, losses, tokens, slots = time.perf_counter(), list[float](), 0, 0

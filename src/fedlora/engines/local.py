@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -184,6 +185,7 @@ def _initial(session: Session) -> ServerState:
                     f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
                     f"target modules ({ours.get(name, 'absent')})"
                 )
+        _same_labels(source, session.data.label_names)
         for name, value in saved.dense.items():
             if name not in dense or dense[name].shape != value.shape:
                 there = tuple(dense[name].shape) if name in dense else "absent"
@@ -193,6 +195,27 @@ def _initial(session: Session) -> ServerState:
                 )
             dense[name] = value.to(dense[name].dtype)
     return initial_state(session.federation, METHODS[session.config.method], given, dense)
+
+
+def _same_labels(source: str, names: Sequence[str]) -> None:
+    """Refuse to go on from a head whose rows stand for other labels, where it says which.
+
+    Raises:
+        InputError: both orders.
+    """
+    path = Path(source) / "config.json"
+    if not names or not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
+        theirs = [found[key] for key in sorted(found, key=int)]
+    except (OSError, ValueError, AttributeError):
+        return
+    if theirs and theirs != list(names):
+        raise InputError(
+            f"init_adapter: {source} was trained with the labels {', '.join(theirs)}, in this "
+            f"order; this run has {', '.join(names)}: see label_names"
+        )
 
 
 @dataclass
