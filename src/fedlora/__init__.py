@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedlora.adapters import load_adapter
+    from fedlora.adapters import SavedAdapter, load_adapter
     from fedlora.config import Config
     from fedlora.engines.local import Result, RoundResult, run
     from fedlora.errors import CheckpointError, FedloraError, InputError
     from fedlora.lowrank import Dense, LowRank
+    from fedlora.merging import aggregate, save_adapter
     from fedlora.methods import METHODS
     from fedlora.train import Budget
 
@@ -33,8 +34,11 @@ _HOMES = {
     "METHODS": "methods",
     "Result": "engines.local",
     "RoundResult": "engines.local",
+    "SavedAdapter": "adapters",
+    "aggregate": "merging",
     "load_adapter": "adapters",
     "run": "engines.local",
+    "save_adapter": "merging",
 }
 
 __all__ = [
@@ -48,8 +52,11 @@ __all__ = [
     "LowRank",
     "Result",
     "RoundResult",
+    "SavedAdapter",
+    "aggregate",
     "load_adapter",
     "run",
+    "save_adapter",
 ]
 
 

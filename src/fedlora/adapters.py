@@ -24,7 +24,7 @@ from fedlora.lowrank import Delta, Deltas, Dense, LowRank
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_KEY = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight$")
+_KEY = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B|E)(?:\.default)?(?:\.weight)?$")
 
 _PLAIN = {
     "peft_type": "LORA",
@@ -75,7 +75,7 @@ class Targets:
     fan_in_fan_out: bool
     model_name: str
     revision: str | None = None
-    task_type: str = "CAUSAL_LM"
+    task_type: str | None = "CAUSAL_LM"
     modules_to_save: tuple[str, ...] = ()
     model_config: str | None = None
 
@@ -240,7 +240,7 @@ def _factors(x: Delta) -> LowRank:
     return LowRank(x.A.float().contiguous(), x.B.float().contiguous())
 
 
-def save_adapter(
+def write_adapter(
     path: Path, deltas: Deltas, targets: Targets, dense: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write an update as a PEFT adapter directory, with `alpha = r`, hence scale 1, everywhere.
@@ -333,6 +333,8 @@ class SavedAdapter:
 def load_adapter(path: str | Path) -> SavedAdapter:
     """Read a PEFT LoRA directory.
 
+    AdaLoRA's triplets `B diag(E) A` are read too, `E` folded into `A`.
+
     Args:
         path: a directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`,
             through a weights-only load).
@@ -351,8 +353,9 @@ def load_adapter(path: str | Path) -> SavedAdapter:
         raise InputError(f"{path / CONFIG_NAME}: cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path / CONFIG_NAME}: holds no JSON object")
+    adaptive = config.get("peft_type") == "ADALORA"
     for key, plain in _PLAIN.items():
-        if config.get(key, plain) != plain:
+        if config.get(key, plain) != plain and not (adaptive and key == "peft_type"):
             raise InputError(
                 f"{path}: {key} is {config[key]!r}; only plain LoRA ({key} {plain!r}) is a sum of "
                 "products that can be combined exactly"
@@ -384,6 +387,9 @@ def load_adapter(path: str | Path) -> SavedAdapter:
     out = {}
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name, pair in found.items():
+        if adaptive:
+            out[name] = _fold_adaptive(path, name, pair, config)
+            continue
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise InputError(f"{path}: the factors of {name} are incomplete or do not fit")
         rank = pair["A"].shape[0]
@@ -395,7 +401,30 @@ def load_adapter(path: str | Path) -> SavedAdapter:
         out[name] = fold(pair["A"], pair["B"], scale)
     if not out:
         raise InputError(f"{path}: holds no LoRA factors")
+    if absent := [m for m in config.get("modules_to_save") or [] if not _holds(dense, str(m))]:
+        raise InputError(
+            f"{path}: modules_to_save names {', '.join(map(str, absent))}, but there are no such "
+            "weights in it; save the adapter again with them, or take the name out of "
+            f"{CONFIG_NAME}"
+        )
     return SavedAdapter(out, dense, config)
+
+
+def _fold_adaptive(
+    path: Path, name: str, parts: dict[str, Tensor], config: Mapping[str, Any]
+) -> LowRank:
+    """PEFT's AdaLoRA layer: `dW = s / (init_r + 1e-5) B diag(E) A`, with s = alpha."""
+    if parts.keys() != {"A", "B", "E"} or not (
+        len(parts["A"]) == len(parts["E"]) == parts["B"].shape[1]
+    ):
+        raise InputError(f"{path}: the factors of {name} are incomplete or do not fit")
+    init = config.get("init_r", config["r"])
+    alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else init
+    return fold(parts["A"].float() * parts["E"].float(), parts["B"], alpha / (init + 1e-5))
+
+
+def _holds(dense: Mapping[str, Tensor], module: str) -> bool:
+    return any(_saved_whole(name, [module]) for name in dense)
 
 
 def _saved_whole(parameter: str, modules: Sequence[str]) -> bool:

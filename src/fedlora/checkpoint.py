@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlora.adapters import Targets, save_adapter, save_tensors
+from fedlora.adapters import Targets, save_tensors, write_adapter
 from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
-from fedlora.state import Encoded, ServerState
+from fedlora.state import ClientState, Encoded, ServerState
 
 CONFIG, METRICS, FINAL, MANIFEST = "config.yaml", "metrics.jsonl", "final", "manifest.json"
+_CLIENTS = "clients.safetensors"
 _LOCK, _PARTIAL_CONFIG = ".lock", f".{CONFIG}.partial"
 _ROUND = re.compile(r"^round-(\d+)$")
 
@@ -45,6 +46,7 @@ class Saved:
 
     Args:
         state: the server's state after the round.
+        clients: what outlives the round at the clients.
         line: the round's line of `metrics.jsonl`, which a killed run may not have logged yet.
         extra: what else the run keeps (the best round, fingerprints).
     """
@@ -52,6 +54,7 @@ class Saved:
     state: ServerState
     line: dict[str, Any]
     extra: dict[str, Any]
+    clients: dict[int, ClientState] = field(default_factory=dict)
 
 
 # --- the state as named tensors ---
@@ -97,7 +100,10 @@ def state_to_tensors(state: ServerState) -> dict[str, Tensor]:
 
 
 def state_from_tensors(
-    tensors: Mapping[str, Tensor], round: int, last_seen: Mapping[int, int]
+    tensors: Mapping[str, Tensor],
+    round: int,
+    last_seen: Mapping[int, int],
+    ranks: Mapping[int, int],
 ) -> ServerState:
     """The inverse of `state_to_tensors`."""
 
@@ -111,6 +117,7 @@ def state_from_tensors(
         dense=plain("dense"),
         last_merge=_unflatten("last_merge", tensors),
         last_seen=dict(last_seen),
+        ranks=dict(ranks),
         momentum=Encoded(plain("momentum_factors"), _unflatten("momentum_products", tensors)),
     )
 
@@ -121,14 +128,34 @@ def settled(state: ServerState) -> ServerState:
     Results depend in their last bits on strides, alignment and the order of sums. A run that goes
     on from the settled state after every round takes the same course as one resumed there.
     """
-    return _from_copies(state_to_tensors(state), state.round, state.last_seen)
+    return _from_copies(state_to_tensors(state), state.round, state.last_seen, state.ranks)
 
 
 def _from_copies(
-    tensors: Mapping[str, Tensor], round: int, last_seen: Mapping[int, int]
+    tensors: Mapping[str, Tensor],
+    round: int,
+    last_seen: Mapping[int, int],
+    ranks: Mapping[int, int],
 ) -> ServerState:
-    copies = {k: tensors[k].clone(memory_format=torch.contiguous_format) for k in sorted(tensors)}
-    return state_from_tensors(copies, round, last_seen)
+    return state_from_tensors(_copies(tensors), round, last_seen, ranks)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: tensors[k].clone(memory_format=torch.contiguous_format) for k in sorted(tensors)}
+
+
+def clients_to_tensors(clients: Mapping[int, ClientState]) -> dict[str, Tensor]:
+    """Every tensor of all clients' states as `client/module.B`."""
+    return {f"{k}/{n}": t for k, state in sorted(clients.items()) for n, t in state.factors.items()}
+
+
+def clients_from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, ClientState]:
+    """The inverse of `clients_to_tensors`."""
+    out: dict[int, dict[str, Tensor]] = {}
+    for key, value in _copies(tensors).items():
+        client, _, name = key.partition("/")
+        out.setdefault(int(client), {})[name] = value
+    return {client: ClientState(factors) for client, factors in sorted(out.items())}
 
 
 # --- writing ---
@@ -291,16 +318,25 @@ class RunDirectory:
         return sorted(int(match.group(1)) for match in found if match)
 
     def save_round(
-        self, delta: Deltas, targets: Targets, state: ServerState, line: Any, extra: Any
+        self,
+        delta: Deltas,
+        targets: Targets,
+        state: ServerState,
+        line: Any,
+        extra: Any,
+        clients: Mapping[int, ClientState] | None = None,
     ) -> Path:
         """Write `round-N/`: the global model as a PEFT directory, and the state to resume from."""
 
         def fill(partial: Path) -> None:
-            save_adapter(partial, delta, targets, state.dense)
+            write_adapter(partial, delta, targets, state.dense)
             (partial / "state").mkdir()
             save_tensors(partial / "state" / "server.safetensors", state_to_tensors(state))
+            if clients:
+                save_tensors(partial / "state" / _CLIENTS, clients_to_tensors(clients))
             facts = {
                 "round": state.round,
+                "ranks": {str(k): v for k, v in state.ranks.items()},
                 "last_seen": {str(k): v for k, v in state.last_seen.items()},
                 "extra": extra,
                 "line": line,
@@ -405,8 +441,11 @@ def load_round(path: Path) -> Saved:
         load_file(path / "state" / "server.safetensors"),
         facts["round"],
         {int(k): v for k, v in facts["last_seen"].items()},
+        {int(k): v for k, v in facts["ranks"].items()},
     )
-    return Saved(state, facts["line"], facts["extra"])
+    kept = path / "state" / _CLIENTS
+    clients = clients_from_tensors(load_file(kept)) if kept.is_file() else {}
+    return Saved(state, facts["line"], facts["extra"], clients)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

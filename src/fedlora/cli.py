@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,8 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
   fedlora run CONFIG.yaml --dry_run check a configuration: model, data, ranks; read no weights
   fedlora partition [CONFIG.yaml]   who holds what: a table and bars, a picture with --output
   fedlora data [CONFIG.yaml]        samples token by token, and which of them are learnt
+  fedlora aggregate A/ B/ --output C/
+                                    PEFT adapters of any ranks become one
   fedlora config [CONFIG.yaml] [--key value ...]
                                     every key, its value and one line on what it does
   fedlora VERB --help               more on a verb
@@ -108,6 +111,27 @@ Templates (--template; auto takes the first whose columns are there):
   classification     --text_column_names, --label_column_name
 """
 
+HELP_AGGREGATE = """\
+fedlora aggregate DIR [DIR ...] --output DIR [--weights W ...] [--method METHOD]
+                  [--rank R | --energy E] [--option value ...]
+
+Combines PEFT LoRA directories of one base model, of whatever ranks, alphas and target modules, into
+one: by default exactly their weighted sum. No base model is loaded. Ends with a table: the rank of
+every layer in each adapter and in the result, and the relative error against the weighted sum.
+
+  --weights 0.5 0.3 0.2   one for each adapter, normalised; without it all alike
+  --method METHOD         METHODS_HERE
+  --rank R                keep at most R singular directions of each layer
+  --energy 0.99           keep the fewest that hold this share of the squared singular values
+
+Example:
+  fedlora aggregate hospital-a/ hospital-b/ --weights 3 1 --energy 0.99 --output both/
+
+In Python:
+  from fedlora import aggregate, load_adapter, save_adapter
+  save_adapter("both", aggregate([load_adapter("hospital-a"), load_adapter("hospital-b")], [3, 1]))
+"""
+
 HELP_DEMO = """\
 fedlora demo [--output_dir DIR] [--key value ...]
 
@@ -152,6 +176,12 @@ def _methods() -> str:
     return "Methods (--method):\n" + "\n".join(lines) + "\n"
 
 
+def _one_shot() -> str:
+    """The rules that need no shared start, wrapped for the help."""
+    names = ", ".join(name for name, rule in METHODS.items() if rule.one_shot)
+    return f"\n{' ' * 26}".join(textwrap.wrap(names, 70))
+
+
 def run_verb(arguments: list[str]) -> int:
     """`fedlora run`."""
     as_json = _take_flag(arguments, "--json")
@@ -193,7 +223,8 @@ def run_verb(arguments: list[str]) -> int:
         end = result.metrics[-1]
         best = "" if end["best"] is None else f"; best: round {end['best']}"
         print(f"ended after round {end['round']}{best}; final/ holds round {end['final']}")
-        print(f"final adapter: {result.final_dir}  (PeftModel.from_pretrained loads it)")
+        own = "" if (result.final_dir / "adapter_config.json").exists() else "/client-*"
+        print(f"final adapter: {result.final_dir}{own}  (PeftModel.from_pretrained loads it)")
     return 0
 
 
@@ -252,6 +283,53 @@ def data_verb(arguments: list[str]) -> int:
     return 0
 
 
+def aggregate_verb(arguments: list[str]) -> int:
+    """`fedlora aggregate`."""
+    first = next((i for i, x in enumerate(arguments) if x.startswith("--")), len(arguments))
+    paths, given = arguments[:first], parse_overrides(arguments[first:])
+    output = given.pop("output", None)
+    if not paths or not isinstance(output, str):
+        raise InputError("aggregate: give PEFT directories and --output DIR, a new directory")
+    _quiet_libraries()
+    from rich.console import Console
+
+    from fedlora.adapters import load_adapter
+    from fedlora.merging import aggregate, check_output, save_adapter
+    from fedlora.views import show_layers
+
+    check_output(output)
+    weights = given.pop("weights", None)
+    weights = weights if isinstance(weights, list) or weights is None else [weights]
+    keys: dict[str, Any] = {"method": str(given.pop("method", "exact"))}
+    for key, value in given.items():
+        keys[key] = None if value is None else number(key, value)
+    whole = keys.get("rank")
+    if whole is not None and whole != int(whole):
+        raise InputError(f"rank: {whole} is no whole number")
+    keys["rank"] = None if whole is None else int(whole)
+    merged = aggregate(
+        [load_adapter(path) for path in paths],
+        None if weights is None else [number("weights", w) for w in weights],
+        **keys,
+    )
+    save_adapter(output, merged)
+    show_layers(merged, paths, Console())
+    print(f"written and read back: {output}")
+    return 0
+
+
+def number(key: str, text: Any) -> float:
+    """A number from the command line.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{key}: {text!r} is no number") from None
+
+
 def config_verb(arguments: list[str]) -> int:
     """`fedlora config`."""
     print(Config(**_settings(arguments, None)).to_yaml(comments=True), end="")
@@ -271,6 +349,7 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "run": (run_verb, f"{HELP_RUN}\n{_methods()}"),
     "partition": (partition_verb, HELP_PARTITION),
     "data": (data_verb, HELP_DATA),
+    "aggregate": (aggregate_verb, HELP_AGGREGATE.replace("METHODS_HERE", _one_shot())),
     "config": (config_verb, HELP_CONFIG),
     "demo": (demo_verb, HELP_DEMO),
 }

@@ -22,9 +22,12 @@ from fedlora.errors import InputError
 from fedlora.lowrank import (
     Adapter,
     Deltas,
+    LowRank,
     add_all,
     compact,
+    factor_bytes,
     nbytes,
+    prefix,
     scale_all,
     total_norm,
 )
@@ -34,6 +37,7 @@ from fedlora.seeds import SERVER, Purpose, fresh_factors, generator
 from fedlora.state import (
     Broadcast,
     ClientRecord,
+    ClientState,
     ClientUpdate,
     Encoded,
     RoundRecord,
@@ -101,7 +105,8 @@ def initial_state(
     adapter, base_delta = rule.initial(
         federation.shapes, max(federation.ranks), fresh, dict(given or {})
     )
-    return ServerState(0, adapter, base_delta, dense=dict(dense or {}))
+    ranks = dict(enumerate(federation.ranks))
+    return ServerState(0, adapter, base_delta, dense=dict(dense or {}), ranks=ranks)
 
 
 def global_delta(state: ServerState) -> Deltas:
@@ -110,11 +115,22 @@ def global_delta(state: ServerState) -> Deltas:
 
 
 def client_start(
-    broadcast: Broadcast, rule: Rule, options: Any, shapes: Shapes, seed: int
+    broadcast: Broadcast,
+    rule: Rule,
+    options: Any,
+    shapes: Shapes,
+    seed: int,
+    own: ClientState | None = None,
 ) -> Start:
-    """What client k makes of its broadcast, by the rule; a pure function, run on both sides."""
+    """What client k makes of its broadcast, by the rule; a pure function, run on both sides.
+
+    What a client keeps for itself (`own`) it alone can put in; the server's start is without it.
+    """
     fresh = fresh_factors(seed, broadcast.round, broadcast.client, Purpose.CLIENT_INIT, shapes)
     start = rule.start(broadcast.adapter, broadcast.leading, shapes, broadcast.rank, fresh, options)
+    if own is not None:
+        kept = {n: own.factors.get(f"{n}.B", x.B) for n, x in start.adapter.items()}
+        start = replace(start, adapter={n: LowRank(x.A, kept[n]) for n, x in start.adapter.items()})
     if broadcast.modules is None:
         return start
     frozen = {n: x for n, x in start.adapter.items() if n not in broadcast.modules}
@@ -137,11 +153,22 @@ def check_rule(rule: Rule, ranks: Sequence[int]) -> None:
         )
 
 
+def received(update: ClientUpdate, start: Start) -> dict[str, LowRank]:
+    """A client's factors as the server knows them: what is not sent is what it started from."""
+    out = {}
+    for name, x in update.adapter.items():
+        began = prefix(start.adapter[name], x.rank)
+        out[name] = LowRank(
+            x.A if "A" in update.sends else began.A, x.B if "B" in update.sends else began.B
+        )
+    return out
+
+
 _DENSE = "dense/"
 """Marks dense parameters among the factors of a sum: they are averaged like them, by every rule."""
 
 
-class _Sum:
+class WeightedSum:
     """`sum_k w_k x_k` and `sum_k w_k`, folded one update at a time."""
 
     def __init__(self) -> None:
@@ -158,8 +185,9 @@ class _Sum:
         self.ideal = add_all([self.ideal, scale_all(learnt, weight)])
         self.weight += weight
 
-    def mean(self) -> Encoded:
-        inverse = 1.0 / self.weight
+    def mean(self, fixed: bool = False) -> Encoded:
+        """The sum over the weights that counted; fixed weights are not normalised."""
+        inverse = 1.0 if fixed else 1.0 / self.weight
         return Encoded(
             {name: value * inverse for name, value in self.factors.items()},
             scale_all(self.products, inverse),
@@ -198,6 +226,13 @@ class Server:
         self, federation: Federation, rule: Rule, options: Any, state: ServerState
     ) -> None:
         check_rule(rule, federation.ranks)
+        optimises = federation.server_learning_rate != 1.0 or federation.server_momentum
+        if optimises and not rule.server_optimiser:
+            raise InputError(
+                f"method: {rule.name} divides by weights of its own, so server_learning_rate and "
+                "server_momentum have no meaning with it; leave them out"
+            )
+        self.fixed = rule.fixed_weight(options)
         self.federation = federation
         self.rule = rule
         self.options = options
@@ -220,7 +255,7 @@ class Server:
         return dict(self._broadcasts)
 
     def _broadcast(self, client: int, prepared: Prepared) -> Broadcast:
-        state, rank = self.state, self.federation.ranks[client]
+        state, rank = self.state, self._rank(client)
         sent = self.rule.cut(prepared, rank, self.options)
         beside = {n: x for n, x in sent.leading.items() if x is not sent.adapter[n]}
         # Who held the state of one round ago lacks only what that round merged.
@@ -228,15 +263,18 @@ class Server:
         if state.last_seen.get(client) == state.round and state.round > 0:
             missing = min(missing, nbytes(state.last_merge))
         dense = sum(t.nbytes for t in state.dense.values())
+        number = state.round + 1
+        seen = state.last_seen.get(client) == state.round and state.round > 0
+        lacking = self.rule.sent_down(number, seen)
         return Broadcast(
-            round=state.round + 1,
+            round=number,
             client=client,
             rank=rank,
             adapter=sent.adapter,
             leading=sent.leading,
             base_delta=state.base_delta,
             dense=state.dense,
-            nbytes=nbytes(sent.adapter) + nbytes(beside) + missing + dense,
+            nbytes=factor_bytes(sent.adapter, lacking) + nbytes(beside) + missing + dense,
             modules=self.federation.trained_by(client),
         )
 
@@ -259,9 +297,12 @@ class Server:
             raise ValueError(f"client {client} is done with round {update.round} already")
         shapes = self.federation.shapes
         asked = shapes if sent.modules is None else {n: shapes[n] for n in sent.modules}
-        if {n: (*x.shape, x.rank) for n, x in update.adapter.items()} != {
-            n: (*s, sent.rank) for n, s in asked.items()
-        }:
+        rank = max((x.rank for x in update.adapter.values()), default=sent.rank)
+        if not self.rule.training(self.options).prunes:
+            rank = sent.rank
+        if not 1 <= rank <= sent.rank or {
+            n: (*x.shape, x.rank) for n, x in update.adapter.items()
+        } != {n: (*s, rank) for n, s in asked.items()}:
             raise ValueError(
                 f"client {client} sent modules, shapes or ranks other than those asked for"
             )
@@ -294,35 +335,42 @@ class Server:
         """
         if not self._open:
             raise ValueError("commit needs a round that plan has opened")
-        before, total = self.state, _Sum()
+        before, total = self.state, WeightedSum()
         for client in sorted(self._updates.keys() - self._rejected.keys()):
             update, sent, spec = self._updates[client], self._broadcasts[client], self.federation
             weight = spec.weight(update.num_examples)
             if weight <= 0:
                 continue
             start = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
-            encoded = self.rule.encode(update.adapter, start, before, self.options)
+            adapter = received(update, start)
+            if self.fixed is not None:
+                weight = self.fixed
+            encoded = self.rule.encode(adapter, start, before, self.options)
             dense = {
                 _DENSE + name: _wide(value) - _wide(before.dense[name])
                 for name, value in update.dense.items()
             }
             encoded = replace(encoded, factors={**encoded.factors, **dense})
-            total.fold(encoded, change(update.adapter, start.adapter), weight)
+            total.fold(encoded, change(adapter, start.adapter), weight)
         after = self._advance(before, total)
         record = self._record(before, after, total)
         self.state, self._open = after, False
         self._broadcasts, self._updates, self._rejected = {}, {}, {}
         return record
 
-    def _advance(self, before: ServerState, total: _Sum) -> ServerState:
+    def _advance(self, before: ServerState, total: WeightedSum) -> ServerState:
         number = before.round + 1
         seen = {**before.last_seen, **dict.fromkeys(self._broadcasts, number)}
-        after = replace(before, round=number, last_seen=seen, last_merge={})
+        ranks = {**before.ranks, **self._pruned()}
+        after = replace(before, round=number, last_seen=seen, last_merge={}, ranks=ranks)
         if total.weight <= 0:
             return after
         spec = self.federation
         step, velocity = _step(
-            total.mean(), before.momentum, spec.server_learning_rate, spec.server_momentum
+            total.mean(self.fixed is not None),
+            before.momentum,
+            spec.server_learning_rate,
+            spec.server_momentum,
         )
         aggregate = self.rule.finish(step, before, max(spec.ranks), self.options)
         merge = {name: compact(x) for name, x in aggregate.merge.items()}
@@ -339,12 +387,26 @@ class Server:
             },
         )
 
-    def _record(self, before: ServerState, after: ServerState, total: _Sum) -> RoundRecord:
+    def _rank(self, client: int) -> int:
+        return self.state.ranks.get(client, self.federation.ranks[client])
+
+    def _pruned(self) -> dict[int, int]:
+        """The ranks that clients of this round go on with."""
+        return {
+            client: max(x.rank for x in update.adapter.values())
+            for client, update in self._updates.items()
+            if client not in self._rejected and update.adapter
+        }
+
+    def _share(self, update: ClientUpdate, total: float) -> float:
+        return self.fixed or self.federation.weight(update.num_examples) / total
+
+    def _record(self, before: ServerState, after: ServerState, total: WeightedSum) -> RoundRecord:
         spec = self.federation
         moved = add_all([global_delta(after), scale_all(global_delta(before), -1.0)])
         error = None
         if total.weight > 0 and spec.server_learning_rate == 1.0 and not spec.server_momentum:
-            ideal = scale_all(total.ideal, 1.0 / total.weight)
+            ideal = scale_all(total.ideal, 1.0 if self.fixed is not None else 1.0 / total.weight)
             if (size := total_norm(ideal)) > 0:
                 error = total_norm(add_all([moved, scale_all(ideal, -1.0)])) / size
         clients = []
@@ -356,9 +418,7 @@ class Server:
                     client=client,
                     rank=sent.rank,
                     num_examples=update.num_examples if update else spec.num_examples[client],
-                    weight=spec.weight(update.num_examples) / total.weight
-                    if update and counts
-                    else 0.0,
+                    weight=self._share(update, total.weight) if update and counts else 0.0,
                     bytes_down=sent.nbytes,
                     bytes_up=update.nbytes if update else 0,
                     metrics=dict(update.metrics) if update else {},

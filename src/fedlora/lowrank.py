@@ -308,6 +308,17 @@ def scale_all(deltas: Deltas, factor: float) -> dict[str, Delta]:
     return {name: scale(x, factor) for name, x in deltas.items()}
 
 
+def factor_bytes(deltas: Deltas, factors: str = "AB") -> int:
+    """Bytes of the named factors of all updates; a dense update counts whole."""
+    total = 0
+    for x in deltas.values():
+        if isinstance(x, LowRank):
+            total += x.A.nbytes * ("A" in factors) + x.B.nbytes * ("B" in factors)
+        else:
+            total += x.nbytes
+    return total
+
+
 def nbytes(deltas: Deltas) -> int:
     """Bytes of all updates together."""
     return sum(x.nbytes for x in deltas.values())

@@ -53,9 +53,14 @@ class AdapterLayer(nn.Module):
         return cast("Tensor | None", self.base.bias)
 
     def load(
-        self, frozen: Sequence[Delta], adapter: LowRank | None, scale: float, dropout: float
+        self,
+        frozen: Sequence[Delta],
+        adapter: LowRank | None,
+        scale: float,
+        dropout: float,
+        trains: str = "AB",
     ) -> None:
-        """Take a client's frozen updates and its trainable adapter (None: nothing to train)."""
+        """Take a client's frozen updates and its adapter (None: nothing), of which `trains`."""
         weight = self.weight
         self.merged = self.branch = self.A = self.B = self.start = None
         self.scale, self.dropout = scale, dropout
@@ -70,8 +75,16 @@ class AdapterLayer(nn.Module):
         if adapter is not None:
             a, b = unfold(adapter, scale)
             self.start = adapter.B, b.clone()
-            self.A = nn.Parameter(a.to(weight.device))
-            self.B = nn.Parameter(b.to(weight.device))
+            self.A = nn.Parameter(a.to(weight.device), requires_grad="A" in trains)
+            self.B = nn.Parameter(b.to(weight.device), requires_grad="B" in trains)
+
+    def tail(self, share: float) -> Tensor | None:
+        """`||s B[:, t:]||_F ||A[t:]||_F` with `t = share * r`, rounded down, for HetLoRA."""
+        if self.A is None or self.B is None:
+            return None
+        begin = int(share * self.A.shape[0])
+        size: Tensor = self.scale * self.B[:, begin:].norm() * self.A[begin:].norm()
+        return size
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., n)` -> `(..., m)`."""
@@ -139,6 +152,7 @@ class BaseModel:
         scale: float = 1.0,
         dropout: float = 0.0,
         dense: Mapping[str, Tensor] | None = None,
+        trains: str = "AB",
     ) -> None:
         """Set all layers: `W_0 + sum frozen`, and what is trained on top.
 
@@ -148,10 +162,11 @@ class BaseModel:
             scale: of the adapter.
             dropout: before the adapter.
             dense: values of the parameters trained whole; None leaves them as they are.
+            trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
         """
         for name, layer in self.layers.items():
             parts = [deltas[name] for deltas in frozen if name in deltas]
-            layer.load(parts, (adapter or {}).get(name), scale, dropout)
+            layer.load(parts, (adapter or {}).get(name), scale, dropout, trains)
         with torch.no_grad():
             for name, value in (dense or {}).items():
                 self.dense[name].copy_(value)

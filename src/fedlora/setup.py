@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from fedlora.adapters import load_adapter
 from fedlora.clients import (
     check_overrides,
     client_modules,
@@ -28,7 +31,7 @@ from fedlora.data import (
 from fedlora.demo import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
 from fedlora.evaluate import has_prompts, references_fit
-from fedlora.federation import Federation, check_rule
+from fedlora.federation import Federation, check_rule, initial_state
 from fedlora.loading import (
     BUILT_IN_CHAT,
     Source,
@@ -39,6 +42,7 @@ from fedlora.loading import (
 )
 from fedlora.methods import METHODS
 from fedlora.model import BaseModel
+from fedlora.state import ServerState
 
 PATHS = (
     "model_name_or_path",
@@ -168,6 +172,13 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     number = len(data.clients)
     ranks = client_ranks(config, number)
     check_rule(METHODS[config.method], ranks)
+    if METHODS[config.method].training(config.rule_options()).keeps and (
+        config.load_best_model_at_end
+    ):
+        raise InputError(
+            f"load_best_model_at_end: method {config.method} makes a model for every client, and "
+            "only the last round's are kept; leave it out"
+        )
     if isinstance(config.clients_per_round, int) and config.clients_per_round > number:
         raise InputError(
             f"clients_per_round: {config.clients_per_round}, but there are {number} clients"
@@ -220,8 +231,13 @@ def _frozen_dtype(base: BaseModel) -> torch.dtype:
     return cast(torch.dtype, next(frozen).dtype)
 
 
+def dropped_line(number: int, why: str) -> str:
+    """How many rows are left out and why."""
+    return f"{number:,} {'row is' if number == 1 else 'rows are'} dropped: {why}"
+
+
 def _data_warnings(data: FederatedData) -> list[str]:
-    out = [f"{number} rows are dropped: {why}" for why, number in data.dropped.items()]
+    out = [dropped_line(number, why) for why, number in data.dropped.items()]
     for client, part in enumerate(data.clients):
         if not part.train:
             out.append(f"client {client} has no rows and takes no part")
@@ -270,6 +286,58 @@ def _check_metric(config: Config, data: FederatedData, task: str, exact_match: b
         raise InputError(
             f"{key} needs something to evaluate on: give eval_file, dataset_test_split or "
             "client_eval_fraction"
+        )
+
+
+def starting_state(session: Session) -> ServerState:
+    """The server's state before round 1.
+
+    Raises:
+        InputError: `init_adapter` cannot be read, or changes what is no target module.
+    """
+    given, dense, source = {}, session.base.read_dense(), session.config.init_adapter
+    if source:
+        try:
+            saved = load_adapter(source)
+        except InputError as error:
+            raise InputError(f"init_adapter: {error}") from None
+        given, ours = saved.deltas, session.federation.shapes
+        for name, x in given.items():
+            if ours.get(name) != x.shape:
+                raise InputError(
+                    f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
+                    f"target modules ({ours.get(name, 'absent')})"
+                )
+        _same_labels(source, session.data.label_names)
+        for name, value in saved.dense.items():
+            if name not in dense or dense[name].shape != value.shape:
+                there = tuple(dense[name].shape) if name in dense else "absent"
+                raise InputError(
+                    f"init_adapter: {source} holds {name} {tuple(value.shape)}, which is not among "
+                    f"what is trained whole ({there}); see lora_modules_to_save"
+                )
+            dense[name] = value.to(dense[name].dtype)
+    return initial_state(session.federation, METHODS[session.config.method], given, dense)
+
+
+def _same_labels(source: str, names: Sequence[str]) -> None:
+    """Refuse to go on from a head whose rows stand for other labels, where it says which.
+
+    Raises:
+        InputError: both orders.
+    """
+    path = Path(source) / "config.json"
+    if not names or not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
+        theirs = [found[key] for key in sorted(found, key=int)]
+    except (OSError, ValueError, AttributeError):
+        return
+    if theirs and theirs != list(names):
+        raise InputError(
+            f"init_adapter: {source} was trained with the labels {', '.join(theirs)}, in this "
+            f"order; this run has {', '.join(names)}: see label_names"
         )
 
 

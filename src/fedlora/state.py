@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Deltas, nbytes
+from fedlora.lowrank import Adapter, Deltas, factor_bytes
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,29 @@ class Start:
 
 
 @dataclass(frozen=True)
+class ClientState:
+    """What outlives a round at a client, and never leaves it.
+
+    Args:
+        factors: `module.B` -> the factor it goes on training, scale folded.
+    """
+
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """What a client sends back.
 
     Args:
         client: who trained it.
         round: the round it belongs to.
-        adapter: the trained factors, scale folded into `B`.
+        adapter: the trained factors, scale folded into `B`; of a factor that is not sent the
+            shape alone counts.
         num_examples: rows it was trained on; the weight under `client_weights: examples`.
         dense: trained values of the dense parameters.
         metrics: what the local training reports (`loss`, `steps`, `tokens`, `seconds` ...).
+        sends: the factors that travel, "AB", "A" or "B".
     """
 
     client: int
@@ -69,11 +82,12 @@ class ClientUpdate:
     num_examples: int
     dense: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    sends: str = "AB"
 
     @property
     def nbytes(self) -> int:
         """Bytes of the payload."""
-        return nbytes(self.adapter) + sum(t.nbytes for t in self.dense.values())
+        return factor_bytes(self.adapter, self.sends) + sum(t.nbytes for t in self.dense.values())
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ class ServerState:
         last_merge: what the last committed round added to `base_delta`.
         last_seen: client -> last round it was sent a broadcast for.
         momentum: the server optimiser's velocity.
+        ranks: client -> its rank, as far as it has pruned it.
     """
 
     round: int
@@ -123,6 +138,7 @@ class ServerState:
     last_merge: Deltas = field(default_factory=dict)
     last_seen: Mapping[int, int] = field(default_factory=dict)
     momentum: Encoded = field(default_factory=Encoded)
+    ranks: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedlora.model import AdapterLayer
 from fedlora.seeds import Purpose, generator, integer
 from fedlora.tokens import IGNORE, Tokens
 
@@ -32,6 +33,7 @@ class Budget:
     Args:
         client, round, seed: name the random streams.
         num_rounds: length of the federation, for a schedule that spans it.
+        tail_penalty, tail_from: what a rule asks for, see `methods.rule.Training`.
         on_step: told about every step.
     """
 
@@ -53,6 +55,8 @@ class Budget:
     num_train_epochs: float = 1.0
     max_steps: int = -1
     proximal_mu: float = 0.0
+    tail_penalty: float = 0.0
+    tail_from: float = 1.0
     on_step: StepCallback | None = field(default=None, compare=False)
 
     def steps(self, num_rows: int) -> int:
@@ -176,6 +180,12 @@ def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def tail_penalty(model: Any, budget: Budget) -> Tensor:
+    """`lambda sum_modules ||s B[:, t:]|| ||A[t:]||`, HetLoRA's rank penalty (arXiv 2401.06432)."""
+    tails = [m.tail(budget.tail_from) for m in model.modules() if isinstance(m, AdapterLayer)]
+    return budget.tail_penalty * torch.stack([t for t in tails if t is not None]).sum()
+
+
 def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
     """Train the parameters of `model` that require gradients, in place.
 
@@ -225,6 +235,10 @@ def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, An
                 value += float(loss.detach())
                 seen += sum(len(row["input_ids"]) for row in rows)
                 slots += batch["input_ids"].numel()
+            if budget.tail_penalty:
+                penalty = tail_penalty(model, budget)
+                penalty.backward()
+                value += float(penalty.detach())
             for parameter, anchor in zip(parameters, anchors, strict=bool(anchors)):
                 if parameter.grad is None:  # its layer took no part in this step
                     parameter.grad = torch.zeros_like(parameter)

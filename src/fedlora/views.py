@@ -25,8 +25,9 @@ from fedlora.config import Config
 from fedlora.console import human_bytes
 from fedlora.data import FederatedData, RawData, template_of
 from fedlora.errors import InputError
+from fedlora.merging import Aggregated
 from fedlora.rows import columns_of
-from fedlora.setup import Session
+from fedlora.setup import Session, dropped_line
 from fedlora.tokens import IGNORE, Tokens
 from fedlora.train import labelled
 from fedlora.worker import budget_of
@@ -281,7 +282,7 @@ def show_samples(
         share = labelled(rows) / tokens
         _say(console, f"a loss is taken on {share:.1%} of {tokens:,} tokens")
     for why, count in data.dropped.items():
-        _say(console, f"{count:,} rows are dropped: {why}")
+        _say(console, dropped_line(count, why))
     if not data.label_names:
         console.print(Text("\n[learnt] tokens stand in brackets, the others are context"))
     console.print()
@@ -393,3 +394,24 @@ def _count(number: float) -> str:
             return f"{number:.0f}{unit}" if unit in ("", " K") else f"{number:.1f}{unit}"
         number /= 1000
     raise AssertionError
+
+
+# --- what was combined ---
+
+
+def show_layers(result: Aggregated, names: Sequence[str], console: Console) -> None:
+    """A line per adapter with its weight, and a table of ranks and errors by layer."""
+    for i, (name, weight) in enumerate(zip(names, result.weights, strict=True), 1):
+        _say(console, f"{i}  weight {weight:.4f}  {name}")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("layer", overflow="fold")
+    for i in range(1, len(names) + 1):
+        table.add_column(f"r {i}", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("rel. error", justify="right", no_wrap=True)
+    for name, layer in result.layers.items():
+        ranks = ["-" if rank is None else str(rank) for rank in layer.ranks]
+        table.add_row(Text(name), *ranks, str(layer.rank), f"{layer.error:.1e}")
+    console.print(table)
+    if result.dense:
+        _say(console, f"saved whole and averaged: {', '.join(result.dense)}")

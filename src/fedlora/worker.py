@@ -5,17 +5,21 @@ The same worker serves every client of a simulation in one process, and one clie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from fedlora.adapters import scaling
 from fedlora.config import Config
 from fedlora.data import ClientData
 from fedlora.federation import client_start
+from fedlora.lowrank import Adapter, LowRank, prefix
 from fedlora.methods import METHODS
+from fedlora.methods.rule import Training
 from fedlora.model import BaseModel
-from fedlora.state import Broadcast, ClientUpdate
+from fedlora.state import Broadcast, ClientState, ClientUpdate
 from fedlora.train import Budget, StepCallback, TrainFunction, train
 
 
@@ -36,6 +40,18 @@ def _plain(key: str, value: Any) -> float | str | None:
     return value
 
 
+def _tail(adapter: Adapter, asked: Training) -> float:
+    """`sum_modules ||B[:, t:]||_F ||A[t:]||_F`, with `t = tail_from * rank`."""
+    tails = ((x, int(asked.tail_from * x.rank)) for x in adapter.values())
+    return sum(float(x.B[:, begin:].norm() * x.A[begin:].norm()) for x, begin in tails)
+
+
+def _only(x: LowRank, factors: str) -> LowRank:
+    """The factors that are sent; zeros in the place of one that never leaves the client."""
+    a = x.A if "A" in factors else torch.zeros_like(x.A)
+    return LowRank(a, x.B if "B" in factors else torch.zeros_like(x.B))
+
+
 @dataclass(frozen=True)
 class Worker:
     """Trains clients on request.
@@ -45,12 +61,14 @@ class Worker:
         clients: client number -> its data.
         config: the run's configuration.
         train_function: the local training; the package's own unless a user brings one.
+        states: client number -> what outlives a round at it; written to when it has trained.
     """
 
     base: BaseModel
     clients: Mapping[int, ClientData]
     config: Config
     train_function: TrainFunction = train
+    states: MutableMapping[int, ClientState] = field(default_factory=dict)
 
     def handle(
         self,
@@ -69,8 +87,15 @@ class Worker:
         client = broadcast.client
         config = self.config.of_client(client)
         rule = METHODS[config.method]
+        options = config.rule_options()
+        asked = rule.training(options)
         start = client_start(
-            broadcast, rule, config.rule_options(), self.base.targets.shapes, config.seed
+            broadcast,
+            rule,
+            options,
+            self.base.targets.shapes,
+            config.seed,
+            self.states.get(client),
         )
         scale = scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora)
         self.base.load(
@@ -79,14 +104,31 @@ class Worker:
             scale,
             config.lora_dropout,
             broadcast.dense,
+            asked.trained(broadcast.round),
         )
         data = self.clients[client]
-        budget = replace(budget_of(config), client=client, round=broadcast.round, on_step=on_step())
+        budget = replace(
+            budget_of(config),
+            client=client,
+            round=broadcast.round,
+            tail_penalty=asked.tail_penalty,
+            tail_from=asked.tail_from,
+            on_step=on_step(),
+        )
         metrics = self.train_function(self.base.model, data.train, budget)
+        adapter = self.base.read_adapter()
+        if asked.prunes and _tail(adapter, asked) < _tail(start.adapter, asked):
+            rank = max(1, int(asked.tail_from * broadcast.rank))
+            adapter = {name: prefix(x, rank) for name, x in adapter.items()}
+        if asked.keeps and all(x.B.isfinite().all() for x in adapter.values()):
+            kept = {f"{name}.B": x.B.contiguous() for name, x in adapter.items()}
+            self.states[client] = ClientState(kept)
+        sends = asked.sent(broadcast.round)
         return ClientUpdate(
             client=client,
             round=broadcast.round,
-            adapter=self.base.read_adapter(),
+            adapter={name: _only(x, sends) for name, x in adapter.items()},
+            sends=sends,
             num_examples=len(data.train),
             dense=self.base.read_dense(),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},

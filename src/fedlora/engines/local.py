@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedlora.adapters import SavedAdapter, load_adapter, save_adapter
+from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
 from fedlora.checkpoint import (
     RunDirectory,
     Saved,
@@ -26,12 +25,12 @@ from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import CheckpointError, InputError
 from fedlora.evaluate import evaluate
-from fedlora.federation import Server, global_delta, initial_state
-from fedlora.lowrank import Deltas
+from fedlora.federation import Server, global_delta
+from fedlora.lowrank import Deltas, LowRank, add_all
 from fedlora.methods import METHODS
-from fedlora.setup import AUTOMATIC, Session, assemble, resolve_paths
+from fedlora.setup import AUTOMATIC, Session, assemble, resolve_paths, starting_state
 from fedlora.sources import read_yaml
-from fedlora.state import RoundRecord, ServerState
+from fedlora.state import ClientState, RoundRecord, ServerState
 from fedlora.train import StepCallback, TrainFunction, train
 from fedlora.worker import Worker
 
@@ -109,7 +108,7 @@ def run(
         directory = RunDirectory.open(resume)
         try:
             session = assemble(_as_it_began(directory.path, config))
-            initial = _initial(session)
+            initial = starting_state(session)
             return _Run(session, directory, initial, train_function, callbacks, report).resume()
         finally:
             directory.close()
@@ -130,7 +129,7 @@ def run_session(
 ) -> Result:
     """Run a federation whose model and data are loaded already; otherwise as `run`."""
     path = Path(session.config.output_dir)
-    initial = _initial(session)
+    initial = starting_state(session)
     directory = RunDirectory.create(path, session.config.to_yaml())
     try:
         return _Run(session, directory, initial, train_function, callbacks, report).start()
@@ -166,58 +165,6 @@ def _as_it_began(path: Path, config: Config | None) -> Config:
     return saved
 
 
-def _initial(session: Session) -> ServerState:
-    """The server's state before round 1.
-
-    Raises:
-        InputError: `init_adapter` cannot be read, or changes what is no target module.
-    """
-    given, dense, source = {}, session.base.read_dense(), session.config.init_adapter
-    if source:
-        try:
-            saved = load_adapter(source)
-        except InputError as error:
-            raise InputError(f"init_adapter: {error}") from None
-        given, ours = saved.deltas, session.federation.shapes
-        for name, x in given.items():
-            if ours.get(name) != x.shape:
-                raise InputError(
-                    f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
-                    f"target modules ({ours.get(name, 'absent')})"
-                )
-        _same_labels(source, session.data.label_names)
-        for name, value in saved.dense.items():
-            if name not in dense or dense[name].shape != value.shape:
-                there = tuple(dense[name].shape) if name in dense else "absent"
-                raise InputError(
-                    f"init_adapter: {source} holds {name} {tuple(value.shape)}, which is not among "
-                    f"what is trained whole ({there}); see lora_modules_to_save"
-                )
-            dense[name] = value.to(dense[name].dtype)
-    return initial_state(session.federation, METHODS[session.config.method], given, dense)
-
-
-def _same_labels(source: str, names: Sequence[str]) -> None:
-    """Refuse to go on from a head whose rows stand for other labels, where it says which.
-
-    Raises:
-        InputError: both orders.
-    """
-    path = Path(source) / "config.json"
-    if not names or not path.is_file():
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
-        theirs = [found[key] for key in sorted(found, key=int)]
-    except (OSError, ValueError, AttributeError):
-        return
-    if theirs and theirs != list(names):
-        raise InputError(
-            f"init_adapter: {source} was trained with the labels {', '.join(theirs)}, in this "
-            f"order; this run has {', '.join(names)}: see label_names"
-        )
-
-
 @dataclass
 class _Best:
     round: int | None = None
@@ -250,7 +197,10 @@ class _Run:
             initial,
         )
         clients = dict(enumerate(session.data.clients))
-        self.worker = Worker(session.base, clients, self.config, train_function)
+        self.states: dict[int, ClientState] = {}
+        self.worker = Worker(session.base, clients, self.config, train_function, self.states)
+        rule = METHODS[self.config.method]
+        self.personal = bool(rule.training(self.config.rule_options()).keeps)
 
     # --- the course of a run ---
 
@@ -293,6 +243,7 @@ class _Run:
 
     def _restore(self, saved: Saved) -> None:
         self.server.state = saved.state
+        self.states.update(saved.clients)
         self.best = _Best(**saved.extra["best"])
         # Killed between saving a round and logging it, a run has it in the state alone.
         self.log = read_metrics(self.directory.path)
@@ -391,7 +342,7 @@ class _Run:
         }
         self.log.append(line)
         self.directory.save_round(
-            global_delta(state), self.session.base.targets, state, line, extra
+            global_delta(state), self.session.base.targets, state, line, extra, self.states
         )
         self.directory.append(line)
         self.directory.prune(self.config.save_total_limit, self.best.round)
@@ -409,7 +360,13 @@ class _Run:
                 delta, dense = best.deltas, best.dense
 
         def fill(partial: Path) -> None:
-            save_adapter(partial, delta, self.session.base.targets, dense)
+            if self.personal:
+                for client in range(len(self.session.federation.ranks)):
+                    own = add_all([state.base_delta, self._personal(client)])
+                    where = partial / f"client-{client}"
+                    write_adapter(where, own, self.session.base.targets, dense)
+            else:
+                write_adapter(partial, delta, self.session.base.targets, dense)
             self.session.base.tokenizer.save_pretrained(partial)
 
         line = {"event": "end", "round": state.round, "final": wanted, "best": self.best.round}
@@ -446,7 +403,6 @@ class _Run:
             return {}
         self.report({"event": "evaluate_begin"})
         state = self.server.state
-        base.load([state.base_delta, state.adapter], dense=state.dense)
 
         def measured(rows: Any) -> dict[str, Any]:
             return evaluate(
@@ -459,10 +415,36 @@ class _Run:
                 label_names=data.label_names,
             )
 
+        if self.personal:
+            return self._evaluate_each(measured, with_rows)
+        base.load([state.base_delta, state.adapter], dense=state.dense)
         out: dict[str, Any] = {"evaluation": measured(data.eval)} if data.eval else {}
         if with_rows:
             out["client_evaluations"] = {str(k): measured(rows) for k, rows in with_rows.items()}
         return out
+
+    def _personal(self, client: int) -> dict[str, LowRank]:
+        """The shared factor with the client's own: its adapter, were it to start a round now."""
+        own = self.states.get(client, ClientState()).factors
+        adapter = {n: x for n, x in self.server.state.adapter.items() if isinstance(x, LowRank)}
+        return {n: LowRank(x.A, own.get(f"{n}.B", x.B)) for n, x in adapter.items()}
+
+    def _evaluate_each(
+        self, measured: Callable[[Any], dict[str, Any]], own_rows: Mapping[int, Any]
+    ) -> dict[str, Any]:
+        """Every client's own model, on its own held-out rows or else the common ones; the mean."""
+        base, state, found = self.session.base, self.server.state, dict[int, dict[str, Any]]()
+        for client, part in enumerate(self.session.data.clients):
+            rows = own_rows.get(client) or self.session.data.eval
+            if part.train and rows:
+                base.load([state.base_delta, self._personal(client)], dense=state.dense)
+                found[client] = measured(rows)
+        scores = [key for key, x in next(iter(found.values())).items() if isinstance(x, float)]
+        mean = {key: sum(x[key] for x in found.values()) / len(found) for key in scores}
+        return {
+            "evaluation": mean,
+            "client_evaluations": {str(client): x for client, x in found.items()},
+        }
 
     def _judge(self, line: Mapping[str, Any]) -> None:
         """Note whether this evaluation is the best one so far."""

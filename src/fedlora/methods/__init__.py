@@ -5,14 +5,41 @@ Adding one is a new file with a `RULE` and a line in this table.
 
 from __future__ import annotations
 
-from fedlora.methods import exact, fedit, flora, zero_pad
+from fedlora.methods import (
+    exact,
+    fedex,
+    fedit,
+    fedmomentum,
+    fedsa,
+    fedsvd,
+    ffa,
+    flexlora,
+    flora,
+    florist,
+    hetlora,
+    lora_fair,
+    raflora,
+    rolora,
+    zero_pad,
+)
 from fedlora.methods.rule import Rule
 
 METHODS: dict[str, Rule] = {
+    "exact": exact.RULE,  # this project: FLoRA without the reset
     "fedit": fedit.RULE,  # Zhang et al., ICASSP 2024, arXiv 2305.05644
     "zero_pad": zero_pad.RULE,  # baseline of Wang et al., NeurIPS 2024, arXiv 2409.05976
+    "hetlora": hetlora.RULE,  # Cho et al., EMNLP 2024, arXiv 2401.06432
+    "ffa": ffa.RULE,  # Sun et al., ICLR 2024, arXiv 2403.12313
+    "rolora": rolora.RULE,  # Chen et al., arXiv 2502.01755
+    "fedsa": fedsa.RULE,  # Guo et al., ICLR 2025, arXiv 2410.01463
     "flora": flora.RULE,  # Wang et al., NeurIPS 2024, arXiv 2409.05976
-    "exact": exact.RULE,  # this project: FLoRA without the reset
+    "florist": florist.RULE,  # Ramesh and Dass, MLSys 2026, arXiv 2506.09199
+    "flexlora": flexlora.RULE,  # Bai et al., NeurIPS 2024, arXiv 2402.11505
+    "fedex": fedex.RULE,  # Singhal et al., ACL 2025, arXiv 2410.09432
+    "fedsvd": fedsvd.RULE,  # Lee et al., arXiv 2505.12805
+    "fedmomentum": fedmomentum.RULE,  # arXiv 2603.08014
+    "raflora": raflora.RULE,  # Wu et al., arXiv 2602.13486
+    "lora_fair": lora_fair.RULE,  # Bian et al., ICCV 2025, arXiv 2411.14961
 }
 
 __all__ = ["METHODS", "Rule"]

@@ -12,11 +12,28 @@ Exact when: always, for every mix of ranks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fedlora.lowrank import Adapter, Deltas
 from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fresh_start, whole
 from fedlora.state import Aggregate, Encoded, ServerState, Start
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of the rule.
+
+    Args:
+        scaling_factor: a constant in the place of every client's weight p_k (the ablation of the
+            paper's section 4.3); none: the shares of the rows.
+    """
+
+    scaling_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scaling_factor is not None and self.scaling_factor <= 0:
+            raise ValueError(f"scaling_factor: {self.scaling_factor} must be greater than 0")
 
 
 def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
@@ -54,4 +71,6 @@ RULE = Rule(
     start=_start,
     encode=_encode,
     finish=_finish,
+    fixed_weight=lambda options: options.scaling_factor,
+    options=Options,
 )

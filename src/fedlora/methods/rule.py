@@ -45,6 +45,52 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a rule asks of a client's local training; the trainer and the worker read it.
+
+    Args:
+        trains: which factors are trained, "AB", "A" or "B", by round, over and over; the others
+            stay as they started.
+        keeps: a trained factor that stays with its client and is trained on in its next round:
+            "" or "B".
+        tail_penalty: lambda of `lambda sum_modules ||s B[:, t:]||_F ||A[t:]||_F`, which is added to
+            the loss, with `t = tail_from * rank`.
+        tail_from: gamma, the share of the rank that is no tail.
+        prunes: after training, a client whose tail (the sum above) has shrunk goes on with rank
+            `tail_from * rank`.
+    """
+
+    trains: tuple[str, ...] = ("AB",)
+    keeps: str = ""
+    tail_penalty: float = 0.0
+    tail_from: float = 1.0
+    prunes: bool = False
+
+    def trained(self, round: int) -> str:
+        """The factors trained in a round, counted from 1."""
+        return self.trains[(round - 1) % len(self.trains)]
+
+    def sent(self, round: int) -> str:
+        """The factors a client sends up in a round."""
+        return "".join(factor for factor in self.trained(round) if factor not in self.keeps)
+
+
+def as_usual(options: Any) -> Training:
+    """Both factors are trained and sent."""
+    return Training()
+
+
+def both_factors(round: int, seen: bool) -> str:
+    """Both factors are sent down in every round."""
+    return "AB"
+
+
+def no_fixed_weight(options: Any) -> float | None:
+    """Weights are the clients' shares."""
+    return None
+
+
+@dataclass(frozen=True)
 class Rule:
     """One aggregation rule.
 
@@ -62,6 +108,13 @@ class Rule:
         start: `(adapter, leading, shapes, rank, fresh, options) -> Start`, at the client.
         encode: `(update, start, state, options) -> Encoded`, at the server.
         finish: `(sum, state, rank, options) -> Aggregate`; `rank` the largest client's.
+        training: `options -> Training`, what it asks of the local training.
+        sent_down: `(round, seen) -> "AB", "A" or "B"`, the factors a client lacks at the beginning
+            of a round; `seen`: it took part in the round before.
+        fixed_weight: `options ->` a constant that replaces every p_k, or None.
+        server_optimiser: whether a server learning rate or momentum has a meaning: not where
+            `finish` divides by a sum of weights of its own.
+        one_shot: whether it can combine adapters that were trained apart, without a shared start.
         options: a frozen dataclass of the rule's own configuration keys; its `__post_init__`
             raises ValueError on an impossible value.
     """
@@ -78,6 +131,11 @@ class Rule:
     start: Callable[[Deltas, Adapter, Shapes, int, Fresh, Any], Start]
     encode: Callable[[Adapter, Start, ServerState, Any], Encoded]
     finish: Callable[[Encoded, ServerState, int, Any], Aggregate]
+    training: Callable[[Any], Training] = as_usual
+    sent_down: Callable[[int, bool], str] = both_factors
+    fixed_weight: Callable[[Any], float | None] = no_fixed_weight
+    server_optimiser: bool = True
+    one_shot: bool = True
     options: type[Any] = NoOptions
 
 
@@ -105,7 +163,7 @@ def change(update: Adapter, start: Adapter) -> dict[str, Delta]:
     """`M_k - M_k_start` for every module: what a client learnt, as products."""
     out: dict[str, Delta] = {}
     for name, trained in update.items():
-        began = start[name]
+        began = start[name]  # of higher rank where the client has pruned
         moved = began.B.any(dim=0)  # directions that begin with B = 0 contribute nothing
         out[name] = add([trained, LowRank(began.A[moved], -began.B[:, moved])])
     return out
@@ -150,6 +208,33 @@ def prefix_start(
 ) -> Start:
     """The first `rank` directions of the shared adapter; what lies beyond them is not seen."""
     return Start({name: prefix(leading[name], rank) for name in shapes})
+
+
+def whole_start(
+    adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
+) -> Start:
+    """The first `rank` directions of the shared adapter, the others frozen beside them."""
+    trained = {name: prefix(leading[name], rank) for name in shapes}
+    beyond = {name: suffix(leading[name], rank) for name in shapes if leading[name].rank > rank}
+    return Start(trained, beyond)
+
+
+def change_of_factors(
+    update: Adapter, start: Start, state: ServerState, options: Any
+) -> dict[str, Tensor]:
+    """`A_k - start.A`, `B_k - start.B`, with zeros where a client has no such direction.
+
+    Unlike `padded_change` nothing is diluted: what a client does not train does not change.
+    """
+    factors: dict[str, Tensor] = {}
+    for name, trained in update.items():
+        current, began = state.adapter[name], start.adapter[name]
+        assert isinstance(current, LowRank)
+        a, b = torch.zeros_like(current.A), torch.zeros_like(current.B)
+        a[: trained.rank] = trained.A - began.A  # (r, n)
+        b[:, : trained.rank] = trained.B - began.B  # (m, r)
+        factors[f"{name}.A"], factors[f"{name}.B"] = a, b
+    return factors
 
 
 def padded_change(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:

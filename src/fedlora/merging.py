@@ -1,0 +1,313 @@
+"""Adapters that were trained apart become one: `fedlora aggregate`, and `aggregate` in Python.
+
+Any rule that needs no shared start does it, by the same `encode` and `finish` as in a federation.
+Memory stays near the size of the adapters: no base model, and no m x n matrix unless the factors of
+the sum would be larger than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters import SavedAdapter, Targets, load_adapter, write_adapter
+from fedlora.errors import CheckpointError, InputError
+from fedlora.federation import WeightedSum
+from fedlora.lowrank import Delta, Deltas, LowRank, add, add_all, norm, refactor, scale, truncate
+from fedlora.methods import METHODS
+from fedlora.methods.rule import Rule
+from fedlora.partition import natural
+from fedlora.state import ServerState, Start
+
+ONE_SHOT = tuple(name for name, rule in METHODS.items() if rule.one_shot)
+"""Rules that can combine adapters without a shared start."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one target module.
+
+    Args:
+        ranks: of the adapters that have it, None for those that have not.
+        rank: of the result.
+        error: `||dW - sum_k p_k s_k B_k A_k||_F / ||sum_k p_k s_k B_k A_k||_F`; 0 for a zero sum.
+    """
+
+    ranks: tuple[int | None, ...]
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Aggregated(SavedAdapter):
+    """The result of `aggregate`, ready for `save_adapter`.
+
+    Args:
+        layers: target module -> what became of it.
+        weights: of the adapters; they sum to one.
+    """
+
+    layers: Mapping[str, Layer]
+    weights: tuple[float, ...]
+
+
+def aggregate(
+    adapters: Sequence[SavedAdapter],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str = "exact",
+    rank: int | None = None,
+    energy: float | None = None,
+    **options: Any,
+) -> Aggregated:
+    """Combine adapters of one base model: `dW = sum_k p_k s_k B_k A_k`, or what another rule makes.
+
+    A module that an adapter does not have counts as zero there, with the adapter's full weight.
+    Saved heads are averaged over the adapters that have them.
+
+    Args:
+        adapters: from `load_adapter`, at least one.
+        weights: positive, normalised here; None: all alike.
+        method: a rule that needs no shared start (`ONE_SHOT`).
+        rank: keep at most this many singular directions of each module.
+        energy: keep the fewest whose squared singular values reach this share of their sum.
+        options: the rule's own.
+
+    Raises:
+        InputError: adapters of different bases or of ranks the rule cannot combine, heads of
+            different shapes, or impossible values.
+    """
+    rule, chosen = _rule(method, options)
+    shares = _shares(weights, len(adapters))
+    if rank is not None and energy is not None:
+        raise InputError("rank and energy exclude each other; give one of them")
+    if rank is not None and rank < 1:
+        raise InputError(f"rank: {rank} must be at least 1")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise InputError(f"energy: {energy} must be above 0 and at most 1")
+    shapes = _shapes(adapters)
+    config = _common_config(adapters)
+    if not rule.mixed_ranks:
+        _check_equal(rule, adapters, shapes)
+    found = _combined(rule, chosen, adapters, shares, shapes)
+    deltas, layers = {}, {}
+    for name in sorted(shapes, key=natural):
+        parts = [a.deltas.get(name) for a in adapters]
+        wanted = add([scale(x, p) for x, p in zip(parts, shares, strict=True) if x is not None])
+        deltas[name] = kept = _cut(found[name], rank, energy)
+        size = norm(wanted)
+        lost = norm(add([kept, scale(wanted, -1.0)]))
+        ranks = tuple(None if x is None else x.rank for x in parts)
+        layers[name] = Layer(ranks, kept.rank, lost / size if size else 0.0)
+    dense = _mean_heads(adapters, shares)
+    return Aggregated(deltas, dense, config, layers, tuple(shares))
+
+
+def _rule(method: str, options: Mapping[str, Any]) -> tuple[Rule, Any]:
+    if method not in ONE_SHOT:
+        why = "needs a start that all clients share" if method in METHODS else "is unknown"
+        raise InputError(f"method: {method} {why}; there are {', '.join(ONE_SHOT)}")
+    rule = METHODS[method]
+    try:
+        return rule, rule.options(**options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"method {method}: {error}") from None
+
+
+def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
+    if number == 0:
+        raise InputError("aggregate needs at least one adapter")
+    given = [1.0] * number if weights is None else list(weights)
+    if len(given) != number:
+        raise InputError(f"weights: {len(given)} for {number} adapters; give one for each")
+    if min(given) < 0 or not 0 < sum(given) < float("inf"):
+        raise InputError(f"weights: {' '.join(map(str, given))}: expected positive numbers")
+    return [w / sum(given) for w in given]
+
+
+def _shapes(adapters: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
+    out: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        for name, x in adapter.deltas.items():
+            if out.setdefault(name, x.shape) != x.shape:
+                raise InputError(
+                    f"{name}: shapes {out[name]} and {x.shape}; these adapters are for different "
+                    "base models"
+                )
+    return out
+
+
+def _base_name(config: Mapping[str, Any]) -> str:
+    return str(config.get("base_model_name_or_path") or "")
+
+
+def _same_base(one: str, other: str) -> bool:
+    """Equal names; a name without its organisation is the hub's old one for the same model."""
+    if one == other or not one or not other:
+        return True
+    ends = one.rpartition("/")[2] == other.rpartition("/")[2]
+    return ends and (("/" in one) != ("/" in other))
+
+
+def _common_config(adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
+    """What all have in common; the first one's where it does not matter.
+
+    Raises:
+        InputError: another base, task, or way of storing weights.
+    """
+    first = adapters[0].config
+    for adapter in adapters[1:]:
+        config = adapter.config
+        if not _same_base(_base_name(first), _base_name(config)):
+            raise InputError(
+                f"base_model_name_or_path: {_base_name(first)} and {_base_name(config)}; adapters "
+                "of different base models cannot be combined"
+            )
+        for key in ("task_type", "fan_in_fan_out", "revision"):
+            if first.get(key) != config.get(key) and None not in (first.get(key), config.get(key)):
+                raise InputError(
+                    f"{key}: {first.get(key)!r} and {config.get(key)!r}; these adapters do not "
+                    "belong together"
+                )
+    out = {
+        key: next((a.config[key] for a in adapters if a.config.get(key) is not None), None)
+        for key in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out")
+    }
+    longest = max((_base_name(a.config) for a in adapters), key=len)
+    saved = [m for a in adapters for m in a.config.get("modules_to_save") or []]
+    lists = [a.config.get("target_modules") for a in adapters]
+    plain = all(isinstance(x, list) for x in lists) and not any(
+        a.config.get("layers_to_transform") or a.config.get("exclude_modules") for a in adapters
+    )
+    names = sorted({name for x in lists for name in x or []}) if plain else None
+    return {
+        **out,
+        "base_model_name_or_path": longest,
+        "modules_to_save": sorted(set(saved)) or None,
+        "target_modules": names,
+    }
+
+
+def _check_equal(rule: Rule, adapters: Sequence[SavedAdapter], shapes: Mapping[str, Any]) -> None:
+    for name in shapes:
+        ranks = [a.deltas[name].rank if name in a.deltas else 0 for a in adapters]
+        if len(set(ranks)) > 1:
+            able = ", ".join(n for n in ONE_SHOT if METHODS[n].mixed_ranks)
+            raise InputError(
+                f"method: {rule.name} needs one rank in all adapters, {name} has "
+                f"{' '.join(map(str, ranks))}; use {able}"
+            )
+
+
+def _combined(
+    rule: Rule,
+    options: Any,
+    adapters: Sequence[SavedAdapter],
+    shares: Sequence[float],
+    shapes: Mapping[str, tuple[int, int]],
+) -> dict[str, Delta]:
+    """One round of the rule, in which every client started from nothing."""
+    ranks = {name: [a.deltas[name].rank for a in adapters if name in a.deltas] for name in shapes}
+    levels = sorted({r for of_module in ranks.values() for r in of_module})
+
+    def zero(name: str, rank: int) -> LowRank:
+        m, n = shapes[name]
+        return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
+
+    shared = rule.secure_sum != "products"
+    state = ServerState(
+        round=0,
+        adapter={name: zero(name, max(of)) for name, of in ranks.items()} if shared else {},
+        ranks=dict(enumerate(levels)),
+    )
+    total = WeightedSum()
+    for adapter, share in zip(adapters, shares, strict=True):
+        if share > 0:
+            start = Start({name: zero(name, x.rank) for name, x in adapter.deltas.items()})
+            total.fold(rule.encode(adapter.deltas, start, state, options), {}, share)
+    result = rule.finish(total.mean(), state, max(levels), options)
+    return add_all([result.adapter, result.merge])
+
+
+def _cut(x: Delta, rank: int | None, energy: float | None) -> LowRank:
+    if rank is not None or energy is not None:
+        return truncate(x, rank=rank, energy=energy)[0]
+    if isinstance(x, LowRank) and x.rank <= min(x.shape):
+        return x
+    return refactor(x)
+
+
+def _mean_heads(adapters: Sequence[SavedAdapter], shares: Sequence[float]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for a in adapters for name in a.dense):
+        having = [
+            (a.dense[name], p) for a, p in zip(adapters, shares, strict=True) if name in a.dense
+        ]
+        shapes = {tuple(t.shape) for t, _ in having}
+        if len(shapes) > 1:
+            raise InputError(
+                f"{name}: saved heads of the shapes {' and '.join(map(str, sorted(shapes)))}; only "
+                "heads of one shape can be averaged"
+            )
+        total = sum(p for _, p in having) or 1.0
+        mean = torch.stack([t.double() * (p / total) for t, p in having]).sum(0)
+        out[name] = mean.to(having[0][0].dtype)
+    return out
+
+
+def check_output(path: str | Path) -> None:
+    """Refuse a directory that holds anything.
+
+    Raises:
+        InputError: it does.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not empty; choose another directory")
+
+
+def save_adapter(path: str | Path, adapter: SavedAdapter) -> None:
+    """Write an adapter as a PEFT directory (`alpha = r`), read it back and compare.
+
+    Args:
+        path: a directory that does not exist or is empty.
+        adapter: of `load_adapter` or `aggregate`.
+
+    Raises:
+        InputError: the directory holds something, or cannot be made.
+        CheckpointError: what was read back is not what was written.
+    """
+    check_output(path)
+    path, config = Path(path), adapter.config
+    targets = Targets(
+        shapes={name: x.shape for name, x in adapter.deltas.items()},
+        names=list(config.get("target_modules") or sorted(adapter.deltas)),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        model_name=_base_name(config),
+        revision=config.get("revision"),
+        task_type=config.get("task_type"),
+        modules_to_save=tuple(config.get("modules_to_save") or ()),
+    )
+    try:
+        write_adapter(path, adapter.deltas, targets, adapter.dense)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    back = load_adapter(path)
+    if not _equal(back.deltas, adapter.deltas) or back.dense.keys() != adapter.dense.keys():
+        raise CheckpointError(f"{path}: what was read back differs from what was written")
+
+
+def _equal(one: Deltas, other: Deltas) -> bool:
+    if one.keys() != other.keys():
+        return False
+    for name, x in one.items():
+        y = other[name]
+        size = norm(y)
+        if norm(add([x, scale(y, -1.0)])) > 1e-5 * size:
+            return False
+    return True

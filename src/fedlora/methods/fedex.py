@@ -1,0 +1,64 @@
+"""FedEx-LoRA: average the factors, merge what the average misses.
+
+    A = sum_k p_k A_k        B = sum_k p_k s_k B_k        merged: sum_k p_k s_k B_k A_k - B A
+
+With mixed ranks a client trains the first r_k directions and holds the tail, what the global
+adapter has beyond them, frozen beside it; the tail counts as the client's own in both sums:
+
+    merged: sum_k p_k (s_k B_k A_k + tail_k) - B A
+
+Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
+Models", ACL 2025, arXiv 2410.09432; mixed ranks are this project's.
+
+Exact when: always, for every mix of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlora.lowrank import Adapter, add_all, scale_all
+from fedlora.methods.rule import (
+    Rule,
+    add_factors,
+    change,
+    change_of_factors,
+    prepare_as_is,
+    shared_initial,
+    whole,
+    whole_start,
+)
+from fedlora.state import Aggregate, Encoded, ServerState, Start
+
+
+def encode_both(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
+    """The change of the factors, and the change of their product."""
+    return Encoded(
+        factors=change_of_factors(update, start, state, options),
+        products=change(update, start.adapter),
+    )
+
+
+def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+    after = add_factors(total, state, rank, options).adapter
+    # sum_k p_k (M_k + tail_k) - B A, as a change: the wanted one less the one of the averages.
+    averaged = add_all([after, scale_all(state.adapter, -1.0)])
+    wanted = total.products
+    merge = add_all([wanted, scale_all({n: x for n, x in averaged.items() if n in wanted}, -1.0)])
+    return Aggregate(after, merge)
+
+
+RULE = Rule(
+    name="fedex",
+    title="average A and B, merge the residual",
+    paper="Singhal et al., ACL 2025, arXiv 2410.09432; mixed ranks by this project",
+    exact_when="always",
+    mixed_ranks=True,
+    secure_sum="factors and products",
+    initial=shared_initial,
+    prepare=prepare_as_is,
+    cut=whole,
+    start=whole_start,
+    encode=encode_both,
+    finish=_finish,
+)

@@ -1,0 +1,43 @@
+"""FedSA-LoRA: A is shared and averaged, every client keeps its own B.
+
+    A = sum_k p_k A_k        B_k stays with client k and is trained on in its next round
+
+There is no global model: client k's model is `W_0 + s_k B_k A`. Only A travels. The server's state
+holds A and `B = 0`.
+
+Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025,
+arXiv 2410.01463.
+
+Exact when: never asked: the rule makes a model for every client, and no global one.
+"""
+
+from __future__ import annotations
+
+from fedlora.methods.rule import (
+    Rule,
+    Training,
+    add_factors,
+    padded_change,
+    prefix_start,
+    prepare_as_is,
+    shared_initial,
+    whole,
+)
+
+RULE = Rule(
+    name="fedsa",
+    title="average A; every client keeps its own B, and so its own model",
+    paper="Guo et al., ICLR 2025, arXiv 2410.01463",
+    exact_when="never asked: it makes one model for every client and no global one",
+    mixed_ranks=False,
+    secure_sum="factors",
+    initial=shared_initial,
+    prepare=prepare_as_is,
+    cut=whole,
+    start=prefix_start,
+    encode=padded_change,
+    finish=add_factors,
+    training=lambda options: Training(keeps="B"),
+    sent_down=lambda round, seen: "A",
+    one_shot=False,
+)

@@ -1,0 +1,87 @@
+"""FedSVD: train B under an orthonormal A, which each round takes from the global product.
+
+    B = sum_k p_k s_k B_k        B A = U diag(s) V^T        next: A = V^T, B = U diag(s)
+
+A is common to all clients within a round, so the mean of B is the mean of the products, and A
+follows the data from round to round, which FFA-LoRA's cannot.
+
+Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
+arXiv 2505.12805.
+
+Exact when: always (all clients have one rank).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, one_thread
+from fedlora.methods.rule import (
+    Fresh,
+    Rule,
+    Shapes,
+    Training,
+    add_factors,
+    padded_change,
+    prefix_start,
+    prepare_as_is,
+    shared_initial,
+    whole,
+)
+from fedlora.state import Aggregate, Encoded, ServerState
+
+
+def orthonormal(x: LowRank) -> LowRank:
+    """The same `B A` of the same rank r: rows of A orthonormal (r <= n), columns of B orthogonal.
+
+    `A^T = Q R`, `B R^T = U diag(s) W`; `A = W Q^T`, `B = U diag(s)`. Unlike `refactor` it keeps
+    directions in which B is zero, so that they can be trained.
+    """
+    with one_thread():
+        q, r = torch.linalg.qr(x.A.T)  # (n, j), (j, r) with j = min(n, r)
+        left, values, right = torch.linalg.svd(x.B @ r.T, full_matrices=False)
+        a, b = right @ q.T, left * values
+        if len(a) < x.rank:  # more directions than the layer is wide or high
+            spare, _ = torch.linalg.qr(torch.cat([a, x.A]).T)  # (n, .): orthonormal, a's span first
+            more = spare.T[len(a) : x.rank]
+            missing = x.rank - len(a) - len(more)
+            a = torch.cat([a, more, more.new_zeros(missing, a.shape[1])])
+            b = torch.cat([b, b.new_zeros(b.shape[0], x.rank - b.shape[1])], 1)
+    return LowRank(a, b)
+
+
+def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
+    adapter, beyond = shared_initial(shapes, rank, fresh, given)
+    return _orthonormal(adapter), beyond
+
+
+def _orthonormal(adapter: Deltas) -> dict[str, Delta]:
+    out: dict[str, Delta] = {}
+    for name, x in adapter.items():
+        assert isinstance(x, LowRank)
+        out[name] = orthonormal(x)
+    return out
+
+
+def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+    return Aggregate(_orthonormal(add_factors(total, state, rank, options).adapter))
+
+
+RULE = Rule(
+    name="fedsvd",
+    title="average B under an orthonormal A that is taken from the global product each round",
+    paper="Lee et al., arXiv 2505.12805",
+    exact_when="always",
+    mixed_ranks=False,
+    secure_sum="factors",
+    initial=_initial,
+    prepare=prepare_as_is,
+    cut=whole,
+    start=prefix_start,
+    encode=padded_change,
+    finish=_finish,
+    training=lambda options: Training(trains=("B",)),
+    one_shot=False,
+)

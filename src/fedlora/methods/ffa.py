@@ -1,0 +1,52 @@
+"""FFA-LoRA: A is frozen, B is averaged.
+
+    A: one random draw, the same for all, never trained        B = sum_k p_k s_k B_k
+
+With A common, the mean of B is the mean of the products: `sum_k p_k B_k A`. Only B travels, up and
+down; A follows from the seed. A client of rank r_k < r trains the first r_k columns of B, and its
+change counts as zero in the others (padding).
+
+Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024, arXiv 2403.12313.
+
+Exact when: always, for every mix of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlora.lowrank import Adapter
+from fedlora.methods.rule import (
+    Rule,
+    Training,
+    add_factors,
+    change_of_factors,
+    cut_to_rank,
+    prefix_start,
+    prepare_as_is,
+    shared_initial,
+)
+from fedlora.state import Encoded, ServerState, Start
+
+
+def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
+    return Encoded(factors=change_of_factors(update, start, state, options))
+
+
+RULE = Rule(
+    name="ffa",
+    title="freeze one shared A, average B",
+    paper="Sun et al., ICLR 2024, arXiv 2403.12313",
+    exact_when="always",
+    mixed_ranks=True,
+    secure_sum="factors",
+    initial=shared_initial,
+    prepare=prepare_as_is,
+    cut=cut_to_rank,
+    start=prefix_start,
+    encode=_encode,
+    finish=add_factors,
+    training=lambda options: Training(trains=("B",)),
+    sent_down=lambda round, seen: "B",
+    one_shot=False,
+)

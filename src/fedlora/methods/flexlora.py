@@ -1,0 +1,97 @@
+"""FlexLoRA: sum the products, hand every client the leading directions its rank affords.
+
+    S' = sum_k p_k s_k B_k A_k = U diag(s) V^T
+    start_k = U[:, :r_k] diag(s[:r_k]) V[:, :r_k]^T
+
+The sum is the global model; what a client's rank does not hold is dropped at that client, and with
+it from what it contributes next. Nothing is m x n: the sum is refactored (QR and a small SVD).
+
+Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+Resources", NeurIPS 2024, arXiv 2402.11505.
+
+Exact when no client drops anything: in the first round, and while every r_k is at least the rank
+of S.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedlora.lowrank import (
+    Adapter,
+    Delta,
+    Deltas,
+    LowRank,
+    add,
+    add_all,
+    balance,
+    compact,
+    prefix,
+    refactor,
+    scale,
+    suffix,
+)
+from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, cut_to_rank, fill
+from fedlora.state import Aggregate, Encoded, ServerState, Start
+
+
+def global_sum(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
+    """The given adapter in the form of `refactor`, or nothing."""
+    return {name: compact(x) for name, x in given.items()}, {}
+
+
+def leading_directions(state: ServerState, rank: int, options: Any) -> Prepared:
+    """The leading directions of S that the largest rank affords."""
+    leading = {
+        name: prefix(x if isinstance(x, LowRank) else refactor(x), rank)
+        for name, x in state.adapter.items()
+    }
+    return Prepared(leading, leading)
+
+
+def top_start(
+    adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
+) -> Start:
+    """The leading directions, balanced, and fresh ones where S has fewer; no rest."""
+    trained = {}
+    for name, (m, _) in shapes.items():
+        a = fresh(name, rank)
+        empty = LowRank(a[:0], a.new_zeros(m, 0))
+        top = balance(prefix(leading.get(name, empty), rank))
+        trained[name] = fill(top, a[top.rank :])
+    return Start(trained)
+
+
+def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
+    """`M_k - S`: what the client learnt, less what was dropped at it."""
+    products: dict[str, Delta] = {}
+    for name, learnt in change(update, start.adapter).items():
+        whole = state.adapter.get(name)
+        if whole is None:
+            products[name] = learnt
+        elif isinstance(whole, LowRank):  # in the form of `refactor`: the start is its prefix
+            dropped = suffix(whole, start.adapter[name].rank)
+            products[name] = add([learnt, scale(dropped, -1.0)])
+        else:
+            products[name] = add([update[name], scale(whole, -1.0)])
+    return Encoded(products=products)
+
+
+def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+    return Aggregate({n: compact(x) for n, x in add_all([state.adapter, total.products]).items()})
+
+
+RULE = Rule(
+    name="flexlora",
+    title="sum the products, give every client the leading directions its rank affords",
+    paper="Bai et al., NeurIPS 2024, arXiv 2402.11505",
+    exact_when="no rank is below that of the global update (the first round, for example)",
+    mixed_ranks=True,
+    secure_sum="products",
+    initial=global_sum,
+    prepare=leading_directions,
+    cut=cut_to_rank,
+    start=top_start,
+    encode=_encode,
+    finish=_finish,
+)

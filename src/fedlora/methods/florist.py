@@ -1,0 +1,62 @@
+"""FLoRIST: stack all adapters, keep the singular directions that hold most of the energy.
+
+    dW = sum_k p_k (s_k B_k A_k - start_k) = U S V^T
+    merged: the fewest leading directions p with  sum_(i <= p) S_i^2 >= tau sum_i S_i^2
+
+The rest is dropped, and clients start afresh, as with FLoRA; the broadcast is smaller than its.
+
+Ramesh and Dass, "FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated
+Fine-Tuning of Large Language Models", MLSys 2026, arXiv 2506.09199.
+
+Exact when tau = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlora.lowrank import truncate
+from fedlora.methods import flora
+from fedlora.methods.rule import Rule, whole
+from fedlora.state import Aggregate, Encoded, ServerState
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of the rule.
+
+    Args:
+        energy_threshold: tau, the share of the squared singular values that is kept; 1 keeps all.
+    """
+
+    energy_threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.energy_threshold <= 1.0:
+            raise ValueError(
+                f"energy_threshold: {self.energy_threshold} must be above 0 and at most 1"
+            )
+
+
+def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
+    if options.energy_threshold == 1.0:
+        return Aggregate(adapter={}, merge=total.products)
+    kept = {n: truncate(x, energy=options.energy_threshold)[0] for n, x in total.products.items()}
+    return Aggregate(adapter={}, merge=kept)
+
+
+RULE = Rule(
+    name="florist",
+    title="stack all adapters, merge the directions that hold most of the energy, start afresh",
+    paper="Ramesh and Dass, MLSys 2026, arXiv 2506.09199",
+    exact_when="tau = 1",
+    mixed_ranks=True,
+    secure_sum="products",
+    initial=flora.RULE.initial,
+    prepare=flora.RULE.prepare,
+    cut=whole,
+    start=flora.RULE.start,
+    encode=flora.RULE.encode,
+    finish=_finish,
+    options=Options,
+)

@@ -1,0 +1,103 @@
+"""HetLoRA: zero-padded factors, weighted by the norm of B A; ranks prune themselves.
+
+    w_k = p_k ||s_k B_k A_k||_F        A = sum_k w_k pad(A_k) / sum_k w_k        B alike
+
+module by module; client k goes on from the first r_k directions. While training it adds
+
+    lambda sum_modules ||s B[:, t:]||_F ||A[t:]||_F,        t = gamma r_k
+
+to its loss; where that sum has shrunk at the end, it goes on with rank `gamma r_k`. The paper's
+weights are the norms alone: `client_weights: uniform`.
+
+Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+EMNLP 2024, arXiv 2401.06432.
+
+Exact when one client takes part, or all end with the same A and B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.lowrank import Adapter, LowRank, norm
+from fedlora.methods.rule import (
+    Rule,
+    Training,
+    cut_to_rank,
+    padded_change,
+    prefix_start,
+    prepare_as_is,
+    shared_initial,
+)
+from fedlora.state import Aggregate, Encoded, ServerState, Start
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of the rule.
+
+    Args:
+        rank_penalty: lambda, the weight of the tail in the clients' loss.
+        rank_decay: gamma, the share of a rank that is no tail; 1 switches pruning off.
+    """
+
+    rank_penalty: float = 1e-3
+    rank_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.rank_penalty < 0:
+            raise ValueError(f"rank_penalty: {self.rank_penalty} must be at least 0")
+        if not 0.0 < self.rank_decay <= 1.0:
+            raise ValueError(f"rank_decay: {self.rank_decay} must be above 0 and at most 1")
+
+
+def _training(options: Options) -> Training:
+    return Training(
+        tail_penalty=options.rank_penalty,
+        tail_from=options.rank_decay,
+        prunes=options.rank_decay < 1.0,
+    )
+
+
+def _encode(update: Adapter, start: Start, state: ServerState, options: Options) -> Encoded:
+    factors = {}
+    for key, value in padded_change(update, start, state, options).factors.items():
+        size = norm(update[key.rpartition(".")[0]])
+        factors[key] = size * value
+        factors[f"{key}.weight"] = torch.tensor(size, dtype=value.dtype)
+    return Encoded(factors=factors)
+
+
+def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
+    def moved(key: str, current: torch.Tensor) -> torch.Tensor:
+        weight = total.factors.get(f"{key}.weight")
+        if weight is None or not weight > 0:  # nobody trained it, or all have learnt nothing
+            return current
+        return current + total.factors[key] / weight
+
+    adapter = {}
+    for name, current in state.adapter.items():
+        assert isinstance(current, LowRank)
+        adapter[name] = LowRank(moved(f"{name}.A", current.A), moved(f"{name}.B", current.B))
+    return Aggregate(adapter)
+
+
+RULE = Rule(
+    name="hetlora",
+    title="pad A and B with zeros, weigh clients by the norm of B A; ranks prune themselves",
+    paper="Cho et al., EMNLP 2024, arXiv 2401.06432",
+    exact_when="one client takes part, or all end with the same A and B",
+    mixed_ranks=True,
+    secure_sum="factors",
+    initial=shared_initial,
+    prepare=prepare_as_is,
+    cut=cut_to_rank,
+    start=prefix_start,
+    encode=_encode,
+    finish=_finish,
+    training=_training,
+    server_optimiser=False,
+    options=Options,
+)

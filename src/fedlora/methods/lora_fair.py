@@ -1,0 +1,89 @@
+"""LoRA-FAIR: average the factors, correct the mean of B towards the mean of the products.
+
+    A = sum_k p_k A_k        B = sum_k p_k s_k B_k        W = sum_k p_k s_k B_k A_k
+    D = argmin_D ||W - (B + D) A||_F^2 + lambda ||D||_F^2 = (W - B A) A^T (A A^T + lambda I)^-1
+
+and clients go on from A and B + D. Nothing is m x n: `W A^T` is a sum of products of factors.
+
+Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement",
+ICCV 2025, arXiv 2411.14961. Its code maximises a cosine similarity by gradient steps; this is the
+least-squares form of the same correction, solved exactly.
+
+Exact when all clients end with the same A and lambda = 0; else as near as a matrix of A's row space
+can be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.lowrank import Delta, LowRank, add, one_thread
+from fedlora.methods.fedex import encode_both
+from fedlora.methods.rule import (
+    Rule,
+    add_factors,
+    prefix_start,
+    prepare_as_is,
+    shared_initial,
+    whole,
+)
+from fedlora.state import Aggregate, Encoded, ServerState
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keys of the rule.
+
+    Args:
+        correction_penalty: lambda, which keeps the correction of B small.
+    """
+
+    correction_penalty: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.correction_penalty < 0:
+            raise ValueError(f"correction_penalty: {self.correction_penalty} must be at least 0")
+
+
+def _times(x: Delta, right: torch.Tensor) -> torch.Tensor:
+    """`dW @ right` with right `(n, j)`: `(m, j)`."""
+    return x.B @ (x.A @ right) if isinstance(x, LowRank) else x.W @ right
+
+
+def correction(wanted: Delta, mean: LowRank, penalty: float) -> torch.Tensor:
+    """D `(m, r)` of the formula above, by the pseudo-inverse where there is no inverse."""
+    with one_thread():
+        gram = mean.A @ mean.A.T + penalty * torch.eye(mean.rank).to(mean.A)  # (r, r)
+        missed: torch.Tensor = _times(wanted, mean.A.T) - mean.B @ (mean.A @ mean.A.T)  # (m, r)
+        inverse: torch.Tensor = torch.linalg.pinv(gram, hermitian=True)
+        return missed @ inverse
+
+
+def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
+    adapter: dict[str, Delta] = {}
+    for name, x in add_factors(total, state, rank, options).adapter.items():
+        assert isinstance(x, LowRank)
+        adapter[name] = x
+        if name in total.products:
+            wanted = add([state.adapter[name], total.products[name]])
+            adapter[name] = LowRank(x.A, x.B + correction(wanted, x, options.correction_penalty))
+    return Aggregate(adapter)
+
+
+RULE = Rule(
+    name="lora_fair",
+    title="average A and B, correct B towards the mean of the products",
+    paper="Bian et al., ICCV 2025, arXiv 2411.14961",
+    exact_when="all clients end with the same A, and lambda = 0",
+    mixed_ranks=False,
+    secure_sum="factors and products",
+    initial=shared_initial,
+    prepare=prepare_as_is,
+    cut=whole,
+    start=prefix_start,
+    encode=encode_both,
+    finish=_finish,
+    options=Options,
+)
