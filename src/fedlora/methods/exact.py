@@ -134,6 +134,7 @@ RULE = Rule(
     paper="this project; on arXiv 2409.05976 and 2402.11505",
     exact_when="always",
     mixed_ranks=True,
+    downlink="the whole global update",
     secure_sum="products",
     initial=_initial,
     prepare=_prepare,

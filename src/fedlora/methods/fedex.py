@@ -54,6 +54,7 @@ RULE = Rule(
     paper="Singhal et al., ACL 2025, arXiv 2410.09432; mixed ranks by this project",
     exact_when="always",
     mixed_ranks=True,
+    downlink="A, B and the residual of the round before",
     secure_sum="factors and products",
     initial=shared_initial,
     prepare=prepare_as_is,

@@ -29,6 +29,7 @@ RULE = Rule(
     paper="Zhang et al., ICASSP 2024, arXiv 2305.05644",
     exact_when="all clients end with the same A, or all with the same B",
     mixed_ranks=False,
+    downlink="A and B",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,

@@ -81,6 +81,7 @@ RULE = Rule(
     paper="arXiv 2603.08014",
     exact_when="always",
     mixed_ranks=True,
+    downlink="the leading directions, and what the round before merged",
     secure_sum="products",
     initial=_initial,
     prepare=_prepare,

@@ -30,6 +30,7 @@ RULE = Rule(
     paper="Guo et al., ICLR 2025, arXiv 2410.01463",
     exact_when="never asked: it makes one model for every client and no global one",
     mixed_ranks=False,
+    downlink="A",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,

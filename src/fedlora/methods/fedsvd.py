@@ -75,6 +75,7 @@ RULE = Rule(
     paper="Lee et al., arXiv 2505.12805",
     exact_when="always",
     mixed_ranks=False,
+    downlink="A and B",
     secure_sum="factors",
     initial=_initial,
     prepare=prepare_as_is,

@@ -39,6 +39,7 @@ RULE = Rule(
     paper="Sun et al., ICLR 2024, arXiv 2403.12313",
     exact_when="always",
     mixed_ranks=True,
+    downlink="the first r_k columns of B; A follows from the seed",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,

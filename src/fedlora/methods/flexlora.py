@@ -87,6 +87,7 @@ RULE = Rule(
     paper="Bai et al., NeurIPS 2024, arXiv 2402.11505",
     exact_when="no rank is below that of the global update (the first round, for example)",
     mixed_ranks=True,
+    downlink="the leading r_k directions",
     secure_sum="products",
     initial=global_sum,
     prepare=leading_directions,

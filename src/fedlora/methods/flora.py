@@ -64,6 +64,7 @@ RULE = Rule(
     paper="Wang et al., NeurIPS 2024, arXiv 2409.05976",
     exact_when="always",
     mixed_ranks=True,
+    downlink="the stack of the round before",
     secure_sum="products",
     initial=_initial,
     prepare=_prepare,

@@ -51,6 +51,7 @@ RULE = Rule(
     paper="Ramesh and Dass, MLSys 2026, arXiv 2506.09199",
     exact_when="tau = 1",
     mixed_ranks=True,
+    downlink="the directions kept of the round before",
     secure_sum="products",
     initial=flora.RULE.initial,
     prepare=flora.RULE.prepare,

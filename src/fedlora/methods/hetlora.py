@@ -90,6 +90,7 @@ RULE = Rule(
     paper="Cho et al., EMNLP 2024, arXiv 2401.06432",
     exact_when="one client takes part, or all end with the same A and B",
     mixed_ranks=True,
+    downlink="the first r_k directions of A and B",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,

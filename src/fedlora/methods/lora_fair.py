@@ -9,8 +9,8 @@ Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initial
 ICCV 2025, arXiv 2411.14961. Its code maximises a cosine similarity by gradient steps; this is the
 least-squares form of the same correction, solved exactly.
 
-Exact when all clients end with the same A and lambda = 0; else as near as a matrix of A's row space
-can be.
+Exact when all clients end with the same A, or all with the same B; else, at lambda = 0, as near as
+a matrix with A's row space can be.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ RULE = Rule(
     name="lora_fair",
     title="average A and B, correct B towards the mean of the products",
     paper="Bian et al., ICCV 2025, arXiv 2411.14961",
-    exact_when="all clients end with the same A, and lambda = 0",
+    exact_when="all clients end with the same A, or all with the same B",
     mixed_ranks=False,
+    downlink="A and B",
     secure_sum="factors and products",
     initial=shared_initial,
     prepare=prepare_as_is,

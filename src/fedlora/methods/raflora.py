@@ -70,6 +70,7 @@ RULE = Rule(
     paper="Wu et al., arXiv 2602.13486",
     exact_when="all ranks are equal and none is below that of the global update",
     mixed_ranks=True,
+    downlink="the leading r_k directions",
     secure_sum="factors and products",
     initial=global_sum,
     prepare=leading_directions,

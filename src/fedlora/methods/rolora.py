@@ -39,6 +39,7 @@ RULE = Rule(
     paper="Chen et al., arXiv 2502.01755",
     exact_when="always",
     mixed_ranks=False,
+    downlink="the factor trained in the round before",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,

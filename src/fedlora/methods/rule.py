@@ -100,6 +100,7 @@ class Rule:
         paper: the source.
         exact_when: when the global model changes by exactly `sum_k p_k (M_k - M_k_start)`.
         mixed_ranks: whether clients may train different ranks.
+        downlink: what a client is sent in a round.
         secure_sum: what `encode` gives and a secure sum has to carry: factors, products or both.
         initial: `(shapes, rank, fresh, given) -> (adapter, base_delta)`, the global model before
             round 1; `rank` is the largest client's, `given` an adapter to go on from (or empty).
@@ -124,6 +125,7 @@ class Rule:
     paper: str
     exact_when: str
     mixed_ranks: bool
+    downlink: str
     secure_sum: Literal["factors", "products", "factors and products"]
     initial: Callable[[Shapes, int, Fresh, Adapter], tuple[Deltas, Deltas]]
     prepare: Callable[[ServerState, int, Any], Prepared]

@@ -26,6 +26,7 @@ RULE = Rule(
     paper="the baseline of Wang et al., NeurIPS 2024, arXiv 2409.05976",
     exact_when="all ranks are equal and all clients end with the same A, or all with the same B",
     mixed_ranks=True,
+    downlink="the first r_k directions of A and B",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,
