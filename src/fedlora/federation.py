@@ -232,6 +232,11 @@ class Server:
                 f"method: {rule.name} divides by weights of its own, so server_learning_rate and "
                 "server_momentum have no meaning with it; leave them out"
             )
+        if federation.server_momentum and not rule.server_momentum:
+            raise InputError(
+                f"method: {rule.name} trains something else in every round, so the momentum of the "
+                "round before has no meaning; leave server_momentum out"
+            )
         self.fixed = rule.fixed_weight(options)
         self.federation = federation
         self.rule = rule

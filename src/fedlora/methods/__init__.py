@@ -36,8 +36,8 @@ METHODS: dict[str, Rule] = {
     "florist": florist.RULE,  # Ramesh and Dass, MLSys 2026, arXiv 2506.09199
     "flexlora": flexlora.RULE,  # Bai et al., NeurIPS 2024, arXiv 2402.11505
     "fedex": fedex.RULE,  # Singhal et al., ACL 2025, arXiv 2410.09432
-    "fedsvd": fedsvd.RULE,  # Lee et al., arXiv 2505.12805
-    "fedmomentum": fedmomentum.RULE,  # arXiv 2603.08014
+    "fedsvd": fedsvd.RULE,  # Lee et al., NeurIPS 2025, arXiv 2505.12805
+    "fedmomentum": fedmomentum.RULE,  # Yan et al., arXiv 2603.08014
     "raflora": raflora.RULE,  # Wu et al., arXiv 2602.13486
     "lora_fair": lora_fair.RULE,  # Bian et al., ICCV 2025, arXiv 2411.14961
 }

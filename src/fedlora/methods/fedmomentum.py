@@ -6,7 +6,7 @@
 so that nothing is lost and clients go on where the global model has moved most. A client of rank
 r_k < r trains the first r_k directions and holds the others frozen; missing ones are fresh.
 
-arXiv 2603.08014.
+Yan et al., arXiv 2603.08014.
 
 Exact when: always, for every mix of ranks.
 """
@@ -78,7 +78,7 @@ def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggr
 RULE = Rule(
     name="fedmomentum",
     title="train on the leading directions of the sum, merge the others",
-    paper="arXiv 2603.08014",
+    paper="Yan et al., arXiv 2603.08014",
     exact_when="always",
     mixed_ranks=True,
     downlink="the leading directions, and what the round before merged",

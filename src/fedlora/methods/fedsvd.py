@@ -6,7 +6,8 @@ A is common to all clients within a round, so the mean of B is the mean of the p
 follows the data from round to round, which FFA-LoRA's cannot.
 
 Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
-arXiv 2505.12805.
+NeurIPS 2025, arXiv 2505.12805. Its code begins with LoRA's random A; ours is orthonormal from the
+first round on.
 
 Exact when: always (all clients have one rank).
 """
@@ -72,7 +73,7 @@ def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggr
 RULE = Rule(
     name="fedsvd",
     title="average B under an orthonormal A that is taken from the global product each round",
-    paper="Lee et al., arXiv 2505.12805",
+    paper="Lee et al., NeurIPS 2025, arXiv 2505.12805",
     exact_when="always",
     mixed_ranks=False,
     downlink="A and B",
@@ -84,5 +85,6 @@ RULE = Rule(
     encode=padded_change,
     finish=_finish,
     training=lambda options: Training(trains=("B",)),
+    server_momentum=False,
     one_shot=False,
 )

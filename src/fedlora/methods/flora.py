@@ -12,6 +12,7 @@ Exact when: always, for every mix of ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,10 @@ class Options:
     scaling_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scaling_factor is not None and self.scaling_factor <= 0:
-            raise ValueError(f"scaling_factor: {self.scaling_factor} must be greater than 0")
+        if self.scaling_factor is not None and not 0 < self.scaling_factor < math.inf:
+            raise ValueError(
+                f"scaling_factor: {self.scaling_factor} must be greater than 0, and finite"
+            )
 
 
 def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:

@@ -12,11 +12,13 @@ weights are the norms alone: `client_weights: uniform`.
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
 EMNLP 2024, arXiv 2401.06432.
 
-Exact when one client takes part, or all end with the same A and B.
+Exact when one client of the largest rank takes part, or all have that rank and end with the same A
+and B.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +49,8 @@ class Options:
     rank_decay: float = 0.99
 
     def __post_init__(self) -> None:
-        if self.rank_penalty < 0:
-            raise ValueError(f"rank_penalty: {self.rank_penalty} must be at least 0")
+        if not 0.0 <= self.rank_penalty < math.inf:
+            raise ValueError(f"rank_penalty: {self.rank_penalty} must be at least 0, and finite")
         if not 0.0 < self.rank_decay <= 1.0:
             raise ValueError(f"rank_decay: {self.rank_decay} must be above 0 and at most 1")
 
@@ -88,7 +90,7 @@ RULE = Rule(
     name="hetlora",
     title="pad A and B with zeros, weigh clients by the norm of B A; ranks prune themselves",
     paper="Cho et al., EMNLP 2024, arXiv 2401.06432",
-    exact_when="one client takes part, or all end with the same A and B",
+    exact_when="one client of the largest rank takes part, or all end with the same A and B",
     mixed_ranks=True,
     downlink="the first r_k directions of A and B",
     secure_sum="factors",

@@ -6,8 +6,8 @@
 and clients go on from A and B + D. Nothing is m x n: `W A^T` is a sum of products of factors.
 
 Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement",
-ICCV 2025, arXiv 2411.14961. Its code maximises a cosine similarity by gradient steps; this is the
-least-squares form of the same correction, solved exactly.
+ICCV 2025, arXiv 2411.14961. The paper weighs a cosine similarity against the size of the
+correction; this is the least-squares form, solved exactly, in which lambda is another scale.
 
 Exact when all clients end with the same A, or all with the same B; else, at lambda = 0, as near as
 a matrix with A's row space can be.
@@ -15,6 +15,7 @@ a matrix with A's row space can be.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,10 @@ class Options:
     correction_penalty: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.correction_penalty < 0:
-            raise ValueError(f"correction_penalty: {self.correction_penalty} must be at least 0")
+        if not 0.0 <= self.correction_penalty < math.inf:
+            raise ValueError(
+                f"correction_penalty: {self.correction_penalty} must be at least 0, and finite"
+            )
 
 
 def _times(x: Delta, right: torch.Tensor) -> torch.Tensor:

@@ -49,5 +49,6 @@ RULE = Rule(
     finish=add_factors,
     training=lambda options: _TRAINING,
     sent_down=_sent_down,
+    server_momentum=False,
     one_shot=False,
 )

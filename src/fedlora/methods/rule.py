@@ -115,6 +115,8 @@ class Rule:
         fixed_weight: `options ->` a constant that replaces every p_k, or None.
         server_optimiser: whether a server learning rate or momentum has a meaning: not where
             `finish` divides by a sum of weights of its own.
+        server_momentum: whether a server momentum has a meaning: not where the factors that are
+            trained, or the directions they belong to, are other ones in every round.
         one_shot: whether it can combine adapters that were trained apart, without a shared start.
         options: a frozen dataclass of the rule's own configuration keys; its `__post_init__`
             raises ValueError on an impossible value.
@@ -137,6 +139,7 @@ class Rule:
     sent_down: Callable[[int, bool], str] = both_factors
     fixed_weight: Callable[[Any], float | None] = no_fixed_weight
     server_optimiser: bool = True
+    server_momentum: bool = True
     one_shot: bool = True
     options: type[Any] = NoOptions
 
