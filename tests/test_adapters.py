@@ -25,9 +25,9 @@ from fedlora.adapters import (
     find_targets,
     is_conv1d,
     load_adapter,
-    save_adapter,
     save_tensors,
     scaling,
+    write_adapter,
 )
 from fedlora.errors import CheckpointError
 from fedlora.lowrank import Delta, Dense, LowRank, to_dense
@@ -88,7 +88,7 @@ def test_peft_loads_what_is_saved_and_gives_our_logits(base_path: Path, tmp_path
     deltas = mixed_deltas(base.targets)
     assert {x.rank for x in deltas.values() if isinstance(x, LowRank)} >= {0, 2, 3, 5}
     assert sum(isinstance(x, Dense) for x in deltas.values()) == 1
-    save_adapter(tmp_path / "a", deltas, base.targets)
+    write_adapter(tmp_path / "a", deltas, base.targets)
     config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
     assert len(set(config["rank_pattern"].values())) >= 3
     assert config["rank_pattern"] == config["alpha_pattern"]
@@ -116,7 +116,7 @@ def test_saved_for_some_layers_only(base_path: Path, tmp_path: Path) -> None:
     targets = find_targets(model, wanted, "x")
     assert targets.names == wanted
     deltas = {wanted[0]: random_lowrank(targets.shapes[wanted[0]], 3, 1)}
-    save_adapter(tmp_path / "a", deltas, targets)
+    write_adapter(tmp_path / "a", deltas, targets)
     loaded = PeftModel.from_pretrained(model, tmp_path / "a")
     adapted = [n for n, _ in loaded.named_modules() if n.endswith("lora_A")]
     assert adapted == [f"base_model.model.{wanted[0]}.lora_A"]
@@ -128,7 +128,7 @@ def test_a_saved_update_is_read_back_unchanged(base_path: Path, tmp_path: Path) 
         name: random_lowrank(shape, 1 + i % 5, i)
         for i, (name, shape) in enumerate(targets.shapes.items())
     }
-    save_adapter(tmp_path / "a", deltas, targets)
+    write_adapter(tmp_path / "a", deltas, targets)
     back = load_adapter(tmp_path / "a").deltas
     assert back.keys() == deltas.keys()
     for name, x in deltas.items():
@@ -141,7 +141,7 @@ def test_missing_and_zero_rank_modules_are_read_back_as_zero(
 ) -> None:
     targets = find_targets(plain_model(base_path), "all-linear", "x")
     deltas = mixed_deltas(targets)
-    save_adapter(tmp_path / "a", deltas, targets)
+    write_adapter(tmp_path / "a", deltas, targets)
     back = load_adapter(tmp_path / "a").deltas
     assert sorted(back) == sorted(targets.shapes)
     for name, (m, n) in targets.shapes.items():
@@ -152,7 +152,7 @@ def test_missing_and_zero_rank_modules_are_read_back_as_zero(
 def test_nothing_at_all_is_a_zero_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     model = plain_model(tiny_llama)
     before = logits(model)
-    save_adapter(tmp_path / "a", {}, find_targets(model, "all-linear", "x"))
+    write_adapter(tmp_path / "a", {}, find_targets(model, "all-linear", "x"))
     assert torch.equal(logits(PeftModel.from_pretrained(model, tmp_path / "a")), before)
 
 
@@ -160,9 +160,9 @@ _ELSEWHERE = """
 import sys
 from pathlib import Path
 from test_adapters import mixed_deltas, plain_model
-from fedlora.adapters import find_targets, save_adapter
+from fedlora.adapters import find_targets, write_adapter
 targets = find_targets(plain_model(Path(sys.argv[1])), sys.argv[3].split(","), "x")
-save_adapter(Path(sys.argv[2]), mixed_deltas(targets), targets)
+write_adapter(Path(sys.argv[2]), mixed_deltas(targets), targets)
 """
 
 
@@ -171,10 +171,10 @@ def test_the_same_update_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) 
     names = sorted(LLAMA_LINEAR)
     model = plain_model(tiny_llama)
     targets = find_targets(model, names, "x")
-    save_adapter(tmp_path / "a", mixed_deltas(targets), targets)
+    write_adapter(tmp_path / "a", mixed_deltas(targets), targets)
     backwards = find_targets(model, names[::-1], "x")
     deltas = mixed_deltas(backwards)
-    save_adapter(tmp_path / "b", dict(reversed(deltas.items())), backwards)
+    write_adapter(tmp_path / "b", dict(reversed(deltas.items())), backwards)
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
     here = str(Path(__file__).parent)
     environment["PYTHONPATH"] = os.pathsep.join([here, environment.get("PYTHONPATH", "")])
@@ -531,5 +531,5 @@ def test_names_that_other_modules_end_with_too_are_written_in_full() -> None:
 def test_the_revision_of_the_base_is_kept(tmp_path: Path) -> None:
     model = nn.ModuleDict({"up": nn.Linear(3, 3)})
     targets = find_targets(model, ["up"], "base", "v2")
-    save_adapter(tmp_path, {}, targets)
+    write_adapter(tmp_path, {}, targets)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fedlora
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.adapters import WEIGHTS_NAME, save_adapter
+from fedlora.adapters import WEIGHTS_NAME, write_adapter
 from fedlora.checkpoint import read_metrics
 from fedlora.data import load_data
 from fedlora.engines.local import Result, RoundResult
@@ -183,7 +183,7 @@ def trained_by_hand(session: Session, backwards: bool) -> bytes:
             assert not server.accept(update)
         server.commit()
     where = Path(config.output_dir).with_name(f"by-hand-{backwards}")
-    save_adapter(where, global_delta(server.state), session.base.targets)
+    write_adapter(where, global_delta(server.state), session.base.targets)
     return (where / WEIGHTS_NAME).read_bytes()
 
 

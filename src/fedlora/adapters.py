@@ -33,8 +33,14 @@ _PLAIN = {
     "use_qalora": False,
     "alora_invocation_tokens": None,
     "layer_replication": None,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "arrow_config": None,
+    "monteclora_config": None,
 }
 """Keys of PEFT's configuration under which an adapter is a sum of products, and nothing else."""
+_UNASKED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+"""Heads PEFT saves unasked, by task. It names all of them, and a model has one."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations whose factors are relative to base weights they changed."""
 
@@ -225,7 +231,7 @@ def _candidates(linear: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
-def _factors(x: Delta) -> LowRank:
+def as_factors(x: Delta) -> LowRank:
     """What PEFT can hold: factors of rank at least 1, in float32.
 
     A dense update is its own factor beside an identity: as large as its singular factors would be,
@@ -259,12 +265,17 @@ def write_adapter(
     factors = {}
     for name, (m, n) in targets.shapes.items():
         x = deltas.get(name)
-        factors[name] = _factors(
+        factors[name] = as_factors(
             x if x is not None else LowRank(torch.zeros(0, n), torch.zeros(m, 0))
         )
     ranks = {name: x.rank for name, x in factors.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    # PEFT matches the ends of names; ^ keeps a name that is another's end to itself.
+    pattern = {
+        f"^{name}" if any(other.endswith(f".{name}") for other in ranks) else name: rank
+        for name, rank in ranks.items()
+        if rank != common
+    }
     config = LoraConfig(
         r=common,
         lora_alpha=common,
@@ -373,9 +384,11 @@ def load_adapter(path: str | Path) -> SavedAdapter:
     found: dict[str, dict[str, Tensor]] = {}
     dense: dict[str, Tensor] = {}
     saved = [str(name) for name in config.get("modules_to_save") or []]
-    if config.get("task_type") == "SEQ_CLS":  # PEFT saves heads of these names unasked
-        saved += ["classifier", "score"]
+    unasked = _UNASKED.get(str(config.get("task_type")), ())
+    saved += unasked
     for key, value in _weights(path).items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: {key} holds values that are not finite")
         match = _KEY.match(key)
         plain_key = key.removeprefix("base_model.model.")
         if not match and plain_key != key and _saved_whole(plain_key, saved):
@@ -401,7 +414,10 @@ def load_adapter(path: str | Path) -> SavedAdapter:
         out[name] = fold(pair["A"], pair["B"], scale)
     if not out:
         raise InputError(f"{path}: holds no LoRA factors")
-    if absent := [m for m in config.get("modules_to_save") or [] if not _holds(dense, str(m))]:
+    absent = [m for m in config.get("modules_to_save") or [] if not holds(dense, str(m))]
+    if any(holds(dense, m) for m in unasked):
+        absent = [m for m in absent if m not in unasked]
+    if absent:
         raise InputError(
             f"{path}: modules_to_save names {', '.join(map(str, absent))}, but there are no such "
             "weights in it; save the adapter again with them, or take the name out of "
@@ -423,7 +439,8 @@ def _fold_adaptive(
     return fold(parts["A"].float() * parts["E"].float(), parts["B"], alpha / (init + 1e-5))
 
 
-def _holds(dense: Mapping[str, Tensor], module: str) -> bool:
+def holds(dense: Mapping[str, Tensor], module: str) -> bool:
+    """Whether there are parameters of one of PEFT's `modules_to_save`."""
     return any(_saved_whole(name, [module]) for name in dense)
 
 

@@ -294,17 +294,23 @@ def aggregate_verb(arguments: list[str]) -> int:
     from rich.console import Console
 
     from fedlora.adapters import load_adapter
-    from fedlora.merging import aggregate, check_output, save_adapter
+    from fedlora.merging import aggregate, check_options, check_output, save_adapter
     from fedlora.views import show_layers
 
     check_output(output)
     weights = given.pop("weights", None)
+    if weights is True:
+        raise InputError("--weights: give one for each adapter")
     weights = weights if isinstance(weights, list) or weights is None else [weights]
-    keys: dict[str, Any] = {"method": str(given.pop("method", "exact"))}
+    method = given.pop("method", "exact")
+    keys: dict[str, Any] = {"method": method if isinstance(method, str) else "(none given)"}
+    check_options(keys["method"], [key for key in given if key not in ("rank", "energy")])
     for key, value in given.items():
+        if value is True:
+            raise InputError(f"--{key}: give a number")
         keys[key] = None if value is None else number(key, value)
     whole = keys.get("rank")
-    if whole is not None and whole != int(whole):
+    if whole is not None and not float(whole).is_integer():
         raise InputError(f"rank: {whole} is no whole number")
     keys["rank"] = None if whole is None else int(whole)
     merged = aggregate(

@@ -8,14 +8,22 @@ the sum would be larger than that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora.adapters import SavedAdapter, Targets, load_adapter, write_adapter
+from fedlora.adapters import (
+    SavedAdapter,
+    Targets,
+    as_factors,
+    holds,
+    load_adapter,
+    write_adapter,
+)
 from fedlora.errors import CheckpointError, InputError
 from fedlora.federation import WeightedSum
 from fedlora.lowrank import Delta, Deltas, LowRank, add, add_all, norm, refactor, scale, truncate
@@ -98,23 +106,46 @@ def aggregate(
     deltas, layers = {}, {}
     for name in sorted(shapes, key=natural):
         parts = [a.deltas.get(name) for a in adapters]
-        wanted = add([scale(x, p) for x, p in zip(parts, shares, strict=True) if x is not None])
+        having = [(x, p) for x, p in zip(parts, shares, strict=True) if x is not None]
+        wanted = add([scale(x, p) for x, p in having])
+        if name not in found:  # only adapters of weight zero have it
+            found[name] = _zero(shapes[name], 0)
         deltas[name] = kept = _cut(found[name], rank, energy)
         size = norm(wanted)
+        if size <= 1e-6 * sum(p * norm(x) for x, p in having):
+            size = 0.0  # the terms cancel; what is left is rounding
         lost = norm(add([kept, scale(wanted, -1.0)]))
         ranks = tuple(None if x is None else x.rank for x in parts)
         layers[name] = Layer(ranks, kept.rank, lost / size if size else 0.0)
     dense = _mean_heads(adapters, shares)
+    for owner in sorted({name.rpartition(".")[0] for name in dense} & deltas.keys(), key=natural):
+        raise InputError(
+            f"{owner}: one adapter changes it by LoRA, another was trained whole there "
+            "(modules_to_save); these cannot be combined"
+        )
+    whole = [m for m in config["modules_to_save"] if holds(dense, m)]
+    config["modules_to_save"] = whole or None
     return Aggregated(deltas, dense, config, layers, tuple(shares))
 
 
-def _rule(method: str, options: Mapping[str, Any]) -> tuple[Rule, Any]:
+def _rule(method: str, options: Mapping[str, Any], names_only: bool = False) -> tuple[Rule, Any]:
     if method not in ONE_SHOT:
         why = "needs a start that all clients share" if method in METHODS else "is unknown"
         raise InputError(f"method: {method} {why}; there are {', '.join(ONE_SHOT)}")
     rule = METHODS[method]
+    on_training = {f.name for f in fields(rule.options) if f.metadata.get("training")}
+    known = [f.name for f in fields(rule.options) if f.name not in on_training]
+    for name in options:
+        if name in on_training:
+            raise InputError(
+                f"{name}: acts on training, and these adapters are trained; to cut the result "
+                "there are rank and energy"
+            )
+        if name not in known:
+            has = f"its options: {', '.join(known)}" if known else "it has no options"
+            raise InputError(f"{name}: unknown to aggregate with the method {method}; {has}")
     try:
-        return rule, rule.options(**options)
+        return rule, None if names_only else rule.options(**options)
     except (TypeError, ValueError) as error:
         raise InputError(f"method {method}: {error}") from None
 
@@ -160,15 +191,14 @@ def _common_config(adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
     Raises:
         InputError: another base, task, or way of storing weights.
     """
-    first = adapters[0].config
-    for adapter in adapters[1:]:
-        config = adapter.config
+    for one, other in combinations(adapters, 2):
+        first, config = one.config, other.config
         if not _same_base(_base_name(first), _base_name(config)):
             raise InputError(
                 f"base_model_name_or_path: {_base_name(first)} and {_base_name(config)}; adapters "
                 "of different base models cannot be combined"
             )
-        for key in ("task_type", "fan_in_fan_out", "revision"):
+        for key in ("task_type", "revision"):
             if first.get(key) != config.get(key) and None not in (first.get(key), config.get(key)):
                 raise InputError(
                     f"{key}: {first.get(key)!r} and {config.get(key)!r}; these adapters do not "
@@ -176,21 +206,40 @@ def _common_config(adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
                 )
     out = {
         key: next((a.config[key] for a in adapters if a.config.get(key) is not None), None)
-        for key in ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out")
+        for key in ("base_model_name_or_path", "revision", "task_type")
     }
+    # PEFT saves what its last layer was; it finds the rest out itself when it loads.
+    out["fan_in_fan_out"] = any(a.config.get("fan_in_fan_out") for a in adapters)
     longest = max((_base_name(a.config) for a in adapters), key=len)
     saved = [m for a in adapters for m in a.config.get("modules_to_save") or []]
-    lists = [a.config.get("target_modules") for a in adapters]
-    plain = all(isinstance(x, list) for x in lists) and not any(
-        a.config.get("layers_to_transform") or a.config.get("exclude_modules") for a in adapters
-    )
-    names = sorted({name for x in lists for name in x or []}) if plain else None
+    lists = [_target_names(a) for a in adapters]
+    names = None if None in lists else sorted({name for x in lists for name in x or []})
     return {
         **out,
         "base_model_name_or_path": longest,
-        "modules_to_save": sorted(set(saved)) or None,
+        "modules_to_save": sorted(set(saved)),
         "target_modules": names,
     }
+
+
+def _target_names(adapter: SavedAdapter) -> list[str] | None:
+    """PEFT's `target_modules`, where that alone says which modules there are."""
+    names = adapter.config.get("target_modules")
+    if not isinstance(names, list) or any(
+        adapter.config.get(key) not in (None, [], "")
+        for key in ("layers_to_transform", "exclude_modules", "target_parameters")
+    ):
+        return None
+    return names
+
+
+def check_options(method: str, options: Sequence[str]) -> None:
+    """Whether a method is one for `aggregate` and has these options.
+
+    Raises:
+        InputError: not so.
+    """
+    _rule(method, dict.fromkeys(options), names_only=True)
 
 
 def _check_equal(rule: Rule, adapters: Sequence[SavedAdapter], shapes: Mapping[str, Any]) -> None:
@@ -215,23 +264,28 @@ def _combined(
     ranks = {name: [a.deltas[name].rank for a in adapters if name in a.deltas] for name in shapes}
     levels = sorted({r for of_module in ranks.values() for r in of_module})
 
-    def zero(name: str, rank: int) -> LowRank:
-        m, n = shapes[name]
-        return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
-
     shared = rule.secure_sum != "products"
     state = ServerState(
         round=0,
-        adapter={name: zero(name, max(of)) for name, of in ranks.items()} if shared else {},
+        adapter={name: _zero(shapes[name], max(of)) for name, of in ranks.items()}
+        if shared
+        else {},
         ranks=dict(enumerate(levels)),
     )
+    fixed = rule.fixed_weight(options)
     total = WeightedSum()
     for adapter, share in zip(adapters, shares, strict=True):
         if share > 0:
-            start = Start({name: zero(name, x.rank) for name, x in adapter.deltas.items()})
-            total.fold(rule.encode(adapter.deltas, start, state, options), {}, share)
-    result = rule.finish(total.mean(), state, max(levels), options)
+            start = Start({name: _zero(x.shape, x.rank) for name, x in adapter.deltas.items()})
+            weight = share if fixed is None else fixed
+            total.fold(rule.encode(adapter.deltas, start, state, options), {}, weight)
+    result = rule.finish(total.mean(fixed is not None), state, max(levels), options)
     return add_all([result.adapter, result.merge])
+
+
+def _zero(shape: tuple[int, int], rank: int) -> LowRank:
+    m, n = shape
+    return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
 
 
 def _cut(x: Delta, rank: int | None, energy: float | None) -> LowRank:
@@ -246,15 +300,19 @@ def _mean_heads(adapters: Sequence[SavedAdapter], shares: Sequence[float]) -> di
     out: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for a in adapters for name in a.dense):
         having = [
-            (a.dense[name], p) for a, p in zip(adapters, shares, strict=True) if name in a.dense
+            (a.dense[name], p)
+            for a, p in zip(adapters, shares, strict=True)
+            if name in a.dense and p > 0
         ]
+        if not having:
+            continue
         shapes = {tuple(t.shape) for t, _ in having}
         if len(shapes) > 1:
             raise InputError(
                 f"{name}: saved heads of the shapes {' and '.join(map(str, sorted(shapes)))}; only "
                 "heads of one shape can be averaged"
             )
-        total = sum(p for _, p in having) or 1.0
+        total = sum(p for _, p in having)
         mean = torch.stack([t.double() * (p / total) for t, p in having]).sum(0)
         out[name] = mean.to(having[0][0].dtype)
     return out
@@ -286,7 +344,7 @@ def save_adapter(path: str | Path, adapter: SavedAdapter) -> None:
     path, config = Path(path), adapter.config
     targets = Targets(
         shapes={name: x.shape for name, x in adapter.deltas.items()},
-        names=list(config.get("target_modules") or sorted(adapter.deltas)),
+        names=list(_target_names(adapter) or sorted(adapter.deltas)),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         model_name=_base_name(config),
         revision=config.get("revision"),
@@ -303,11 +361,11 @@ def save_adapter(path: str | Path, adapter: SavedAdapter) -> None:
 
 
 def _equal(one: Deltas, other: Deltas) -> bool:
+    """Number by number: `alpha = r` gives back the very factors that were written."""
     if one.keys() != other.keys():
         return False
     for name, x in one.items():
-        y = other[name]
-        size = norm(y)
-        if norm(add([x, scale(y, -1.0)])) > 1e-5 * size:
+        mine, theirs = as_factors(x), as_factors(other[name])
+        if not (torch.equal(mine.A, theirs.A) and torch.equal(mine.B, theirs.B)):
             return False
     return True

@@ -19,7 +19,7 @@ Exact when: always, for every mix of ranks, participation, `start_fraction` and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedlora.lowrank import (
     Adapter,
@@ -39,7 +39,7 @@ from fedlora.lowrank import (
     total_norm,
     truncate,
 )
-from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fill
+from fedlora.methods.rule import TRAINING, Fresh, Prepared, Rule, Shapes, change, fill
 from fedlora.state import Aggregate, Encoded, ServerState, Start
 
 
@@ -53,8 +53,8 @@ class Options:
         max_rank: send at most this rank of the global update (none: all of it).
     """
 
-    start_fraction: float = 0.75
-    max_rank: int | None = None
+    start_fraction: float = field(default=0.75, metadata=TRAINING)
+    max_rank: int | None = field(default=None, metadata=TRAINING)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.start_fraction <= 1.0:

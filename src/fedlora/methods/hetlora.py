@@ -19,12 +19,13 @@ and B.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from fedlora.lowrank import Adapter, LowRank, norm
 from fedlora.methods.rule import (
+    TRAINING,
     Rule,
     Training,
     cut_to_rank,
@@ -45,8 +46,8 @@ class Options:
         rank_decay: gamma, the share of a rank that is no tail; 1 switches pruning off.
     """
 
-    rank_penalty: float = 1e-3
-    rank_decay: float = 0.99
+    rank_penalty: float = field(default=1e-3, metadata=TRAINING)
+    rank_decay: float = field(default=0.99, metadata=TRAINING)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rank_penalty < math.inf:

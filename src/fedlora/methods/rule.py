@@ -30,6 +30,10 @@ Fresh = Callable[[str, int], Tensor]
 """`(module, rank) -> A (rank, n)`, LoRA's random initialisation."""
 
 
+TRAINING = {"training": True}
+"""Metadata of an option that acts on what clients are sent or how they train, not on the sum."""
+
+
 @dataclass(frozen=True)
 class NoOptions:
     """The rule has no options."""
