@@ -16,13 +16,12 @@ from torch import Tensor
 
 import fedlora
 from conftest import load_base, rows, save_tokenizer, write_jsonl
-from fedlora.engines.local import _initial
 from fedlora.evaluate import evaluate
 from fedlora.federation import Server, client_start, global_delta
 from fedlora.lowrank import LowRank, add_all, prefix, to_dense
 from fedlora.methods import METHODS
 from fedlora.model import BaseModel
-from fedlora.setup import Session, assemble
+from fedlora.setup import Session, assemble, starting_state
 from fedlora.sources import read_yaml
 from fedlora.state import ClientUpdate, ServerState
 from fedlora.train import train
@@ -520,7 +519,7 @@ class Rounds:
         config = session.config
         self.session, self.rule = session, METHODS[config.method]
         self.options = config.rule_options()
-        self.server = Server(session.federation, self.rule, self.options, _initial(session))
+        self.server = Server(session.federation, self.rule, self.options, starting_state(session))
         self.worker = Worker(session.base, dict(enumerate(session.data.clients)), config)
 
     def next(self) -> tuple[ServerState, dict[int, Any], dict[int, ClientUpdate]]:

@@ -153,6 +153,24 @@ def check_rule(rule: Rule, ranks: Sequence[int]) -> None:
         )
 
 
+def check_server_step(rule: Rule, learning_rate: float, momentum: float) -> None:
+    """Refuse a server optimiser where a rule's sum is no change to step along.
+
+    Raises:
+        InputError: which rule, and what to do.
+    """
+    if (learning_rate != 1.0 or momentum) and not rule.server_optimiser:
+        raise InputError(
+            f"method: {rule.name} divides by weights of its own, so server_learning_rate and "
+            "server_momentum have no meaning with it; leave them out"
+        )
+    if momentum and not rule.server_momentum:
+        raise InputError(
+            f"method: {rule.name} trains something else in every round, so the momentum of the "
+            "round before has no meaning; leave server_momentum out"
+        )
+
+
 def received(update: ClientUpdate, start: Start) -> dict[str, LowRank]:
     """A client's factors as the server knows them: what is not sent is what it started from."""
     out = {}
@@ -226,17 +244,7 @@ class Server:
         self, federation: Federation, rule: Rule, options: Any, state: ServerState
     ) -> None:
         check_rule(rule, federation.ranks)
-        optimises = federation.server_learning_rate != 1.0 or federation.server_momentum
-        if optimises and not rule.server_optimiser:
-            raise InputError(
-                f"method: {rule.name} divides by weights of its own, so server_learning_rate and "
-                "server_momentum have no meaning with it; leave them out"
-            )
-        if federation.server_momentum and not rule.server_momentum:
-            raise InputError(
-                f"method: {rule.name} trains something else in every round, so the momentum of the "
-                "round before has no meaning; leave server_momentum out"
-            )
+        check_server_step(rule, federation.server_learning_rate, federation.server_momentum)
         self.fixed = rule.fixed_weight(options)
         self.federation = federation
         self.rule = rule

@@ -31,7 +31,7 @@ from fedlora.data import (
 from fedlora.demo import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
 from fedlora.evaluate import has_prompts, references_fit
-from fedlora.federation import Federation, check_rule, initial_state
+from fedlora.federation import Federation, check_rule, check_server_step, initial_state
 from fedlora.loading import (
     BUILT_IN_CHAT,
     Source,
@@ -172,6 +172,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     number = len(data.clients)
     ranks = client_ranks(config, number)
     check_rule(METHODS[config.method], ranks)
+    check_server_step(METHODS[config.method], config.server_learning_rate, config.server_momentum)
     if METHODS[config.method].training(config.rule_options()).keeps and (
         config.load_best_model_at_end
     ):

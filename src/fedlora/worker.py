@@ -120,7 +120,8 @@ class Worker:
         if asked.prunes and _tail(adapter, asked) < _tail(start.adapter, asked):
             rank = max(1, int(asked.tail_from * broadcast.rank))
             adapter = {name: prefix(x, rank) for name, x in adapter.items()}
-        if asked.keeps and all(x.B.isfinite().all() for x in adapter.values()):
+        finite = all(x.A.isfinite().all() and x.B.isfinite().all() for x in adapter.values())
+        if asked.keeps and finite:  # an update that is left out leaves no trace either
             kept = {f"{name}.B": x.B.contiguous() for name, x in adapter.items()}
             self.states[client] = ClientState(kept)
         sends = asked.sent(broadcast.round)
