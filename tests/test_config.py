@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from fedlora.config import Config
 from fedlora.demo import CONFIG
 from fedlora.errors import InputError
+from fedlora.methods import METHODS
 from fedlora.sources import layered, parse_overrides, read_yaml
 
 # --- the command line's keys ---
@@ -230,10 +232,14 @@ def test_written_and_read_back_it_is_the_same(values: dict[str, Any]) -> None:
     assert Config(**config.flat()).flat() == config.flat()
 
 
-def test_every_key_has_its_line_and_says_what_it_does() -> None:
-    lines = Config().to_yaml(comments=True).splitlines()
+@pytest.mark.parametrize("method", METHODS)
+def test_every_key_has_its_line_and_says_what_it_does(method: str) -> None:
+    config = Config(**{"method": method})
+    lines = config.to_yaml(comments=True).splitlines()
     keys = [line.partition(":")[0] for line in lines]
-    assert keys == list(Config().flat())
+    assert keys == list(config.flat())
+    options = [f.name for f in dataclasses.fields(METHODS[method].options)]
+    assert keys[len(keys) - len(options) :] == options
     assert "method_options" not in keys
     assert [line for line in lines if not line.partition(" # ")[2].strip()] == []
 
@@ -248,19 +254,35 @@ def test_options_of_the_rule_are_flat_keys() -> None:
 # --- what is wrong ---
 
 WHOLE, RANKS = "expected a whole number", "expected a whole number, a list of whole numbers or none"
+NAMES = (
+    "exact, fedit, zero_pad, hetlora, ffa, rolora, fedsa, flora, florist, flexlora, fedex, fedsvd, "
+    "fedmomentum, raflora, lora_fair"
+)
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"lora_rank": 8}, "lora_rank: unknown configuration key; did you mean lora_r?"),
     ({"metod": "exact"}, "metod: unknown configuration key; did you mean method?"),
     ({"start_fracton": 1}, "start_fracton: unknown configuration key; did you mean start_fraction"),
     ({"zzzz": 1}, "zzzz: unknown configuration key; `fedlora config` lists all keys"),
-    ({"method": "flor"}, "method: 'flor' is none of fedit, zero_pad, flora, exact; did you mean "),
-    ({"method": "zzzz"}, "method: 'zzzz' is none of fedit, zero_pad, flora, exact"),
+    ({"method": "flor"}, f"method: 'flor' is none of {NAMES}; did you mean flora?"),
+    ({"method": "zzzz"}, f"method: 'zzzz' is none of {NAMES}"),
     ({"method": "flora", "start_fraction": 1}, "start_fraction: method flora has no such option"),
     ({"start_fraction": 1.5}, "start_fraction: 1.5 must lie between 0 and 1"),
     ({"start_fraction": "x"}, "start_fraction: 'x': expected a number"),
     ({"start_fraction": True}, "start_fraction: True: expected a number (a key without a value"),
     ({"start_fraction": float("nan")}, "start_fraction: nan must lie between 0 and 1"),
     ({"max_rank": 0}, "max_rank: 0 must be at least 1"),
+    ({"method": "flora", "scaling_factor": 0}, "scaling_factor: 0.0 must be greater than 0"),
+    ({"method": "flora", "scaling_factor": "x"}, "scaling_factor: 'x': expected a number"),
+    ({"method": "florist", "energy_threshold": 0}, "energy_threshold: 0.0 must be above 0 and at "),
+    ({"method": "florist", "energy_threshold": 1.1}, "energy_threshold: 1.1 must be above 0 and"),
+    ({"method": "hetlora", "rank_decay": 0}, "rank_decay: 0.0 must be above 0 and at most 1"),
+    ({"method": "hetlora", "rank_decay": 1.5}, "rank_decay: 1.5 must be above 0 and at most 1"),
+    ({"method": "hetlora", "rank_penalty": -1}, "rank_penalty: -1.0 must be at least 0"),
+    (
+        {"method": "lora_fair", "correction_penalty": -1},
+        "correction_penalty: -1.0 must be at least",
+    ),
+    ({"rank_decay": 0.5}, "rank_decay: method exact has no such option"),
     ({"max_rank": "1.5"}, "max_rank: '1.5': expected a whole number or none"),
     ({"method_options": 3}, "method_options: 3: expected the rule's keys and values"),
     ({"method_options": "x"}, "method_options: 'x': expected the rule's keys and values"),

@@ -60,7 +60,8 @@ class Federation:
         server_learning_rate: eta in `G' = G + eta v`.
         server_momentum: mu in `v = mu v + sum_k p_k encode_k` (FedAvgM, arXiv 1909.06335).
         modules: the target modules of clients that do not train all of them. What a client does
-            not train stays as it is sent: it adds nothing to the sum, its weight counts in full.
+            not train stays as it is sent: it adds nothing to the sum, its weight counts in full
+            (hetlora and raflora weigh module by module, over those who train it).
     """
 
     ranks: Sequence[int]
@@ -176,8 +177,9 @@ def received(update: ClientUpdate, start: Start) -> dict[str, LowRank]:
     out = {}
     for name, x in update.adapter.items():
         began = prefix(start.adapter[name], x.rank)
+        a, b = _wide(x.A), _wide(x.B)
         out[name] = LowRank(
-            x.A if "A" in update.sends else began.A, x.B if "B" in update.sends else began.B
+            a if "A" in update.sends else began.A.to(a), b if "B" in update.sends else began.B.to(b)
         )
     return out
 
@@ -204,10 +206,14 @@ class WeightedSum:
         self.weight += weight
 
     def mean(self, fixed: bool = False) -> Encoded:
-        """The sum over the weights that counted; fixed weights are not normalised."""
-        inverse = 1.0 if fixed else 1.0 / self.weight
+        """The sum over the weights that counted; a rule's fixed weights are not normalised."""
+        whole = 1.0 / self.weight
+        inverse = 1.0 if fixed else whole
         return Encoded(
-            {name: value * inverse for name, value in self.factors.items()},
+            {
+                name: value * (whole if name.startswith(_DENSE) else inverse)
+                for name, value in self.factors.items()
+            },
             scale_all(self.products, inverse),
         )
 
@@ -326,7 +332,8 @@ class Server:
         bad = [
             name
             for name, x in update.adapter.items()
-            if not (torch.isfinite(x.A).all() and torch.isfinite(x.B).all())
+            if ("A" in update.sends and not torch.isfinite(x.A).all())
+            or ("B" in update.sends and not torch.isfinite(x.B).all())
         ]
         bad += [name for name, t in update.dense.items() if not torch.isfinite(t).all()]
         self._updates[client] = update

@@ -2,8 +2,8 @@
 
     B = sum_k p_k s_k B_k        B A = U diag(s) V^T        next: A = V^T, B = U diag(s)
 
-A is common to all clients within a round, so the mean of B is the mean of the products, and A
-follows the data from round to round, which FFA-LoRA's cannot.
+A is common to all clients within a round, so the mean of B is the mean of the products. The rows
+of A span what they spanned at first, as FFA-LoRA's do; within that span they follow the data.
 
 Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA",
 NeurIPS 2025, arXiv 2505.12805. Its code begins with LoRA's random A; ours is orthonormal from the

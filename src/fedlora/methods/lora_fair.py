@@ -52,7 +52,9 @@ class Options:
 
 def _times(x: Delta, right: torch.Tensor) -> torch.Tensor:
     """`dW @ right` with right `(n, j)`: `(m, j)`."""
-    return x.B @ (x.A @ right) if isinstance(x, LowRank) else x.W @ right
+    if isinstance(x, LowRank):
+        return x.B.to(right) @ (x.A.to(right) @ right)
+    return x.W.to(right) @ right
 
 
 def correction(wanted: Delta, mean: LowRank, penalty: float) -> torch.Tensor:

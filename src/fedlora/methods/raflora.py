@@ -12,7 +12,8 @@ A partition that nobody of a round has trained stays as it is in S.
 Wu et al., "Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity",
 arXiv 2602.13486.
 
-Exact when all ranks are equal and none is below that of the global update.
+Exact when all ranks are equal and none is below that of the global update, and every client trains
+every module.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ RULE = Rule(
     name="raflora",
     title="sum the products, each rank partition weighted over the clients that train it",
     paper="Wu et al., arXiv 2602.13486",
-    exact_when="all ranks are equal and none is below that of the global update",
+    exact_when="all ranks are equal and none is below that of the global update, and every client "
+    "trains every module",
     mixed_ranks=True,
     downlink="the leading r_k directions",
     secure_sum="factors and products",
