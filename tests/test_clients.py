@@ -177,7 +177,17 @@ def test_an_impossible_value_names_client_and_key(own: dict[str, Any], says: str
     assert refused({3: own}).startswith(f"client_overrides: client 3: {says}")
 
 
-@pytest.mark.parametrize("client", [4, 17, -1])
+def test_a_client_has_a_number() -> None:
+    for client in (-1, "site_b"):
+        with pytest.raises(
+            InputError, match=f"client_overrides: '?{client}'? is no client: expected a number"
+        ):
+            Config(client_overrides={client: {"max_steps": 1}})
+    with pytest.raises(InputError, match="client_overrides: client 1: 4: expected its keys"):
+        Config(client_overrides={1: 4})
+
+
+@pytest.mark.parametrize("client", [4, 17])
 def test_a_client_that_is_not_there(client: int) -> None:
     assert refused({0: {"max_steps": 1}, client: {"max_steps": 1}}) == (
         f"client_overrides: client {client}, but there are 4 clients, counted from 0"

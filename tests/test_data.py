@@ -476,7 +476,9 @@ def test_the_number_of_rows_is_limited_per_client(tokenizer: Any, tmp_path: Path
 
 def test_a_row_that_lacks_a_value_is_named(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [*rows(4), {"prompt": "here", "completion": None}])
-    with pytest.raises(fedlora.InputError, match=r"client \d: row 3 has no completion: .*here"):
+    with pytest.raises(
+        fedlora.InputError, match=r"the training data: row 5 has no completion: .*here"
+    ):
         load_data(config_of(tmp_path / "x.jsonl"), tokenizer)
     write_jsonl(tmp_path / "x.jsonl", rows(4))
     write_jsonl(tmp_path / "e.jsonl", [*rows(1), {"completion": "here"}])

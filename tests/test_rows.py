@@ -18,7 +18,7 @@ from conftest import rows, write_jsonl
 from fedlora import Config
 from fedlora.data import find_labels, load_data, load_rows, template_of
 from fedlora.errors import InputError
-from fedlora.rows import ENDINGS, check_column, columns_of, read_hub, read_rows
+from fedlora.rows import ENDINGS, check_column, columns_of, numbered, read_hub, read_rows
 from fedlora.setup import tokenized
 
 ROWS: list[dict[str, Any]] = [
@@ -419,7 +419,7 @@ def test_columns_in_the_order_they_first_appear() -> None:
 )
 def test_mixed_types_are_named_with_both_rows(values: list[Any], says: str) -> None:
     with pytest.raises(InputError) as raised:
-        check_column([{"a": value} for value in values], "a", "the training data")
+        check_column(numbered([{"a": value} for value in values]), "a", "the training data")
     assert str(raised.value) == (
         f"the training data: the column a mixes types: {says}; use one type"
     )
@@ -429,8 +429,8 @@ def test_mixed_types_are_named_with_both_rows(values: list[Any], says: str) -> N
     "values", [[1, 2.5, -3], ["a", None, "b"], [True, False], [None], [], [[]]]
 )
 def test_one_type_is_accepted(values: list[Any]) -> None:
-    check_column([{"a": value} for value in values], "a", "the training data")
-    check_column([{"b": value} for value in values], "a", "the training data")
+    check_column(numbered([{"a": value} for value in values]), "a", "the training data")
+    check_column(numbered([{"b": value} for value in values]), "a", "the training data")
 
 
 # --- what a run reads of them ---
@@ -549,7 +549,7 @@ def test_what_are_no_classes(tmp_path: Path) -> None:
         "the training data: the column label mixes types: row 1 holds text ('a'), row 2 a number"
     )
     assert label_problem(tmp_path, labelled(["a", None])).startswith(
-        "client 0: row 2 has no label: {'text': 'row 1'"
+        "the training data: row 2 has no label: {'text': 'row 1'"
     )
 
 

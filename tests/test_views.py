@@ -448,8 +448,8 @@ def test_dropped_rows_and_their_reasons(say: Say, here: Path) -> None:
     line = "data my.yaml --train_file x.jsonl --client_ranks none --num_clients 1 --max_length 25"
     text = say(line + " --eval_file none")
     assert "6 rows of 1 clients, 0 to evaluate on" in text
-    assert "1 rows are dropped: cut to max_length 25, it has no token left to learn from" in text
-    assert "1 rows are dropped: no token to learn from" in text
+    assert "1 row is dropped: cut to max_length 25, it has no token left to learn from" in text
+    assert "1 row is dropped: no token to learn from" in text
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 5, 7])

@@ -260,6 +260,14 @@ class Config(BaseModel):
         lists = [member for member in union if get_origin(member) is list]
         if lists and value is not None and not isinstance(value, list) and len(union) == 2:
             return [value]
+        if key == "client_overrides" and isinstance(value, Mapping):
+            for client, own in value.items():
+                if not re.fullmatch(r"\d+", str(client)):
+                    raise ValueError(f"{key}: {client!r} is no client: expected a number from 0")
+                if not isinstance(own, Mapping):
+                    raise ValueError(
+                        f"{key}: client {client}: {own!r}: expected its keys and values"
+                    )
         if not lists and isinstance(value, list) and str in union:
             raise ValueError(
                 f"{key}: {value!r}: expected one value; a file pattern has to be quoted"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.demo import EMBEDDED, instructions
 from fedlora.errors import InputError
 from fedlora.partition import Indices, by_column, dirichlet, few_labels, iid, natural, quantity
-from fedlora.rows import Row, Rows, check_column, columns_of, read_hub, read_rows
+from fedlora.rows import Row, Rows, check_column, columns_of, numbered, read_hub, read_rows
 from fedlora.seeds import SERVER, Purpose, generator
 from fedlora.templates import (
     Classified,
@@ -42,17 +42,35 @@ class RawData:
         names: what each client's rows are: a file, a value of `partition_column`, or nothing.
         eval: rows of the global evaluation.
         what: what was read, for a heading.
+        numbers: of every client's rows, where they stand in the data set that was divided,
+            counted from 1; none: every client has a file of its own.
     """
 
     clients: list[Rows]
     names: list[str]
     eval: Rows
     what: str
+    numbers: list[list[int]] | None = None
 
     @property
     def train(self) -> Rows:
         """All clients' rows."""
         return [row for rows in self.clients for row in rows]
+
+    def located(self) -> list[tuple[str, Row]]:
+        """All clients' rows with where they stand: in the data set, or in a client's own file."""
+        if self.numbers is None:
+            return [
+                (f"{name}, {place}", row)
+                for name, rows in zip(self.names, self.clients, strict=True)
+                for place, row in numbered(rows)
+            ]
+        pairs = zip(self.numbers, self.clients, strict=True)
+        found = sorted(
+            ((number, row) for of, rows in pairs for number, row in zip(of, rows, strict=True)),
+            key=lambda pair: pair[0],
+        )
+        return [(f"row {number}", row) for number, row in found]
 
     def called(self, client: int) -> str:
         """A client in a message."""
@@ -115,15 +133,24 @@ def load_rows(config: Config) -> RawData:
         raise InputError("no data: give train_file or dataset_name (embedded: the package's own)")
     if config.eval_file:
         evaluation = _named("eval_file", config.eval_file)
+    numbers = list(range(1, len(rows) + 1))
     if config.eval_fraction:
         if evaluation:
             raise InputError(
                 "eval_fraction holds rows out for the evaluation, which has rows of its own "
                 "already; leave one of them out"
             )
-        rows, evaluation = _held_out(config, rows)
+        kept, out = _held_out(config, len(rows))
+        evaluation = [rows[i] for i in out]
+        rows, numbers = [rows[i] for i in kept], [numbers[i] for i in kept]
     parts, names = _divide(config, rows, _number_of_clients(config))
-    return RawData([[rows[i] for i in part] for part in parts], names, evaluation, what)
+    return RawData(
+        [[rows[i] for i in part] for part in parts],
+        names,
+        evaluation,
+        what,
+        [[numbers[i] for i in part] for part in parts],
+    )
 
 
 def _is_pattern(path: str) -> bool:
@@ -183,17 +210,17 @@ def _number_of_clients(config: Config) -> int | None:
     return next(iter(found.values()), None)
 
 
-def _held_out(config: Config, rows: Rows) -> tuple[Rows, Rows]:
-    order = generator(config.seed, 0, SERVER, Purpose.EVALUATION).permutation(len(rows))
-    number = round(config.eval_fraction * len(rows))
-    if not 0 < number < len(rows):
+def _held_out(config: Config, rows: int) -> tuple[list[int], list[int]]:
+    """The rows to train on and those to evaluate on."""
+    order = generator(config.seed, 0, SERVER, Purpose.EVALUATION).permutation(rows)
+    number = round(config.eval_fraction * rows)
+    if not 0 < number < rows:
         raise InputError(
-            f"eval_fraction: {config.eval_fraction} of {len(rows)} rows leaves "
+            f"eval_fraction: {config.eval_fraction} of {rows} rows leaves "
             + ("none to evaluate on" if number == 0 else "none to train on")
         )
     out = set(order[:number].tolist())
-    kept = [row for i, row in enumerate(rows) if i not in out]
-    return kept, [rows[i] for i in sorted(out)]
+    return [i for i in range(rows) if i not in out], sorted(out)
 
 
 def _divide(config: Config, rows: Rows, clients: int | None) -> tuple[list[Indices], list[str]]:
@@ -205,7 +232,7 @@ def _divide(config: Config, rows: Rows, clients: int | None) -> tuple[list[Indic
         key = "partition_column" if config.partition_column else "label_column_name"
         if column not in (columns := columns_of(rows)):
             raise InputError(f"{key}: {column!r} is not a column; there are {', '.join(columns)}")
-        check_column(rows, column, "the training data")
+        check_column(numbered(rows), column, "the training data")
         values = [row.get(column) for row in rows]
         if None in values:
             raise InputError(f"{key}: row {values.index(None) + 1} has no {column}")
@@ -268,22 +295,17 @@ def template_of(config: Config, raw: RawData, classify: bool) -> Template:
             f"it has {', '.join(there)}"
         )
     used = [*(name for names in template.columns for name in names), *template.optional]
-    for rows, what in _groups(raw):
-        for number, row in enumerate(rows, 1):
+    both = ((raw.located(), "the training data"), (numbered(raw.eval), "the evaluation data"))
+    for located, what in both:
+        for place, row in located:
             for names in template.columns:
                 if all(row.get(name) is None for name in names):
                     raise InputError(
-                        f"{what}: row {number} has no {' or '.join(names)}: {str(dict(row))[:80]}"
+                        f"{what}: {place} has no {' or '.join(names)}: {str(dict(row))[:80]}"
                     )
-    for name in used:
-        check_column(raw.train, name, "the training data")
-        check_column(raw.eval, name, "the evaluation data")
+        for name in used:
+            check_column(located, name, what)
     return template
-
-
-def _groups(raw: RawData) -> list[tuple[Rows, str]]:
-    clients = [(rows, raw.called(client)) for client, rows in enumerate(raw.clients)]
-    return [*clients, (raw.eval, "the evaluation data")]
 
 
 def labels_of(rows: Sequence[Row], template: Template) -> Counter[str]:

@@ -26,7 +26,18 @@ from fedlora.adapters import (
 )
 from fedlora.errors import CheckpointError, InputError
 from fedlora.federation import WeightedSum
-from fedlora.lowrank import Delta, Deltas, LowRank, add, add_all, norm, refactor, scale, truncate
+from fedlora.lowrank import (
+    Delta,
+    Deltas,
+    LowRank,
+    add,
+    add_all,
+    norm,
+    prefix,
+    refactor,
+    scale,
+    truncate,
+)
 from fedlora.methods import METHODS
 from fedlora.methods.rule import Rule
 from fedlora.partition import natural
@@ -110,7 +121,8 @@ def aggregate(
         wanted = add([scale(x, p) for x, p in having])
         if name not in found:  # only adapters of weight zero have it
             found[name] = _zero(shapes[name], 0)
-        deltas[name] = kept = _cut(found[name], rank, energy)
+        bound = min(*shapes[name], sum(x.rank for x, _ in having))
+        deltas[name] = kept = _cut(found[name], bound, rank, energy)
         size = norm(wanted)
         if size <= 1e-6 * sum(p * norm(x) for x, p in having):
             size = 0.0  # the terms cancel; what is left is rounding
@@ -288,12 +300,13 @@ def _zero(shape: tuple[int, int], rank: int) -> LowRank:
     return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
 
 
-def _cut(x: Delta, rank: int | None, energy: float | None) -> LowRank:
+def _cut(x: Delta, bound: int, rank: int | None, energy: float | None) -> LowRank:
+    """As factors of no more directions than `bound`, which every rule's result has at the most."""
     if rank is not None or energy is not None:
         return truncate(x, rank=rank, energy=energy)[0]
-    if isinstance(x, LowRank) and x.rank <= min(x.shape):
+    if isinstance(x, LowRank) and x.rank <= bound:
         return x
-    return refactor(x)
+    return prefix(refactor(x), bound)
 
 
 def _mean_heads(adapters: Sequence[SavedAdapter], shares: Sequence[float]) -> dict[str, Tensor]:

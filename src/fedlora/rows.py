@@ -214,24 +214,34 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-def check_column(rows: Sequence[Row], column: str, what: str) -> None:
+def numbered(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """Rows with what they are called in a message, counted from 1."""
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def check_column(rows: Sequence[tuple[str, Row]], column: str, what: str) -> None:
     """Refuse a column whose values are of several types.
 
+    Args:
+        rows: with what each is called.
+        column: in all of them, or in some.
+        what: the data, for the message.
+
     Raises:
-        InputError: the rows (counted from 1) that differ.
+        InputError: the rows that differ.
     """
-    first: tuple[int, str, Any] | None = None
-    for number, row in enumerate(rows, 1):
+    first: tuple[str, str, Any] | None = None
+    for place, row in rows:
         value = row.get(column)
         if value is None:
             continue
         kind = _type(value)
         if first is None:
-            first = number, kind, value
+            first = place, kind, value
         elif kind != first[1]:
             raise InputError(
-                f"{what}: the column {column} mixes types: row {first[0]} holds {first[1]} "
-                f"({_short(first[2])}), row {number} {kind} ({_short(value)}); use one type"
+                f"{what}: the column {column} mixes types: {first[0]} holds {first[1]} "
+                f"({_short(first[2])}), {place} {kind} ({_short(value)}); use one type"
             )
 
 

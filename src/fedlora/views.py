@@ -381,6 +381,10 @@ def show_plan(session: Session, console: Console) -> None:
             human_bytes(4 * size),
         )
     console.print(table)
+    assert not isinstance(config.client_overrides, str)
+    for client, values in sorted((config.client_overrides or {}).items()):
+        settings = ", ".join(f"{key} {value}" for key, value in values.items())
+        _say(console, f"client {client} by itself: {settings}")
     _say(
         console,
         f"{len(data.eval):,} rows to evaluate on; template {data.template}. Everything fits "
@@ -414,4 +418,8 @@ def show_layers(result: Aggregated, names: Sequence[str], console: Console) -> N
         table.add_row(Text(name), *ranks, str(layer.rank), f"{layer.error:.1e}")
     console.print(table)
     if result.dense:
-        _say(console, f"saved whole and averaged: {', '.join(result.dense)}")
+        _say(
+            console,
+            f"saved whole and averaged: {', '.join(result.dense)} (whether their rows stand for "
+            "the same labels is not written in an adapter)",
+        )

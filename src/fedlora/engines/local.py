@@ -253,6 +253,8 @@ class _Run:
 
     def _begin(self, resumed_from: int | None = None) -> None:
         session, spec = self.session, self.session.federation
+        for warning in session.warnings:
+            self._warn(warning)
         self.report(
             {
                 "event": "begin",
@@ -268,8 +270,6 @@ class _Run:
                 "eval_rows": len(session.data.eval),
             }
         )
-        for warning in session.warnings:
-            self._warn(warning)
 
     def _from_the_start(self) -> Result:
         line: dict[str, Any] = {"event": "start", "round": 0, **self._evaluate()}
