@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/methods.py [--seed 0] [--processes 2]
 
 Dirichlet 0.2 by skill, ten clients; mixed ranks 64 32 16 16 8 8 4 4 4 4 and rank 16 everywhere; 5
-rounds of 20 steps and 34 of 3. One seed: its standard error is about 1.6 points of exact match from
+rounds of 20 steps and 34 of 3. One seed: its standard error is about 2 points of exact match from
 the 480 held-out rows alone, and seeds differ by more. Under an hour on two cores.
 """
 
