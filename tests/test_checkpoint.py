@@ -82,7 +82,7 @@ def save(run: RunDirectory, number: int) -> Path:
 
 def test_state_survives_its_tensors() -> None:
     state = a_state()
-    back = state_from_tensors(state_to_tensors(state), state.round, state.last_seen)
+    back = state_from_tensors(state_to_tensors(state), state.round, state.last_seen, state.ranks)
     assert_same(state, back)
     for group in ("adapter", "base_delta", "last_merge"):
         one, other = getattr(state, group), getattr(back, group)
@@ -101,7 +101,7 @@ def test_no_two_tensors_of_a_state_share_memory() -> None:
 
 def test_an_empty_state_survives_its_tensors() -> None:
     state = ServerState(round=0, adapter={}, base_delta={})
-    assert_same(state, state_from_tensors(state_to_tensors(state), 0, {}))
+    assert_same(state, state_from_tensors(state_to_tensors(state), 0, {}, {}))
 
 
 def test_a_settled_state_is_laid_out_as_a_loaded_one(run: RunDirectory) -> None:

@@ -246,7 +246,7 @@ def test_everything_new_is_trained_whole(shape: Path, data: Path, tmp_path: Path
 def test_heads_are_averaged_by_every_rule(
     method: str, bert: Path, data: Path, tmp_path: Path
 ) -> None:
-    ranks = [3, 3] if method == "fedit" else [3, 2]
+    ranks = [3, 2] if METHODS[method].mixed_ranks else [3, 3]
     rounds = Rounds(session_of(bert, data, tmp_path, method=method, client_ranks=ranks))
     for _ in (1, 2):
         before, _, updates = rounds.next()
@@ -258,7 +258,10 @@ def test_heads_are_averaged_by_every_rule(
             assert value.dtype == torch.float32
         head = sum(t.nbytes for t in before.dense.values())
         for client, sent in updates.items():
-            factors = sum(x.A.nbytes + x.B.nbytes for x in sent.adapter.values())
+            factors = sum(
+                x.A.nbytes * ("A" in sent.sends) + x.B.nbytes * ("B" in sent.sends)
+                for x in sent.adapter.values()
+            )
             assert rounds.record.clients[client].bytes_up == factors + head
             assert rounds.record.clients[client].bytes_down >= head
 
@@ -356,7 +359,7 @@ def test_modules_of_a_causal_model_are_trained_whole(
         torch.testing.assert_close(logits(theirs).float(), ours, rtol=0.05, atol=0.03)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"fedsa"}))  # which has no global model
 def test_an_output_head_is_trained_under_every_rule(
     method: str, llama: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -459,7 +462,8 @@ def test_a_run_goes_on_from_one_of_its_own(
     next_one = train_federation(keys_of(bert, data, tmp_path / "out", True, **more))
     ended, begun = trained.result.evaluations[2], next_one.result.evaluations[0]
     assert begun["loss"] == pytest.approx(ended["loss"], rel=1e-5)
-    assert begun["per_class"] == ended["per_class"]
+    if method != "fedsa":  # whose evaluation is a mean over models
+        assert begun["per_class"] == ended["per_class"]
 
 
 def test_a_head_of_other_labels_is_not_gone_on_from(
@@ -894,7 +898,7 @@ def test_a_row_without_a_label_is_named(bert: Path, tmp_path: Path) -> None:
     part = labelled_rows(6)
     hole = [*part[:2], {"text": "a", "label": None}]
     files = sites(tmp_path / "files", part, hole, held_out=part)
-    with pytest.raises(fedlora.InputError, match=r"client 1 .*row 3 has no label"):
+    with pytest.raises(fedlora.InputError, match=r"label_1\.jsonl, row 3 has no label"):
         session_of(bert, files, tmp_path)
 
 
