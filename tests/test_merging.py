@@ -479,6 +479,8 @@ def test_a_name_that_is_the_end_of_another(tmp_path: Path) -> None:
     shape = (8, 8)
     parts = made({"lin": (shape, 2), "a.lin": (shape, 1), "z.lin": (shape, 1)}, 1, task_type=None)
     save_adapter(tmp_path / "out", aggregate([parts]))
+    back = load_adapter(tmp_path / "out").deltas
+    assert {name: x.rank for name, x in back.items()} == {"lin": 2, "a.lin": 1, "z.lin": 1}
 
     def toy() -> nn.Module:
         torch.manual_seed(0)

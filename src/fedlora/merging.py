@@ -36,6 +36,7 @@ from fedlora.lowrank import (
     prefix,
     refactor,
     scale,
+    subtract,
     truncate,
 )
 from fedlora.methods import METHODS
@@ -126,7 +127,7 @@ def aggregate(
         size = norm(wanted)
         if size <= 1e-6 * sum(p * norm(x) for x, p in having):
             size = 0.0  # the terms cancel; what is left is rounding
-        lost = norm(add([kept, scale(wanted, -1.0)]))
+        lost = norm(subtract(kept, wanted))
         ranks = tuple(None if x is None else x.rank for x in parts)
         layers[name] = Layer(ranks, kept.rank, lost / size if size else 0.0)
     dense = _mean_heads(adapters, shares)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -191,12 +192,11 @@ def read_hub(name: str, configuration: str | None, split: str) -> Rows:
         found = load_dataset(name, configuration, split=split)
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        try:
+        # Where the splits cannot be had either, the first error says all there is to say.
+        with suppress(Exception):
             splits = get_dataset_split_names(name, configuration)
             if split.partition("[")[0] not in splits:
                 why = f"it has {', '.join(splits)}"
-        except Exception:
-            pass
         raise InputError(f"dataset_name: {name}: split {split!r} cannot be loaded: {why}") from None
     rows: Rows = found.to_list()
     for column, feature in found.features.items():

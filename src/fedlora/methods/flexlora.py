@@ -22,13 +22,12 @@ from fedlora.lowrank import (
     Delta,
     Deltas,
     LowRank,
-    add,
     add_all,
     balance,
     compact,
     prefix,
     refactor,
-    scale,
+    subtract,
     suffix,
 )
 from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, cut_to_rank, fill
@@ -71,9 +70,9 @@ def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> 
             products[name] = learnt
         elif isinstance(whole, LowRank):  # in the form of `refactor`: the start is its prefix
             dropped = suffix(whole, start.adapter[name].rank)
-            products[name] = add([learnt, scale(dropped, -1.0)])
+            products[name] = subtract(learnt, dropped)
         else:
-            products[name] = add([update[name], scale(whole, -1.0)])
+            products[name] = subtract(update[name], whole)
     return Encoded(products=products)
 
 
