@@ -23,6 +23,7 @@ from fedlora.lowrank import (
     Adapter,
     Deltas,
     LowRank,
+    add,
     add_all,
     compact,
     factor_bytes,
@@ -134,9 +135,14 @@ def client_start(
         start = replace(start, adapter={n: LowRank(x.A, kept[n]) for n, x in start.adapter.items()})
     if broadcast.modules is None:
         return start
-    frozen = {n: x for n, x in start.adapter.items() if n not in broadcast.modules}
-    trained = {n: x for n, x in start.adapter.items() if n in broadcast.modules}
-    return Start(trained, add_all([start.rest, frozen]))
+    frozen, trained = dict(start.own), dict(start.adapter)
+    for name in start.adapter.keys() - broadcast.modules:
+        x = trained.pop(name)
+        if name in start.beneath:  # there `own` is what the adapter takes off it
+            frozen.pop(name)
+        else:
+            frozen[name] = add([frozen[name], x]) if name in frozen else x
+    return Start(trained, frozen, start.beneath)
 
 
 def check_rule(rule: Rule, ranks: Sequence[int]) -> None:

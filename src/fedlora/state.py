@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Deltas, factor_bytes
+from fedlora.lowrank import Adapter, Deltas, add_all, factor_bytes
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,23 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Start:
-    """What a client makes of a broadcast: `adapter` is trained, `rest` lies frozen beside it."""
+    """What a client makes of a broadcast: what it trains, and what lies frozen beside.
+
+    Args:
+        adapter: what it trains.
+        own: what is frozen and its own, as factors of small rank.
+        beneath: what is frozen and common to all clients of the round, the broadcast's `adapter`
+            itself, so that it has to be added to the base only once.
+    """
 
     adapter: Adapter
-    rest: Deltas = field(default_factory=dict)
+    own: Deltas = field(default_factory=dict)
+    beneath: Deltas = field(default_factory=dict)
+
+    @property
+    def rest(self) -> Deltas:
+        """All that lies frozen beside the adapter, `beneath + own`."""
+        return add_all([self.beneath, self.own])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from fedlora.lowrank import (
     Adapter,
     Delta,
     Deltas,
-    Dense,
     LowRank,
     add_all,
     balance,
@@ -34,8 +33,6 @@ from fedlora.lowrank import (
     prefix,
     refactor,
     smaller,
-    suffix,
-    to_dense,
     total_norm,
     truncate,
 )
@@ -104,20 +101,16 @@ def _start(
 ) -> Start:
     used = from_global(rank, options)
     trained: dict[str, LowRank] = {}
-    rest: dict[str, Delta] = {}
+    own: dict[str, Delta] = {}
     for name, (m, _) in shapes.items():
-        whole = adapter.get(name)
-        if whole is None:
+        if name not in adapter:
             a = fresh(name, rank)
             trained[name] = LowRank(a, a.new_zeros(m, rank))
             continue
         top = balance(prefix(leading[name], used))
         trained[name] = fill(top, fresh(name, rank - top.rank))
-        if isinstance(whole, LowRank):
-            rest[name] = suffix(whole, top.rank)
-        else:
-            rest[name] = Dense(to_dense(whole) - to_dense(top))
-    return Start(trained, rest)
+        own[name] = LowRank(top.A, -top.B)
+    return Start(trained, own, adapter)
 
 
 def _encode(update: Adapter, start: Start, state: ServerState, options: Options) -> Encoded:
