@@ -6,13 +6,16 @@
 
 It knows no trainer, no model library and no network, so the same code runs in one process and under
 any engine that can carry a message. Updates are folded in client order whatever the order they
-arrive in, so that arrival changes no bit.
+arrive in, so that arrival changes no bit. One is folded as soon as all lower clients of the round
+have answered, and then let go; what comes earlier waits in memory, or on the disk.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,16 +28,16 @@ from fedlora.lowrank import (
     LowRank,
     add,
     add_all,
-    compact,
     factor_bytes,
     nbytes,
+    one_thread,
     prefix,
-    scale_all,
-    total_norm,
+    smaller,
 )
 from fedlora.methods import METHODS
 from fedlora.methods.rule import Prepared, Rule, Shapes, change
 from fedlora.seeds import SERVER, Purpose, fresh_factors, generator
+from fedlora.spool import Waiting
 from fedlora.state import (
     Broadcast,
     ClientRecord,
@@ -45,6 +48,7 @@ from fedlora.state import (
     ServerState,
     Start,
 )
+from fedlora.sums import DENSE, WeightedSum, moved, step, wide
 
 
 @dataclass(frozen=True)
@@ -183,63 +187,21 @@ def received(update: ClientUpdate, start: Start) -> dict[str, LowRank]:
     out = {}
     for name, x in update.adapter.items():
         began = prefix(start.adapter[name], x.rank)
-        a, b = _wide(x.A), _wide(x.B)
+        a, b = wide(x.A), wide(x.B)
         out[name] = LowRank(
             a if "A" in update.sends else began.A.to(a), b if "B" in update.sends else began.B.to(b)
         )
     return out
 
 
-_DENSE = "dense/"
-"""Marks dense parameters among the factors of a sum: they are averaged like them, by every rule."""
+@dataclass(frozen=True)
+class _Answer:
+    """What is remembered of an update when its tensors are gone."""
 
-
-class WeightedSum:
-    """`sum_k w_k x_k` and `sum_k w_k`, folded one update at a time."""
-
-    def __init__(self) -> None:
-        self.factors: dict[str, Tensor] = {}
-        self.products: Deltas = {}
-        self.ideal: Deltas = {}
-        self.weight = 0.0
-
-    def fold(self, encoded: Encoded, learnt: Deltas, weight: float) -> None:
-        for name, value in encoded.factors.items():
-            term = value * weight
-            self.factors[name] = self.factors[name] + term if name in self.factors else term
-        self.products = add_all([self.products, scale_all(encoded.products, weight)])
-        self.ideal = add_all([self.ideal, scale_all(learnt, weight)])
-        self.weight += weight
-
-    def mean(self, fixed: bool = False) -> Encoded:
-        """The sum over the weights that counted; a rule's fixed weights are not normalised."""
-        whole = 1.0 / self.weight
-        inverse = 1.0 if fixed else whole
-        return Encoded(
-            {
-                name: value * (whole if name.startswith(_DENSE) else inverse)
-                for name, value in self.factors.items()
-            },
-            scale_all(self.products, inverse),
-        )
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _step(total: Encoded, velocity: Encoded, rate: float, momentum: float) -> tuple[Encoded, ...]:
-    """`v = mu v + total`; returns what is applied, `eta v`, and `v`."""
-    if momentum:
-        factors = {name: momentum * value for name, value in velocity.factors.items()}
-        for name, value in total.factors.items():
-            factors[name] = value + factors[name] if name in factors else value
-        products = add_all([total.products, scale_all(velocity.products, momentum)])
-        total = velocity = Encoded(factors, {n: compact(x) for n, x in products.items()})
-    if rate != 1.0:
-        factors = {name: rate * value for name, value in total.factors.items()}
-        total = Encoded(factors, scale_all(total.products, rate))
-    return total, velocity
+    num_examples: int
+    rank: int | None  # None: it trained no module
+    nbytes: int
+    metrics: Mapping[str, Any]
 
 
 class Server:
@@ -250,10 +212,17 @@ class Server:
         rule: how updates are combined.
         options: the rule's own options.
         state: where it stands; `state` is replaced by `commit`, never changed in place.
+        spool: a directory for updates that come before those of lower clients; None: they wait in
+            memory. It changes no bit of the result.
     """
 
     def __init__(
-        self, federation: Federation, rule: Rule, options: Any, state: ServerState
+        self,
+        federation: Federation,
+        rule: Rule,
+        options: Any,
+        state: ServerState,
+        spool: Path | None = None,
     ) -> None:
         check_rule(rule, federation.ranks)
         check_server_step(rule, federation.server_learning_rate, federation.server_momentum)
@@ -262,49 +231,74 @@ class Server:
         self.rule = rule
         self.options = options
         self.state = state
+        self._waiting = Waiting(spool)
         self._open = False
         self._truncation_error = 0.0
-        self._broadcasts: dict[int, Broadcast] = {}
-        self._updates: dict[int, ClientUpdate] = {}
-        self._rejected: dict[int, str] = {}
+        self._clear()
 
+    def _clear(self) -> None:
+        self._broadcasts: dict[int, Broadcast] = {}
+        self._answers: dict[int, _Answer] = {}
+        self._rejected: dict[int, str] = {}
+        self._waiting.clear()
+        self._queue: deque[int] = deque()  # the clients not folded yet, ascending
+        self._total = WeightedSum()
+
+    @one_thread()
     def plan(self) -> dict[int, Broadcast]:
-        """Open the next round: whom it asks, and what each of them is sent."""
+        """Open the next round: whom it asks, and what each of them is sent.
+
+        Clients of one rank are sent the same tensors, so that memory grows with the number of
+        ranks, not with that of clients.
+        """
         prepared = self.rule.prepare(self.state, max(self.federation.ranks), self.options)
+        self._clear()
         self._open, self._truncation_error = True, prepared.error
-        self._updates, self._rejected = {}, {}
-        self._broadcasts = {
-            client: self._broadcast(client, prepared)
-            for client in self.federation.sample(self.state.round + 1)
+        clients = self.federation.sample(self.state.round + 1)
+        cuts = {
+            rank: self.rule.cut(prepared, rank, self.options)
+            for rank in sorted({self._rank(client) for client in clients})
         }
+        sizes: dict[tuple[int, bool], int] = {}
+        for client in clients:
+            rank, seen = self._rank(client), self._seen(client)
+            if (rank, seen) not in sizes:
+                sizes[rank, seen] = self._bytes_down(cuts[rank], seen)
+            self._broadcasts[client] = Broadcast(
+                round=self.state.round + 1,
+                client=client,
+                rank=rank,
+                adapter=cuts[rank].adapter,
+                leading=cuts[rank].leading,
+                base_delta=self.state.base_delta,
+                dense=self.state.dense,
+                nbytes=sizes[rank, seen],
+                modules=self.federation.trained_by(client),
+            )
+        self._queue.extend(clients)
         return dict(self._broadcasts)
 
-    def _broadcast(self, client: int, prepared: Prepared) -> Broadcast:
-        state, rank = self.state, self._rank(client)
-        sent = self.rule.cut(prepared, rank, self.options)
+    def _seen(self, client: int) -> bool:
+        """Whether it took part in the round before."""
+        return self.state.round > 0 and self.state.last_seen.get(client) == self.state.round
+
+    def _bytes_down(self, sent: Prepared, seen: bool) -> int:
+        """What a client lacks: who held the state of one round ago, only what that has changed."""
+        state = self.state
         beside = {n: x for n, x in sent.leading.items() if x is not sent.adapter[n]}
-        # Who held the state of one round ago lacks only what that round merged.
         missing = nbytes(state.base_delta)
-        if state.last_seen.get(client) == state.round and state.round > 0:
+        if seen:
             missing = min(missing, nbytes(state.last_merge))
         dense = sum(t.nbytes for t in state.dense.values())
-        number = state.round + 1
-        seen = state.last_seen.get(client) == state.round and state.round > 0
-        lacking = self.rule.sent_down(number, seen)
-        return Broadcast(
-            round=number,
-            client=client,
-            rank=rank,
-            adapter=sent.adapter,
-            leading=sent.leading,
-            base_delta=state.base_delta,
-            dense=state.dense,
-            nbytes=factor_bytes(sent.adapter, lacking) + nbytes(beside) + missing + dense,
-            modules=self.federation.trained_by(client),
-        )
+        lacking = self.rule.sent_down(state.round + 1, seen)
+        return factor_bytes(sent.adapter, lacking) + nbytes(beside) + missing + dense
 
+    @one_thread()
     def accept(self, update: ClientUpdate) -> str:
-        """Take a client's update.
+        """Take a client's update, and fold those that were waiting for nobody else.
+
+        The update itself is folded with the next one that is taken, or by `commit`: until then
+        `reject` can take it back.
 
         Returns:
             Why it does not count (values that are not finite), or "" where it does.
@@ -318,9 +312,29 @@ class Server:
             raise ValueError(
                 f"client {client} sent an update of round {update.round} that nobody asked for"
             )
-        if client in self._updates or client in self._rejected:
+        if client in self._answers or client in self._rejected:
             raise ValueError(f"client {client} is done with round {update.round} already")
-        shapes = self.federation.shapes
+        self._check_shapes(update, sent)
+        self._fold_answered()
+        ranks = (x.rank for x in update.adapter.values())
+        self._answers[client] = _Answer(
+            update.num_examples, max(ranks, default=None), update.nbytes, dict(update.metrics)
+        )
+        bad = [
+            name
+            for name, x in update.adapter.items()
+            if ("A" in update.sends and not torch.isfinite(x.A).all())
+            or ("B" in update.sends and not torch.isfinite(x.B).all())
+        ]
+        bad += [name for name, t in update.dense.items() if not torch.isfinite(t).all()]
+        if bad:
+            self._rejected[client] = f"its training ended in NaN or Inf ({bad[0]})"
+            return self._rejected[client]
+        self._waiting.put(update, is_next=client == self._queue[0])
+        return ""
+
+    def _check_shapes(self, update: ClientUpdate, sent: Broadcast) -> None:
+        client, shapes = update.client, self.federation.shapes
         asked = shapes if sent.modules is None else {n: shapes[n] for n in sent.modules}
         rank = max((x.rank for x in update.adapter.values()), default=sent.rank)
         if not self.rule.training(self.options).prunes:
@@ -335,24 +349,47 @@ class Server:
             n: t.shape for n, t in self.state.dense.items()
         }:
             raise ValueError(f"client {client} sent dense parameters other than those asked for")
-        bad = [
-            name
-            for name, x in update.adapter.items()
-            if ("A" in update.sends and not torch.isfinite(x.A).all())
-            or ("B" in update.sends and not torch.isfinite(x.B).all())
-        ]
-        bad += [name for name, t in update.dense.items() if not torch.isfinite(t).all()]
-        self._updates[client] = update
-        if bad:
-            self._rejected[client] = f"its training ended in NaN or Inf ({bad[0]})"
-        return self._rejected.get(client, "")
 
     def reject(self, client: int, reason: str) -> None:
-        """Note that a client of this round failed; the round goes on without it."""
-        self._rejected[client] = reason
+        """Note that a client of this round failed; the round goes on without it.
 
+        Raises:
+            ValueError: its update was folded already, because another was taken after it.
+        """
+        held = client in self._waiting
+        if client in self._answers and client not in self._rejected and not held:
+            raise ValueError(f"client {client} has been counted already; it cannot be taken back")
+        self._rejected[client] = reason
+        if held:
+            self._waiting.take(client)
+
+    def _fold_answered(self) -> None:
+        """Fold, in client order, up to the first client that has not answered."""
+        while self._queue and (self._queue[0] in self._answers or self._queue[0] in self._rejected):
+            self._fold(self._queue.popleft())
+
+    def _fold(self, client: int) -> None:
+        if client not in self._answers or client in self._rejected:
+            return
+        update, before, spec = self._waiting.take(client), self.state, self.federation
+        weight = spec.weight(update.num_examples)
+        if weight <= 0:
+            return
+        sent = self._broadcasts[client]
+        start = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
+        adapter = received(update, start)
+        encoded = self.rule.encode(adapter, start, before, self.options)
+        dense = {
+            DENSE + name: wide(value) - wide(before.dense[name])
+            for name, value in update.dense.items()
+        }
+        encoded = replace(encoded, factors={**encoded.factors, **dense})
+        learnt = None if self.rule.sums_learnt else change(adapter, start.adapter)
+        self._total.fold(encoded, learnt, weight if self.fixed is None else self.fixed)
+
+    @one_thread()
     def commit(self) -> RoundRecord:
-        """Close the round: fold what was accepted in client order, aggregate, advance the state.
+        """Close the round: fold what is left in client order, aggregate, advance the state.
 
         With no update that counts, the global model stays as it is.
 
@@ -361,54 +398,42 @@ class Server:
         """
         if not self._open:
             raise ValueError("commit needs a round that plan has opened")
-        before, total = self.state, WeightedSum()
-        for client in sorted(self._updates.keys() - self._rejected.keys()):
-            update, sent, spec = self._updates[client], self._broadcasts[client], self.federation
-            weight = spec.weight(update.num_examples)
-            if weight <= 0:
-                continue
-            start = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
-            adapter = received(update, start)
-            if self.fixed is not None:
-                weight = self.fixed
-            encoded = self.rule.encode(adapter, start, before, self.options)
-            dense = {
-                _DENSE + name: _wide(value) - _wide(before.dense[name])
-                for name, value in update.dense.items()
-            }
-            encoded = replace(encoded, factors={**encoded.factors, **dense})
-            total.fold(encoded, change(adapter, start.adapter), weight)
-        after = self._advance(before, total)
-        record = self._record(before, after, total)
+        while self._queue:
+            self._fold(self._queue.popleft())
+        before, fixed = self.state, self.fixed is not None
+        mean = self._total.mean(fixed) if self._total.weight > 0 else None
+        after = self._advance(before, mean)
+        wanted = {} if mean is None else self._total.wanted(mean, fixed)
+        record = self._record(before, after, wanted)
         self.state, self._open = after, False
-        self._broadcasts, self._updates, self._rejected = {}, {}, {}
+        self._clear()
         return record
 
-    def _advance(self, before: ServerState, total: WeightedSum) -> ServerState:
+    def _advance(self, before: ServerState, mean: Encoded | None) -> ServerState:
         number = before.round + 1
         seen = {**before.last_seen, **dict.fromkeys(self._broadcasts, number)}
         ranks = {**before.ranks, **self._pruned()}
         after = replace(before, round=number, last_seen=seen, last_merge={}, ranks=ranks)
-        if total.weight <= 0:
+        if mean is None:
             return after
         spec = self.federation
-        step, velocity = _step(
-            total.mean(self.fixed is not None),
+        taken, velocity = step(
+            mean,
             before.momentum,
             spec.server_learning_rate,
             spec.server_momentum,
         )
-        aggregate = self.rule.finish(step, before, max(spec.ranks), self.options)
-        merge = {name: compact(x) for name, x in aggregate.merge.items()}
+        aggregate = self.rule.finish(taken, before, max(spec.ranks), self.options)
+        merge = {name: smaller(x) for name, x in aggregate.merge.items()}
         merged = add_all([{n: x for n, x in before.base_delta.items() if n in merge}, merge])
         return replace(
             after,
             adapter=aggregate.adapter,
-            base_delta={**before.base_delta, **{name: compact(x) for name, x in merged.items()}},
+            base_delta={**before.base_delta, **merged},
             last_merge=merge,
             momentum=velocity,
             dense={
-                name: (_wide(value) + step.factors[_DENSE + name]).to(value.dtype)
+                name: (wide(value) + taken.factors[DENSE + name]).to(value.dtype)
                 for name, value in before.dense.items()
             },
         )
@@ -419,35 +444,33 @@ class Server:
     def _pruned(self) -> dict[int, int]:
         """The ranks that clients of this round go on with."""
         return {
-            client: max(x.rank for x in update.adapter.values())
-            for client, update in self._updates.items()
-            if client not in self._rejected and update.adapter
+            client: answer.rank
+            for client, answer in self._answers.items()
+            if client not in self._rejected and answer.rank is not None
         }
 
-    def _share(self, update: ClientUpdate, total: float) -> float:
-        return self.fixed or self.federation.weight(update.num_examples) / total
+    def _share(self, num_examples: int, total: float) -> float:
+        return self.fixed or self.federation.weight(num_examples) / total
 
-    def _record(self, before: ServerState, after: ServerState, total: WeightedSum) -> RoundRecord:
-        spec = self.federation
-        moved = add_all([global_delta(after), scale_all(global_delta(before), -1.0)])
-        error = None
-        if total.weight > 0 and spec.server_learning_rate == 1.0 and not spec.server_momentum:
-            ideal = scale_all(total.ideal, 1.0 if self.fixed is not None else 1.0 / total.weight)
-            if (size := total_norm(ideal)) > 0:
-                error = total_norm(add_all([moved, scale_all(ideal, -1.0)])) / size
+    def _record(self, before: ServerState, after: ServerState, wanted: Deltas) -> RoundRecord:
+        spec, weight = self.federation, self._total.weight
+        found, error = moved(before, after, wanted), None
+        plain = spec.server_learning_rate == 1.0 and not spec.server_momentum
+        if plain and found.wanted > 0:
+            error = found.missed / found.wanted
         clients = []
         for client, sent in sorted(self._broadcasts.items()):
-            update, rejected = self._updates.get(client), self._rejected.get(client, "")
-            counts = update is not None and not rejected and total.weight > 0
+            answer, rejected = self._answers.get(client), self._rejected.get(client, "")
+            counts = answer is not None and not rejected and weight > 0
             clients.append(
                 ClientRecord(
                     client=client,
                     rank=sent.rank,
-                    num_examples=update.num_examples if update else spec.num_examples[client],
-                    weight=self._share(update, total.weight) if update and counts else 0.0,
+                    num_examples=answer.num_examples if answer else spec.num_examples[client],
+                    weight=self._share(answer.num_examples, weight) if answer and counts else 0.0,
                     bytes_down=sent.nbytes,
-                    bytes_up=update.nbytes if update else 0,
-                    metrics=dict(update.metrics) if update else {},
+                    bytes_up=answer.nbytes if answer else 0,
+                    metrics=answer.metrics if answer else {},
                     rejected=rejected,
                 )
             )
@@ -456,6 +479,15 @@ class Server:
             clients=tuple(clients),
             aggregation_error=error,
             truncation_error=self._truncation_error,
-            update_norm=total_norm(moved),
-            global_rank=max((x.rank for x in global_delta(after).values()), default=0),
+            update_norm=found.size,
+            global_rank=_global_rank(after),
         )
+
+
+def _global_rank(state: ServerState) -> int:
+    """The largest rank bound of a module of `base_delta + adapter`, which is never formed."""
+    bounds: dict[str, int] = {}
+    for deltas in (state.base_delta, state.adapter):
+        for name, x in deltas.items():
+            bounds[name] = min(bounds.get(name, 0) + x.rank, *x.shape)
+    return max(bounds.values(), default=0)

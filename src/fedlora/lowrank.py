@@ -14,9 +14,11 @@ Arithmetic is done in float32 or better: half precision inputs are widened, floa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -95,19 +97,45 @@ Adapter = Mapping[str, LowRank]
 Deltas = Mapping[str, Delta]
 """Target module name -> its update, in either form."""
 
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+_outside: list[int] = []
+"""How many threads torch had where `one_thread` was entered; `each` may use as many."""
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK on one thread: on two, beside a busy core, a small SVD is a hundred times slower."""
+    """Torch on one thread: on two, beside a busy core, a small SVD is a hundred times slower."""
     before = torch.get_num_threads()
     if before == 1:
         yield
         return
     torch.set_num_threads(1)
+    _outside.append(before)
     try:
         yield
     finally:
+        _outside.pop()
         torch.set_num_threads(before)
+
+
+def each(function: Callable[[_In], _Out], modules: Mapping[str, _In]) -> dict[str, _Out]:
+    """`function` of every module's value, as many at a time as torch may use threads.
+
+    Every module is worked on by one thread, so the number of threads changes no bit.
+    """
+    threads = min(max(torch.get_num_threads(), *_outside, 1), len(modules))
+    if threads <= 1:
+        with one_thread():
+            return {name: function(x) for name, x in modules.items()}
+    with one_thread(), ThreadPoolExecutor(threads, initializer=_use_one_thread) as pool:
+        return dict(zip(modules, pool.map(function, modules.values()), strict=True))
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)  # OpenMP keeps the number of each thread apart
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -218,13 +246,45 @@ def refactor(x: Delta) -> LowRank:
         return LowRank(right @ q_a.T, q_b @ (left * values))
 
 
+def gathered(x: LowRank) -> LowRank:
+    """The same `dW` with equal rows of `A` held once: their columns of `B` are added.
+
+    Starts that are cut from one adapter share their rows of `A`. Subtracting them changes the
+    weights of directions that are there, and adds none. Directions whose column is zero then go.
+    """
+    ends = torch.cat([x.A[:, :8], x.A[:, -8:]], dim=1).tolist()
+    seen: dict[tuple[float, ...], int] = {}
+    first = [seen.setdefault(tuple(end), i) for i, end in enumerate(ends)]  # a candidate for each
+    again = [i for i, j in enumerate(first) if i != j]
+    if again:
+        where = [first[i] for i in again]
+        equal = (x.A[again] == x.A[where]).all(dim=1).tolist()
+        b = _wide(x.B).clone()
+        for i, j, same in zip(again, where, equal, strict=True):
+            if same:
+                b[:, j] += b[:, i]
+                b[:, i] = 0
+        x = LowRank(_wide(x.A), b)
+    used = x.B.any(dim=0)
+    return x if bool(used.all()) else LowRank(x.A[used], x.B[:, used])
+
+
+def stacked(terms: Sequence[LowRank]) -> LowRank:
+    """`sum_i dW_i` as factors, `gathered`; at least one term."""
+    if len(terms) == 1:
+        return gathered(terms[0])
+    a = torch.cat([_wide(t.A) for t in terms])
+    return gathered(LowRank(a, torch.cat([_wide(t.B) for t in terms], dim=1)))
+
+
 def balance(x: LowRank) -> LowRank:
     """The same `B @ A` with every direction's weight shared evenly: `||A_i|| = ||B_i||`.
 
     Adam moves every entry by about its learning rate, so how a product is divided decides how far
     a step moves it. Directions that are zero stay as they are.
     """
-    a, b = _wide(x.A).norm(dim=1), _wide(x.B).norm(dim=0)  # (r,)
+    # Along contiguous rows, so that a direction's norm does not depend on how many there are.
+    a, b = _wide(x.A).norm(dim=1), _wide(x.B).T.contiguous().norm(dim=1)  # (r,)
     ratio = torch.where((a > 0) & (b > 0), b / a.clamp_min(torch.finfo(a.dtype).tiny), 1.0).sqrt()
     return LowRank(_wide(x.A) * ratio[:, None], _wide(x.B) / ratio)
 
@@ -258,6 +318,41 @@ def prefix(x: LowRank, rank: int) -> LowRank:
 def suffix(x: LowRank, rank: int) -> LowRank:
     """All but the first `rank` directions (views, not copies)."""
     return LowRank(x.A[rank:], x.B[:, rank:])
+
+
+_TOLERANCE, _SPARE, _SWEEPS = 1e-2, 32, 16
+
+
+def leading(x: Delta, rank: int) -> LowRank:
+    """The leading `min(rank, r)` directions of `dW`, as `prefix(refactor(x), rank)` gives them.
+
+    Of a large dense `dW` they are found by subspace iteration from a random start, the same in
+    every call, without a whole decomposition. It ends when
+
+        ||dW^T U - V diag(s)||_F <= 0.01 ||s||
+
+    over the directions wanted: `||dW V||_F` is then as large as that of the true ones to a part in
+    a thousand. Single directions of a flat spectrum are not settled by that, nor need they be.
+    Where it does not end, all of `dW` is decomposed.
+    """
+    block = rank + _SPARE
+    if isinstance(x, LowRank) or 4 * block >= x.rank:
+        return prefix(refactor(x), rank)
+    matrix = _wide(x.W)
+    draw = torch.Generator().manual_seed(0)
+    with one_thread():
+        start = torch.randn(x.shape[1], block, generator=draw)
+        right = torch.linalg.qr(start.to(matrix)).Q  # (n, block)
+        for _ in range(_SWEEPS):
+            basis, core = torch.linalg.qr(matrix @ right)
+            turn, values, back = torch.linalg.svd(core)
+            left = basis @ turn  # (m, block)
+            image = matrix.T @ left  # (n, block)
+            missed = image - right @ (back.T * values)
+            if missed[:, :rank].norm() <= _TOLERANCE * values[:rank].norm():
+                return prefix(refactor(LowRank(image.T, left)), rank)
+            right = torch.linalg.qr(image).Q
+    return prefix(refactor(x), rank)
 
 
 def truncate(

@@ -25,7 +25,6 @@ from fedlora.adapters import (
     write_adapter,
 )
 from fedlora.errors import CheckpointError, InputError
-from fedlora.federation import WeightedSum
 from fedlora.lowrank import (
     Delta,
     Deltas,
@@ -43,6 +42,7 @@ from fedlora.methods import METHODS
 from fedlora.methods.rule import Rule
 from fedlora.partition import natural
 from fedlora.state import ServerState, Start
+from fedlora.sums import WeightedSum
 
 ONE_SHOT = tuple(name for name, rule in METHODS.items() if rule.one_shot)
 """Rules that can combine adapters without a shared start."""

@@ -26,15 +26,17 @@ from fedlora.lowrank import (
     Delta,
     Deltas,
     LowRank,
-    add_all,
+    add,
     balance,
     compact,
+    each,
+    leading,
     norm,
     prefix,
-    refactor,
     smaller,
+    stacked,
+    subtract,
     total_norm,
-    truncate,
 )
 from fedlora.methods.rule import TRAINING, Fresh, Prepared, Rule, Shapes, change, fill
 from fedlora.state import Aggregate, Encoded, ServerState, Start
@@ -65,20 +67,30 @@ def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[D
 
 
 def _prepare(state: ServerState, rank: int, options: Options) -> Prepared:
-    adapter: dict[str, Delta] = {}
-    leading, lost = {}, 0.0
-    for name, whole in state.adapter.items():
-        sent = whole
+    def divided(whole: Delta) -> tuple[Delta, LowRank, float]:
+        """What is sent of one module, the directions starts are cut from, and what is lost."""
+        sent, lost = whole, 0.0
         if options.max_rank is not None and options.max_rank < whole.rank:
-            sent, error = truncate(whole, rank=options.max_rank)
-            lost += (error * norm(whole)) ** 2
-        adapter[name] = sent = smaller(sent)
-        if isinstance(sent, LowRank):
-            leading[name] = sent
-        else:
-            leading[name] = prefix(refactor(sent), from_global(rank, options))
-    total = total_norm(state.adapter)
-    return Prepared(adapter, leading, lost**0.5 / total if total else 0.0)
+            sent = _top(whole, options.max_rank)
+            lost = norm(subtract(whole, sent)) ** 2
+        held = smaller(sent)
+        if isinstance(held, LowRank):
+            return held, held, lost
+        return held, _top(sent, from_global(rank, options)), lost
+
+    found = each(divided, state.adapter)
+    lost = sum(x[2] for x in found.values())
+    total = total_norm(state.adapter) if lost else 0.0
+    return Prepared(
+        {name: x[0] for name, x in found.items()},
+        {name: x[1] for name, x in found.items()},
+        lost**0.5 / total if total else 0.0,
+    )
+
+
+def _top(x: Delta, rank: int) -> LowRank:
+    """The leading directions; factors of S are in the form of `refactor`, which has them first."""
+    return prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
 
 
 def from_global(rank: int, options: Options) -> int:
@@ -118,7 +130,15 @@ def _encode(update: Adapter, start: Start, state: ServerState, options: Options)
 
 
 def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
-    return Aggregate({n: compact(x) for n, x in add_all([state.adapter, total.products]).items()})
+    """S' = S + sum. The starts are S's own directions, so subtracting them adds none to S."""
+    sums: dict[str, Delta] = {}
+    for name, learnt in total.products.items():
+        whole = state.adapter.get(name)
+        if isinstance(whole, LowRank) and isinstance(learnt, LowRank):
+            sums[name] = stacked([balance(whole), learnt])
+        else:
+            sums[name] = learnt if whole is None else add([whole, learnt])
+    return Aggregate({**state.adapter, **each(compact, sums)})
 
 
 RULE = Rule(
@@ -129,6 +149,7 @@ RULE = Rule(
     mixed_ranks=True,
     downlink="the whole global update",
     secure_sum="products",
+    sums_learnt=True,
     initial=_initial,
     prepare=_prepare,
     cut=_cut,

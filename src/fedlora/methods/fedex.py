@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedlora.lowrank import Adapter, add_all, scale_all
+from fedlora.lowrank import Adapter, add_all, compact, each, scale_all
 from fedlora.methods.rule import (
     Rule,
     add_factors,
@@ -45,7 +45,7 @@ def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggr
     averaged = add_all([after, scale_all(state.adapter, -1.0)])
     wanted = total.products
     merge = add_all([wanted, scale_all({n: x for n, x in averaged.items() if n in wanted}, -1.0)])
-    return Aggregate(after, merge)
+    return Aggregate(after, each(compact, merge))
 
 
 RULE = Rule(
@@ -56,6 +56,7 @@ RULE = Rule(
     mixed_ranks=True,
     downlink="A, B and the residual of the round before",
     secure_sum="factors and products",
+    sums_learnt=True,
     initial=shared_initial,
     prepare=prepare_as_is,
     cut=whole,

@@ -23,8 +23,10 @@ from fedlora.lowrank import (
     add_all,
     balance,
     compact,
+    each,
+    leading,
     prefix,
-    refactor,
+    subtract,
     suffix,
 )
 from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fill, whole
@@ -34,12 +36,11 @@ from fedlora.state import Aggregate, Encoded, ServerState, Start
 def _split(deltas: Deltas, rank: int) -> Aggregate:
     adapter: dict[str, Delta] = {}
     beyond: dict[str, Delta] = {}
-    for name, x in deltas.items():
-        exact = compact(x)
-        exact = exact if isinstance(exact, LowRank) else refactor(exact)
-        adapter[name] = balance(prefix(exact, rank))
-        if exact.rank > rank:
-            beyond[name] = suffix(exact, rank)
+    for name, x in each(compact, deltas).items():
+        top = prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
+        adapter[name] = balance(top)
+        if x.rank > rank:
+            beyond[name] = suffix(x, rank) if isinstance(x, LowRank) else subtract(x, top)
     return Aggregate(adapter, beyond)
 
 
@@ -83,6 +84,7 @@ RULE = Rule(
     mixed_ranks=True,
     downlink="the leading directions, and what the round before merged",
     secure_sum="products",
+    sums_learnt=True,
     initial=_initial,
     prepare=_prepare,
     cut=whole,

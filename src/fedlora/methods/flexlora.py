@@ -22,13 +22,14 @@ from fedlora.lowrank import (
     Delta,
     Deltas,
     LowRank,
-    add_all,
+    add,
     balance,
     compact,
+    each,
+    leading,
     prefix,
-    refactor,
+    stacked,
     subtract,
-    suffix,
 )
 from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, cut_to_rank, fill
 from fedlora.state import Aggregate, Encoded, ServerState, Start
@@ -41,11 +42,12 @@ def global_sum(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple
 
 def leading_directions(state: ServerState, rank: int, options: Any) -> Prepared:
     """The leading directions of S that the largest rank affords."""
-    leading = {
-        name: prefix(x if isinstance(x, LowRank) else refactor(x), rank)
-        for name, x in state.adapter.items()
-    }
-    return Prepared(leading, leading)
+
+    def first(x: Delta) -> LowRank:
+        return prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
+
+    top = each(first, state.adapter)
+    return Prepared(top, top)
 
 
 def top_start(
@@ -66,18 +68,20 @@ def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> 
     products: dict[str, Delta] = {}
     for name, learnt in change(update, start.adapter).items():
         whole = state.adapter.get(name)
-        if whole is None:
-            products[name] = learnt
-        elif isinstance(whole, LowRank):  # in the form of `refactor`: the start is its prefix
-            dropped = suffix(whole, start.adapter[name].rank)
-            products[name] = subtract(learnt, dropped)
-        else:
-            products[name] = subtract(update[name], whole)
+        products[name] = learnt if whole is None else subtract(update[name], whole)
     return Encoded(products=products)
 
 
 def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
-    return Aggregate({n: compact(x) for n, x in add_all([state.adapter, total.products]).items()})
+    """S + sum, which is the sum of the products: with weights that sum to one S drops out of it."""
+    sums: dict[str, Delta] = {}
+    for name, x in total.products.items():
+        whole = state.adapter.get(name)
+        if isinstance(whole, LowRank) and isinstance(x, LowRank):
+            sums[name] = stacked([whole, x])
+        else:
+            sums[name] = x if whole is None else add([whole, x])
+    return Aggregate({**state.adapter, **each(compact, sums)})
 
 
 RULE = Rule(

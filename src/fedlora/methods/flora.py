@@ -69,6 +69,7 @@ RULE = Rule(
     mixed_ranks=True,
     downlink="the stack of the round before",
     secure_sum="products",
+    sums_learnt=True,
     initial=_initial,
     prepare=_prepare,
     cut=whole,

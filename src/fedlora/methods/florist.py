@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedlora.lowrank import truncate
+from fedlora.lowrank import Delta, LowRank, each, truncate
 from fedlora.methods import flora
 from fedlora.methods.rule import Rule, whole
 from fedlora.state import Aggregate, Encoded, ServerState
@@ -41,8 +41,11 @@ class Options:
 def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
     if options.energy_threshold == 1.0:
         return Aggregate(adapter={}, merge=total.products)
-    kept = {n: truncate(x, energy=options.energy_threshold)[0] for n, x in total.products.items()}
-    return Aggregate(adapter={}, merge=kept)
+
+    def kept(x: Delta) -> LowRank:
+        return truncate(x, energy=options.energy_threshold)[0]
+
+    return Aggregate(adapter={}, merge=each(kept, total.products))
 
 
 RULE = Rule(
@@ -53,6 +56,7 @@ RULE = Rule(
     mixed_ranks=True,
     downlink="the directions kept of the round before",
     secure_sum="products",
+    sums_learnt=True,
     initial=flora.RULE.initial,
     prepare=flora.RULE.prepare,
     cut=whole,

@@ -85,6 +85,7 @@ RULE = Rule(
     mixed_ranks=False,
     downlink="A and B",
     secure_sum="factors and products",
+    sums_learnt=True,
     initial=shared_initial,
     prepare=prepare_as_is,
     cut=whole,

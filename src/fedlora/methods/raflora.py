@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fedlora.lowrank import Adapter, Delta, LowRank, add, compact, refactor, scale
+from fedlora.lowrank import Adapter, Delta, LowRank, add, compact, each, leading, scale
 from fedlora.methods.flexlora import global_sum, leading_directions, top_start
 from fedlora.methods.rule import Rule, cut_to_rank
 from fedlora.state import Aggregate, Encoded, ServerState, Start
@@ -50,7 +50,7 @@ def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> 
 
 def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     trained = {key.rpartition("#")[0] for key in total.products}
-    adapter: dict[str, Delta] = {n: x for n, x in state.adapter.items() if n not in trained}
+    highest, sums = max(state.ranks.values()), dict[str, Delta]()
     for name in sorted(trained):
         terms: list[Delta] = []
         for h, (begin, end) in enumerate(partitions(state)):
@@ -59,10 +59,10 @@ def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggr
                 terms.append(scale(total.products[key], 1.0 / float(total.factors[key])))
             elif name in state.adapter:
                 before = state.adapter[name]
-                before = before if isinstance(before, LowRank) else refactor(before)
+                before = before if isinstance(before, LowRank) else leading(before, highest)
                 terms.append(LowRank(before.A[begin:end], before.B[:, begin:end]))
-        adapter[name] = compact(add(terms))
-    return Aggregate(adapter)
+        sums[name] = add(terms)
+    return Aggregate({**state.adapter, **each(compact, sums)})
 
 
 RULE = Rule(

@@ -113,6 +113,8 @@ class Rule:
         start: `(adapter, leading, shapes, rank, fresh, options) -> Start`, at the client.
         encode: `(update, start, state, options) -> Encoded`, at the server.
         finish: `(sum, state, rank, options) -> Aggregate`; `rank` the largest client's.
+        sums_learnt: the products that `encode` gives are `M_k - M_k_start` itself, so that it need
+            not be summed beside them to tell the aggregation error.
         training: `options -> Training`, what it asks of the local training.
         sent_down: `(round, seen) -> "AB", "A" or "B"`, the factors a client lacks at the beginning
             of a round; `seen`: it took part in the round before.
@@ -139,6 +141,7 @@ class Rule:
     start: Callable[[Deltas, Adapter, Shapes, int, Fresh, Any], Start]
     encode: Callable[[Adapter, Start, ServerState, Any], Encoded]
     finish: Callable[[Encoded, ServerState, int, Any], Aggregate]
+    sums_learnt: bool = False
     training: Callable[[Any], Training] = as_usual
     sent_down: Callable[[int, bool], str] = both_factors
     fixed_weight: Callable[[Any], float | None] = no_fixed_weight
