@@ -103,6 +103,14 @@ def load_base(name: str, *, target_modules: Any, weights: bool = True, **keys: A
     return load_model(source, tokenizer, config, weights=weights)[0]
 
 
+def give(layer: Any, frozen: Any, adapter: Any, scale: float = 1.0, dropout: float = 0.0) -> None:
+    """One client's adapter into a single layer, and what lies frozen beside it."""
+    from fedlora.model import Seat
+
+    layer.freeze(frozen)
+    layer.seat("it", [] if adapter is None else [Seat({"it": adapter}, {}, scale, dropout)])
+
+
 def rows(number: int, offset: int = 0) -> list[dict[str, str]]:
     """Prompts that ask for a word backwards."""
     words = ["stone", "river", "cloud", "amber", "fig", "oak", "lantern", "moss", "quill", "tide"]

@@ -593,7 +593,7 @@ def test_the_model_that_client_trains_has_adapters_in_its_own_modules_alone(
     def looking(model: Any, dataset: Any, budget: Any) -> dict[str, Any]:
         if budget.client == 1:
             trained = {n for n, p in model.named_parameters() if p.requires_grad}
-            seen.append({n.rpartition(".")[0].rpartition(".")[2] for n in trained})
+            seen.append({n.partition(".clients.")[0].rpartition(".")[2] for n in trained})
         return train(model, dataset, budget)
 
     result = fedlora.run(fedlora.Config(**keys), train_function=looking)

@@ -149,10 +149,12 @@ def test_config_to_a_file_to_a_run(
     lines = done.stdout.splitlines()
     assert "4 target modules" in lines[0]
     assert "4 clients, ranks 4 4 2 2, rows 24 16 12 8; 10 rows to evaluate on" in lines[1]
-    assert [line.split()[0] for line in lines[2:6]] == ["round", "0", "1", "2"]
-    assert lines[6].startswith("ended after round 2; best: round ")
-    assert lines[7] == "final adapter: out/final  (PeftModel.from_pretrained loads it)"
-    assert len(lines) == 8
+    assert lines[2].startswith("base in float32: layers 32 wide")
+    assert lines[2].endswith("; clients in one pass: 4")
+    assert [line.split()[0] for line in lines[3:7]] == ["round", "0", "1", "2"]
+    assert lines[7].startswith("ended after round 2; best: round ")
+    assert lines[8] == "final adapter: out/final  (PeftModel.from_pretrained loads it)"
+    assert len(lines) == 9
     config = read_yaml(here / "out" / "config.yaml")
     assert config["lora_target_modules"] == ["q_proj", "v_proj"]
     assert (config["num_rounds"], config["max_steps"]) == (2, 1)

@@ -46,6 +46,7 @@ def begin(**more: Any) -> Event:
         "ranks": [8, 4],
         "rows": [24, 16],
         "eval_rows": 10,
+        "choices": ["base in bfloat16: a reason", "clients in one pass: 2"],
         **more,
     }
 
@@ -122,11 +123,12 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = captured.out.splitlines()
     assert lines[0] == "tiny: 14 target modules, method exact, 3 rounds -> out"
     assert lines[1] == "2 clients, ranks 8 4, rows 24 16; 10 rows to evaluate on"
-    assert " ".join(lines[2].split()) == "round loss ppl token acc exact agg. err up down seconds"
-    assert lines[3].split() == ["0", "4.6263", "102.14", "37.5%", "100.0%", *"----"]
+    assert lines[2] == "base in bfloat16: a reason; clients in one pass: 2"
+    assert " ".join(lines[3].split()) == "round loss ppl token acc exact agg. err up down seconds"
+    assert lines[4].split() == ["0", "4.6263", "102.14", "37.5%", "100.0%", *"----"]
     row = "1 4.6263 102.14 37.5% 100.0% 5.8e-07 59.4 KB 230.4 KB 1.8"
-    assert lines[4].split() == row.split()
-    assert [line.split()[0] for line in lines[3:]] == ["0", "1", "2", "3"]
+    assert lines[5].split() == row.split()
+    assert [line.split()[0] for line in lines[4:]] == ["0", "1", "2", "3"]
     assert "\x1b" not in captured.out
 
 
@@ -134,7 +136,7 @@ def test_columns_stand_below_their_heads(capsys: pytest.CaptureFixture[str]) -> 
     extreme = {"loss": 12.3456, "perplexity": 2.3e5, "token_accuracy": 1.0, "exact_match": 1.0}
     show = PlainLines()
     for event in (
-        begin(),
+        begin(choices=[]),  # what leaves nothing open has no line about it
         START,
         a_round(1),
         a_round(999, evaluation=extreme, bytes_up=999_900, bytes_down=1, seconds={"train": 99_999}),
@@ -168,7 +170,7 @@ def test_no_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_resumed(round_number: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     PlainLines()(begin(resumed_from=round_number))
-    assert capsys.readouterr().out.splitlines()[2] == line
+    assert capsys.readouterr().out.splitlines()[3] == line
 
 
 def test_many_clients_are_summed_up(capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +272,27 @@ def test_bars(console: Console) -> None:
         rounds, clients, steps = bars(terminal).splitlines()
         assert re.match(r"rounds +\S* +1/3 ", rounds)
         assert re.match(r"clients +\S* +2/2 ", clients)
+
+
+def test_bars_of_clients_that_share_a_pass(console: Console) -> None:
+    with Terminal(console) as terminal:
+        for event in (begin(), START, *clients_of(1)[:2]):
+            terminal(event)
+        terminal({"event": "client_begin", "client": 1, "rank": 4})
+        _, clients, _ = bars(terminal).splitlines()
+        assert re.match(r"clients +\S* +0/2 +2 in one pass ", clients)
+        for event in (step(0, 1), step(1, 1), step(0, 2)):
+            terminal(event)
+        rounds, each = terminal.progress.tasks[:2]
+        assert (rounds.completed, each.completed) == ((2 / 4 + 1 / 4) / 2, 2 / 4 + 1 / 4)
+        _, _, steps = bars(terminal).splitlines()
+        assert re.match(r"steps +\S* +2/4 ", steps)
+        for event in (step(0, 3), step(1, 2), step(0, 4), step(1, 3), step(1, 4)):
+            terminal(event)
+        terminal({"event": "client_end", "client": 0})
+        assert each.completed == 2  # neither forgotten nor counted twice
+        terminal({"event": "client_end", "client": 1})
+        assert (rounds.completed, each.completed) == (1, 2)
 
 
 def test_the_upper_bars_move_within_a_round(console: Console) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import fedlora
-from conftest import load_base
+from conftest import give, load_base
 from fedlora.adapters import unfold
 from fedlora.lowrank import Delta, Dense, LowRank, to_dense
 from fedlora.model import AdapterLayer, BaseModel, weights_fingerprint
@@ -107,10 +107,10 @@ def test_a_layer_is_the_sum_of_its_parts(
     layer = AdapterLayer(linear(kind))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     trained = lowrank(4, 6, 2, 9)
-    layer.load(frozen, trained, scale=0.5, dropout=0.0)
+    give(layer, frozen, trained, scale=0.5, dropout=0.0)
     wanted = by_hand(layer.base, x, [to_dense(d) for d in [*frozen, trained]])
     torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-6)
-    layer.load(frozen, None, scale=1.0, dropout=0.0)
+    give(layer, frozen, None, scale=1.0, dropout=0.0)
     wanted = by_hand(layer.base, x, [torch.zeros(4, 6), *(to_dense(d) for d in frozen)])
     torch.testing.assert_close(layer(x).double(), wanted, rtol=1e-5, atol=1e-6)
 
@@ -122,7 +122,7 @@ def test_factors_of_small_rank_stay_factors_beside_half_precision() -> None:
     frozen: list[Delta] = [lowrank(30, 40, 3, 1)]
     for part in (frozen[0], Dense(to_dense(frozen[0]))):
         layer = AdapterLayer(wide)
-        layer.load([part], None, scale=1.0, dropout=0.0)
+        give(layer, [part], None, scale=1.0, dropout=0.0)
         assert type(layer.branch) is type(part)
         assert layer.merged is None
         wanted = by_hand(wide, x, [to_dense(frozen[0])])
@@ -143,10 +143,10 @@ def test_half_precision_does_not_round_small_updates_away(kind: str, dense: bool
     x = torch.tensor([[1.0, -1.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.bfloat16)
     assert not base(x).any()  # the base's own answer cancels, so the update's is all there is
     layer = AdapterLayer(base)
-    layer.load([Dense(to_dense(small)) if dense else small], None, scale=1.0, dropout=0.0)
+    give(layer, [Dense(to_dense(small)) if dense else small], None, scale=1.0, dropout=0.0)
     assert layer(x).dtype == torch.bfloat16
     torch.testing.assert_close(layer(x).float(), torch.full((1, 4), 1e-3), rtol=4e-3, atol=0.0)
-    layer.load([], small, scale=0.125, dropout=0.0)
+    give(layer, [], small, scale=0.125, dropout=0.0)
     torch.testing.assert_close(layer(x).float(), torch.full((1, 4), 1e-3), rtol=4e-3, atol=0.0)
 
 
@@ -155,7 +155,7 @@ def test_the_trained_factors_are_copies() -> None:
     before = trained.A.clone(), trained.B.clone()
     for scale in (1.0, 0.5):
         layer = AdapterLayer(linear("bias"))
-        layer.load([], trained, scale=scale, dropout=0.0)
+        give(layer, [], trained, scale=scale, dropout=0.0)
         assert layer.A is not None
         assert layer.B is not None
         with torch.no_grad():
@@ -168,7 +168,7 @@ def test_the_trained_factors_are_copies() -> None:
 def test_dropout_acts_on_the_input_of_the_trained_side_and_only_while_training() -> None:
     layer = AdapterLayer(linear("bias"))
     frozen, trained = lowrank(4, 6, 1, 1), lowrank(4, 6, 2, 9)
-    layer.load([frozen], trained, scale=2.0, dropout=0.5)
+    give(layer, [frozen], trained, scale=2.0, dropout=0.5)
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
     layer.train()
     torch.manual_seed(7)
@@ -241,7 +241,7 @@ def test_gradients_reach_the_factors_and_nothing_else(base_path: Path) -> None:
     assert not [n for n, p in base.model.named_parameters() if p.requires_grad]
     base.load([over_all(base, 2, 50)], over_all(base, 3, 10), 2.0)
     trainable = {n for n, p in base.model.named_parameters() if p.requires_grad}
-    assert trainable == {f"{name}.{factor}" for name in base.layers for factor in "AB"}
+    assert trainable == {f"{name}.clients.0.{factor}" for name in base.layers for factor in "AB"}
     base.model(input_ids=ids(), labels=ids()).loss.backward()
     with_gradient = {n for n, p in base.model.named_parameters() if p.grad is not None}
     assert with_gradient == trainable

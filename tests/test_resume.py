@@ -40,7 +40,7 @@ import torch
 
 torch.set_num_threads(1)
 import peft, transformers
-from fedlora import adapters, checkpoint, cli, train, worker
+from fedlora import adapters, checkpoint, cli, passes, worker
 from fedlora.engines import local
 
 
@@ -93,8 +93,8 @@ def round_line(directory, line):
 
 
 POINTS = {
-    "before training": (worker.Worker, "handle", any_call, die),
-    "in a client's steps": (train, "collate", any_call, die),
+    "before training": (worker.Worker, "handle_together", any_call, die),
+    "in a client's steps": (passes.Passes, "backward", any_call, die),
     "before the directory": (Path, "rename", named(".out.partial"), die),
     "before the first line": (checkpoint.RunDirectory, "append", any_call, die),
     "half of the state": (checkpoint, "save_tensors", any_call, half_a_file),
@@ -220,6 +220,7 @@ def keys(tiny_llama: Path, site_files: Path) -> dict[str, Any]:
         "learning_rate": 1e-2,
         "lora_dropout": 0.1,
         "clients_per_round": 3,
+        "cohort_size": 2,  # in every round two clients in one pass, then one
         "server_momentum": 0.5,
         "eval_exact_match": False,
         "save_total_limit": 2,
@@ -295,9 +296,10 @@ def snapshot(path: Path) -> dict[str, bytes]:
 
 KILLS = [
     ("before training", 1),
-    ("before training", 5),
+    ("before training", 4),  # of the second cohort of round 2
     ("in a client's steps", 1),
-    ("in a client's steps", 9),
+    ("in a client's steps", 6),  # the second step of the first
+    ("in a client's steps", 7),
     ("before the first line", 1),
     ("half of the state", 1),
     ("half of the state", 3),
@@ -399,7 +401,7 @@ def test_killed_resumed_killed_resumed(
 def stopped(driver: Driver, keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run killed in round 3, with rounds 1 and 2 on the disk."""
     path = tmp_path_factory.mktemp("stopped")
-    return begin(driver, path, {**keys, "method": "exact"}, point="before training", n=7)
+    return begin(driver, path, {**keys, "method": "exact"}, point="before training", n=5)
 
 
 def flip(path: Path) -> None:

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conftest import load_base
+from conftest import give, load_base
 from fedlora.adapters import find_targets, fold, load_adapter, scaling, write_adapter
 from fedlora.config import Config
 from fedlora.data import ClientData
@@ -432,17 +432,21 @@ def layers(rank: int, scale: float, seed: int) -> tuple[nn.Module, list[Pair]]:
     for m, n in ((6, 7), (4, 5)):
         a, b = rng.standard_normal((rank, n)), rng.standard_normal((m, rank))
         layer = AdapterLayer(nn.Linear(n, m, bias=False).double())
-        layer.load([], LowRank(tensor(a), tensor(scale * b)), scale, 0.0)
+        give(layer, [], LowRank(tensor(a), tensor(scale * b)), scale, 0.0)
         found.append(layer)
         pairs.append((a, b))
     return nn.Sequential(*found), pairs
+
+
+def terms(model: Any) -> list[Any]:
+    return [term for layer in model for term in layer.clients]
 
 
 @pytest.mark.parametrize(("rank", "share", "begin"), [(4, 0.5, 2), (4, 0.99, 3), (3, 0.5, 1)])
 def test_hetloras_penalty_and_its_gradient(rank: int, share: float, begin: int) -> None:
     scale, weight = 1.7, 0.3
     model, pairs = layers(rank, scale, 1)
-    penalty = tail_penalty(model, Budget(tail_penalty=weight, tail_from=share))
+    penalty = tail_penalty(terms(model), Budget(tail_penalty=weight, tail_from=share))
     wanted = weight * sum(
         np.linalg.norm(scale * b[:, begin:]) * np.linalg.norm(a[begin:]) for a, b in pairs
     )
@@ -463,7 +467,7 @@ def test_hetloras_penalty_has_a_gradient_at_zero_and_without_a_tail() -> None:
         for layer in model:
             if empty_b:
                 layer.B.data.zero_()
-        penalty = tail_penalty(model, Budget(tail_penalty=0.1, tail_from=share))
+        penalty = tail_penalty(terms(model), Budget(tail_penalty=0.1, tail_from=share))
         assert float(penalty.detach()) == 0.0
         penalty.backward()
         for layer in model:

@@ -167,18 +167,22 @@ def test_the_seed_decides_every_byte(small_run: dict[str, Any]) -> None:
 
 
 def trained_by_hand(session: Session, backwards: bool) -> bytes:
-    """Rounds through server and worker alone, with clients in either order; the adapter's file."""
+    """Rounds through server and worker alone, with passes in either order; the adapter's file."""
     config = session.config
     rule = METHODS[config.method]
     server = Server(
         session.federation, rule, config.rule_options(), initial_state(session.federation, rule)
     )
     worker = Worker(session.base, dict(enumerate(session.data.clients)), config)
+    size = config.cohort_size
+    assert size != "auto"
     for _ in range(config.num_rounds):
         updates: list[ClientUpdate] = []
         broadcasts = list(server.plan().values())
-        for broadcast in broadcasts[::-1] if backwards else broadcasts:
-            updates.append(worker.handle(broadcast))
+        cohorts = [broadcasts[at : at + size] for at in range(0, len(broadcasts), size)]
+        for cohort in cohorts[::-1] if backwards else cohorts:
+            one = [worker.handle(cohort[0])] if size == 1 else worker.handle_together(cohort)
+            updates += one[::-1] if backwards else one
         for update in updates:
             assert not server.accept(update)
         server.commit()
@@ -187,9 +191,13 @@ def trained_by_hand(session: Session, backwards: bool) -> bytes:
     return (where / WEIGHTS_NAME).read_bytes()
 
 
+@pytest.mark.parametrize("cohort_size", [1, 2, 3])
 @pytest.mark.parametrize("method", ["exact", "flora", "zero_pad"])
-def test_the_order_of_clients_changes_no_bit(small_run: dict[str, Any], method: str) -> None:
-    values = {**small_run, "method": method, "lora_dropout": 0.1}
+def test_the_order_of_clients_changes_no_bit(
+    small_run: dict[str, Any], method: str, cohort_size: int
+) -> None:
+    """Nor does the order of cohorts, as long as the same clients share a pass."""
+    values = {**small_run, "method": method, "lora_dropout": 0.1, "cohort_size": cohort_size}
     session = assemble(Config(**values))
     forwards = trained_by_hand(session, backwards=False)
     assert trained_by_hand(session, backwards=True) == forwards
@@ -331,20 +339,26 @@ def test_callbacks_are_told_every_round_and_its_state(small_run: dict[str, Any])
     assert len({total_norm(global_delta(r.state)) for r in told}) == 3
 
 
-def test_everything_is_reported(small_run: dict[str, Any]) -> None:
+@pytest.mark.parametrize("cohort_size", [1, 3, "auto"])
+def test_everything_is_reported(small_run: dict[str, Any], cohort_size: int | str) -> None:
+    """Clients of a pass begin together, step by turns and end together."""
     events: list[Mapping[str, Any]] = []
-    run(small_run, num_rounds=1, report=events.append)
-    kinds = [e["event"] for e in events]
-    per_client = ["client_begin", "step", "step", "step", "client_end"]
-    assert kinds == [
-        "begin",
-        "evaluate_begin",
-        "start",
-        "round_begin",
-        *per_client * 4,
-        "evaluate_begin",
-        "round",
-        "end",
+    run(small_run, num_rounds=1, cohort_size=cohort_size, report=events.append)
+    cohorts = {1: [[0], [1], [2], [3]], 3: [[0, 1, 2], [3]], "auto": [[0, 1, 2, 3]]}[cohort_size]
+    assert [(e["event"], e.get("client")) for e in events] == [
+        ("begin", None),
+        ("evaluate_begin", None),
+        ("start", None),
+        ("round_begin", None),
+        *(
+            (kind, client)
+            for cohort in cohorts
+            for kind in ("client_begin", "step", "step", "step", "client_end")
+            for client in cohort
+        ),
+        ("evaluate_begin", None),
+        ("round", None),
+        ("end", None),
     ]
     assert events[0]["ranks"] == [8, 4, 2, 2]
     assert events[0]["rows"] == [24, 16, 12, 8]
@@ -556,7 +570,8 @@ def test_alpha_is_a_number_or_a_multiple_of_the_rank(
 
     def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
-        found[budget.client] = {layer.scale for layer in layers}
+        assert all(len(layer.clients) == 1 for layer in layers)
+        found[budget.client] = {layer.clients[0].scale for layer in layers}
         return {}
 
     run(

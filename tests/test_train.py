@@ -17,10 +17,11 @@ from conftest import load_base, rows
 from fedlora.adapters import unfold
 from fedlora.lowrank import LowRank
 from fedlora.model import BaseModel
+from fedlora.passes import collate, labelled, passes_of, summed_loss
 from fedlora.seeds import Purpose, fresh_factors, generator
 from fedlora.templates import TEMPLATES
 from fedlora.tokens import IGNORE, Tokens, tokenize
-from fedlora.train import Budget, batches, collate, labelled, schedule, summed_loss, train
+from fedlora.train import Budget, batches, schedule, train
 
 SCALE, RANK = 2.0, 4
 
@@ -474,7 +475,11 @@ def test_padding_changes_no_loss(llama: BaseModel) -> None:
 # --- metrics, randomness ---
 
 
-def test_metrics(llama: BaseModel) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_metrics(llama: BaseModel, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packed:  # as an architecture is run that needs padding
+        monkeypatch.setattr(passes_of(llama.model), "packed", False)
+        monkeypatch.setattr(passes_of(llama.model), "joint", False)
     data = dataset_of(llama, 8)
     losses: list[float] = []
     budget = Budget(
@@ -489,7 +494,10 @@ def test_metrics(llama: BaseModel) -> None:
     assert metrics["steps"] == len(losses) == 4
     assert metrics["loss"] == pytest.approx(sum(losses) / 4)
     assert (metrics["loss_first"], metrics["loss_last"]) == (losses[0], losses[-1])
-    assert metrics["padding"] == pytest.approx(1 - sum(lengths) / (8 * max(lengths)))
+    assert metrics["tokens"] == 4 * sum(lengths)
+    share = 1 - sum(lengths) / (8 * max(lengths))
+    assert share > 0.1
+    assert metrics["padding"] == pytest.approx(0.0 if packed else share)
     assert not llama.model.training
 
 

@@ -76,7 +76,9 @@ class Config(BaseModel):
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the frozen base; auto: the checkpoint's. Adapters are float32"
+        "auto",
+        description="of the frozen base; auto: bfloat16 where that is measured to be faster, else "
+        "float32. Adapters are float32",
     )
     # --- LoRA ---
     lora_task_type: Literal["auto", "CAUSAL_LM", "SEQ_CLS"] = Field(
@@ -199,6 +201,21 @@ class Config(BaseModel):
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data in each round")
     max_steps: int = Field(-1, ge=-1, description="steps in each round instead of epochs; -1: off")
     proximal_mu: float = Field(0.0, ge=0, description="FedProx: mu/2 ||w - w_start||^2 is added")
+    cohort_size: int | Literal["auto"] = Field(
+        "auto", description="clients trained in one pass; auto: as many as pay and fit in memory"
+    )
+    cohort_memory: float | None = Field(
+        None, gt=0, description="GiB that one pass may take; none: half of what is free"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, a third slower"
+    )
+    torch_compile: bool = Field(
+        False, description="compile the layers; worth it for long runs on a GPU (docs/performance)"
+    )
+    use_liger_kernel: bool = Field(
+        False, description="fused kernels on CUDA, from the package liger-kernel"
+    )
     # --- evaluation ---
     eval_rounds: int = Field(1, ge=0, description="evaluate every so many rounds; 0: at the ends")
     per_device_eval_batch_size: int = Field(8, ge=1, description="samples of an evaluation batch")
@@ -319,6 +336,8 @@ class Config(BaseModel):
                 f"clients_per_round: {self.clients_per_round} is no share; give a whole number of "
                 "clients, or a share of at most 1.0"
             )
+        if self.cohort_size != "auto" and self.cohort_size < 1:
+            raise ValueError(f"cohort_size: {self.cohort_size} must be at least 1")
         if self.max_steps == 0:
             raise ValueError("max_steps: 0 trains nothing; give a number, or -1 to count epochs")
         by_value = ("dirichlet", "column", "labels")

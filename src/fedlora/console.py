@@ -109,6 +109,8 @@ def _introduction(event: Event) -> list[str]:
         f"{len(ranks)} clients, ranks {_short(ranks)}, rows {_short(rows)}; "
         f"{event['eval_rows']} rows to evaluate on",
     ]
+    if event["choices"]:
+        lines.append("; ".join(event["choices"]))
     if begun is not None:
         lines.append(f"resumed after round {begun}" if begun else "resumed from the start")
     return lines
@@ -167,6 +169,7 @@ class Terminal:
         self.title, self.task = title, "CAUSAL_LM"
         self.clients: list[int] = []
         self.finished, self.done = 0, 0  # rounds, clients of this round
+        self.running: dict[int, float] = {}  # clients that train now, and how far they are
         self.loading = self.progress.add_task("loading model and data", total=None, note="")
         self.tokens, self.since = 0, time.perf_counter()
 
@@ -190,17 +193,16 @@ class Terminal:
         elif kind == "warning":
             self._print(Text.assemble(("warning:", "yellow"), f" {event['message']}"))
         elif kind == "round_begin":
-            self.clients, self.done = event["clients"], 0
+            self.clients, self.done, self.running = event["clients"], 0, {}
             self.progress.reset(self.each, total=len(self.clients), note="")
         elif kind == "client_begin":
-            self.progress.update(self.each, note=f"client {event['client']}, r={event['rank']}")
-            self.progress.reset(self.steps, note="")
-            self.tokens, self.since = 0, time.perf_counter()
+            self._client_begin(event)
         elif kind == "step":
             self._step(event)
         elif kind == "client_end":
             self.done += 1
-            self._advance(self.done)
+            self.running.pop(event["client"], None)
+            self._advance()
         elif kind == "evaluate_begin":
             self.progress.update(self.steps, note="evaluating")
 
@@ -217,6 +219,15 @@ class Terminal:
         self.each = self.progress.add_task("clients", total=len(event["ranks"]), note="")
         self.steps = self.progress.add_task("steps", total=None, note="")
 
+    def _client_begin(self, event: Event) -> None:
+        if not self.running:
+            self.progress.reset(self.steps, note="")
+            self.tokens, self.since = 0, time.perf_counter()
+        self.running[event["client"]] = 0.0
+        number = len(self.running)
+        note = f"client {event['client']}, r={event['rank']}"
+        self.progress.update(self.each, note=note if number == 1 else f"{number} in one pass")
+
     def _step(self, event: Event) -> None:
         self.tokens += event["tokens"]
         rate = self.tokens / max(time.perf_counter() - self.since, 1e-9)
@@ -226,10 +237,12 @@ class Terminal:
             completed=event["step"],
             note=f"loss {event['loss']:.3f}, {rate:,.0f} tokens/s",
         )
-        self._advance(self.done + event["step"] / event["steps"])
+        self.running[event["client"]] = event["step"] / event["steps"]
+        self._advance()
 
-    def _advance(self, clients: float) -> None:
+    def _advance(self) -> None:
         """Move the upper bars by fractions, so that time left is known before a round ends."""
+        clients = self.done + sum(self.running.values())
         self.progress.update(self.each, completed=clients)
         share = clients / max(len(self.clients), 1)
         self.progress.update(self.rounds, completed=self.finished + share)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from fedlora.passes import passes_of
 from fedlora.tokens import IGNORE, Tokens
-from fedlora.train import collate, pad_token_of, summed_loss
 
 
 def evaluate(
@@ -43,19 +44,18 @@ def evaluate(
         generated text equals the reference, white space at the ends aside). For a classifier loss
         (mean over rows) and what `scores` gives.
     """
-    device, padding = next(model.parameters()).device, pad_token_of(model)
     model.eval()
+    passes = passes_of(model)
     total, count = 0.0, 0
     guesses, truths = [], []
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # rows of one length: no padding
     with torch.inference_mode():
         for at in range(0, len(ordered), batch_size):
-            batch = collate(ordered[at : at + batch_size], device, padding)
-            loss, logits, labels = summed_loss(model, batch)
-            total += float(loss)
-            count += labels.numel()
-            guesses.append(logits.argmax(-1))
-            truths.append(labels)
+            for logits, labels in passes.scored(model, ordered[at : at + batch_size]):
+                total += float(F.cross_entropy(logits, labels, reduction="sum"))
+                count += labels.numel()
+                guesses.append(logits.argmax(-1))
+                truths.append(labels)
         guess, truth = torch.cat(guesses).cpu(), torch.cat(truths).cpu()
         if label_names:
             return {"loss": total / count, **scores(truth, guess, label_names)}

@@ -1,13 +1,15 @@
 """The base model: loaded once, frozen, and wrapped so that adapters come and go.
 
-Every target module is wrapped in an `AdapterLayer` once. A client's turn loads what lies frozen
-beside its adapter and the adapter itself into the layers; the base weights are never written to.
+Every target module is wrapped in an `AdapterLayer` once. What lies frozen beside the adapters and
+the adapters of one client, or of several that train in one pass, are loaded into the layers; the
+base weights are never written to.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,29 +18,96 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.adapters import Targets, fold, is_conv1d, unfold
+from fedlora.layout import Layout
+from fedlora.linear import Term, adapted
 from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, to_dense
 
 
-class AdapterLayer(nn.Module):
-    """`y = W_0 x + frozen x + s B A dropout(x)` over a linear layer or a Conv1D.
+@dataclass(frozen=True)
+class Seat:
+    """What one client brings into the model.
 
-    The frozen side is added to a copy of a float32 weight, always from the pristine base, so that
-    nothing drifts. Beside a weight of lower precision, where adding would round small updates
-    away, it is computed as a branch of its own.
+    Args:
+        adapter: what it trains; a module it does not name has nothing to train.
+        own: what is frozen and its own, as factors.
+        scale: LoRA's scale of the adapter.
+        dropout: before the adapter.
+        trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
+        dense: its values of the parameters trained whole.
+    """
+
+    adapter: Adapter
+    own: Deltas = field(default_factory=dict)
+    scale: float = 1.0
+    dropout: float = 0.0
+    trains: str = "AB"
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class ClientTerm(nn.Module):
+    """One client's part of a layer: `s B A dropout(x) + B_0 A_0 x`, the second part frozen.
+
+    Args:
+        adapter: what is trained, or None.
+        own: `B_0 A_0`, or None.
+        seat: its scale, dropout and what it trains.
+        weight: of the layer, for device and dtype.
+    """
+
+    def __init__(
+        self, adapter: LowRank | None, own: LowRank | None, seat: Seat, weight: Tensor
+    ) -> None:
+        super().__init__()
+        self.scale, self.dropout = seat.scale, seat.dropout
+        self.A: nn.Parameter | None = None  # (r, n)
+        self.B: nn.Parameter | None = None  # (m, r)
+        self.start: tuple[Tensor, Tensor] | None = None  # B at the start, with and without scale
+        self.own = None if own is None else _like(own, weight)
+        if adapter is not None:
+            a, b = unfold(adapter, seat.scale)
+            self.start = adapter.B, b.clone()
+            self.A = nn.Parameter(a.to(weight.device), requires_grad="A" in seat.trains)
+            self.B = nn.Parameter(b.to(weight.device), requires_grad="B" in seat.trains)
+
+    def tail(self, share: float) -> Tensor | None:
+        """`||s B[:, t:]||_F ||A[t:]||_F` with `t = share * r`, rounded down, for HetLoRA."""
+        if self.A is None or self.B is None:
+            return None
+        begin = int(share * self.A.shape[0])
+        size: Tensor = self.scale * self.B[:, begin:].norm() * self.A[begin:].norm()
+        return size
+
+    def read(self) -> LowRank | None:
+        """The adapter as it now is: see `BaseModel.read_adapter`."""
+        if self.A is None or self.B is None or self.start is None:
+            return None
+        folded, plain = self.start
+        learnt = fold(self.A.cpu(), self.B.cpu() - plain, self.scale)
+        return LowRank(learnt.A, folded + learnt.B)
+
+
+class AdapterLayer(nn.Module):
+    """`y = W_0 x + frozen x + s_k B_k A_k dropout(x)` over a linear layer or a Conv1D.
+
+    The rows of x that belong to client k see its adapter alone. The frozen side is added to a copy
+    of a float32 weight, always from the pristine base, so that nothing drifts. Beside a weight of
+    lower precision, where adding would round small updates away, it is computed as a branch of
+    its own, in the dtype of the weight.
 
     Args:
         base: the layer to wrap; its weight is left as it is.
+        layout: whose rows are whose; one for all layers of a model.
+        site: the layer's number among those that draw dropout.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, layout: Layout | None = None, site: int = 0) -> None:
         super().__init__()
         self.base = base
+        self.layout = layout or Layout()
+        self.site = site
         self.conv1d = is_conv1d(base)
-        self.A: nn.Parameter | None = None  # (r, n)
-        self.B: nn.Parameter | None = None  # (m, r)
-        self.scale = 1.0
-        self.dropout = 0.0
-        self.start: tuple[Tensor, Tensor] | None = None  # B at the start, with and without scale
+        self.clients = nn.ModuleList()
+        self.frozen: tuple[Delta, ...] = ()
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
         self.branch: Delta | None = None
 
@@ -52,72 +121,173 @@ class AdapterLayer(nn.Module):
         """The base's bias; some architectures (Mamba) read it."""
         return cast("Tensor | None", self.base.bias)
 
-    def load(
-        self,
-        frozen: Sequence[Delta],
-        adapter: LowRank | None,
-        scale: float,
-        dropout: float,
-        trains: str = "AB",
-    ) -> None:
-        """Take a client's frozen updates and its adapter (None: nothing), of which `trains`."""
-        weight = self.weight
-        self.merged = self.branch = self.A = self.B = self.start = None
-        self.scale, self.dropout = scale, dropout
-        if frozen:
-            device = weight.device
-            total = add([_move(x, device) for x in frozen])
-            if weight.dtype in (torch.float32, torch.float64):
-                dense = to_dense(total).to(weight.dtype)
-                self.merged = weight.detach() + (dense.T if self.conv1d else dense)
-            else:
-                self.branch = total
-        if adapter is not None:
-            a, b = unfold(adapter, scale)
-            self.start = adapter.B, b.clone()
-            self.A = nn.Parameter(a.to(weight.device), requires_grad="A" in trains)
-            self.B = nn.Parameter(b.to(weight.device), requires_grad="B" in trains)
+    @property
+    def A(self) -> nn.Parameter | None:
+        """`(r, n)` of the only client, if it trains this module."""
+        return cast(ClientTerm, self.clients[0]).A if len(self.clients) == 1 else None
 
-    def tail(self, share: float) -> Tensor | None:
-        """`||s B[:, t:]||_F ||A[t:]||_F` with `t = share * r`, rounded down, for HetLoRA."""
-        if self.A is None or self.B is None:
-            return None
-        begin = int(share * self.A.shape[0])
-        size: Tensor = self.scale * self.B[:, begin:].norm() * self.A[begin:].norm()
-        return size
+    @property
+    def B(self) -> nn.Parameter | None:
+        """`(m, r)` of the only client, if it trains this module."""
+        return cast(ClientTerm, self.clients[0]).B if len(self.clients) == 1 else None
+
+    def freeze(self, parts: Sequence[Delta]) -> None:
+        """Set what lies frozen beside the base for all clients; nothing is done twice."""
+        if len(parts) == len(self.frozen) and all(
+            new is old for new, old in zip(parts, self.frozen, strict=True)
+        ):
+            return
+        weight = self.weight
+        self.merged = self.branch = None
+        self.frozen = tuple(parts)
+        if not parts:
+            return
+        total = add([_move(x, weight.device) for x in parts])
+        if weight.dtype in (torch.float32, torch.float64):
+            dense = to_dense(total).to(weight.dtype)
+            self.merged = weight.detach() + (dense.T if self.conv1d else dense)
+        else:
+            self.branch = _like(total, weight)
+
+    def seat(self, name: str, seats: Sequence[Seat]) -> None:
+        """Take the adapters of these clients under this module's name."""
+        self.clients = nn.ModuleList(
+            ClientTerm(s.adapter.get(name), _factors(s.own.get(name)), s, self.weight)
+            for s in seats
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., n)` -> `(..., m)`."""
-        if self.merged is None:
-            y = cast(Tensor, self.base(x))
-        elif self.conv1d:
-            y = torch.addmm(
-                cast(Tensor, self.base.bias), x.reshape(-1, x.shape[-1]), self.merged
-            ).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.merged, cast("Tensor | None", self.base.bias))
-        if isinstance(self.branch, LowRank):
-            side = F.linear(F.linear(x.float(), self.branch.A), self.branch.B)
-            y = y + side.to(y.dtype)
-        elif self.branch is not None:
-            y = y + F.linear(x.float(), self.branch.W).to(y.dtype)
-        if self.A is not None and self.B is not None:
-            into = F.dropout(x, self.dropout, self.training) if self.dropout else x
-            low = F.linear(into.to(self.A.dtype), self.A)  # (..., r)
-            if y.dtype == self.B.dtype:
-                flat = low.reshape(-1, low.shape[-1])
-                y = torch.addmm(y.reshape(-1, y.shape[-1]), flat, self.B.T, alpha=self.scale).view(
-                    y.shape
+        terms = self._terms(x)
+        plain = type(self.base) is nn.Linear or self.conv1d
+        weight = self.merged if self.merged is not None else self.weight
+        if plain and not terms and self.branch is None:
+            if self.merged is None:
+                return cast(Tensor, self.base(x))
+            flat = weight.T if self.conv1d else weight
+            return F.linear(x, flat, self.bias)
+        shared = self.branch
+        if plain:
+            flat = weight.T if self.conv1d else weight  # (m, n)
+            return adapted(x, None, flat, self.bias, shared, terms)
+        return adapted(x, cast(Tensor, self.base(x)), None, None, shared, terms)
+
+    def _terms(self, x: Tensor) -> list[Term]:
+        """The clients' terms with the rows of `x` they act on."""
+        if not len(self.clients) or self.layout.bare:
+            return []
+        rows = x.numel() // x.shape[-1]
+        spans = self.layout.spans(rows, len(self.clients))
+        out = []
+        for span in spans:
+            client = cast(ClientTerm, self.clients[span.client])
+            if client.A is None and client.own is None:
+                continue
+            keep = None
+            if client.A is not None and client.dropout and self.training:
+                shape = (span.end - span.begin, x.shape[-1])
+                keep = self.layout.keep(span.client, self.site, shape, client.dropout, x.device)
+            out.append(
+                Term(
+                    span.begin,
+                    span.end,
+                    client.A,
+                    client.B,
+                    client.scale,
+                    client.own,
+                    keep,
+                    client.dropout,
                 )
-            else:
-                y = y + (self.scale * F.linear(low, self.B)).to(y.dtype)
-        return y
+            )
+        return out
+
+
+class Head:
+    """A module trained whole; beside several clients, a copy of its parameters for each.
+
+    Args:
+        module: its `forward` is wrapped, nothing else is changed.
+        layout: whose rows are whose.
+    """
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self.module, self.layout, self.forward = module, layout, module.forward
+        self.copies: list[dict[str, nn.Parameter]] = []
+        module.forward = self._forward
+
+    def seat(self, name: str, seats: Sequence[Seat]) -> None:
+        """Make the copies of these clients; none: the module's own parameters."""
+        own = dict(self.module.named_parameters())
+        self.copies = [
+            {
+                end: nn.Parameter(s.dense.get(f"{name}.{end}", value).detach().to(value).clone())
+                for end, value in own.items()
+            }
+            for s in seats
+        ]
+
+    def _forward(self, *given: Any, **named: Any) -> Any:
+        """`x (samples, ...)`, or `(1, tokens, ...)`: each client's rows by its copy."""
+        if not self.copies or self.layout.bare:
+            self.layout.whole += 1
+            try:
+                return self.forward(*given, **named)
+            finally:
+                self.layout.whole -= 1
+        if given:
+            x, *rest = given
+        else:  # called by keyword
+            key, rest = next(iter(named)), []
+            x = named.pop(key)
+        # Without padding all tokens are in one row: of vectors, or of an embedding's numbers.
+        axis = 1 if x.shape[0] == 1 and (x.ndim > 2 or not x.is_floating_point()) else 0
+        parts = []
+        for span in self.layout.spans(x.shape[axis], len(self.copies)):
+            rows = x.narrow(axis, span.begin, span.end - span.begin)
+            copies = self.copies[span.client]
+            with _swapped(self.module, copies), self.layout.only(span.client):
+                if given:
+                    parts.append(self.forward(rows, *rest, **named))
+                else:
+                    parts.append(self.forward(**{key: rows}, **named))
+        return torch.cat(parts, axis)
+
+
+@contextmanager
+def _swapped(module: nn.Module, values: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Other parameters in the place of a module's own."""
+    places, before = [], []
+    for name in values:
+        owner, _, leaf = name.rpartition(".")
+        places.append((module.get_submodule(owner)._parameters, leaf))
+        before.append(places[-1][0][leaf])
+    try:
+        for (owner_parameters, leaf), value in zip(places, values.values(), strict=True):
+            owner_parameters[leaf] = value
+        yield
+    finally:
+        for (owner_parameters, leaf), old in zip(places, before, strict=True):
+            owner_parameters[leaf] = old
+
+
+def _factors(x: Delta | None) -> LowRank | None:
+    """A client's own frozen part, which is always of small rank."""
+    assert x is None or isinstance(x, LowRank), "what is a client's own is held as factors"
+    return x
 
 
 def _move(x: Delta, device: torch.device) -> Delta:
     if isinstance(x, LowRank):
         return LowRank(x.A.to(device), x.B.to(device))
     return type(x)(x.W.to(device))
+
+
+def _like(x: Any, weight: Tensor) -> Any:
+    """An update on the device and in the dtype of a layer's weight."""
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    if isinstance(x, LowRank):
+        return LowRank(x.A.to(weight.device, dtype), x.B.to(weight.device, dtype))
+    return type(x)(x.W.to(weight.device, dtype))
 
 
 @dataclass(frozen=True)
@@ -131,6 +301,8 @@ class BaseModel:
         layers: target module name -> its layer.
         fingerprint: of the base weights, to recognise another base on resume.
         dense: parameters trained whole (a classifier's head), by full name, in float32.
+        heads: the modules that hold them, by full name.
+        tied: one of these parameters is used in other modules too, so that there is but one of it.
     """
 
     model: Any
@@ -139,6 +311,8 @@ class BaseModel:
     layers: Mapping[str, AdapterLayer]
     fingerprint: str
     dense: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=dict)
+    tied: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +328,7 @@ class BaseModel:
         dense: Mapping[str, Tensor] | None = None,
         trains: str = "AB",
     ) -> None:
-        """Set all layers: `W_0 + sum frozen`, and what is trained on top.
+        """Set all layers: `W_0 + sum frozen`, and what one client trains on top.
 
         Args:
             frozen: what lies beside the base and is not trained.
@@ -164,15 +338,56 @@ class BaseModel:
             dense: values of the parameters trained whole; None leaves them as they are.
             trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
         """
-        for name, layer in self.layers.items():
-            parts = [deltas[name] for deltas in frozen if name in deltas]
-            layer.load(parts, (adapter or {}).get(name), scale, dropout, trains)
+        one = [] if adapter is None else [Seat(adapter, {}, scale, dropout, trains, dense or {})]
+        self.seat(frozen, one)
         with torch.no_grad():
             for name, value in (dense or {}).items():
                 self.dense[name].copy_(value)
 
-    def read_adapter(self) -> dict[str, LowRank]:
-        """The adapter as it now is, scale folded, in float32, on the CPU.
+    def seat(self, frozen: Sequence[Deltas], seats: Sequence[Seat]) -> None:
+        """Set all layers for clients that train in one pass.
+
+        Args:
+            frozen: what lies beside the base for all of them.
+            seats: what each of them brings; a single one trains the model's own dense parameters,
+                several train copies.
+        """
+        for name, layer in self.layers.items():
+            layer.freeze([deltas[name] for deltas in frozen if name in deltas])
+            layer.seat(name, seats)
+        for name, head in self.heads.items():
+            head.seat(name, seats if len(seats) > 1 else ())
+        if len(seats) == 1:
+            with torch.no_grad():
+                for name, value in seats[0].dense.items():
+                    self.dense[name].copy_(value)
+
+    def terms_of(self, client: int) -> list[ClientTerm]:
+        """The terms of the client in this seat, layer by layer."""
+        return [cast(ClientTerm, layer.clients[client]) for layer in self.layers.values()]
+
+    def parameters_of(self, client: int) -> list[tuple[str, nn.Parameter]]:
+        """What the client in this seat trains, by name."""
+        out = []
+        for name, term in zip(self.layers, self.terms_of(client), strict=True):
+            for factor in ("A", "B"):
+                value = getattr(term, factor)
+                if value is not None and value.requires_grad:
+                    out.append((f"{name}.{factor}", value))
+        return [*out, *self._dense_of(client).items()]
+
+    def _dense_of(self, client: int) -> dict[str, nn.Parameter]:
+        """The parameters trained whole of the client in this seat, by full name."""
+        copies = {
+            f"{name}.{end}": value
+            for name, head in self.heads.items()
+            if head.copies
+            for end, value in head.copies[client].items()
+        }
+        return {**self.dense, **copies}
+
+    def read_adapter(self, client: int = 0) -> dict[str, LowRank]:
+        """The adapter in a seat as it now is, scale folded, in float32, on the CPU.
 
         `B` is its start plus the scaled change, so that what was not trained comes back to the bit:
         dividing by a scale and multiplying again would count as learning.
@@ -182,18 +397,15 @@ class BaseModel:
         """
         out = {}
         for name, layer in self.layers.items():
-            if layer.A is None or layer.B is None or layer.start is None:
-                continue
-            folded, plain = layer.start
-            learnt = fold(layer.A.cpu(), layer.B.cpu() - plain, layer.scale)
-            out[name] = LowRank(learnt.A, folded + learnt.B)
+            if len(layer.clients) and (x := cast(ClientTerm, layer.clients[client]).read()):
+                out[name] = x
         if not out:
             raise ValueError("the model holds no adapter")
         return out
 
-    def read_dense(self) -> dict[str, Tensor]:
-        """The parameters trained whole as they now are. Copies, on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self.dense.items()}
+    def read_dense(self, client: int = 0) -> dict[str, Tensor]:
+        """The parameters trained whole in a seat as they now are. Copies, on the CPU."""
+        return {n: value.detach().cpu().clone() for n, value in self._dense_of(client).items()}
 
 
 def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
@@ -202,20 +414,23 @@ def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
     The model is changed in place.
     """
     model.requires_grad_(False)
-    dense = {}
+    dense, heads, layout = {}, {}, Layout()
     for name in targets.modules_to_save:
         module = model.get_submodule(name)
         _make_float32(module, keep_output="." not in name)
         for end, parameter in module.named_parameters(name):
             dense[end] = parameter.requires_grad_(True)
+        heads[name] = Head(module, layout)
     fingerprint = weights_fingerprint(model, skip=dense)
     layers = {}
-    for name in targets.shapes:
+    for site, name in enumerate(targets.shapes):
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent) if parent else model
-        layers[name] = AdapterLayer(getattr(owner, child))
+        layers[name] = AdapterLayer(getattr(owner, child), layout, site)
         setattr(owner, child, layers[name])
-    return BaseModel(model, tokenizer, targets, layers, fingerprint, dense)
+    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    tied = any(places.count(id(p)) > 1 for p in dense.values())
+    return BaseModel(model, tokenizer, targets, layers, fingerprint, dense, heads, tied)
 
 
 def _make_float32(module: nn.Module, keep_output: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from fedlora.acceleration import accelerate
 from fedlora.adapters import load_adapter
 from fedlora.clients import (
     check_overrides,
@@ -18,6 +19,7 @@ from fedlora.clients import (
     settled_overrides,
     with_overrides_read,
 )
+from fedlora.cohort import automatic_size, largest_need, memory_available
 from fedlora.config import Config
 from fedlora.data import (
     FederatedData,
@@ -42,6 +44,8 @@ from fedlora.loading import (
 )
 from fedlora.methods import METHODS
 from fedlora.model import BaseModel
+from fedlora.passes import passes_of
+from fedlora.precision import settled_dtype
 from fedlora.state import ServerState
 
 PATHS = (
@@ -62,6 +66,7 @@ AUTOMATIC = (
     "lora_task_type",
     "label_names",
     "dtype",
+    "cohort_size",
     "eval_exact_match",
     "greater_is_better",
 )
@@ -83,6 +88,7 @@ class Session:
         data: all clients' data.
         federation: who takes part.
         warnings: what the user should know before it starts.
+        choices: what was decided for this machine, in words.
     """
 
     config: Config
@@ -90,6 +96,7 @@ class Session:
     data: FederatedData
     federation: Federation
     warnings: tuple[str, ...]
+    choices: tuple[str, ...] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -169,6 +176,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     source, tokenizer, data = tokenized(config)
+    config, choices = _with_dtype(config, source)
     number = len(data.clients)
     ranks = client_ranks(config, number)
     check_rule(METHODS[config.method], ranks)
@@ -186,6 +194,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         )
     task = "SEQ_CLS" if data.label_names else "CAUSAL_LM"
     base, notes = load_model(source, tokenizer, config, data.label_names, weights=weights)
+    accelerate(base.model, config)
     modules = client_modules(config, base.targets)
     warnings = [*notes, *_data_warnings(data)]
     held_out = [*data.eval, *(row for part in data.clients for row in part.eval)]
@@ -200,19 +209,6 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
             "completion_only_loss: true and a template other than text"
         )
     _check_metric(config, data, task, exact_match)
-    resolved = settled_overrides(config, ranks).model_copy(
-        update={
-            "num_threads": threads,
-            "use_cpu": base.device.type != "cuda",
-            "num_clients": number,
-            "template": data.template,
-            "lora_task_type": task,
-            "label_names": list(data.label_names) or None,
-            "dtype": str(_frozen_dtype(base)).removeprefix("torch."),
-            "eval_exact_match": exact_match,
-            "greater_is_better": config.metric_is_better_when_greater,
-        }
-    )
     federation = Federation(
         ranks=ranks,
         num_examples=[len(part.train) for part in data.clients],
@@ -224,7 +220,52 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         server_momentum=config.server_momentum,
         modules=modules,
     )
-    return Session(resolved, base, data, federation, tuple(warnings))
+    resolved = settled_overrides(config, ranks).model_copy(
+        update={
+            "num_threads": threads,
+            "use_cpu": base.device.type != "cuda",
+            "num_clients": number,
+            "template": data.template,
+            "lora_task_type": task,
+            "label_names": list(data.label_names) or None,
+            "dtype": str(_frozen_dtype(base)).removeprefix("torch."),
+            "cohort_size": _cohort_size(config, base, data, federation) if weights else "auto",
+            "eval_exact_match": exact_match,
+            "greater_is_better": config.metric_is_better_when_greater,
+        }
+    )
+    if config.cohort_size == "auto" and weights:
+        choices.append(f"clients in one pass: {resolved.cohort_size}")
+    return Session(resolved, base, data, federation, tuple(warnings), tuple(choices))
+
+
+def _with_dtype(config: Config, source: Source) -> tuple[Config, list[str]]:
+    """The configuration with the base's dtype settled, and why it is that."""
+    if config.dtype != "auto":
+        return config, []
+    cuda = torch.cuda.is_available() and not config.use_cpu
+    dtype, why = settled_dtype(source.config, torch.device("cuda" if cuda else "cpu"))
+    name = str(dtype).removeprefix("torch.")
+    return config.model_copy(update={"dtype": name}), [f"base in {name}: {why}"]
+
+
+def _cohort_size(
+    config: Config, base: BaseModel, data: FederatedData, federation: Federation
+) -> int:
+    """How many clients train in one pass: as configured, or as is found out."""
+    if config.cohort_size != "auto":
+        return config.cohort_size
+    if not passes_of(base.model).joint or base.tied:
+        return 1
+    sizes = [config.of_client(k).per_device_train_batch_size for k in range(len(federation.ranks))]
+    rows = [part.train for part in data.clients]
+    need = largest_need(base, list(zip(rows, sizes, federation.ranks, strict=True)), config.seed)
+    budget = (
+        int(config.cohort_memory * 2**30)
+        if config.cohort_memory
+        else memory_available(base.device) // 2
+    )
+    return automatic_size(need, len(federation.sample(1)), budget, base.device)
 
 
 def _frozen_dtype(base: BaseModel) -> torch.dtype:

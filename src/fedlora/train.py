@@ -1,4 +1,4 @@
-"""One client's local steps: AdamW on the adapter, the base frozen.
+"""Local steps of one client or of several in one pass: AdamW on the adapters, the base frozen.
 
 The arithmetic is that of transformers' Trainer: the loss of a step is the mean over all labelled
 tokens of its micro-batches, gradients are clipped by their global norm, the schedule is one of
@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fedlora.model import AdapterLayer
+from fedlora.layout import LayoutError, mixed
+from fedlora.model import ClientTerm
+from fedlora.passes import Done, labelled, passes_of
 from fedlora.seeds import Purpose, generator, integer
-from fedlora.tokens import IGNORE, Tokens
+from fedlora.tokens import Tokens
 
 StepCallback = Callable[[int, int, float, int], None]
 """Called after each step with `(step, steps, loss, tokens)`; tokens without padding."""
@@ -87,65 +88,6 @@ def batches(dataset: Sequence[Tokens], budget: Budget, steps: int) -> Iterator[l
             done += 1
 
 
-def collate(
-    rows: Sequence[Tokens], device: torch.device | str = "cpu", pad_token_id: int = 0
-) -> dict[str, Tensor]:
-    """Rows as right-padded tensors `(batch, longest)`: input_ids, attention_mask, labels.
-
-    A classifier's labels are `(batch,)`; `token_type_ids` go along where rows have them.
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, filling: int) -> Tensor:
-        out = torch.full((len(rows), longest), filling, dtype=torch.long)
-        for i, row in enumerate(rows):
-            out[i, : len(row[key])] = torch.tensor(row[key])
-        return out.to(device)
-
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        mask[i, : len(row["input_ids"])] = 1
-    batch = {"input_ids": padded("input_ids", pad_token_id), "attention_mask": mask.to(device)}
-    if "token_type_ids" in rows[0]:
-        batch["token_type_ids"] = padded("token_type_ids", 0)
-    if "label" in rows[0]:
-        batch["labels"] = torch.tensor([row["label"] for row in rows], device=device)
-    else:
-        batch["labels"] = padded("labels", IGNORE)
-    return batch
-
-
-def pad_token_of(model: Any) -> int:
-    """What a model expects as padding; some compute positions and lengths from it."""
-    return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-
-
-def summed_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed cross-entropy, in float32, of the labelled tokens or of a classifier's rows.
-
-    Returns:
-        The sum (a scalar), the logits `(n, vocabulary)` of the n labelled tokens or `(n, classes)`
-        of the n rows, their labels `(n,)`.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = batch["labels"]
-    if labels.ndim == 1:
-        logits = model(**inputs).logits.float()  # (batch, classes)
-    else:
-        out = model(**inputs, use_cache=False)
-        counted = labels[:, 1:] != IGNORE  # (batch, longest - 1)
-        logits = out.logits[:, :-1][counted].float()  # (tokens, vocabulary)
-        labels = labels[:, 1:][counted]
-    return F.cross_entropy(logits, labels, reduction="sum"), logits, labels
-
-
-def labelled(rows: Sequence[Tokens]) -> int:
-    """What a loss is a mean over: labelled tokens (never a row's first), or a classifier's rows."""
-    if rows and "label" in rows[0]:
-        return len(rows)
-    return sum(label != IGNORE for row in rows for label in row["labels"][1:])
-
-
 def schedule(budget: Budget, steps: int) -> Callable[[int], float]:
     """The factor on the learning rate at a step (from 0) of this round."""
     from transformers import get_scheduler
@@ -166,24 +108,189 @@ def schedule(budget: Budget, steps: int) -> Callable[[int], float]:
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
-def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained, biases and norms (of modules trained whole) without weight decay."""
-    norms = [f"{name}." for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)]
-    decayed, plain = list[Tensor](), list[Tensor]()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            free = _UNDECAYED.search(name.lower()) or name.startswith(tuple(norms))
-            (plain if free else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+def _undecayed(model: Any) -> Callable[[str], bool]:
+    """Whether a parameter, by its name, is a bias or belongs to a norm: it has no weight decay."""
+    norms = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm))
+    return lambda name: bool(_UNDECAYED.search(name.lower())) or name.startswith(norms)
 
 
-def tail_penalty(model: Any, budget: Budget) -> Tensor:
+def tail_penalty(terms: Sequence[ClientTerm], budget: Budget) -> Tensor:
     """`lambda sum_modules ||s B[:, t:]|| ||A[t:]||`, HetLoRA's rank penalty (arXiv 2401.06432)."""
-    tails = [m.tail(budget.tail_from) for m in model.modules() if isinstance(m, AdapterLayer)]
+    tails = [term.tail(budget.tail_from) for term in terms]
     return budget.tail_penalty * torch.stack([t for t in tails if t is not None]).sum()
+
+
+class _Flat:
+    """Parameters as one vector, and their gradients as another: a step is a handful of operations.
+
+    The parameters become views of the vector; their values stay.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self.value = torch.cat([p.detach().reshape(-1) for p in parameters])
+        self.value.grad = torch.zeros_like(self.value)
+        at = 0
+        for p in parameters:
+            p.data = self.value[at : at + p.numel()].view_as(p)
+            p.grad = self.value.grad[at : at + p.numel()].view_as(p)
+            at += p.numel()
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """One of the clients that train in one pass.
+
+    Args:
+        parameters: what it trains, by name; no two clients share one.
+        dataset: its tokenised rows, at least one.
+        budget: what it may spend.
+        terms: its adapters in the layers, for HetLoRA's penalty.
+    """
+
+    parameters: Sequence[tuple[str, torch.nn.Parameter]]
+    dataset: Sequence[Tokens]
+    budget: Budget
+    terms: Sequence[ClientTerm] = ()
+
+
+class _Progress:
+    """A trainee's optimiser, batches and figures."""
+
+    def __init__(self, trainee: Trainee, undecayed: Callable[[str], bool]) -> None:
+        budget, self.trainee = trainee.budget, trainee
+        if not len(trainee.dataset) or not trainee.parameters:
+            raise ValueError("training needs at least one row and one parameter")
+        self.steps = budget.steps(len(trainee.dataset))
+        self.factor = schedule(budget, self.steps)
+        self.batches = batches(trainee.dataset, budget, self.steps)
+        kinds: dict[Any, list[torch.nn.Parameter]] = {}
+        for name, p in trainee.parameters:
+            kinds.setdefault((undecayed(name), p.dtype, p.device), []).append(p)
+        self.flats = [_Flat(parameters) for parameters in kinds.values()]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [flat.value], "weight_decay": 0.0 if free else budget.weight_decay}
+                for (free, *_), flat in zip(kinds, self.flats, strict=True)
+            ],
+            lr=budget.learning_rate,
+            betas=(budget.adam_beta1, budget.adam_beta2),
+            eps=budget.adam_epsilon,
+            fused=True,
+        )
+        self.anchors = [f.value.clone() for f in self.flats] if budget.proximal_mu else []
+        self.stream = integer(budget.seed, budget.round, budget.client, Purpose.DROPOUT)
+        self.losses = list[float]()
+        self.micro: list[list[Tokens]] = []
+        self.counted, self.value, self.tokens, self.slots = 0, 0.0, 0, 0.0
+        self.seconds = 0.0
+
+    def begin(self) -> bool:
+        """Take the next step's micro-batches; whether there is one."""
+        self.micro = next(self.batches, [])
+        self.counted, self.value = sum(labelled(rows) for rows in self.micro), 0.0
+        return bool(self.micro)
+
+    def rows(self, number: int) -> Sequence[Tokens]:
+        """The micro-batch of this number, if this step has it."""
+        return self.micro[number] if number < len(self.micro) else []
+
+    def end(self) -> None:
+        """The optimiser's step."""
+        budget, step = self.trainee.budget, len(self.losses)
+        for group in self.optimizer.param_groups:
+            group["lr"] = budget.learning_rate * self.factor(step)
+        values = [flat.value for flat in self.flats]
+        if budget.tail_penalty:
+            penalty = tail_penalty(self.trainee.terms, budget)
+            penalty.backward()
+            self.value += float(penalty.detach())
+        for value, anchor in zip(values, self.anchors, strict=bool(self.anchors)):
+            assert value.grad is not None
+            value.grad.add_(value - anchor, alpha=budget.proximal_mu)
+        if budget.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(values, budget.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        seen = sum(len(row["input_ids"]) for rows in self.micro for row in rows)
+        self.losses.append(self.value)
+        self.tokens += seen
+        if budget.on_step:
+            budget.on_step(step + 1, self.steps, self.value, seen)
+
+    def metrics(self) -> dict[str, Any]:
+        return {
+            "loss": sum(self.losses) / len(self.losses),
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+            "steps": len(self.losses),
+            "tokens": self.tokens,
+            "padding": 1 - self.tokens / self.slots,
+            "seconds": self.seconds,
+        }
+
+
+def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, Any]]:
+    """Local steps of several clients, step by step in one forward and backward pass.
+
+    Each client's result is that of training it alone on the same batches, up to rounding: its loss
+    is the mean over its own tokens, and batches, dropout, clipping, optimiser, schedule and number
+    of steps are its own. A client that has done its steps leaves the pass.
+
+    Args:
+        model: with the clients' adapters in the seats of its layers, in the order of `trainees`.
+        trainees: at least one.
+
+    Returns:
+        For each what `train` returns; `seconds` is its share, by tokens, of the passes it took
+        part in.
+
+    Raises:
+        ValueError: no rows, or nothing to train.
+        LayoutError: several clients, and an architecture that mixes their rows.
+    """
+    passes, undecayed = passes_of(model), _undecayed(model)
+    if len(trainees) > 1 and not passes.joint:
+        raise LayoutError("this architecture trains one client at a time")
+    all_progress = [_Progress(trainee, undecayed) for trainee in trainees]
+    device = trainees[0].parameters[0][1].device
+    model.train()
+    step = 0
+    # Where the architecture draws from torch's generator it trains alone, and that one is seeded.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(all_progress[0].stream)
+        while active := [p for p in all_progress if p.begin()]:
+            began = time.perf_counter()
+            for number in range(max(len(p.micro) for p in active)):
+                done = passes.backward(
+                    model,
+                    [p.rows(number) for p in all_progress],
+                    [1 / max(p.counted, 1) for p in all_progress],
+                    [mixed(mixed(p.stream, step), number) for p in all_progress]
+                    if passes.joint
+                    else None,
+                )
+                _share(all_progress, number, done)
+            for p in active:
+                p.end()
+            _took(active, time.perf_counter() - began)
+            step += 1
+    model.eval()
+    return [p.metrics() for p in all_progress]
+
+
+def _share(all_progress: Sequence[_Progress], number: int, done: Done) -> None:
+    """Book a pass: losses, and the slots by the rows each client had in it."""
+    rows = [sum(len(row["input_ids"]) for row in p.rows(number)) for p in all_progress]
+    for p, loss, tokens in zip(all_progress, done.losses, rows, strict=True):
+        p.value += loss
+        p.slots += done.slots * tokens / sum(rows)
+
+
+def _took(active: Sequence[_Progress], seconds: float) -> None:
+    """Book a step's time, by tokens."""
+    tokens = [sum(len(row["input_ids"]) for rows in p.micro for row in rows) for p in active]
+    for p, count in zip(active, tokens, strict=True):
+        p.seconds += seconds * count / sum(tokens)
 
 
 def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
@@ -205,59 +312,6 @@ def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, An
     Raises:
         ValueError: no rows, or nothing to train.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not len(dataset) or not parameters:
-        raise ValueError("training needs at least one row and one parameter")
-    device = parameters[0].device
-    anchors = [p.detach().clone() for p in parameters] if budget.proximal_mu else []
-    steps = budget.steps(len(dataset))
-    factor = schedule(budget, steps)
-    optimizer = torch.optim.AdamW(
-        _groups(model, budget.weight_decay),
-        lr=budget.learning_rate,
-        betas=(budget.adam_beta1, budget.adam_beta2),
-        eps=budget.adam_epsilon,
-    )
-    padding = pad_token_of(model)
-    began, losses, tokens, slots = time.perf_counter(), list[float](), 0, 0
-    model.train()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(integer(budget.seed, budget.round, budget.client, Purpose.DROPOUT))
-        for step, micro_batches in enumerate(batches(dataset, budget, steps)):
-            for group in optimizer.param_groups:
-                group["lr"] = budget.learning_rate * factor(step)
-            counted = sum(labelled(rows) for rows in micro_batches)
-            value, seen = 0.0, 0
-            for rows in micro_batches:
-                batch = collate(rows, device, padding)
-                loss = summed_loss(model, batch)[0] / counted
-                loss.backward()
-                value += float(loss.detach())
-                seen += sum(len(row["input_ids"]) for row in rows)
-                slots += batch["input_ids"].numel()
-            if budget.tail_penalty:
-                penalty = tail_penalty(model, budget)
-                penalty.backward()
-                value += float(penalty.detach())
-            for parameter, anchor in zip(parameters, anchors, strict=bool(anchors)):
-                if parameter.grad is None:  # its layer took no part in this step
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(parameter.detach() - anchor, alpha=budget.proximal_mu)
-            if budget.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(value)
-            tokens += seen
-            if budget.on_step:
-                budget.on_step(step + 1, steps, value, seen)
-    model.eval()
-    return {
-        "loss": sum(losses) / len(losses),
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-        "steps": len(losses),
-        "tokens": tokens,
-        "padding": 1 - tokens / slots,
-        "seconds": time.perf_counter() - began,
-    }
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    terms = [m for m in model.modules() if isinstance(m, ClientTerm)]
+    return train_together(model, [Trainee(parameters, dataset, budget, terms)])[0]

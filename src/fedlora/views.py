@@ -26,10 +26,10 @@ from fedlora.console import human_bytes
 from fedlora.data import FederatedData, RawData, template_of
 from fedlora.errors import InputError
 from fedlora.merging import Aggregated
+from fedlora.passes import labelled
 from fedlora.rows import columns_of
 from fedlora.setup import Session, dropped_line
 from fedlora.tokens import IGNORE, Tokens
-from fedlora.train import labelled
 from fedlora.worker import budget_of
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

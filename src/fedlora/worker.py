@@ -5,21 +5,23 @@ The same worker serves every client of a simulation in one process, and one clie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fedlora.adapters import scaling
+from fedlora.cohort import train_cohort
 from fedlora.config import Config
 from fedlora.data import ClientData
 from fedlora.federation import client_start
 from fedlora.lowrank import Adapter, LowRank, prefix
 from fedlora.methods import METHODS
 from fedlora.methods.rule import Training
-from fedlora.model import BaseModel
-from fedlora.state import Broadcast, ClientState, ClientUpdate
+from fedlora.model import BaseModel, Seat
+from fedlora.passes import passes_of
+from fedlora.state import Broadcast, ClientState, ClientUpdate, Start
 from fedlora.train import Budget, StepCallback, TrainFunction, train
 
 
@@ -53,6 +55,18 @@ def _only(x: LowRank, factors: str) -> LowRank:
 
 
 @dataclass(frozen=True)
+class _Turn:
+    """A client's part in a round."""
+
+    broadcast: Broadcast
+    start: Start
+    seat: Seat
+    budget: Budget
+    data: ClientData
+    asked: Training
+
+
+@dataclass(frozen=True)
 class Worker:
     """Trains clients on request.
 
@@ -75,15 +89,52 @@ class Worker:
         broadcast: Broadcast,
         on_step: Callable[[], StepCallback | None] = lambda: None,
     ) -> ClientUpdate:
-        """Train one client from its broadcast.
+        """Train one client from its broadcast; see `handle_together`."""
+        return self.handle_together([broadcast], lambda client: on_step())[0]
+
+    def handle_together(
+        self,
+        broadcasts: Sequence[Broadcast],
+        on_step: Callable[[int], StepCallback | None] = lambda client: None,
+    ) -> list[ClientUpdate]:
+        """Train clients of one round from their broadcasts, in one pass where that is possible.
 
         Args:
-            broadcast: what the server sent it.
-            on_step: gives the callback for this client's steps, if any.
+            broadcasts: what the server sent them.
+            on_step: gives the callback for a client's steps, if any.
 
         Returns:
-            The client's update, its adapter on the CPU in float32 with the scale folded.
+            The clients' updates, in the same order; adapters on the CPU in float32 with the scale
+            folded.
         """
+        turns = [self._turn(broadcast, on_step) for broadcast in broadcasts]
+        first = turns[0].start.beneath
+        # Most rules have nothing beneath; then each start holds an empty table of its own.
+        alike = all(t.start.beneath is first or not (t.start.beneath or first) for t in turns)
+        if len(turns) > 1 and not (alike and self.joint):
+            return [u for b in broadcasts for u in self.handle_together([b], on_step)]
+        frozen = [broadcasts[0].base_delta, first]
+        budgets, rows = [t.budget for t in turns], [t.data.train for t in turns]
+        if self.train_function is train:
+            self.base.seat(frozen, [t.seat for t in turns])
+            metrics: Sequence[Mapping[str, Any]] = train_cohort(self.base, rows, budgets)
+        else:
+            turn = turns[0]
+            seat = turn.seat
+            self.base.load(
+                [*frozen, seat.own], seat.adapter, seat.scale, seat.dropout, seat.dense, seat.trains
+            )
+            metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
+        return [self._update(turn, k, metrics[k]) for k, turn in enumerate(turns)]
+
+    @property
+    def joint(self) -> bool:
+        """Whether several clients can train in one pass: not with a user's own training."""
+        ours = self.train_function is train and not self.base.tied
+        return ours and passes_of(self.base.model).joint
+
+    def _turn(self, broadcast: Broadcast, on_step: Callable[[int], StepCallback | None]) -> _Turn:
+        """What one client trains, and how."""
         client = broadcast.client
         config = self.config.of_client(client)
         rule = METHODS[config.method]
@@ -97,27 +148,29 @@ class Worker:
             config.seed,
             self.states.get(client),
         )
-        scale = scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora)
-        self.base.load(
-            [broadcast.base_delta, start.rest],
-            start.adapter,
-            scale,
-            config.lora_dropout,
-            broadcast.dense,
-            asked.trained(broadcast.round),
+        seat = Seat(
+            adapter=start.adapter,
+            own=start.own,
+            scale=scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora),
+            dropout=config.lora_dropout,
+            trains=asked.trained(broadcast.round),
+            dense=broadcast.dense,
         )
-        data = self.clients[client]
         budget = replace(
             budget_of(config),
             client=client,
             round=broadcast.round,
             tail_penalty=asked.tail_penalty,
             tail_from=asked.tail_from,
-            on_step=on_step(),
+            on_step=on_step(client),
         )
-        metrics = self.train_function(self.base.model, data.train, budget)
-        adapter = self.base.read_adapter()
-        if asked.prunes and _tail(adapter, asked) < _tail(start.adapter, asked):
+        return _Turn(broadcast, start, seat, budget, self.clients[client], asked)
+
+    def _update(self, turn: _Turn, place: int, metrics: Mapping[str, Any]) -> ClientUpdate:
+        """What the client in a seat sends back."""
+        asked, broadcast, client = turn.asked, turn.broadcast, turn.broadcast.client
+        adapter = self.base.read_adapter(place)
+        if asked.prunes and _tail(adapter, asked) < _tail(turn.start.adapter, asked):
             rank = max(1, int(asked.tail_from * broadcast.rank))
             adapter = {name: prefix(x, rank) for name, x in adapter.items()}
         finite = all(x.A.isfinite().all() and x.B.isfinite().all() for x in adapter.values())
@@ -130,7 +183,7 @@ class Worker:
             round=broadcast.round,
             adapter={name: _only(x, sends) for name, x in adapter.items()},
             sends=sends,
-            num_examples=len(data.train),
-            dense=self.base.read_dense(),
+            num_examples=len(turn.data.train),
+            dense=self.base.read_dense(place),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )

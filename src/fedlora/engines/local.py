@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
 from fedlora.checkpoint import (
     RunDirectory,
@@ -21,6 +23,7 @@ from fedlora.checkpoint import (
     write_errors_are_explained,
 )
 from fedlora.clients import client_ranks, settled_overrides
+from fedlora.cohort import out_of_memory
 from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import CheckpointError, InputError
@@ -30,7 +33,7 @@ from fedlora.lowrank import Deltas, LowRank, add_all
 from fedlora.methods import METHODS
 from fedlora.setup import AUTOMATIC, Session, assemble, resolve_paths, starting_state
 from fedlora.sources import read_yaml
-from fedlora.state import ClientState, RoundRecord, ServerState
+from fedlora.state import Broadcast, ClientState, ClientUpdate, RoundRecord, ServerState
 from fedlora.train import StepCallback, TrainFunction, train
 from fedlora.worker import Worker
 
@@ -195,10 +198,13 @@ class _Run:
             METHODS[self.config.method],
             self.config.rule_options(),
             initial,
+            spool=directory.path / ".spool.partial",
         )
         clients = dict(enumerate(session.data.clients))
         self.states: dict[int, ClientState] = {}
         self.worker = Worker(session.base, clients, self.config, train_function, self.states)
+        assert self.config.cohort_size != "auto", "assemble has settled it"
+        self.cohort_size = self.config.cohort_size
         rule = METHODS[self.config.method]
         self.personal = bool(rule.training(self.config.rule_options()).keeps)
 
@@ -245,6 +251,7 @@ class _Run:
         self.server.state = saved.state
         self.states.update(saved.clients)
         self.best = _Best(**saved.extra["best"])
+        self.cohort_size = saved.extra["cohort_size"]
         # Killed between saving a round and logging it, a run has it in the state alone.
         self.log = read_metrics(self.directory.path)
         if not any(x["event"] == "round" and x["round"] == saved.state.round for x in self.log):
@@ -268,6 +275,7 @@ class _Run:
                 "ranks": list(spec.ranks),
                 "rows": list(spec.num_examples),
                 "eval_rows": len(session.data.eval),
+                "choices": list(session.choices),
             }
         )
 
@@ -291,13 +299,19 @@ class _Run:
         broadcasts = self.server.plan()
         number = self.server.state.round + 1
         self.report({"event": "round_begin", "round": number, "clients": list(broadcasts)})
-        for client, broadcast in broadcasts.items():
-            self.report({"event": "client_begin", "client": client, "rank": broadcast.rank})
-            update = self.worker.handle(broadcast, lambda c=client: self._on_step(c))  # type: ignore[misc]
-            problem = self.server.accept(update)
-            if problem:
-                self._warn(f"client {client} is left out of round {number}: {problem}")
-            self.report({"event": "client_end", "client": client, "metrics": update.metrics})
+        waiting = [broadcasts[client] for client in sorted(broadcasts)]
+        while waiting:
+            size = self.cohort_size if self.worker.joint else 1
+            together, waiting = waiting[:size], waiting[size:]
+            for broadcast in together:
+                rank = broadcast.rank
+                self.report({"event": "client_begin", "client": broadcast.client, "rank": rank})
+            for update in self._trained(together):
+                client = update.client
+                problem = self.server.accept(update)
+                if problem:
+                    self._warn(f"client {client} is left out of round {number}: {problem}")
+                self.report({"event": "client_end", "client": client, "metrics": update.metrics})
         trained = time.perf_counter()
         record = self.server.commit()
         self.server.state = settled(self.server.state)
@@ -319,6 +333,25 @@ class _Run:
         for callback in self.callbacks:
             callback(RoundResult(record, line, self.server.state))
 
+    def _trained(self, together: Sequence[Broadcast]) -> list[ClientUpdate]:
+        """Train these clients in one pass, or in smaller groups where memory does not hold it."""
+        updates, waiting = list[ClientUpdate](), together
+        while waiting:
+            part = waiting[: self.cohort_size]
+            try:
+                updates += self.worker.handle_together(part, self._on_step)
+                waiting = waiting[len(part) :]
+                continue
+            except Exception as error:
+                if not out_of_memory(error) or len(part) == 1:
+                    raise
+            # Beyond the handler, where the failed pass is no longer held.
+            self.cohort_size = half = (len(part) + 1) // 2
+            self._warn(f"memory ran out with {len(part)} clients in one pass; going on with {half}")
+            if self.session.base.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return updates
+
     def _on_step(self, client: int) -> StepCallback:
         def on_step(step: int, steps: int, loss: float, tokens: int) -> None:
             self.report(
@@ -338,6 +371,7 @@ class _Run:
         state = self.server.state
         extra = {
             "best": dataclasses.asdict(self.best),
+            "cohort_size": self.cohort_size,
             **self._identity(),
         }
         self.log.append(line)

@@ -1,0 +1,148 @@
+"""Many clients' local steps in one pass over the shared frozen base: who trains with whom.
+
+How many clients share a pass is decided once, from what a client's largest micro-batch keeps for
+its backward pass and what memory there is (`automatic_size`), and halved when memory runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.lowrank import Adapter, LowRank
+from fedlora.model import BaseModel, Seat
+from fedlora.passes import CHUNK_NUMBERS, passes_of
+from fedlora.seeds import Purpose, fresh_factors
+from fedlora.tokens import Tokens
+from fedlora.train import Budget, Trainee, train_together
+
+ENOUGH_TOKENS = {"cpu": 2**13, "cuda": 2**16}
+"""Tokens of a pass beyond which more clients in it make it no faster."""
+_STATE_BYTES = 16
+"""Of a trained number: itself, its gradient and two moments in float32."""
+
+
+def train_cohort(
+    base: BaseModel, rows: Sequence[Sequence[Tokens]], budgets: Sequence[Budget]
+) -> list[dict[str, Any]]:
+    """Train the clients in the seats of a model (`BaseModel.seat`) together.
+
+    Args:
+        base: with as many seats as there are clients.
+        rows: each client's tokenised rows.
+        budgets: each client's budget.
+
+    Returns:
+        Each client's metrics, as `train` gives them.
+    """
+    trainees = [
+        Trainee(base.parameters_of(k), rows[k], budget, base.terms_of(k))
+        for k, budget in enumerate(budgets)
+    ]
+    return train_together(base.model, trainees)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+# --- how many ---
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one client needs in a pass, at its largest.
+
+    Args:
+        tokens: of its largest micro-batch.
+        activations: bytes kept for the backward pass.
+        state: bytes of its parameters, their gradients and the optimiser's moments.
+    """
+
+    tokens: int
+    activations: int
+    state: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.activations + self.state
+
+
+def largest_need(
+    base: BaseModel, clients: Sequence[tuple[Sequence[Tokens], int, int]], seed: int = 0
+) -> Need:
+    """What the largest micro-batch any client can have keeps, by a forward pass of its longest row.
+
+    Args:
+        base: the model; its seats are emptied afterwards.
+        clients: of each its rows, its micro-batch's size and its rank; at least one with rows.
+        seed: of the adapter that is tried.
+    """
+
+    def longest(rows: Sequence[Tokens], size: int) -> list[Tokens]:
+        return sorted(rows, key=lambda row: len(row["input_ids"]))[-size:]
+
+    batches = [longest(rows, size) for rows, size, _ in clients if rows]
+    batch = max(batches, key=lambda b: sum(len(row["input_ids"]) for row in b))
+    rank = max(rank for rows, _, rank in clients if rows)
+    draw = fresh_factors(seed, 0, 0, Purpose.CLIENT_INIT, base.targets.shapes)
+    adapter: Adapter = {
+        name: LowRank(draw(name, rank), torch.zeros(m, rank))
+        for name, (m, _) in base.targets.shapes.items()
+    }
+    base.seat([], [Seat(adapter, dense=base.read_dense())])
+    row = max(batch, key=lambda row: len(row["input_ids"]))
+    known = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        where = x.untyped_storage()
+        if where.data_ptr() not in known:
+            kept[where.data_ptr()] = where.nbytes()
+        return x
+
+    base.model.train()
+    # What is kept has to stay until it is counted: a freed address would be taken again.
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.enable_grad():
+        out = passes_of(base.model).forward(base.model, [row])
+    del out
+    base.model.eval()
+    numbers = sum(p.numel() for _, p in base.parameters_of(0))
+    base.seat([], [])
+    tokens = sum(len(row["input_ids"]) for row in batch)
+    activations = sum(kept.values()) * tokens // len(row["input_ids"])
+    return Need(tokens, activations, _STATE_BYTES * numbers)
+
+
+def memory_available(device: torch.device) -> int:
+    """Bytes that are free now, on the GPU or in the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = Path("/proc/meminfo")
+    if found.exists():
+        lines = dict(line.split(":", 1) for line in found.read_text().splitlines() if ":" in line)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return 4 * 2**30
+
+
+def automatic_size(need: Need, clients: int, budget: int, device: torch.device) -> int:
+    """How many clients share a pass: as many as the budget holds and as make it faster.
+
+    Args:
+        need: of one client, at its largest.
+        clients: of a round.
+        budget: bytes.
+        device: where the base is.
+    """
+    held = max(1, (budget - 4 * CHUNK_NUMBERS * 4) // max(need.nbytes, 1))
+    enough = max(1, ENOUGH_TOKENS.get(device.type, 2**13) // max(need.tokens, 1))
+    return int(min(clients, held, enough))

@@ -1,0 +1,174 @@
+"""Options that change how local training is computed, and nothing of what it gives."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import fedlora
+from fedlora.acceleration import accelerate
+from fedlora.config import Config
+from fedlora.errors import InputError
+from fedlora.norms import fast_norm
+from fedlora.passes import passes_of
+from fedlora.precision import settled_dtype
+from test_cohort import RANKS, TOGETHER, base_of, budgets_of, close, rows_of, seats_of, trained
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_recomputed_activations_give_the_same(name: str, dropout: float) -> None:
+    ends, kept = [], []
+    for checkpointing in (False, True):
+        base = base_of(name, dropout)
+        accelerate(base.model, Config(gradient_checkpointing=checkpointing))
+        data = [rows_of(name, 9, k) for k in range(len(RANKS))]
+        seats = seats_of(base, dropout=dropout)
+        ends.append(trained(base, seats, data, budgets_of(), TOGETHER))
+        kept.append(kept_by(base, seats, data[0]))
+    close(ends[1], ends[0], 1e-5)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def kept_by(base: Any, seats: Any, rows: Any) -> int:
+    """Bytes that a forward pass of one client keeps for the backward pass."""
+    base.seat([], seats[:1])
+    base.model.train()
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = passes_of(base.model).forward(base.model, rows)
+    del out
+    return sum(size for where, size in kept.items() if where not in own)
+
+
+def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    with pytest.raises(InputError, match="use_liger_kernel: its kernels need a CUDA device"):
+        accelerate(base.model, Config(use_liger_kernel=True))
+    monkeypatch.setattr(type(base.model), "supports_gradient_checkpointing", False)
+    with pytest.raises(InputError, match="gradient_checkpointing: LlamaForCausalLM cannot"):
+        accelerate(base.model, Config(gradient_checkpointing=True))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match="torch_compile: on the CPU it needs a C"):
+        accelerate(base.model, Config(torch_compile=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_give_the_same() -> None:
+    data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
+    budgets = [replace(b, max_steps=3) for b in budgets_of()]
+    ends = []
+    for compiled in (False, True):
+        base = base_of("llama")
+        accelerate(base.model, Config(torch_compile=compiled))
+        ends.append(trained(base, seats_of(base), data, budgets, TOGETHER))
+    close(ends[1], ends[0], 1e-4)
+
+
+def test_a_run_takes_the_options(small_run: dict[str, Any], tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        keys = {**small_run, "gradient_checkpointing": checkpointing, "lora_dropout": 0.1}
+        keys["output_dir"] = str(tmp_path / str(checkpointing))
+        found.append(fedlora.run(Config(**keys)).metrics[-2]["evaluation"]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+# --- the norm with a gradient of its own ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_and_its_gradient_are_those_of_transformers(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(24, eps=1e-5).to(dtype).requires_grad_(False)
+    source = torch.Generator().manual_seed(0)
+    norm.weight.copy_(torch.rand(24, generator=source) + 0.5)
+    ours = fast_norm(norm)
+    assert ours is not None
+    x = torch.randn(2, 5, 24, generator=source).to(dtype)
+    x[0, 0] = 0  # all zeros: eps decides
+    g = torch.randn(2, 5, 24, generator=source).to(dtype)
+    results = []
+    for forward in (ours, norm):
+        into = x.clone().requires_grad_()
+        out = forward(into)
+        out.backward(g)
+        assert into.grad is not None
+        results.append((out.detach(), into.grad))
+    bound = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound * float(b.abs().max()))
+
+
+def test_the_norms_gradient_is_right() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(7, eps=1e-3).double().requires_grad_(False)
+    ours = fast_norm(norm)
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ours, (x,))
+
+
+def test_another_norm_keeps_its_own_way() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    gemma = GemmaRMSNorm(24).requires_grad_(False)  # scales by 1 + w
+    gemma.weight.fill_(0.5)
+    assert fast_norm(gemma) is None
+    assert fast_norm(torch.nn.LayerNorm(24).requires_grad_(False)) is None
+    assert fast_norm(LlamaRMSNorm(24)) is None  # its weight is trained
+
+
+# --- dtype: auto ---
+
+
+def test_the_dtype_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(width: int) -> Any:
+        return LlamaForCausalLM.config_class(hidden_size=width)
+
+    times = {torch.float32: 3.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr("fedlora.precision._seconds", lambda width, dtype: times[dtype])
+    cpu = torch.device("cpu")
+    assert settled_dtype(config(768), cpu) == (
+        torch.bfloat16,
+        "a layer takes 1/3.0 of the time it takes in float32",
+    )
+    assert settled_dtype(config(128), cpu)[0] == torch.float32
+    times[torch.bfloat16] = 6.0
+    dtype, why = settled_dtype(config(768), cpu)
+    assert (dtype, why) == (torch.float32, "a layer in bfloat16 takes 2.0 times as long")
+
+
+def test_the_dtype_found_is_that_of_the_run(
+    small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = torch.bfloat16, "so it was measured"
+    monkeypatch.setattr("fedlora.setup.settled_dtype", lambda config, device: found)
+    events: list[Any] = []
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedlora.run(Config(**small_run), report=events.append, callbacks=[stop])
+    assert "base in bfloat16: so it was measured" in events[0]["choices"]
+    assert "dtype: bfloat16" in (Path(small_run["output_dir"]) / "config.yaml").read_text()
+    # And a resumed run does not measure again.
+    monkeypatch.setattr("fedlora.setup.settled_dtype", lambda *_: pytest.fail("measured again"))
+    fedlora.run(resume=small_run["output_dir"])
