@@ -3,9 +3,9 @@
     python benchmarks/savings.py            # about five minutes on two cores
     python benchmarks/savings.py --threads 1
 
-Each line is a fresh process: ten clients of ranks 64 to 4 take two steps on Dolly's real lengths with
-a Llama shape of 22 M parameters (random weights), float32 unless said otherwise, after one round of
-warm-up. Time is wall-clock; the ratio is to the first line.
+Each line is a fresh process: ten clients of ranks 64 to 4 take two steps on Dolly's real lengths
+with a Llama shape of 22 M parameters (random weights), float32 unless said otherwise, after one
+round of warm-up. Time is wall-clock; the ratio is to the first line.
 """
 
 from __future__ import annotations

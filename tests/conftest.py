@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MATERIAL = REPOSITORY.parent / "shared" / "material"
 
 torch.set_num_threads(1)
+
+# Tokens of large data are cached; tests leave the user's cache alone.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fedlora-tests-")
 
 
 @pytest.fixture(scope="session")

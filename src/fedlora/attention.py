@@ -190,21 +190,22 @@ class _Products(torch.autograd.Function):
                 shape = (heads, group.size, group.length, group.length)
                 scores = scores.view(shape).add_(bar).view_as(scores)
             p = torch.softmax(scores, -1)
-            kept.append(p)
+            kept += [p, qs, ks, vs]
             seen = p if keep is None else p * keep[i]
             found = _collect(torch.bmm(seen, vs), group, heads)
             out.index_copy_(0, group.tokens, found.transpose(0, 1))
         ctx.groups, ctx.scale, ctx.keep = groups, scale, keep
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.shapes = q.shape, k.shape, v.shape
+        ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (g,), (q, k, v, *kept) = grads, ctx.saved_tensors
-        heads, g = len(q), g.transpose(0, 1)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        for i, (group, p) in enumerate(zip(ctx.groups, kept, strict=True)):
-            qs, ks, vs = (_spread(x, group) for x in (q, k, v))
+        g, kept = grads[0].transpose(0, 1), ctx.saved_tensors
+        heads = len(g)
+        dq, dk, dv = (g.new_empty(shape) for shape in ctx.shapes)
+        for i, group in enumerate(ctx.groups):
+            p, qs, ks, vs = kept[4 * i : 4 * i + 4]
             gs = _spread(g, group, zero=True)
             seen = p if ctx.keep is None else p * ctx.keep[i]
             back = torch.bmm(seen.transpose(1, 2), gs)

@@ -6,10 +6,10 @@ its backward pass and what memory there is (`automatic_size`), and halved when m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fedlora.seeds import Purpose, fresh_factors
 from fedlora.tokens import Tokens
 from fedlora.train import Budget, Trainee, train_together
 
-ENOUGH_TOKENS = {"cpu": 2**13, "cuda": 2**16}
+ENOUGH_TOKENS = {"cpu": 2**12, "cuda": 2**16}
 """Tokens of a pass beyond which more clients in it make it no faster."""
 _STATE_BYTES = 16
 """Of a trained number: itself, its gradient and two moments in float32."""
@@ -52,6 +52,46 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
+class Cohorts:
+    """How many clients share a pass in a run, and what happens when memory runs out.
+
+    Args:
+        size: clients of a pass; halved when memory does not hold them.
+        warn: told when it is.
+    """
+
+    def __init__(self, size: int, warn: Callable[[str], None]) -> None:
+        self.size, self.warn = size, warn
+
+    def train(
+        self, clients: Sequence[Asked], handle: Callable[[Sequence[Asked]], list[Answer]]
+    ) -> list[Answer]:
+        """What `handle` makes of these clients, together or in smaller groups, in their order.
+
+        Training depends on what a client was sent alone, so a pass that failed can be repeated.
+        """
+        answers, waiting = list[Answer](), clients
+        while waiting:
+            part = waiting[: self.size]
+            try:
+                answers += handle(part)
+                waiting = waiting[len(part) :]
+                continue
+            except Exception as error:
+                if not out_of_memory(error) or len(part) == 1:
+                    raise
+            # Beyond the handler, where the failed pass is no longer held.
+            self.size = half = (len(part) + 1) // 2
+            self.warn(f"memory ran out with {len(part)} clients in one pass; going on with {half}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return answers
 
 
 # --- how many ---
@@ -144,5 +184,5 @@ def automatic_size(need: Need, clients: int, budget: int, device: torch.device) 
         device: where the base is.
     """
     held = max(1, (budget - 4 * CHUNK_NUMBERS * 4) // max(need.nbytes, 1))
-    enough = max(1, ENOUGH_TOKENS.get(device.type, 2**13) // max(need.tokens, 1))
+    enough = max(1, ENOUGH_TOKENS.get(device.type, 2**12) // max(need.tokens, 1))
     return int(min(clients, held, enough))

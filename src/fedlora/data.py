@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,9 @@ from fedlora.errors import InputError
 from fedlora.partition import Indices, by_column, dirichlet, few_labels, iid, natural, quantity
 from fedlora.rows import Row, Rows, check_column, columns_of, numbered, read_hub, read_rows
 from fedlora.seeds import SERVER, Purpose, generator
-from fedlora.templates import (
-    Classified,
-    Template,
-    UnusableRowError,
-    choose_template,
-    classification,
-)
-from fedlora.tokens import Tokens, tokenize
+from fedlora.templates import Classified, Template, choose_template, classification
+from fedlora.token_cache import tokens_of
+from fedlora.tokens import Outcome, Tokens, render
 
 if TYPE_CHECKING:
     from fedlora.config import Config
@@ -378,23 +373,9 @@ def load_data(
         label_names = find_labels(config, raw, template)
     dropped: Counter[str] = Counter()
 
-    def tokenized(rows: Sequence[Row], limit: int | None, what: str) -> list[Tokens]:
-        kept: list[Tokens] = []
-        why: Counter[str] = Counter()
-        for row in rows[:limit]:
-            try:
-                kept.append(
-                    tokenize(
-                        row,
-                        template,
-                        tokenizer,
-                        config.max_length,
-                        config.completion_only_loss,
-                        label_names,
-                    )
-                )
-            except UnusableRowError as error:
-                why[str(error)] += 1
+    def kept_of(outcomes: Sequence[Outcome], what: str) -> list[Tokens]:
+        kept = [tokens for tokens in outcomes if not isinstance(tokens, str)]
+        why = Counter(reason for reason in outcomes if isinstance(reason, str))
         dropped.update(why)
         if why and not kept:
             reason, number = why.most_common(1)[0]
@@ -406,10 +387,26 @@ def load_data(
             )
         return kept
 
+    wanted = [
+        rows[: limits(client) if limits else config.max_train_samples]
+        for client, rows in enumerate(raw.clients)
+    ]
+    wanted.append(raw.eval[: config.max_eval_samples])
+    # All at once: what is kept of them serves every division of the same rows.
+    found = iter(
+        tokens_of(
+            [render(row, template) for rows in wanted for row in rows],
+            tokenizer,
+            config.max_length,
+            config.completion_only_loss,
+            label_names,
+            config.num_threads,
+        )
+    )
+    *of_clients, of_eval = [list(islice(found, len(rows))) for rows in wanted]
     parts = []
-    for client, rows in enumerate(raw.clients):
-        limit = limits(client) if limits else config.max_train_samples
-        kept = tokenized(rows, limit, raw.called(client))
+    for client, outcomes in enumerate(of_clients):
+        kept = kept_of(outcomes, raw.called(client))
         order = generator(config.seed, 0, client, Purpose.HOLDOUT).permutation(len(kept))
         held = round(config.client_eval_fraction * len(kept))
         out = set(order[:held].tolist())
@@ -421,7 +418,7 @@ def load_data(
         )
     if not any(part.train for part in parts):
         raise InputError("no client has a row to train on; lower client_eval_fraction")
-    held_out = tokenized(raw.eval, config.max_eval_samples, "the evaluation data")
+    held_out = kept_of(of_eval, "the evaluation data")
     if not raw.eval:
         # In turn, so that a limit takes some of every client's rows.
         turns = zip_longest(*(part.eval for part in parts))

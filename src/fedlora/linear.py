@@ -105,7 +105,7 @@ class _Adapted(torch.autograd.Function):
             if term.keep is not None:
                 masked = rows = rows * (term.keep.to(x.dtype) / (1 - term.dropout))
             low = rows @ term.A.to(x.dtype).T  # (rows, r)
-            to.addmm_(low, term.B.to(x.dtype).T, alpha=term.scale)
+            to.addmm_(low, (term.B * term.scale).to(x.dtype).T)
             kept += [low, masked]
         ctx.weight, ctx.shared, ctx.terms, ctx.fused = weight, shared, terms, y is None
         ctx.save_for_backward(x, *kept, *factors)
@@ -135,10 +135,10 @@ class _Adapted(torch.autograd.Function):
                 out += [None, None]
                 continue
             need_a, need_b = wanted[6 + 2 * i], wanted[7 + 2 * i]
-            back = (gs @ b.to(g.dtype)).mul_(term.scale)  # (rows, r)
+            back = gs @ (b * term.scale).to(g.dtype)  # (rows, r)
             rows = rows if masked is None else masked
             out.append(_product(back.T, rows, a.dtype) if need_a else None)
-            out.append(_product(gs.T, low * term.scale, b.dtype) if need_b else None)
+            out.append(_product(gs.T, low, b.dtype).mul_(term.scale) if need_b else None)
             if to is not None:
                 if term.keep is None:
                     to.addmm_(back, a.to(g.dtype))

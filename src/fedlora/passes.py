@@ -191,7 +191,7 @@ class Passes:
             inside = {at.stop - at.start: _within(ends, at)}
             with self.layout.divided(inside):
                 logits = self._logits(model, out, apart[at])
-                loss = F.cross_entropy(logits, labels[at], reduction="none") * weights[at]
+                loss: Tensor = _CrossEntropy.apply(logits, labels[at], weights[at])  # type: ignore[no-untyped-call]
                 loss.sum().backward()
             losses.append(loss.detach())
             del logits, loss
@@ -421,6 +421,26 @@ def _within(spans: Sequence[Span], at: slice) -> tuple[Span, ...]:
         if begin < end:
             out.append(Span(span.client, begin - at.start, end - at.start))
     return tuple(out)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """`w_i (logsumexp(z_i) - z_i[label_i])`; the gradient `w_i (softmax(z_i) - 1[label_i])` takes
+    the place of the logits, which nothing else reads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        at, w = labels[:, None], weights[:, None]
+        picked, largest = logits.gather(1, at), logits.amax(1, keepdim=True)
+        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+        ctx.gradient = logits.mul_(w / total).scatter_add_(1, at, -w)
+        return ((total.log() + largest - picked) * w)[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        # Only ever of a sum: what comes in is ones.
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient, None, None
 
 
 @contextlib.contextmanager

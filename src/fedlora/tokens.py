@@ -8,7 +8,8 @@ with `token_type_ids` where the tokenizer has them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -16,11 +17,29 @@ from jinja2 import TemplateError
 
 from fedlora.errors import InputError
 from fedlora.rows import Row
-from fedlora.templates import Chat, Classified, Template, UnusableRowError
+from fedlora.templates import Chat, Classified, Rendered, Template, UnusableRowError
 
 Tokens = Mapping[str, Any]
+Outcome = Tokens | str
+"""What became of a row: its tokens, or why it was dropped."""
 IGNORE = -100
 """The label of a token no loss is taken on (PyTorch's and transformers' convention)."""
+Encode = Callable[[str], Sequence[int]]
+"""A text's tokens, with what the tokenizer adds."""
+_BATCH = 500
+"""Texts of so many rows are given to a fast tokenizer at once."""
+
+
+def render(row: Row, template: Template) -> Rendered | str:
+    """A row as its template reads it, or why it is dropped.
+
+    Raises:
+        InputError: the template cannot read it.
+    """
+    try:
+        return template.render(row)
+    except UnusableRowError as error:
+        return str(error)
 
 
 def tokenize(
@@ -49,32 +68,127 @@ def tokenize(
         InputError: the tokenizer has no chat template where one is needed; an unknown label.
     """
     rendered = template.render(row)
-    if isinstance(rendered, Classified):
-        return _classified(rendered, tokenizer, max_length, label_names)
-    if isinstance(rendered, Chat):
-        ids, learnt = _chat(rendered, tokenizer, completion_only)
+    return _tokens(rendered, _alone(tokenizer), tokenizer, max_length, completion_only, label_names)
+
+
+def tokenize_all(
+    rendered: Sequence[Rendered | str],
+    tokenizer: Any,
+    max_length: int,
+    completion_only: bool,
+    label_names: Sequence[str] = (),
+    threads: int = 1,
+) -> list[Outcome]:
+    """Rows as `tokenize` makes them of each, many texts at a time.
+
+    Args:
+        rendered: of `render`; what was dropped there stays dropped.
+        tokenizer: of transformers.
+        max_length: tokens kept, from the first.
+        completion_only: take the loss on the completion, or on all assistant turns, alone.
+        label_names: a classifier's labels in the order of their ids.
+        threads: batches of texts tokenised beside each other; changes no token.
+
+    Raises:
+        InputError: as `tokenize`.
+    """
+
+    def outcomes(rows: Sequence[Rendered | str]) -> list[Outcome]:
+        encode = _together(rows, tokenizer, completion_only)
+        return [outcome(row, encode) for row in rows]
+
+    def outcome(row: Rendered | str, encode: Encode) -> Outcome:
+        if isinstance(row, str):
+            return row
+        try:
+            return _tokens(row, encode, tokenizer, max_length, completion_only, label_names)
+        except UnusableRowError as error:
+            return str(error)
+
+    batches = [rendered[i : i + _BATCH] for i in range(0, len(rendered), _BATCH)]
+    # Conversations are rendered in Python, which gains nothing from threads.
+    texts = all(isinstance(row, tuple | str) for row in rendered)
+    if threads < 2 or not texts or not _is_fast(tokenizer):
+        return [found for batch in batches for found in outcomes(batch)]
+    # The first batch alone leaves the tokenizer in the state in which the others only read it.
+    first = [found for batch in batches[:1] for found in outcomes(batch)]
+    with ThreadPoolExecutor(threads) as pool:
+        return first + [found for part in pool.map(outcomes, batches[1:]) for found in part]
+
+
+def labels_of(ids: Sequence[int], learnt: Sequence[bool]) -> list[int]:
+    """The tokens that are learnt, `IGNORE` for the others."""
+    first = learnt.index(True)
+    if False not in learnt[first:]:  # most texts, and much faster
+        return [IGNORE] * first + list(ids[first:])
+    return [token if learn else IGNORE for token, learn in zip(ids, learnt, strict=True)]
+
+
+def _tokens(
+    row: Rendered,
+    encode: Encode,
+    tokenizer: Any,
+    max_length: int,
+    completion_only: bool,
+    label_names: Sequence[str],
+) -> Tokens:
+    if isinstance(row, Classified):
+        return _classified(row, tokenizer, max_length, label_names)
+    if isinstance(row, Chat):
+        ids, learnt = _chat(row, tokenizer, completion_only)
     else:
-        ids, learnt = _text(*rendered, tokenizer, completion_only)
-    if not any(learnt[1:]):  # the first token of a text is predicted from nothing
+        ids, learnt = _text(*row, encode, tokenizer.eos_token_id, completion_only)
+    return _cut(ids, learnt, max_length)
+
+
+def _cut(ids: list[int], learnt: list[bool], max_length: int) -> Tokens:
+    if True not in learnt[1:]:  # the first token of a text is predicted from nothing
         raise UnusableRowError("no token to learn from")
     ids, learnt = ids[:max_length], learnt[:max_length]
-    if not any(learnt[1:]):
+    if True not in learnt[1:]:
         raise UnusableRowError(
             f"cut to max_length {max_length}, it has no token left to learn from"
         )
-    labels = [token if learn else IGNORE for token, learn in zip(ids, learnt, strict=True)]
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "labels": labels_of(ids, learnt)}
+
+
+def _is_fast(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
+def _alone(tokenizer: Any) -> Encode:
+    def encode(text: str) -> Sequence[int]:
+        ids: Sequence[int] = tokenizer(text)["input_ids"]
+        return ids
+
+    return encode
+
+
+def _together(rows: Sequence[Rendered | str], tokenizer: Any, completion_only: bool) -> Encode:
+    """Tokens of the rows' texts, made in one call where the tokenizer is a fast one."""
+    pairs = [row for row in rows if isinstance(row, tuple)]
+    if not pairs or not _is_fast(tokenizer):
+        return _alone(tokenizer)
+    texts = [prompt + completion for prompt, completion in pairs]
+    if completion_only:
+        texts += [prompt for prompt, _ in pairs if prompt]
+    texts = list(dict.fromkeys(texts))
+    found = tokenizer(texts, return_attention_mask=False)["input_ids"]
+    return dict(zip(texts, found, strict=True)).__getitem__
 
 
 def _text(
-    prompt: str, completion: str, tokenizer: Any, completion_only: bool
+    prompt: str,
+    completion: str,
+    encode: Encode,
+    end: int,
+    completion_only: bool,
 ) -> tuple[list[int], list[bool]]:
-    ids = list(tokenizer(prompt + completion)["input_ids"])
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    before = _common_prefix(tokenizer(prompt)["input_ids"], ids) if prompt else 0
-    masked = before if completion_only else 0
-    return ids, [i >= masked for i in range(len(ids))]
+    ids = list(encode(prompt + completion))
+    if not ids or ids[-1] != end:
+        ids.append(end)
+    masked = _common_prefix(encode(prompt), ids) if prompt and completion_only else 0
+    return ids, [False] * masked + [True] * (len(ids) - masked)
 
 
 def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -165,7 +279,7 @@ def _rendered(
 
 def _by_spans(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[int], list[bool]]:
     """All turns, learnt are the spans of text that the model would have to generate."""
-    if not getattr(tokenizer, "is_fast", False):
+    if not _is_fast(tokenizer):
         raise InputError("template: chat needs a fast tokenizer, which knows where a token stands")
     text = _rendered(tokenizer, chat, chat.messages)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

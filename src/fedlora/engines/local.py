@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
 from fedlora.checkpoint import (
     RunDirectory,
@@ -23,7 +21,7 @@ from fedlora.checkpoint import (
     write_errors_are_explained,
 )
 from fedlora.clients import client_ranks, settled_overrides
-from fedlora.cohort import out_of_memory
+from fedlora.cohort import Cohorts
 from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import CheckpointError, InputError
@@ -204,7 +202,7 @@ class _Run:
         self.states: dict[int, ClientState] = {}
         self.worker = Worker(session.base, clients, self.config, train_function, self.states)
         assert self.config.cohort_size != "auto", "assemble has settled it"
-        self.cohort_size = self.config.cohort_size
+        self.cohorts = Cohorts(self.config.cohort_size, self._warn)
         rule = METHODS[self.config.method]
         self.personal = bool(rule.training(self.config.rule_options()).keeps)
 
@@ -251,7 +249,7 @@ class _Run:
         self.server.state = saved.state
         self.states.update(saved.clients)
         self.best = _Best(**saved.extra["best"])
-        self.cohort_size = saved.extra["cohort_size"]
+        self.cohorts.size = saved.extra["cohort_size"]
         # Killed between saving a round and logging it, a run has it in the state alone.
         self.log = read_metrics(self.directory.path)
         if not any(x["event"] == "round" and x["round"] == saved.state.round for x in self.log):
@@ -297,18 +295,20 @@ class _Run:
     def _round(self) -> None:
         began = time.perf_counter()
         broadcasts = self.server.plan()
+        planned, folding = time.perf_counter(), 0.0
         number = self.server.state.round + 1
         self.report({"event": "round_begin", "round": number, "clients": list(broadcasts)})
         waiting = [broadcasts[client] for client in sorted(broadcasts)]
         while waiting:
-            size = self.cohort_size if self.worker.joint else 1
+            size = self.cohorts.size if self.worker.joint else 1
             together, waiting = waiting[:size], waiting[size:]
             for broadcast in together:
                 rank = broadcast.rank
                 self.report({"event": "client_begin", "client": broadcast.client, "rank": rank})
-            for update in self._trained(together):
-                client = update.client
+            for update in self.cohorts.train(together, self._handle):
+                client, before = update.client, time.perf_counter()
                 problem = self.server.accept(update)
+                folding += time.perf_counter() - before
                 if problem:
                     self._warn(f"client {client} is left out of round {number}: {problem}")
                 self.report({"event": "client_end", "client": client, "metrics": update.metrics})
@@ -323,8 +323,8 @@ class _Run:
         if last or (self.config.eval_rounds and number % self.config.eval_rounds == 0):
             line |= self._evaluate()
         line["seconds"] = {
-            "train": trained - began,
-            "aggregate": aggregated - trained,
+            "train": trained - planned - folding,
+            "aggregate": aggregated - trained + folding + planned - began,
             "evaluate": time.perf_counter() - aggregated,
         }
         self._judge(line)
@@ -333,24 +333,8 @@ class _Run:
         for callback in self.callbacks:
             callback(RoundResult(record, line, self.server.state))
 
-    def _trained(self, together: Sequence[Broadcast]) -> list[ClientUpdate]:
-        """Train these clients in one pass, or in smaller groups where memory does not hold it."""
-        updates, waiting = list[ClientUpdate](), together
-        while waiting:
-            part = waiting[: self.cohort_size]
-            try:
-                updates += self.worker.handle_together(part, self._on_step)
-                waiting = waiting[len(part) :]
-                continue
-            except Exception as error:
-                if not out_of_memory(error) or len(part) == 1:
-                    raise
-            # Beyond the handler, where the failed pass is no longer held.
-            self.cohort_size = half = (len(part) + 1) // 2
-            self._warn(f"memory ran out with {len(part)} clients in one pass; going on with {half}")
-            if self.session.base.device.type == "cuda":
-                torch.cuda.empty_cache()
-        return updates
+    def _handle(self, together: Sequence[Broadcast]) -> list[ClientUpdate]:
+        return self.worker.handle_together(together, self._on_step)
 
     def _on_step(self, client: int) -> StepCallback:
         def on_step(step: int, steps: int, loss: float, tokens: int) -> None:
@@ -371,7 +355,7 @@ class _Run:
         state = self.server.state
         extra = {
             "best": dataclasses.asdict(self.best),
-            "cohort_size": self.cohort_size,
+            "cohort_size": self.cohorts.size,
             **self._identity(),
         }
         self.log.append(line)
