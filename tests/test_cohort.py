@@ -425,7 +425,8 @@ def test_what_a_client_needs_grows_with_its_longest_rows() -> None:
         ]
         short: list[Tokens] = [{"input_ids": [5] * 3, "labels": [5] * 3}] * 9
         needs.append(largest_need(base, [(rows, size, 4), (short, size, 8), ([], 99, 64)]))
-    assert [need.tokens for need in needs] == [16, 32, 64]
+    # On average with the client of short rows, of three tokens each.
+    assert [need.tokens for need in needs] == [(16 + 6) / 2, (32 + 6) / 2, (64 + 12) / 2]
     assert 1.5 < needs[1].activations / needs[0].activations < 3
     assert 1.5 < needs[2].activations / needs[1].activations < 2.5
     # Value, gradient and two moments of a rank 8 adapter: the largest of those with rows.

@@ -99,10 +99,10 @@ class Cohorts:
 
 @dataclass(frozen=True)
 class Need:
-    """What one client needs in a pass, at its largest.
+    """What one client needs in a pass: memory at its largest, tokens as they usually are.
 
     Args:
-        tokens: of its largest micro-batch.
+        tokens: of a micro-batch, on average over the clients.
         activations: bytes kept for the backward pass.
         state: bytes of its parameters, their gradients and the optimiser's moments.
     """
@@ -132,7 +132,7 @@ def largest_need(
         return sorted(rows, key=lambda row: len(row["input_ids"]))[-size:]
 
     batches = [longest(rows, size) for rows, size, _ in clients if rows]
-    batch = max(batches, key=lambda b: sum(len(row["input_ids"]) for row in b))
+    batch = max(batches, key=_tokens)
     rank = max(rank for rows, _, rank in clients if rows)
     draw = fresh_factors(seed, 0, 0, Purpose.CLIENT_INIT, base.targets.shapes)
     adapter: Adapter = {
@@ -158,9 +158,13 @@ def largest_need(
     base.model.eval()
     numbers = sum(p.numel() for _, p in base.parameters_of(0))
     base.seat([], [])
-    tokens = sum(len(row["input_ids"]) for row in batch)
-    activations = sum(kept.values()) * tokens // len(row["input_ids"])
-    return Need(tokens, activations, _STATE_BYTES * numbers)
+    activations = sum(kept.values()) * _tokens(batch) // len(row["input_ids"])
+    usual = [min(size, len(rows)) * _tokens(rows) / len(rows) for rows, size, _ in clients if rows]
+    return Need(round(sum(usual) / len(usual)), activations, _STATE_BYTES * numbers)
+
+
+def _tokens(rows: Sequence[Tokens]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def memory_available(device: torch.device) -> int:
