@@ -1,6 +1,7 @@
 """What each saving of local training brings: the same steps with one of them switched off.
 
-    python benchmarks/savings.py            # about five minutes on two cores
+    python benchmarks/savings.py            # about four minutes on two cores
+    python benchmarks/savings.py --compiled # torch_compile too: several minutes more
     python benchmarks/savings.py --threads 1
 
 Each line is a fresh process: ten clients of ranks 64 to 4 take two steps on Dolly's real lengths
@@ -33,8 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16, ten clients in one pass": {"dtype": "bfloat16", "cohort": 10},
     "bfloat16, attention through torch's kernel": {"dtype": "bfloat16", "kernel": True},
     "bfloat16, padded": {"dtype": "bfloat16", "padded": True},
-    "torch_compile": {"compile": True},
 }
+COMPILED = {"torch_compile": {"compile": True}}
 
 
 def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
@@ -111,11 +112,14 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="torch_compile too")
     parser.add_argument("--case")
     parser.add_argument("--spec", type=Path)
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(measure(CASES[options.case], options.spec, options.threads)))
+        print(
+            json.dumps(measure({**CASES, **COMPILED}[options.case], options.spec, options.threads))
+        )
         return
     import tempfile
 
@@ -126,7 +130,7 @@ def main() -> None:
         prepare("22m", Path(scratch) / "22m", 1, 2, "float32", options.threads)
         given = ["--spec", f"{scratch}/22m/spec.json", "--threads", str(options.threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        for name in CASES:
+        for name in {**CASES, **(COMPILED if options.compiled else {})}:
             command = [sys.executable, __file__, "--case", name, *given]
             out = subprocess.run(command, env=environment, capture_output=True, text=True)
             if out.returncode:
