@@ -120,18 +120,18 @@ class _Running:
     layout: Layout | None = None
 
 
-_running = _Running()
+running = _Running()
 
 
 @contextmanager
 def attending(samples: Samples, layout: Layout) -> Iterator[None]:
     """Let the attention of models that run meanwhile keep these samples apart."""
-    before = _running.samples, _running.layout
-    _running.samples, _running.layout = samples, layout
+    before = running.samples, running.layout
+    running.samples, running.layout = samples, layout
     try:
         yield
     finally:
-        _running.samples, _running.layout = before
+        running.samples, running.layout = before
 
 
 def _spread(x: Tensor, group: Group, *, zero: bool = False) -> Tensor:
@@ -280,7 +280,7 @@ def packed_attention(
     Raises:
         PackingError: a form of attention that is not known here.
     """
-    samples, layout = _running.samples, _running.layout
+    samples, layout = running.samples, running.layout
     unknown = [k for k in ("softcap", "s_aux", "position_bias") if others.get(k) is not None]
     if samples is None or layout is None or attention_mask is not None or unknown:
         raise PackingError(f"attention with {', '.join(unknown) or 'a mask'}")

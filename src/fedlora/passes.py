@@ -253,7 +253,7 @@ class Passes:
         return forward
 
     def _positions(self, device: torch.device) -> Tensor:
-        samples = cast(Samples, attention._running.samples)
+        samples = cast(Samples, attention.running.samples)
         steps = [torch.arange(n, device=device) for n in samples.lengths]
         return torch.cat(steps)[None] + self.offset
 
