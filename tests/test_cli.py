@@ -454,9 +454,9 @@ def interrupt(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "argv"),
     [
-        ("fedlora.cli._quiet_libraries", ["run", "my.yaml"]),
+        ("fedlora.cli.quiet_libraries", ["run", "my.yaml"]),
         ("fedlora.engines.local.assemble", ["run", "my.yaml"]),
-        ("fedlora.cli.read_yaml", ["config", "my.yaml"]),
+        ("fedlora.sources.read_yaml", ["config", "my.yaml"]),
         ("fedlora.showcase.demo", ["demo"]),
     ],
 )

@@ -9,17 +9,18 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config
-from fedlora.demo import CONFIG as EMBEDDED_CONFIG
+from fedlora.console import quiet_libraries
 from fedlora.demo import EMBEDDED
 from fedlora.errors import FedloraError, InputError
 from fedlora.methods import METHODS
-from fedlora.sources import layered, parse_overrides, read_yaml
+from fedlora.sources import parse_overrides, settings, take_flag, take_value
 
 HELP = f"""\
 fedlora {__version__}: federated fine-tuning of language models with LoRA adapters of different rank
@@ -35,6 +36,11 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
                                     PEFT adapters of any ranks become one
   fedlora config [CONFIG.yaml] [--key value ...]
                                     every key, its value and one line on what it does
+  fedlora watch DIR                 look at a run that goes on elsewhere
+  fedlora report DIR [DIR ...]      runs become one page: report.html
+  fedlora eval MODEL_OR_RUN         lm-evaluation-harness, MMLU, MT-bench, forgetting
+  fedlora generate MODEL_OR_RUN     answers of the global model, a client's and the base's
+  fedlora study STUDY               a grid of runs, one table with intervals
   fedlora VERB --help               more on a verb
   fedlora --version
 
@@ -140,33 +146,6 @@ alone; ends with a table and a picture of exact match by round. Keys go to every
 """
 
 
-def _settings(arguments: Sequence[str], default: str | None) -> dict[str, Any]:
-    """Flat keys from `[CONFIG] [--key value ...]`."""
-    source = default
-    named = bool(arguments) and not arguments[0].startswith("--")
-    if named:
-        source, arguments = arguments[0], arguments[1:]
-    overrides = parse_overrides(arguments)
-    own = (overrides.get(key) for key in ("model_name_or_path", "dataset_name", "train_file"))
-    if source == EMBEDDED and not named and any(x not in (None, EMBEDDED) for x in own):
-        source = None  # the embedded ranks, division and learning rate belong to what is embedded
-    base: dict[str, Any] = {}
-    if source is not None:
-        base = read_yaml(EMBEDDED_CONFIG if source == EMBEDDED else source)
-    return layered(base, overrides)
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and advice of libraries would tear our own output apart."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _methods() -> str:
     """The rules, a line each."""
     lines = []
@@ -184,25 +163,25 @@ def _one_shot() -> str:
 
 def run_verb(arguments: list[str]) -> int:
     """`fedlora run`."""
-    as_json = _take_flag(arguments, "--json")
-    resume = _take_value(arguments, "--resume", "the output directory of the run to go on with")
-    if _take_flag(arguments, "--dry_run") or _take_flag(arguments, "--dry-run"):
+    as_json = take_flag(arguments, "--json")
+    resume = take_value(arguments, "--resume", "the output directory of the run to go on with")
+    if take_flag(arguments, "--dry_run") or take_flag(arguments, "--dry-run"):
         if resume is not None:
             raise InputError("--dry_run checks a run that has not begun; leave --resume out")
         return _dry_run(arguments)
-    _quiet_libraries()
+    quiet_libraries()
     from fedlora.console import per_class, reporter
     from fedlora.engines.local import run
 
     config: Config | None = None
     if resume is None:
-        config = Config(**_settings(arguments, EMBEDDED))
+        config = Config(**settings(arguments, EMBEDDED))
     elif arguments:
         # Keys alone are held against the run's own configuration, a file against all of it.
         own = str(Path(resume) / "config.yaml")
         if not Path(own).is_file():
             raise InputError(f"--resume {resume}: nothing to resume; there is no config.yaml")
-        config = Config(**_settings(arguments, own))
+        config = Config(**settings(arguments, own))
     where = resume or (config.output_dir if config else "")
     try:
         with reporter(as_json) as report:
@@ -235,8 +214,8 @@ def _dry_run(arguments: list[str]) -> int:
     from fedlora.setup import assemble
     from fedlora.views import show_plan
 
-    _quiet_libraries()
-    config = Config(**_settings(arguments, EMBEDDED))
+    quiet_libraries()
+    config = Config(**settings(arguments, EMBEDDED))
     check_free(config.output_dir)
     show_plan(assemble(config, weights=False), Console())
     return 0
@@ -244,9 +223,9 @@ def _dry_run(arguments: list[str]) -> int:
 
 def partition_verb(arguments: list[str]) -> int:
     """`fedlora partition`."""
-    by = _take_value(arguments, "--by", "the column to count")
-    output = _take_value(arguments, "--output", "the picture to write")
-    _quiet_libraries()
+    by = take_value(arguments, "--by", "the column to count")
+    output = take_value(arguments, "--output", "the picture to write")
+    quiet_libraries()
     from rich.console import Console
 
     from fedlora.clients import check_overrides, client_ranks
@@ -255,7 +234,7 @@ def partition_verb(arguments: list[str]) -> int:
     from fedlora.views import check_picture, divide, draw_partition, show_partition
 
     picture = check_picture(output) if output else None
-    config = resolve_paths(Config(**_settings(arguments, EMBEDDED)))
+    config = resolve_paths(Config(**settings(arguments, EMBEDDED)))
     raw = load_rows(config)
     check_overrides(config, len(raw.clients))
     division = divide(config, raw, client_ranks(config, len(raw.clients)), by)
@@ -268,16 +247,16 @@ def partition_verb(arguments: list[str]) -> int:
 
 def data_verb(arguments: list[str]) -> int:
     """`fedlora data`."""
-    show = _take_value(arguments, "--show", "the number of samples to show") or "3"
+    show = take_value(arguments, "--show", "the number of samples to show") or "3"
     if not show.isdecimal():
         raise InputError(f"--show {show}: expected a number of samples")
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from fedlora.setup import resolve_paths, tokenized
     from fedlora.views import show_samples
 
-    config = resolve_paths(Config(**_settings(arguments, EMBEDDED)))
+    config = resolve_paths(Config(**settings(arguments, EMBEDDED)))
     _, tokenizer, data = tokenized(config)
     show_samples(data, tokenizer, config, int(show), Console())
     return 0
@@ -290,7 +269,7 @@ def aggregate_verb(arguments: list[str]) -> int:
     output = given.pop("output", None)
     if not paths or not isinstance(output, str):
         raise InputError("aggregate: give PEFT directories and --output DIR, a new directory")
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from fedlora.adapters import load_adapter
@@ -338,13 +317,13 @@ def number(key: str, text: Any) -> float:
 
 def config_verb(arguments: list[str]) -> int:
     """`fedlora config`."""
-    print(Config(**_settings(arguments, None)).to_yaml(comments=True), end="")
+    print(Config(**settings(arguments, None)).to_yaml(comments=True), end="")
     return 0
 
 
 def demo_verb(arguments: list[str]) -> int:
     """`fedlora demo`."""
-    _quiet_libraries()
+    quiet_libraries()
     from fedlora.showcase import demo
 
     demo(parse_overrides(arguments))
@@ -359,26 +338,14 @@ VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "config": (config_verb, HELP_CONFIG),
     "demo": (demo_verb, HELP_DEMO),
 }
-
-
-def _take_flag(arguments: list[str], flag: str) -> bool:
-    found = flag in arguments
-    if found:
-        arguments.remove(flag)
-    return found
-
-
-def _take_value(arguments: list[str], flag: str, what: str) -> str | None:
-    for i, token in enumerate(arguments):
-        if token == flag or token.startswith(f"{flag}="):
-            value = token[len(flag) + 1 :]
-            del arguments[i]
-            if not value and i < len(arguments) and not arguments[i].startswith("--"):
-                value = arguments.pop(i)
-            if not value:
-                raise InputError(f"{flag}: give {what}")
-            return value
-    return None
+ELSEWHERE = {
+    "eval": "fedlora.assess.eval_verb",
+    "generate": "fedlora.assess.generate_verb",
+    "study": "fedlora.study.verb",
+    "report": "fedlora.report.verb",
+    "watch": "fedlora.watch",
+}
+"""Verbs with a module of their own, which has `HELP` and `verb(arguments) -> exit code`."""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -393,13 +360,18 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"fedlora {__version__}")
         return 0
     verb, rest = arguments[0], arguments[1:]
-    if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
+    known = [*VERBS, *ELSEWHERE]
+    if verb not in known:
+        close = difflib.get_close_matches(verb, known, n=1)
         raise InputError(
             f"{verb}: no such verb; "
-            + (f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}")
+            + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}")
         )
-    function, help_text = VERBS[verb]
+    if verb in ELSEWHERE:
+        module = import_module(ELSEWHERE[verb])
+        function, help_text = module.verb, module.HELP
+    else:
+        function, help_text = VERBS[verb]
     if {"-h", "--help"} & set(rest):
         print(help_text, end="")
         return 0

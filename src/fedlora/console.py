@@ -6,6 +6,7 @@ Each is a function of the events a run reports (`fedlora.engines.local.Report`).
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,17 @@ from rich.text import Text
 
 Event = Mapping[str, Any]
 _EVERY_STEP = {"step", "client_begin", "client_end", "round_begin", "evaluate_begin"}
+
+
+def quiet_libraries() -> None:
+    """Progress bars and advice of libraries would tear our own output apart."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def human_bytes(count: float) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from fedlora.demo import CONFIG as EMBEDDED_CONFIG
+from fedlora.demo import EMBEDDED
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 
@@ -108,3 +110,45 @@ def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
             values.append(token)
     close()
     return out
+
+
+def settings(arguments: Sequence[str], default: str | None) -> dict[str, Any]:
+    """Flat keys from `[CONFIG] [--key value ...]`."""
+    source = default
+    named = bool(arguments) and not arguments[0].startswith("--")
+    if named:
+        source, arguments = arguments[0], arguments[1:]
+    overrides = parse_overrides(arguments)
+    own = (overrides.get(key) for key in ("model_name_or_path", "dataset_name", "train_file"))
+    if source == EMBEDDED and not named and any(x not in (None, EMBEDDED) for x in own):
+        source = None  # the embedded ranks, division and learning rate belong to what is embedded
+    base: dict[str, Any] = {}
+    if source is not None:
+        base = read_yaml(EMBEDDED_CONFIG if source == EMBEDDED else source)
+    return layered(base, overrides)
+
+
+def take_flag(arguments: list[str], flag: str) -> bool:
+    """Whether `flag` stands among the arguments; it is taken out of them."""
+    found = flag in arguments
+    if found:
+        arguments.remove(flag)
+    return found
+
+
+def take_value(arguments: list[str], flag: str, what: str) -> str | None:
+    """The value after `flag`, or None; both are taken out of the arguments.
+
+    Raises:
+        InputError: the flag has no value; `what` says what to give.
+    """
+    for i, token in enumerate(arguments):
+        if token == flag or token.startswith(f"{flag}="):
+            value = token[len(flag) + 1 :]
+            del arguments[i]
+            if not value and i < len(arguments) and not arguments[i].startswith("--"):
+                value = arguments.pop(i)
+            if not value:
+                raise InputError(f"{flag}: give {what}")
+            return value
+    return None
