@@ -35,8 +35,7 @@ def alone_run(overrides: Mapping[str, Any], client: int) -> dict[int, float]:
     from fedlora.console import quiet_libraries
     from fedlora.demo import CONFIG
     from fedlora.engines.local import run_session
-    from fedlora.setup import assemble
-    from fedlora.showcase import alone
+    from fedlora.setup import alone, assemble
     from fedlora.sources import layered, read_yaml
 
     quiet_libraries()

@@ -94,7 +94,9 @@ def course(path: Path) -> list[Any]:
 
     def timeless(x: Any) -> Any:
         if isinstance(x, dict):
-            return {k: timeless(v) for k, v in x.items() if k != "seconds"}
+            return {
+                k: timeless(v) for k, v in x.items() if k not in ("seconds", "started", "error")
+            }
         return [timeless(v) for v in x] if isinstance(x, list) else x
 
     return [timeless(line) for line in read_metrics(path) if line["event"] != "resume"]

@@ -10,7 +10,8 @@ from fedlora.cli import main
 from fedlora.config import Config
 from fedlora.demo import CONFIG
 from fedlora.setup import assemble
-from fedlora.showcase import alone, demo
+from fedlora.setup import alone
+from fedlora.showcase import demo
 from fedlora.sources import read_yaml
 
 SHORT = ["--num_rounds", "1", "--max_steps", "1", "--max_eval_samples", "12", "--num_threads", "1"]

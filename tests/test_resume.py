@@ -254,7 +254,7 @@ def course(path: Path) -> list[dict[str, Any]]:
 
     def timeless(x: Any) -> Any:
         if isinstance(x, dict):
-            return {k: timeless(v) for k, v in x.items() if k != "seconds"}
+            return {k: timeless(v) for k, v in x.items() if k not in ("seconds", "started")}
         return [timeless(v) for v in x] if isinstance(x, list) else x
 
     return [timeless(line) for line in read_metrics(path)]
@@ -273,7 +273,7 @@ def whole_lines(path: Path) -> bytes:
 def assert_ends_like(path: Path, reference: Path, before: bytes = b"") -> None:
     assert final(path) == final(reference)
     assert course(path) == course(reference)
-    expected = ["start", *["round"] * ROUNDS, "end"]
+    expected = ["begin", "start", *["round"] * ROUNDS, "end"]
     assert [line["event"] for line in course(path)] == expected
     assert [line["round"] for line in course(path)] == [*range(ROUNDS + 1), ROUNDS]
     content = (path / "metrics.jsonl").read_bytes()

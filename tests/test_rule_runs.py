@@ -535,7 +535,7 @@ def test_fedsa_evaluates_every_clients_own_model(quick: dict[str, Any], fraction
     for k, part in enumerate(data.clients):
         found = loss_of(values["model_name_or_path"], run.finals()[k], part.eval or data.eval)
         assert found == pytest.approx(logged[str(k)]["loss"], rel=1e-5)
-    for line in (run.result.metrics[0], *run.rounds):
+    for line in (run.result.metrics[1], *run.rounds):
         assert line["evaluation"].keys() == {"loss", "perplexity", "token_accuracy"}
         for key, value in line["evaluation"].items():
             each = [x[key] for x in line["client_evaluations"].values()]
@@ -1065,7 +1065,7 @@ def test_going_on_from_an_adapter(
     assert run.losses[0] == pytest.approx(wanted, rel=1e-5)
     assert run.losses[1] < wanted
     if method == PERSONAL:
-        assert all(x["loss"] == pytest.approx(wanted) for x in _each(run.result.metrics[0]))
+        assert all(x["loss"] == pytest.approx(wanted) for x in _each(run.result.metrics[1]))
     if rank > 4 and method in ("flexlora", "raflora"):
         return  # clients hold of it what their rank affords
     idle = watch(values, "idle", client_ranks=4, num_rounds=1, train_function=nothing)

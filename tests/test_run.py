@@ -627,7 +627,7 @@ def test_clients_are_evaluated_on_what_they_held_out(small_run: dict[str, Any]) 
     data = load_data(Config(**{**small_run, "client_eval_fraction": 0.25}), tokenizer)
     assert [len(c.eval) for c in data.clients] == [6, 4, 3, 2]
     assert [c["num_examples"] for c in rounds_of(result)[0]["clients"]] == [18, 12, 9, 6]
-    for line in (result.metrics[0], *rounds_of(result)):
+    for line in (result.metrics[1], *rounds_of(result)):
         assert list(line["client_evaluations"]) == ["0", "1", "2", "3"]
     base = small_run["model_name_or_path"]
     for client, part in enumerate(data.clients):

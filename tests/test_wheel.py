@@ -115,6 +115,7 @@ def test_what_the_package_imports_is_declared() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.partition(".")[0])
     imported -= {*sys.stdlib_module_names, "fedlora"}
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["eval"]
     names = {re.split(r"[<>=]", line)[0].lower() for line in declared}
     assert {{"yaml": "pyyaml"}.get(name, name) for name in imported} == names

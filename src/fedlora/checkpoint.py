@@ -325,11 +325,17 @@ class RunDirectory:
         line: Any,
         extra: Any,
         clients: Mapping[int, ClientState] | None = None,
+        models: Mapping[int, tuple[Deltas, Mapping[str, Tensor]]] | None = None,
     ) -> Path:
-        """Write `round-N/`: the global model as a PEFT directory, and the state to resume from."""
+        """Write `round-N/`: the global model as a PEFT directory, and the state to resume from.
+
+        `client-K/` in it are the clients' own models, where they are kept.
+        """
 
         def fill(partial: Path) -> None:
             write_adapter(partial, delta, targets, state.dense)
+            for client, (own, dense) in (models or {}).items():
+                write_adapter(partial / f"client-{client}", own, targets, dense)
             (partial / "state").mkdir()
             save_tensors(partial / "state" / "server.safetensors", state_to_tensors(state))
             if clients:
@@ -452,9 +458,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; of a round that was run again, only the last.
 
     A resumed run logs `{"event": "resume", "round": N}`; what stands before it about later rounds
-    no longer counts.
+    no longer counts. Of several models and measures (`eval`), the last of each is kept.
     """
-    out: dict[tuple[str, int], dict[str, Any]] = {}
+    out: dict[tuple[Any, ...], dict[str, Any]] = {}
     for text in (Path(path) / METRICS).read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(text)
@@ -463,5 +469,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         if line["event"] == "resume":
             out = {key: x for key, x in out.items() if key[1] <= line["round"]}
         else:
-            out[line["event"], line["round"]] = line
+            out[line["event"], line["round"], line.get("name"), line.get("model")] = line
     return list(out.values())
+
+
+def append_eval(path: str | Path, line: Mapping[str, Any]) -> None:
+    """Append an `eval` line to a run's `metrics.jsonl`, be the run complete or not.
+
+    Args:
+        path: the run's directory.
+        line: event, round, name, model, scores.
+
+    Raises:
+        InputError: another process is writing to the run, or it cannot be written to.
+    """
+    directory = RunDirectory(Path(path))
+    try:
+        directory.mend_metrics()
+        directory.append(line)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written to: {error.strerror}") from None
+    finally:
+        directory.close()

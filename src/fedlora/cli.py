@@ -197,7 +197,8 @@ def run_verb(arguments: list[str]) -> int:
             )
         return 130
     if not as_json:
-        shown = per_class(result.metrics[-2].get("evaluation") or {})
+        last = next(x for x in reversed(result.metrics) if x["event"] in ("round", "start"))
+        shown = per_class(last.get("evaluation") or {})
         print("\n".join(shown), end="\n" if shown else "")
         end = result.metrics[-1]
         best = "" if end["best"] is None else f"; best: round {end['best']}"
@@ -367,6 +368,7 @@ def _dispatch(arguments: list[str]) -> int:
             f"{verb}: no such verb; "
             + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}")
         )
+    function: Callable[[list[str]], int]
     if verb in ELSEWHERE:
         module = import_module(ELSEWHERE[verb])
         function, help_text = module.verb, module.HELP

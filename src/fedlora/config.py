@@ -226,6 +226,12 @@ class Config(BaseModel):
         "auto", description="greedy generation against the reference; auto: if references fit"
     )
     generation_max_new_tokens: int = Field(24, ge=1, description="longest generated answer")
+    eval_personal: bool = Field(
+        False, description="also evaluate each client's own model as its round ends"
+    )
+    general_file: str | None = Field(
+        None, description="general text (.txt, or text in JSONL): its loss shows what is forgotten"
+    )
     metric_for_best_model: str = Field("eval_loss", description="decides which round is best")
     greater_is_better: bool | None = Field(None, description="none: false for losses")
     load_best_model_at_end: bool = Field(False, description="final/ holds the best round")
@@ -236,6 +242,17 @@ class Config(BaseModel):
     output_dir: str = Field("fedlora-output", description="where everything is written")
     save_total_limit: int | None = Field(
         3, ge=1, description="rounds kept on disk, never fewer than two; none: all"
+    )
+    save_client_models: bool = Field(
+        False, description="final/client-K: the models the clients of the last round ended with"
+    )
+    report_to: list[str] | str | None = Field(
+        None, description="tensorboard, wandb, trackio; all: those installed; or none"
+    )
+    run_name: str | None = Field(None, description="of the run in these; none: output_dir")
+    project: str = Field("fedlora", description="project of wandb and trackio")
+    logging_dir: str | None = Field(
+        None, description="of tensorboard's files; none: runs/ in output_dir"
     )
     seed: int = Field(42, ge=0, description="of every random draw")
     num_threads: int | None = Field(None, ge=1, description="of torch; none: torch's own choice")

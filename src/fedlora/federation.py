@@ -44,6 +44,7 @@ from fedlora.state import (
     ClientState,
     ClientUpdate,
     Encoded,
+    LayerRecord,
     RoundRecord,
     ServerState,
     Start,
@@ -458,6 +459,10 @@ class Server:
         plain = spec.server_learning_rate == 1.0 and not spec.server_momentum
         if plain and found.wanted > 0:
             error = found.missed / found.wanted
+        layers = {
+            name: LayerRecord(missed / aimed if plain and aimed > 0 else None, size)
+            for name, (size, aimed, missed) in found.modules.items()
+        }
         clients = []
         for client, sent in sorted(self._broadcasts.items()):
             answer, rejected = self._answers.get(client), self._rejected.get(client, "")
@@ -481,6 +486,7 @@ class Server:
             truncation_error=self._truncation_error,
             update_norm=found.size,
             global_rank=_global_rank(after),
+            layers=layers,
         )
 
 

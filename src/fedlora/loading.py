@@ -149,7 +149,7 @@ def load_model(
     Raises:
         InputError: the model cannot be loaded, or a target module does not match.
     """
-    model, missing = _load(source, config, label_names, weights)
+    model, missing = load_pretrained(source, config, label_names, weights)
     embeddings = model.get_input_embeddings()
     if embeddings is not None and len(tokenizer) > embeddings.num_embeddings:
         raise InputError(
@@ -172,16 +172,27 @@ def load_model(
         model.config.architectures = [type(model).__name__]
         targets = dataclasses.replace(targets, model_config=model.config.to_json_string())
     else:
-        model.generation_config = _greedy(model)
+        model.generation_config = greedy(model)
     if weights and torch.cuda.is_available() and not config.use_cpu:
         model.to("cuda")
     notes = _notes(model, targets, missing)
     return attach(model, tokenizer, targets), notes
 
 
-def _load(
+def load_pretrained(
     source: Source, config: Config, label_names: Sequence[str], weights: bool
 ) -> tuple[Any, list[str]]:
+    """The model of transformers in the configured dtype, on no device yet.
+
+    Args:
+        source: where it comes from.
+        config: dtype, revision and trust.
+        label_names: a classifier's; empty for a language model.
+        weights: False makes the model of shapes alone.
+
+    Returns:
+        The model, and the names of weights that the checkpoint lacks.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if label_names else AutoModelForCausalLM
@@ -319,7 +330,7 @@ def _notes(model: Any, targets: Targets, missing: Sequence[str]) -> list[str]:
     return out
 
 
-def _greedy(model: Any) -> Any:
+def greedy(model: Any) -> Any:
     """The model's special tokens alone: its sampling and penalties would be inherited."""
     from transformers import GenerationConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 
 from fedlora.acceleration import accelerate
 from fedlora.adapters import load_adapter
+from fedlora.assess.general import windows
 from fedlora.clients import (
     check_overrides,
     client_modules,
@@ -34,6 +35,7 @@ from fedlora.demo import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
 from fedlora.evaluate import has_prompts, references_fit
 from fedlora.federation import Federation, check_rule, check_server_step, initial_state
+from fedlora.holdings import Holdings, holdings
 from fedlora.loading import (
     BUILT_IN_CHAT,
     Source,
@@ -47,6 +49,8 @@ from fedlora.model import BaseModel
 from fedlora.passes import passes_of
 from fedlora.precision import settled_dtype
 from fedlora.state import ServerState
+from fedlora.tokens import Tokens
+from fedlora.trackers import check_trackers
 
 PATHS = (
     "model_name_or_path",
@@ -56,6 +60,8 @@ PATHS = (
     "train_file",
     "eval_file",
     "init_adapter",
+    "general_file",
+    "logging_dir",
 )
 AUTOMATIC = (
     "num_threads",
@@ -89,6 +95,8 @@ class Session:
         federation: who takes part.
         warnings: what the user should know before it starts.
         choices: what was decided for this machine, in words.
+        holdings: who holds what.
+        general: windows of general text, whose loss shows what is forgotten.
     """
 
     config: Config
@@ -97,6 +105,8 @@ class Session:
     federation: Federation
     warnings: tuple[str, ...]
     choices: tuple[str, ...] = ()
+    holdings: Holdings | None = None
+    general: Sequence[Tokens] = ()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -175,7 +185,9 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     config = resolve_paths(config)
     threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    source, tokenizer, data = tokenized(config)
+    check_trackers(config)
+    raw = load_rows(config)
+    source, tokenizer, data = tokenized(config, raw)
     config, choices = _with_dtype(config, source)
     number = len(data.clients)
     ranks = client_ranks(config, number)
@@ -236,7 +248,62 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     )
     if config.cohort_size == "auto" and weights:
         choices.append(f"clients in one pass: {resolved.cohort_size}")
-    return Session(resolved, base, data, federation, tuple(warnings), tuple(choices))
+    return Session(
+        resolved,
+        base,
+        data,
+        federation,
+        tuple(warnings),
+        tuple(choices),
+        holdings(resolved, _limited(config, raw)),
+        _general(config, tokenizer, min(context, config.max_length), task),
+    )
+
+
+def alone(session: Session, client: int, output_dir: Path) -> Session:
+    """The session of one client that trains by itself: same rows, steps and rank, nobody to ask."""
+    data, spec = session.data, session.federation
+    rank, overrides = spec.ranks[client], session.config.client_overrides
+    assert not isinstance(overrides, str)
+    own = (overrides or {}).get(client)
+    config = session.config.model_copy(
+        update={
+            "method": "fedit",  # with one client: go on training the same adapter
+            "method_options": {},
+            "num_clients": 1,
+            "client_ranks": [rank],
+            "client_overrides": {0: own} if own else None,
+            "output_dir": str(output_dir),
+            "save_total_limit": 2,
+        }
+    )
+    return replace(
+        session,
+        config=config,
+        data=replace(data, clients=(data.clients[client],)),
+        holdings=session.holdings.of(client) if session.holdings else None,
+        federation=replace(
+            spec,
+            ranks=[rank],
+            num_examples=[spec.num_examples[client]],
+            modules={0: spec.modules[client]} if client in spec.modules else {},
+        ),
+    )
+
+
+def _limited(config: Config, raw: RawData) -> RawData:
+    """The rows that are taken of every client."""
+    limits = [config.of_client(k).max_train_samples for k in range(len(raw.clients))]
+    clients = [rows[:limit] for rows, limit in zip(raw.clients, limits, strict=True)]
+    return replace(raw, clients=clients)
+
+
+def _general(config: Config, tokenizer: Any, length: int, task: str) -> Sequence[Tokens]:
+    if config.general_file is None:
+        return ()
+    if task == "SEQ_CLS":
+        raise InputError("general_file: a classifier has no loss on text; leave it out")
+    return windows(tokenizer, config.general_file, length, config.max_eval_samples)
 
 
 def _with_dtype(config: Config, source: Source) -> tuple[Config, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +18,12 @@ from fedlora.console import human_bytes, reporter
 from fedlora.demo import CONFIG
 from fedlora.engines.local import Result, run_session
 from fedlora.errors import InputError
-from fedlora.setup import Session, assemble
+from fedlora.setup import alone, assemble
 from fedlora.sources import layered, read_yaml
 
 COMPARED = ("exact", "flora", "zero_pad")
 METRIC = "exact_match"
 FIXED = ("method", "eval_rounds", "eval_exact_match", "early_stopping_patience")
-
-
-def alone(session: Session, client: int, output_dir: Path) -> Session:
-    """The session of one client that trains by itself: same rows, steps and rank, nobody to ask."""
-    data, spec = session.data, session.federation
-    rank, overrides = spec.ranks[client], session.config.client_overrides
-    assert not isinstance(overrides, str)
-    own = (overrides or {}).get(client)
-    config = session.config.model_copy(
-        update={
-            "method": "fedit",  # with one client: go on training the same adapter
-            "method_options": {},
-            "num_clients": 1,
-            "client_ranks": [rank],
-            "client_overrides": {0: own} if own else None,
-            "output_dir": str(output_dir),
-            "save_total_limit": 2,
-        }
-    )
-    return replace(
-        session,
-        config=config,
-        data=replace(data, clients=(data.clients[client],)),
-        federation=replace(
-            spec,
-            ranks=[rank],
-            num_examples=[spec.num_examples[client]],
-            modules={0: spec.modules[client]} if client in spec.modules else {},
-        ),
-    )
 
 
 def _free_directory(wanted: str) -> Path:

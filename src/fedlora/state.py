@@ -169,6 +169,19 @@ class ClientRecord:
 
 
 @dataclass(frozen=True)
+class LayerRecord:
+    """One target module in a round, for the log.
+
+    Args:
+        error: as `RoundRecord.aggregation_error`, of this module alone.
+        norm: the Frobenius norm of its change.
+    """
+
+    error: float | None
+    norm: float
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One committed round, for the log.
 
@@ -182,6 +195,8 @@ class RoundRecord:
         truncation_error: `||S - S_hat|| / ||S||` of what was sent, where a rule truncates it.
         update_norm: the Frobenius norm of dG over all modules.
         global_rank: the largest rank bound of a module of the global update.
+        layers: target module -> its part; of modules with more than 256 directions the norms are
+            estimates, within 10%.
     """
 
     round: int
@@ -190,6 +205,7 @@ class RoundRecord:
     truncation_error: float
     update_norm: float
     global_rank: int
+    layers: Mapping[str, LayerRecord] = field(default_factory=dict)
 
     @property
     def bytes_down(self) -> int:

@@ -7,7 +7,7 @@ term is added to one matrix in place. No term is held after it was folded into a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -200,11 +200,13 @@ class Moved(NamedTuple):
         size: `||dG||`.
         wanted: `||sum_k p_k (M_k - M_k_start)||`.
         missed: `||dG - sum_k p_k (M_k - M_k_start)||`.
+        modules: the same three of every module.
     """
 
     size: float
     wanted: float
     missed: float
+    modules: Mapping[str, tuple[float, float, float]]
 
 
 def moved(before: ServerState, after: ServerState, wanted: Deltas) -> Moved:
@@ -220,8 +222,14 @@ def moved(before: ServerState, after: ServerState, wanted: Deltas) -> Moved:
         return _squares(_change(before, after, name), aim)
 
     names = dict.fromkeys([*after.base_delta, *after.adapter])
-    found = each(squares, {name: name for name in names}).values()
-    return Moved(*(math.sqrt(max(sum(x[i] for x in found), 0.0)) for i in range(3)))
+    found = each(squares, {name: name for name in names})
+    size, aimed, missed = (_root(sum(x[i] for x in found.values())) for i in range(3))
+    modules = {n: (_root(x[0]), _root(x[1]), _root(x[2])) for n, x in found.items()}
+    return Moved(size, aimed, missed, modules)
+
+
+def _root(square: float) -> float:
+    return math.sqrt(max(square, 0.0))
 
 
 _Terms = Sequence[tuple[Delta, float]]

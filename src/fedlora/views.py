@@ -7,7 +7,6 @@ fedlora run --dry_run    show_plan
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -23,11 +22,11 @@ from rich.text import Text
 from fedlora.adapters import scaling
 from fedlora.config import Config
 from fedlora.console import human_bytes
-from fedlora.data import FederatedData, RawData, template_of
+from fedlora.data import FederatedData, RawData
 from fedlora.errors import InputError
+from fedlora.holdings import holdings
 from fedlora.merging import Aggregated
 from fedlora.passes import labelled
-from fedlora.rows import columns_of
 from fedlora.setup import Session, dropped_line
 from fedlora.tokens import IGNORE, Tokens
 from fedlora.worker import budget_of
@@ -37,8 +36,6 @@ COLOURS = (
     "#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5",
     "#9c6b4e", "#9498a0",
 )  # fmt: skip
-MOST_VALUES = 10
-"""Different values of a column shown by themselves; the rarest beyond them are summed up."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +73,7 @@ def divide(config: Config, raw: RawData, ranks: list[int], by: str | None = None
     Raises:
         InputError: there is no such column.
     """
-    columns = columns_of(raw.train)
-    column = by or config.partition_column or config.label_column_name
-    if column is None and config.lora_task_type == "SEQ_CLS":
-        column = template_of(config, raw, True).columns[-1][0]
-    if column is not None and column not in columns:
-        raise InputError(f"{column!r} is not a column; there are {', '.join(columns)}")
-
-    def count(rows: Sequence[Any]) -> Counter[str]:
-        return Counter(str(row.get(column)) if column else "rows" for row in rows)
-
-    total = count(raw.train)
-    values = [value for value, _ in total.most_common()]
-    kept = values if len(values) <= MOST_VALUES else values[: MOST_VALUES - 1]
-    other = [f"{len(values) - len(kept)} others"] if len(kept) < len(values) else []
-
-    def row(counts: Counter[str]) -> list[int]:
-        own = [counts[value] for value in kept]
-        return own + [counts.total() - sum(own)] * len(other)
-
+    found = holdings(config, raw, by)
     how: str = config.partition
     if any(raw.names) and config.partition == "iid":
         how = "one file per client"
@@ -107,12 +86,12 @@ def divide(config: Config, raw: RawData, ranks: list[int], by: str | None = None
         heading += f" by {config.partition_column or config.label_column_name}"
     return Division(
         f"{heading}, seed {config.seed}",
-        column,
-        kept + other,
-        [row(count(rows)) for rows in raw.clients],
-        raw.names,
+        found.column,
+        found.values,
+        found.counts,
+        found.names,
         ranks,
-        row(count(raw.eval)) if raw.eval else [],
+        found.evaluation,
     )
 
 

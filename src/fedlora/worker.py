@@ -15,8 +15,8 @@ from fedlora.adapters import scaling
 from fedlora.cohort import train_cohort
 from fedlora.config import Config
 from fedlora.data import ClientData
-from fedlora.federation import client_start
-from fedlora.lowrank import Adapter, LowRank, prefix
+from fedlora.federation import client_start, received
+from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix
 from fedlora.methods import METHODS
 from fedlora.methods.rule import Training
 from fedlora.model import BaseModel, Seat
@@ -126,6 +126,22 @@ class Worker:
             )
             metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
         return [self._update(turn, k, metrics[k]) for k, turn in enumerate(turns)]
+
+    def model_of(self, broadcast: Broadcast, update: ClientUpdate) -> Deltas:
+        """The model a client ended its round with: all that is added to the base, the common part
+        and its own training together.
+
+        Args:
+            broadcast: what it was sent.
+            update: what it answered.
+        """
+        config = self.config.of_client(update.client)
+        rule = METHODS[config.method]
+        shapes, options = self.base.targets.shapes, config.rule_options()
+        state = self.states.get(update.client)
+        start = client_start(broadcast, rule, options, shapes, config.seed, state)
+        trained = received(update, start)
+        return add_all([broadcast.base_delta, start.beneath, start.own, trained])
 
     @property
     def joint(self) -> bool:

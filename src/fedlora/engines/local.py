@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
 from fedlora.checkpoint import (
@@ -20,18 +24,20 @@ from fedlora.checkpoint import (
     verify,
     write_errors_are_explained,
 )
-from fedlora.clients import client_ranks, settled_overrides
 from fedlora.cohort import Cohorts
 from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
+from fedlora.engines.rating import Rating
 from fedlora.errors import CheckpointError, InputError
-from fedlora.evaluate import evaluate
+from fedlora.facts import begin_line
 from fedlora.federation import Server, global_delta
-from fedlora.lowrank import Deltas, LowRank, add_all
+from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
-from fedlora.setup import AUTOMATIC, Session, assemble, resolve_paths, starting_state
+from fedlora.resuming import as_it_began
+from fedlora.setup import Session, assemble, starting_state
 from fedlora.sources import read_yaml
 from fedlora.state import Broadcast, ClientState, ClientUpdate, RoundRecord, ServerState
+from fedlora.trackers import observers
 from fedlora.train import StepCallback, TrainFunction, train
 from fedlora.worker import Worker
 
@@ -108,9 +114,10 @@ def run(
     if resume is not None:
         directory = RunDirectory.open(resume)
         try:
-            session = assemble(_as_it_began(directory.path, config))
+            session = assemble(as_it_began(directory.path, config))
             initial = starting_state(session)
-            return _Run(session, directory, initial, train_function, callbacks, report).resume()
+            with _observed(session, directory, report) as told:
+                return _Run(session, directory, initial, train_function, callbacks, told).resume()
         finally:
             directory.close()
     if config is None:
@@ -133,37 +140,22 @@ def run_session(
     initial = starting_state(session)
     directory = RunDirectory.create(path, session.config.to_yaml())
     try:
-        return _Run(session, directory, initial, train_function, callbacks, report).start()
+        with _observed(session, directory, report) as told:
+            return _Run(session, directory, initial, train_function, callbacks, told).start()
     finally:
         directory.close()
 
 
-def _as_it_began(path: Path, config: Config | None) -> Config:
-    """The configuration in a run's directory; the one given must not differ.
+@contextmanager
+def _observed(session: Session, directory: RunDirectory, report: Report) -> Iterator[Report]:
+    """The user's report with `progress.json` and the trackers of `report_to` beside it."""
+    with observers(session.config, directory.path) as observe:
 
-    Raises:
-        InputError: key by key, what differs.
-    """
-    saved = Config(**{**read_yaml(path / "config.yaml"), "output_dir": str(path)})
-    if config is None:
-        return saved
-    now = resolve_paths(config.model_copy(update={"output_dir": str(path)}))
-    # The saved run holds a rank for every client, whichever key they came from.
-    ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
-    theirs = saved.flat()
-    automatic = set(AUTOMATIC)
-    different = [
-        f"  {key}: {theirs.get(key)!r} when it began, {value!r} now"
-        for key, value in ours.items()
-        if theirs.get(key) != value and not (key in automatic and value in (None, "auto"))
-    ]
-    if different:
-        raise InputError(
-            f"--resume {path}: the configuration differs from the one the run began with:\n"
-            + "\n".join(different)
-            + "\nLeave these keys as they were, or start a new run in another --output_dir"
-        )
-    return saved
+        def told(event: Event) -> None:
+            observe(event)
+            report(event)
+
+        yield told
 
 
 @dataclass
@@ -189,6 +181,7 @@ class _Run:
         self.callbacks = callbacks
         self.report: Report = lambda event: report(_finite(event))
         self.log: list[dict[str, Any]] = []
+        self.models: dict[int, tuple[Deltas, Mapping[str, Tensor]]] = {}
         self.best = _Best()
         self.initial = initial
         self.server = Server(
@@ -205,6 +198,7 @@ class _Run:
         self.cohorts = Cohorts(self.config.cohort_size, self._warn)
         rule = METHODS[self.config.method]
         self.personal = bool(rule.training(self.config.rule_options()).keeps)
+        self.rating = Rating(session, self.states, self.personal)
 
     # --- the course of a run ---
 
@@ -255,6 +249,7 @@ class _Run:
         if not any(x["event"] == "round" and x["round"] == saved.state.round for x in self.log):
             self.directory.append(saved.line)
             self.log.append(saved.line)
+            self.report(saved.line)
 
     def _begin(self, resumed_from: int | None = None) -> None:
         session, spec = self.session, self.session.federation
@@ -269,6 +264,7 @@ class _Run:
                 "method": self.config.method,
                 "task": self.config.lora_task_type,
                 "num_rounds": self.config.num_rounds,
+                "parameters": sum(p.numel() for p in session.base.model.parameters()),
                 "modules": len(spec.shapes),
                 "ranks": list(spec.ranks),
                 "rows": list(spec.num_examples),
@@ -278,6 +274,9 @@ class _Run:
         )
 
     def _from_the_start(self) -> Result:
+        facts = begin_line(self.session)
+        self.log.append(facts)
+        self.directory.append(facts)
         line: dict[str, Any] = {"event": "start", "round": 0, **self._evaluate()}
         self._log(line)
         self._judge(line)
@@ -299,6 +298,10 @@ class _Run:
         number = self.server.state.round + 1
         self.report({"event": "round_begin", "round": number, "clients": list(broadcasts)})
         waiting = [broadcasts[client] for client in sorted(broadcasts)]
+        last = number == self.config.num_rounds
+        due = last or bool(self.config.eval_rounds and number % self.config.eval_rounds == 0)
+        personal, rating = dict[str, Any](), 0.0
+        self.models.clear()
         while waiting:
             size = self.cohorts.size if self.worker.joint else 1
             together, waiting = waiting[:size], waiting[size:]
@@ -311,7 +314,12 @@ class _Run:
                 folding += time.perf_counter() - before
                 if problem:
                     self._warn(f"client {client} is left out of round {number}: {problem}")
-                self.report({"event": "client_end", "client": client, "metrics": update.metrics})
+                done = {"client": client, "metrics": update.metrics, "rejected": problem or ""}
+                self.report({"event": "client_end", **done})
+                before = time.perf_counter()
+                if not problem and (scores := self._rate(broadcasts[client], update, due)):
+                    personal[str(client)] = scores
+                rating += time.perf_counter() - before
         trained = time.perf_counter()
         record = self.server.commit()
         self.server.state = settled(self.server.state)
@@ -319,19 +327,30 @@ class _Run:
         if not any(c.weight for c in record.clients):
             self._warn(f"no client counts in round {number}; the global model stays as it is")
         line: dict[str, Any] = {"event": "round", **_plain(record)}
-        last = number == self.config.num_rounds
-        if last or (self.config.eval_rounds and number % self.config.eval_rounds == 0):
+        if due:
             line |= self._evaluate()
+        if personal:
+            line["personal_evaluations"] = personal
         line["seconds"] = {
-            "train": trained - planned - folding,
+            "train": trained - planned - folding - rating,
             "aggregate": aggregated - trained + folding + planned - began,
-            "evaluate": time.perf_counter() - aggregated,
+            "evaluate": time.perf_counter() - aggregated + rating,
         }
         self._judge(line)
         line = _finite(line)
         self._save(line)
         for callback in self.callbacks:
             callback(RoundResult(record, line, self.server.state))
+
+    def _rate(self, sent: Broadcast, update: ClientUpdate, due: bool) -> dict[str, Any]:
+        """The client's own model, kept and evaluated where that is asked for."""
+        config, wanted = self.config, self.config.eval_personal and due
+        if self.personal or not (wanted or config.save_client_models):
+            return {}  # a rule with personal models evaluates and keeps them by itself
+        model = self.worker.model_of(sent, update)
+        if config.save_client_models:
+            self.models[update.client] = model, update.dense
+        return self.rating.of_client(update.client, model, update.dense) if wanted else {}
 
     def _handle(self, together: Sequence[Broadcast]) -> list[ClientUpdate]:
         return self.worker.handle_together(together, self._on_step)
@@ -360,7 +379,13 @@ class _Run:
         }
         self.log.append(line)
         self.directory.save_round(
-            global_delta(state), self.session.base.targets, state, line, extra, self.states
+            global_delta(state),
+            self.session.base.targets,
+            state,
+            line,
+            extra,
+            self.states,
+            self.models,
         )
         self.directory.append(line)
         self.directory.prune(self.config.save_total_limit, self.best.round)
@@ -380,11 +405,13 @@ class _Run:
         def fill(partial: Path) -> None:
             if self.personal:
                 for client in range(len(self.session.federation.ranks)):
-                    own = add_all([state.base_delta, self._personal(client)])
+                    own = add_all([state.base_delta, self.rating.own(state, client)])
                     where = partial / f"client-{client}"
                     write_adapter(where, own, self.session.base.targets, dense)
             else:
                 write_adapter(partial, delta, self.session.base.targets, dense)
+                for one in sorted((self.directory.path / f"round-{state.round}").glob("client-*")):
+                    shutil.copytree(one, partial / one.name)
             self.session.base.tokenizer.save_pretrained(partial)
 
         line = {"event": "end", "round": state.round, "final": wanted, "best": self.best.round}
@@ -415,54 +442,10 @@ class _Run:
         self.report({"event": "warning", "message": message})
 
     def _evaluate(self) -> dict[str, Any]:
-        data, base, config = self.session.data, self.session.base, self.config
-        with_rows = {k: c.eval for k, c in enumerate(data.clients) if c.eval}
-        if not data.eval and not with_rows:
+        if not self.rating.possible:
             return {}
         self.report({"event": "evaluate_begin"})
-        state = self.server.state
-
-        def measured(rows: Any) -> dict[str, Any]:
-            return evaluate(
-                base.model,
-                base.tokenizer,
-                rows,
-                batch_size=config.per_device_eval_batch_size,
-                exact_match=config.eval_exact_match is True,
-                max_new_tokens=config.generation_max_new_tokens,
-                label_names=data.label_names,
-            )
-
-        if self.personal:
-            return self._evaluate_each(measured, with_rows)
-        base.load([state.base_delta, state.adapter], dense=state.dense)
-        out: dict[str, Any] = {"evaluation": measured(data.eval)} if data.eval else {}
-        if with_rows:
-            out["client_evaluations"] = {str(k): measured(rows) for k, rows in with_rows.items()}
-        return out
-
-    def _personal(self, client: int) -> dict[str, LowRank]:
-        """The shared factor with the client's own: its adapter, were it to start a round now."""
-        own = self.states.get(client, ClientState()).factors
-        adapter = {n: x for n, x in self.server.state.adapter.items() if isinstance(x, LowRank)}
-        return {n: LowRank(x.A, own.get(f"{n}.B", x.B)) for n, x in adapter.items()}
-
-    def _evaluate_each(
-        self, measured: Callable[[Any], dict[str, Any]], own_rows: Mapping[int, Any]
-    ) -> dict[str, Any]:
-        """Every client's own model, on its own held-out rows or else the common ones; the mean."""
-        base, state, found = self.session.base, self.server.state, dict[int, dict[str, Any]]()
-        for client, part in enumerate(self.session.data.clients):
-            rows = own_rows.get(client) or self.session.data.eval
-            if part.train and rows:
-                base.load([state.base_delta, self._personal(client)], dense=state.dense)
-                found[client] = measured(rows)
-        scores = [key for key, x in next(iter(found.values())).items() if isinstance(x, float)]
-        mean = {key: sum(x[key] for x in found.values()) / len(found) for key in scores}
-        return {
-            "evaluation": mean,
-            "client_evaluations": {str(client): x for client, x in found.items()},
-        }
+        return self.rating.of_server(self.server.state)
 
     def _judge(self, line: Mapping[str, Any]) -> None:
         """Note whether this evaluation is the best one so far."""

@@ -1,0 +1,194 @@
+"""Several runs at a time, within the cores and the memory there are; what is complete is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.checkpoint import CONFIG, FINAL
+from fedlora.errors import InputError
+from fedlora.study.plan import Planned
+
+Told = Callable[[str, Planned, Mapping[str, Any]], None]
+"""Told `(what, run, message)`: what is start, round, done, failed, or kept (done before)."""
+
+_FIRST_NEED = 2 * 2**30
+"""Bytes a run is taken to need before one has ended: the libraries alone take a part of it."""
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[str]
+    run: Planned | None = None
+
+
+def threads_and_processes(processes: int | None, gpu: bool) -> tuple[int, int]:
+    """Threads of a process, and how many processes: together no more than there are cores.
+
+    Args:
+        processes: as asked for; None: one on a GPU, else one for each core.
+        gpu: whether runs use one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    number = processes or (1 if gpu else cores or 1)
+    return max(1, (cores or 1) // number), number
+
+
+def check_kept(runs: Sequence[Planned], directory: Path) -> None:
+    """Refuse to mix runs of other settings into a study's table.
+
+    Raises:
+        InputError: a run in the directory was made with settings other than those of today.
+    """
+    from fedlora.resuming import as_it_began
+
+    for planned in runs:
+        path = directory / planned.directory
+        if planned.alone is None and (path / CONFIG).is_file():
+            try:
+                as_it_began(path, planned.config(path))
+            except InputError as error:
+                raise InputError(
+                    f"{path}: made with other settings than this study has now; remove it, or give "
+                    f"another --output_dir\n{error}"
+                ) from None
+
+
+def execute(
+    runs: Sequence[Planned], directory: Path, *, processes: int | None, gpu: bool, told: Told
+) -> dict[str, str]:
+    """Make all runs that are not complete, each in its own directory.
+
+    Args:
+        runs: in the order they are started.
+        directory: of the runs' directories.
+        processes: how many at a time; None: as `threads_and_processes` says, and no more than
+            memory allows, by the most that a run has needed so far.
+        gpu: whether runs use one.
+        told: about what happens.
+
+    Returns:
+        Directory name -> why this run failed. The others are complete.
+    """
+    waiting, seen, failed = list[Planned](), set[str](), dict[str, str]()
+    for run in runs:
+        if run.directory in seen:
+            continue
+        seen.add(run.directory)
+        if (directory / run.directory / FINAL).is_dir():
+            told("kept", run, {})
+        else:
+            waiting.append(run)
+    threads, most = threads_and_processes(processes, gpu)
+    answers: queue.Queue[tuple[_Worker, dict[str, Any]]] = queue.Queue()
+    workers: list[_Worker] = []
+    need = _FIRST_NEED
+    try:
+        while waiting or any(worker.run for worker in workers):
+            while waiting and _may_start(workers, most, need, gpu):
+                worker = next((w for w in workers if w.run is None), None)
+                if worker is None:
+                    worker = _new_worker(threads, directory, answers)
+                    workers.append(worker)
+                _send(worker, waiting.pop(0), directory, threads)
+                assert worker.run is not None
+                told("start", worker.run, {})
+            worker, message = answers.get()
+            planned = worker.run
+            if planned is None:
+                continue  # the end of a worker that had nothing to do
+            if "round" in message:
+                told("round", planned, message)
+                continue
+            worker.run = None
+            if message.get("done"):
+                need = max(need, int(message["peak"]))
+                told("done", planned, message)
+                continue
+            failed[planned.directory] = message.get("failed") or "its process was killed"
+            told("failed", planned, {"failed": failed[planned.directory]})
+            if "failed" not in message:
+                workers.remove(worker)
+    finally:
+        _stop(workers)
+    return failed
+
+
+def _may_start(workers: Sequence[_Worker], most: int, need: int, gpu: bool) -> bool:
+    import torch
+
+    from fedlora.cohort import memory_available
+
+    busy = sum(worker.run is not None for worker in workers)
+    if busy == 0:
+        return True
+    if busy >= most:
+        return False
+    if any(worker.run is None for worker in workers):
+        return True  # an idle process holds its memory already
+    device = torch.device("cuda" if gpu else "cpu")
+    return memory_available(device) > need * 5 // 4
+
+
+def _new_worker(
+    threads: int, directory: Path, answers: queue.Queue[tuple[_Worker, dict[str, Any]]]
+) -> _Worker:
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "worker.log").open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fedlora.study.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **counts},
+            start_new_session=True,  # Ctrl-C reaches us alone; we tell them
+        )
+    worker = _Worker(process)
+
+    def listen() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            answers.put((worker, json.loads(line)))
+        answers.put((worker, {}))
+
+    threading.Thread(target=listen, daemon=True).start()
+    return worker
+
+
+def _send(worker: _Worker, planned: Planned, directory: Path, threads: int) -> None:
+    worker.run = planned
+    job = {
+        "path": str(directory / planned.directory),
+        "keys": {"num_threads": threads, **planned.keys, "seed": planned.seed},
+        "alone": planned.alone,
+        "trainer": planned.trainer,
+    }
+    assert worker.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # its end is told by its output, like any other
+        worker.process.stdin.write(json.dumps(job) + "\n")
+        worker.process.stdin.flush()
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        if worker.run is not None:
+            worker.process.terminate()
+        elif worker.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                worker.process.stdin.close()
+    for worker in workers:
+        try:
+            worker.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()

@@ -1,0 +1,113 @@
+"""What a person sees of a study: a line per run while it goes on, the tables at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fedlora.study.plan import Planned, Study
+from fedlora.study.statistics import mean_and_sd
+from fedlora.study.tables import Table, scale_of
+
+
+class Progress:
+    """A bar for all runs and one for each that goes on; plain lines where there is no terminal."""
+
+    def __init__(self, study: Study, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.total = len({run.directory for run in study.runs})
+        self.kept = self.ended = 0
+        self.running: dict[str, tuple[Any, float]] = {}
+        self.bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+            speed_estimate_period=24 * 3600,
+        )
+        self.all = self.bars.add_task("runs", total=self.total)
+
+    def __enter__(self) -> Progress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, what: str, run: Planned, message: Mapping[str, Any]) -> None:
+        """Show what happened to a run."""
+        name = " ".join([*run.labels.values(), f"seed {run.seed}"])
+        if what == "kept":
+            self.kept += 1
+            self.bars.update(self.all, total=self.total - self.kept)
+        elif what == "start":
+            task = self.bars.add_task(f"  {name}", total=run.keys.get("num_rounds"))
+            self.running[run.directory] = (task, time.perf_counter())
+        elif what == "round":
+            self.bars.update(self.running[run.directory][0], completed=message["round"])
+        else:
+            task, began = self.running.pop(run.directory)
+            self.bars.remove_task(task)
+            self.ended += 1
+            self.bars.update(self.all, completed=self.ended)
+            outcome = "" if what == "done" else f"  FAILED: {message['failed']}"
+            done = f"{self.kept + self.ended}/{self.total}"
+            line = f"{done}  {name}  {time.perf_counter() - began:.0f} s{outcome}"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_tables(tables: Sequence[Table], console: Console | None = None) -> None:
+    """The tables in a terminal: value, difference to the reference, verdict."""
+    console = console or Console()
+    for table in tables:
+        part, (factor, unit) = table.part, scale_of(table.part.metric)
+        digits = 1 if unit else 4
+        shown = RichTable(box=SIMPLE_HEAD, title=f"{part.name}: {part.title}", title_justify="left")
+        others = [axis for axis in part.axes if axis != part.compare]
+        for name in (*others, part.compare):
+            shown.add_column(name)
+        measured = part.metric + (f" {unit}" if unit else "")
+        for name in (measured, "sd", f"to {part.reference}", "95% interval"):
+            shown.add_column(name, justify="right", no_wrap=True)
+        shown.add_column("")
+        last: tuple[str, ...] = ()
+        for row in table.rows:
+            mean, sd = mean_and_sd([factor * x for x in row.values])
+            x = row.difference
+            where = row.cell if row.cell != last else tuple("" for _ in row.cell)
+            last = row.cell
+            interval = ""
+            if x and x.low is not None and x.high is not None:
+                interval = f"{factor * x.low:+.{digits}f} {factor * x.high:+.{digits}f}"
+            verdict = x.verdict(table.greater) if x else ""
+            style = {"wins": "green", "loses": "red"}.get(verdict, "")
+            shown.add_row(
+                *where,
+                row.label,
+                f"{mean:.{digits}f}",
+                "-" if sd is None else f"{sd:.{digits}f}",
+                f"{factor * x.mean:+.{digits}f}" if x else "",
+                interval,
+                Text(verdict, style=style),
+            )
+        console.print(shown)
+        if table.missing:
+            console.print(f"{len(table.missing)} runs are missing; see table.md", highlight=False)

@@ -1,0 +1,17 @@
+"""Local training other than fedlora's own, by name: a study's `trainer`."""
+
+from __future__ import annotations
+
+from fedlora.errors import InputError
+from fedlora.train import TrainFunction, train
+
+
+def trainer_of(name: str | None) -> TrainFunction:
+    """The local training of this name; None: fedlora's."""
+    if name is None:
+        return train
+    if name == "adalora":
+        from fedlora.study.adalora import train_adalora
+
+        return train_adalora
+    raise InputError(f"trainer: {name!r} is none of adalora")
