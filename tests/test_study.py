@@ -28,6 +28,7 @@ from fedlora.study.statistics import mean_and_sd, paired
 from fedlora.study.tables import over_cells, tables
 
 SHORT = ["--num_rounds", "1", "--max_steps", "1", "--max_eval_samples", "8", "--processes", "1"]
+SHORT += ["--num_threads", "1"]  # beside other tests
 
 
 def study(tmp_path: Path, **changes: Any) -> Path:
@@ -39,7 +40,12 @@ def study(tmp_path: Path, **changes: Any) -> Path:
         "sizes": {
             "small": {
                 "base": "embedded",
-                "keys": {"num_rounds": 2, "max_steps": 1, "max_eval_samples": 8},
+                "keys": {
+                    "num_rounds": 2,
+                    "max_steps": 1,
+                    "max_eval_samples": 8,
+                    "num_threads": 1,
+                },
             },
             "other": {"base": "embedded", "grid": {"ranks": {"mixed": None}}},
         },
@@ -317,7 +323,7 @@ def test_a_client_alone_and_adalora_are_runs_too(tmp_path: Path) -> None:
 
 
 def overrides() -> dict[str, Any]:
-    return {"num_rounds": 1, "max_steps": 1, "max_eval_samples": 8}
+    return {"num_rounds": 1, "max_steps": 1, "max_eval_samples": 8, "num_threads": 1}
 
 
 def test_a_killed_study_goes_on_with_the_run_it_was_in(tmp_path: Path) -> None:

@@ -70,7 +70,10 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
     assert "fedlora/demo/base/config.json" in shipped
     assert any(Path(name).match("fedlora/demo/base/*.safetensors") for name in shipped)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in shipped)
-    expected = [*PACKAGE.rglob("*.py"), *(path for path in BASE.rglob("*") if path.is_file())]
+    data = [BASE, PACKAGE / "report" / "page", PACKAGE / "report" / "vendor"]
+    data.append(PACKAGE / "study" / "studies")
+    files = [path for folder in data for path in folder.rglob("*") if path.is_file()]
+    expected = [*PACKAGE.rglob("*.py"), *files]
     missing = {path.relative_to(PACKAGE.parent).as_posix() for path in expected} - shipped
     assert not missing
 

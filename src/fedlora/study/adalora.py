@@ -3,7 +3,8 @@
 AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512) trains `dW = P diag(e) Q` with an orthogonality
 penalty on P and Q, and sets the least important e to zero. PEFT's own implementation trains here,
 on a copy of the client's model; the adapter that comes out is `B = P diag(e)`, `A = Q`, which
-stacks like any other. Ranks differ from layer to layer, which averaging cannot combine and stacking can.
+stacks like any other. Ranks differ from layer to layer, which averaging cannot combine and
+stacking can.
 """
 
 from __future__ import annotations

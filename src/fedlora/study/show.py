@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fedlora.study.plan import Planned, Study
-from fedlora.study.statistics import mean_and_sd
+from fedlora.study.statistics import Difference, mean_and_sd
 from fedlora.study.tables import Table, scale_of
 
 
@@ -75,39 +75,41 @@ class Progress:
 
 
 def show_tables(tables: Sequence[Table], console: Console | None = None) -> None:
-    """The tables in a terminal: value, difference to the reference, verdict."""
+    """The tables in a terminal, cell by cell: value, difference to the reference, verdict."""
     console = console or Console()
     for table in tables:
         part, (factor, unit) = table.part, scale_of(table.part.metric)
         digits = 1 if unit else 4
         shown = RichTable(box=SIMPLE_HEAD, title=f"{part.name}: {part.title}", title_justify="left")
-        others = [axis for axis in part.axes if axis != part.compare]
-        for name in (*others, part.compare):
-            shown.add_column(name)
-        measured = part.metric + (f" {unit}" if unit else "")
-        for name in (measured, "sd", f"to {part.reference}", "95% interval"):
+        shown.add_column(part.compare, overflow="fold")
+        for name in (part.metric + (f" {unit}" if unit else ""), "sd", "seeds"):
             shown.add_column(name, justify="right", no_wrap=True)
-        shown.add_column("")
-        last: tuple[str, ...] = ()
-        for row in table.rows:
-            mean, sd = mean_and_sd([factor * x for x in row.values])
-            x = row.difference
-            where = row.cell if row.cell != last else tuple("" for _ in row.cell)
-            last = row.cell
-            interval = ""
-            if x and x.low is not None and x.high is not None:
-                interval = f"{factor * x.low:+.{digits}f} {factor * x.high:+.{digits}f}"
-            verdict = x.verdict(table.greater) if x else ""
-            style = {"wins": "green", "loses": "red"}.get(verdict, "")
-            shown.add_row(
-                *where,
-                row.label,
-                f"{mean:.{digits}f}",
-                "-" if sd is None else f"{sd:.{digits}f}",
-                f"{factor * x.mean:+.{digits}f}" if x else "",
-                interval,
-                Text(verdict, style=style),
-            )
+        shown.add_column(f"to {part.reference}", justify="right", no_wrap=True)
+        shown.add_column("95% interval", justify="right", no_wrap=True)
+        shown.add_column("", no_wrap=True)
+        for cell in table.cells:
+            if cell:
+                shown.add_section()
+                shown.add_row(Text("\n".join(cell), style="bold"))
+            for row in (row for row in table.rows if row.cell == cell):
+                mean, sd = mean_and_sd([factor * x for x in row.values])
+                x = row.difference
+                verdict = x.verdict(table.greater) if x else ""
+                shown.add_row(
+                    row.label,
+                    f"{mean:.{digits}f}",
+                    "-" if sd is None else f"{sd:.{digits}f}",
+                    str(len(row.values)),
+                    f"{factor * x.mean:+.{digits}f}" if x else "",
+                    _interval(x, factor, digits),
+                    Text(verdict, style={"wins": "green", "loses": "red"}.get(verdict, "")),
+                )
         console.print(shown)
         if table.missing:
             console.print(f"{len(table.missing)} runs are missing; see table.md", highlight=False)
+
+
+def _interval(x: Difference | None, factor: float, digits: int) -> str:
+    if x is None or x.low is None or x.high is None:
+        return ""
+    return f"{factor * x.low:+.{digits}f} to {factor * x.high:+.{digits}f}"
