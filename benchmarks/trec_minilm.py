@@ -59,8 +59,8 @@ def together(name: str, seed: int) -> dict[int, dict[str, Any]]:
 def alone(seed: int, client: int) -> dict[int, dict[str, Any]]:
     """The evaluations of one client by itself, trained for as long as in the federation."""
     from fedlora.engines.local import run_session
-    from fedlora.setup import assemble
     from fedlora.setup import alone as by_itself
+    from fedlora.setup import assemble
 
     session = assemble(configuration({"seed": seed, "client_ranks": MIXED}))
     with tempfile.TemporaryDirectory() as scratch:

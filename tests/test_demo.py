@@ -9,8 +9,7 @@ import pytest
 from fedlora.cli import main
 from fedlora.config import Config
 from fedlora.demo import CONFIG
-from fedlora.setup import assemble
-from fedlora.setup import alone
+from fedlora.setup import alone, assemble
 from fedlora.showcase import demo
 from fedlora.sources import read_yaml
 

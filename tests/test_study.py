@@ -311,8 +311,10 @@ def test_a_client_alone_and_adalora_are_runs_too(tmp_path: Path) -> None:
     part = {"keys": {"method": "flora", "client_ranks": 4}, "grid": grid}
     path = study(tmp_path, seeds=[0], parts={"t": part})
     out = tmp_path / "out"
-    assert main(["study", str(path), "--output_dir", str(out), *SHORT]) == 0
-    runs = {x.labels["who"]: x for x in load_study(str(path), overrides=overrides()).runs}
+    steps = [*SHORT[:3], "4", *SHORT[4:]]
+    assert main(["study", str(path), "--output_dir", str(out), *steps]) == 0
+    keys = {**overrides(), "max_steps": 4}
+    runs = {x.labels["who"]: x for x in load_study(str(path), overrides=keys).runs}
     lines = {k: read_metrics(out / "runs" / run.directory) for k, run in runs.items()}
     clients = {k: next(x for x in v if x["event"] == "round")["clients"] for k, v in lines.items()}
     assert len(clients["together"]) == 10
@@ -331,9 +333,10 @@ def test_a_killed_study_goes_on_with_the_run_it_was_in(tmp_path: Path) -> None:
     path = study(tmp_path, seeds=[0], parts={"t": {"grid": grid}})
     out = tmp_path / "out"
     arguments = [sys.executable, "-m", "fedlora", "study", str(path), "--output_dir", str(out)]
-    arguments += ["--processes", "1", "--num_rounds", "4", "--max_steps", "2"]
+    arguments += ["--processes", "1", "--num_threads", "1"]
+    arguments += ["--num_rounds", "4", "--max_steps", "2"]
     run = load_study(
-        str(path), overrides={"num_rounds": 4, "max_steps": 2}
+        str(path), overrides={"num_rounds": 4, "max_steps": 2, "num_threads": 1}
     ).runs[0]  # fmt: skip
     metrics = out / "runs" / run.directory / "metrics.jsonl"
     process = subprocess.Popen(arguments, env={**os.environ}, stdout=subprocess.PIPE, text=True)
@@ -392,10 +395,10 @@ def test_threads_and_processes_fill_the_cores_and_no_more() -> None:
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("flora-paper", ["--part", "table", "standalone"]),
+        ("flora-paper", ["--part", "table", "scaling_factor", "--where", "ranks=equal"]),
         ("many-short-rounds", []),
-        ("rules", ["--where", "method=exact,flora", "division=iid", "--part", "table"]),
-        ("heterogeneity", ["--where", "method=exact,zero_pad"]),
+        ("rules", ["--where", "division=iid", "ranks=equal", "schedule=short", "--part", "table"]),
+        ("heterogeneity", ["--part", "participation", "--where", "method=exact,zero_pad"]),
     ],
 )
 def test_a_shipped_study_in_short_form(name: str, where: list[str], tmp_path: Path) -> None:

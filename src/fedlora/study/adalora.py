@@ -25,6 +25,8 @@ from fedlora.train import Budget, batches, schedule
 
 KEPT = 0.5
 """Share of a client's rank, on average over its layers, that is left at the end."""
+LEAST = 4
+"""Steps: a quarter of them is trained at the final ranks."""
 
 
 def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
@@ -34,7 +36,8 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
     falls, cubically, from a tenth of the steps to three quarters of them.
 
     Raises:
-        InputError: the rule's clients go on from an adapter; AdaLoRA starts afresh.
+        InputError: the rule's clients go on from an adapter, where AdaLoRA starts afresh; or there
+            are fewer than four steps.
     """
     layers = {
         name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)
@@ -45,6 +48,11 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
             "trainer: adalora starts every round afresh; use it with method flora or florist"
         )
     steps = budget.steps(len(dataset))
+    if steps < LEAST:
+        raise InputError(
+            f"trainer: adalora divides the rank while it trains; {steps} steps a round are too "
+            f"few, take {LEAST} or more"
+        )
     tuned = _adalora(model, layers, steps, budget)
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
