@@ -556,7 +556,7 @@ def test_a_killed_classifier_run_ends_with_the_same_bytes(
     assert not (killed / "round-2").exists()
     resumed = fedlora.run(resume=killed)
     whole = fedlora.run(fedlora.Config(**{**keys, "output_dir": str(tmp_path / "whole")}))
-    assert [line["round"] for line in resumed.metrics] == [0, 1, 2, 3, 3]
+    assert [line["round"] for line in resumed.metrics] == [0, 0, 1, 2, 3, 3]
     for part in ("round-2", "round-3", "final"):
         for name in (WEIGHTS, "config.json", "adapter_config.json"):
             ours = (killed / part / name).read_bytes()

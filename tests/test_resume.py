@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import fedlora
 from fedlora.checkpoint import read_metrics, verify
 from fedlora.cli import main
-from fedlora.engines import local
+from fedlora.engines import rating
 from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.train import train
 
@@ -275,7 +275,7 @@ def assert_ends_like(path: Path, reference: Path, before: bytes = b"") -> None:
     assert course(path) == course(reference)
     expected = ["begin", "start", *["round"] * ROUNDS, "end"]
     assert [line["event"] for line in course(path)] == expected
-    assert [line["round"] for line in course(path)] == [*range(ROUNDS + 1), ROUNDS]
+    assert [line["round"] for line in course(path)] == [0, *range(ROUNDS + 1), ROUNDS]
     content = (path / "metrics.jsonl").read_bytes()
     assert content.startswith(before)
     for line in content.splitlines():  # what was torn is gone, not grown together with the next
@@ -492,7 +492,7 @@ def stop_after(number: int) -> Callable[[fedlora.RoundResult], None]:
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Evaluations give these losses, one after the other."""
     left = iter(losses)
-    monkeypatch.setattr(local, "evaluate", lambda *a, **k: {"loss": next(left)})
+    monkeypatch.setattr(rating, "evaluate", lambda *a, **k: {"loss": next(left)})
 
 
 def judged(keys: dict[str, Any], out: Path) -> fedlora.Config:

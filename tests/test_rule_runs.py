@@ -25,7 +25,7 @@ from fedlora.cli import main
 from fedlora.data import load_data
 from fedlora.demo import BASE_DIR
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
-from fedlora.engines import local
+from fedlora.engines import rating
 from fedlora.engines.local import Result
 from fedlora.errors import InputError
 from fedlora.federation import Server, client_start, global_delta
@@ -253,7 +253,7 @@ def test_the_embedded_default_learns(
     assert sum(steps[1]) < sum(steps[0])
     # What is logged is complete, and is what is on the disk.
     assert read_metrics(run.result.output_dir) == as_json(run.result.metrics)
-    assert [x["event"] for x in run.result.metrics] == ["start", "round", "round", "end"]
+    assert [x["event"] for x in run.result.metrics] == ["begin", "start", "round", "round", "end"]
     for number, line in enumerate(run.rounds, 1):
         assert line["round"] == number
         assert line["evaluation"].keys() == {"loss", "perplexity", "token_accuracy"}
@@ -564,7 +564,7 @@ def test_fedsa_stops_early_by_the_mean(
     """Client 0 gets better all the time, the mean does not."""
     script = [[9, 3, 3, 3], [8, 2, 2, 2], [7, 2, 4, 2], [6, 3, 5, 2], [5, 0, 0, 0]]
     left: Iterator[int] = iter([x for row in script for x in row])
-    monkeypatch.setattr(local, "evaluate", lambda *_, **__: {"loss": float(next(left))})
+    monkeypatch.setattr(rating, "evaluate", lambda *_, **__: {"loss": float(next(left))})
     run = watch(
         keys_for(quick, "fedsa", num_rounds=9, early_stopping_patience=2), train_function=nothing
     )
@@ -803,7 +803,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     assert any(name.startswith("final") for name in files)
     assert ("round-3/state/clients.safetensors" in files) == (method == "fedsa")
     if method == "hetlora":
-        ranks = [[c["rank"] for c in line["clients"]] for line in course(path)[1:4]]
+        ranks = [[c["rank"] for c in line["clients"]] for line in course(path)[2:5]]
         assert ranks[0] == [8, 4, 2, 2]
         assert ranks[2] != ranks[0]
 

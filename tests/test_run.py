@@ -146,7 +146,7 @@ def test_saved_rounds_have_the_loss_that_was_logged(small_run: dict[str, Any], m
 def test_the_result_is_what_is_on_the_disk(small_run: dict[str, Any]) -> None:
     result = run(small_run)
     assert result.final_dir == result.output_dir / "final"
-    assert [line["event"] for line in result.metrics] == ["start", "round", "round", "end"]
+    assert [line["event"] for line in result.metrics] == ["begin", "start", "round", "round", "end"]
     assert read_metrics(result.output_dir) == json.loads(json.dumps(result.metrics))
     stored = fedlora.load_adapter(result.final_dir).deltas
     assert stored.keys() == result.adapter.keys()

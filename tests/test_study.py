@@ -345,7 +345,7 @@ def test_a_killed_study_goes_on_with_the_run_it_was_in(tmp_path: Path) -> None:
         if metrics.is_file() and '"event": "round"' in metrics.read_text():
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 130
     assert not (metrics.parent / "final").exists()

@@ -126,7 +126,8 @@ class Progress:
             "round": self._on_round,
             "end": self._on_end,
         }
-        self._lock, self._closing, self._changed = threading.Lock(), threading.Event(), False
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._changed = self._heard = False
         self._write()
         self._thread = threading.Thread(target=self._keep_writing, name="progress", daemon=True)
         self._thread.start()
@@ -136,7 +137,7 @@ class Progress:
         if (handler := self._handlers.get(event["event"])) is not None:
             with self._lock:
                 handler(event)
-                self._changed = True
+                self._changed = self._heard = True
 
     def close(self, problem: str | None = None) -> None:
         """Write how it ended, and stop writing.
@@ -229,6 +230,8 @@ class Progress:
 
     def _write(self) -> None:
         with self._lock:
+            if self._before and not self._heard:
+                return  # a resume that is refused leaves what it finds
             self._changed = False
             snapshot = self._snapshot()
         partial = self.path.with_name(f".{PROGRESS}.partial")
