@@ -200,3 +200,12 @@ def test_a_rule_that_is_not_exact_shows_where(tmp_path: Path) -> None:
     errors = [x["error"] for x in layers.values()]
     assert min(errors) > 0.01
     assert min(errors) <= result.metrics[-2]["aggregation_error"] <= max(errors)
+
+
+def test_clients_models_without_rows_to_measure_them_on_are_refused(tmp_path: Path) -> None:
+    keys = {"train_file": str(tmp_path / "rows.jsonl"), "client_eval_fraction": 0.0}
+    row = {"prompt": "write backwards abc>", "completion": "cba"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
+    with pytest.raises(InputError, match="eval_personal needs something to evaluate on"):
+        run(tmp_path / "run", eval_personal=True, partition="iid", dataset_name=None, **keys)
+    assert not (tmp_path / "run").exists()

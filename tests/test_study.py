@@ -161,6 +161,14 @@ def test_equal_settings_are_one_run_whoever_asks(tmp_path: Path) -> None:
         ({"parts": {"t": {"grid": {"m": {"a": {"seed": 3}}}}}}, "seed: give seeds"),
         ({"parts": {"t": {"compare": "q", "grid": {"m": {"a": {}}}}}}, "'q' is no axis"),
         ({"parts": {"t": {"grid": {"m": {"a": {"trainer": "x"}}}}}}, "none of adalora"),
+        ({"parts": {"t": {"grid": {"m": {"a": {"alone": "x"}}}}}}, "expected a client's number"),
+        ({"parts": {"t": {"grid": {"method": {"exact": "exact"}}}}}, "method: exact: expected"),
+        ({"parts": {"t": {"grid": {}}}}, "grid: has no axes"),
+        ({"parts": {"t": {"keys": ["a"], "grid": {"m": {"a": {}}}}}}, "keys: expected names"),
+        ({"parts": {"t": {"reference": "b", "grid": {"m": {"a": {}}}}}}, "'b' is no value of m"),
+        ({"metric": "accuracyy"}, "metric: 'accuracyy' is not measured; there are loss"),
+        ({"seeds": 3}, "seeds: 3: expected a list"),
+        ({"seeds": ["a"]}, "expected a list of whole numbers"),
     ],
 )
 def test_a_mistake_in_the_file_is_told_before_anything_runs(
@@ -244,7 +252,7 @@ def test_the_tables_hold_what_the_runs_measured(made: Path) -> None:
     assert math.isclose(
         fedit.difference.mean, (sum(fedit.values) - sum(flora.values)) / 2, abs_tol=1e-12
     )
-    assert over_cells(table, "fedit") == fedit.difference  # the mixed cell has no fedit
+    assert over_cells(table, "fedit") == (fedit.difference, 1)  # the mixed cell has no fedit
 
 
 def test_the_files_say_the_same(made: Path) -> None:
@@ -378,7 +386,8 @@ def test_a_run_whose_process_dies_does_not_stop_the_others(
         ]
 
     failed = execute(found.runs, tmp_path / "runs", processes=1, gpu=False, told=told)
-    assert list(failed.values()) == ["its process was killed"]
+    (why,) = failed.values()
+    assert why.startswith("its process was killed by signal 9; see ")
     assert ("done", "ffa") in heard
     assert ("failed", "flora") in heard
 
@@ -411,3 +420,31 @@ def test_a_shipped_study_in_short_form(name: str, where: list[str], tmp_path: Pa
         rows = list(csv.DictReader(file))
     assert rows
     assert all(row["value"] and not row["missing"] for row in rows)
+
+
+def test_no_process_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
+    path = study(tmp_path, seeds=[0], parts={"t": {"grid": {"method": ["flora"]}}})
+    arguments = [sys.executable, "-m", "fedlora", "study", str(path), "--processes", "1"]
+    arguments += ["--output_dir", str(tmp_path / "out"), "--num_threads", "1"]
+    arguments += ["--num_rounds", "500", "--max_steps", "1"]
+    process = subprocess.Popen(arguments, env={**os.environ}, stdout=subprocess.PIPE)
+    until = time.monotonic() + 120
+    workers: list[int] = []
+    while not workers and time.monotonic() < until:
+        time.sleep(0.05)
+        if list((tmp_path / "out" / "runs").glob("*/metrics.jsonl")):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+            workers = [int(pid) for pid in children.split()]
+    assert workers
+    process.kill()
+    process.communicate()
+    while any(alive(pid) for pid in workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "fedlora.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False

@@ -377,7 +377,9 @@ def _dispatch(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(rest):
         print(help_text, end="")
         return 0
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal ends a run as Ctrl-C does
+        if signal.getsignal(number) is not signal.SIG_IGN:  # but for nohup
+            signal.signal(number, _interrupt)
     return function(rest)
 
 

@@ -51,6 +51,12 @@ CLIENT_KEYS = (
 )
 """What `client_overrides` may set for a client."""
 
+EVALUATED = {
+    "CAUSAL_LM": ("loss", "perplexity", "token_accuracy", "exact_match"),
+    "SEQ_CLS": ("loss", "accuracy", "macro_f1"),
+}
+"""What is measured, by task."""
+
 
 class Config(BaseModel):
     """All that decides a run: flat keys, a rule's options among them.

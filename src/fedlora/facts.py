@@ -17,8 +17,9 @@ def begin_line(session: Session) -> dict[str, Any]:
     Returns:
         started (ISO 8601, UTC), the versions and the device; model, its architecture and number of
         `parameters`; method and task; `modules` (target module -> `[m, n]`); `dense_parameters`
-        trained whole; `clients` (rank, rows, eval_rows, tokens, and counts: value of `column` ->
-        rows); `eval_rows`.
+        trained whole; `clients` (rank, rows and tokens to train on, eval_rows held out, and
+        counts: value of `column` -> rows as they were read, dropped and held-out ones among them);
+        `eval_rows`.
     """
     base, data, spec, held = session.base, session.data, session.federation, session.holdings
     model = base.model

@@ -54,6 +54,8 @@ def holdings(config: Config, raw: RawData, by: str | None = None) -> Holdings:
     column = by or config.partition_column or config.label_column_name
     if column is None and config.lora_task_type == "SEQ_CLS":
         column = template_of(config, raw, True).columns[-1][0]
+    if by is None and column not in columns:
+        column = None  # named, and nothing is divided by it
     if column is not None and column not in columns:
         raise InputError(f"{column!r} is not a column; there are {', '.join(columns)}")
 

@@ -21,7 +21,7 @@ from fedlora.clients import (
     with_overrides_read,
 )
 from fedlora.cohort import automatic_size, largest_need, memory_available
-from fedlora.config import Config
+from fedlora.config import EVALUATED, Config
 from fedlora.data import (
     FederatedData,
     RawData,
@@ -77,11 +77,6 @@ AUTOMATIC = (
     "greater_is_better",
 )
 """Keys whose automatic value is decided once, written to `config.yaml` and kept on resume."""
-
-EVALUATED = {
-    "CAUSAL_LM": ("loss", "perplexity", "token_accuracy", "exact_match"),
-    "SEQ_CLS": ("loss", "accuracy", "macro_f1"),
-}
 
 
 @dataclass(frozen=True)
@@ -387,6 +382,11 @@ def _check_metric(config: Config, data: FederatedData, task: str, exact_match: b
         raise InputError(
             f"metric_for_best_model: {config.metric_for_best_model!r} is not measured; there are "
             + ", ".join(f"eval_{k}" for k in known)
+        )
+    if config.eval_personal and not data.eval:
+        raise InputError(
+            "eval_personal needs something to evaluate on: give eval_file, dataset_test_split or "
+            "client_eval_fraction"
         )
     if not data.eval and (config.load_best_model_at_end or config.early_stopping_patience):
         key = (

@@ -278,7 +278,7 @@ class _Run:
         self.log.append(facts)
         self.directory.append(facts)
         line: dict[str, Any] = {"event": "start", "round": 0, **self._evaluate()}
-        self._log(line)
+        self._log(_finite(line))
         self._judge(line)
         return self._rounds()
 

@@ -47,6 +47,12 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
         raise InputError(
             "trainer: adalora starts every round afresh; use it with method flora or florist"
         )
+    adapters = {id(p) for layer in layers.values() for p in layer.parameters()}
+    if any(p.requires_grad and id(p) not in adapters for p in model.parameters()):
+        raise InputError(
+            "trainer: adalora trains adapters alone, and this model has parameters that are "
+            "trained whole (a classifier's head, lora_modules_to_save)"
+        )
     steps = budget.steps(len(dataset))
     if steps < LEAST:
         raise InputError(

@@ -22,7 +22,7 @@ Told = Callable[[str, Planned, Mapping[str, Any]], None]
 """Told `(what, run, message)`: what is start, round, done, failed, or kept (done before)."""
 
 _FIRST_NEED = 2 * 2**30
-"""Bytes a run is taken to need before one has ended: the libraries alone take a part of it."""
+"""Bytes a run is taken to need at least; the libraries alone take a part of it."""
 
 
 @dataclass
@@ -71,8 +71,9 @@ def execute(
     Args:
         runs: in the order they are started.
         directory: of the runs' directories.
-        processes: how many at a time; None: as `threads_and_processes` says, and no more than
-            memory allows, by the most that a run has needed so far.
+        processes: how many at a time; None: as `threads_and_processes` says. The first run has
+            a round to itself, which shows what memory it takes; the others start where the
+            machine's free memory holds as much.
         gpu: whether runs use one.
         told: about what happens.
 
@@ -91,10 +92,10 @@ def execute(
     threads, most = threads_and_processes(processes, gpu)
     answers: queue.Queue[tuple[_Worker, dict[str, Any]]] = queue.Queue()
     workers: list[_Worker] = []
-    need = _FIRST_NEED
+    need, known = _FIRST_NEED, False
     try:
         while waiting or any(worker.run for worker in workers):
-            while waiting and _may_start(workers, most, need, gpu):
+            while waiting and _may_start(workers, most if known else 1, need):
                 worker = next((w for w in workers if w.run is None), None)
                 if worker is None:
                     worker = _new_worker(threads, directory, answers)
@@ -106,16 +107,18 @@ def execute(
             planned = worker.run
             if planned is None:
                 continue  # the end of a worker that had nothing to do
+            if "peak" in message:  # one run shows what the others need beside it
+                need, known = max(need, int(message["peak"])), True
             if "round" in message:
                 told("round", planned, message)
                 continue
-            worker.run = None
+            worker.run, known = None, True
             if message.get("done"):
-                need = max(need, int(message["peak"]))
                 told("done", planned, message)
                 continue
-            failed[planned.directory] = message.get("failed") or "its process was killed"
-            told("failed", planned, {"failed": failed[planned.directory]})
+            why = message.get("failed") or _end_of(worker.process, directory)
+            failed[planned.directory] = why
+            told("failed", planned, {"failed": why})
             if "failed" not in message:
                 workers.remove(worker)
     finally:
@@ -123,7 +126,14 @@ def execute(
     return failed
 
 
-def _may_start(workers: Sequence[_Worker], most: int, need: int, gpu: bool) -> bool:
+def _end_of(process: subprocess.Popen[str], directory: Path) -> str:
+    """How a process ended that did not say so itself."""
+    code = process.wait()
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return f"its process {how}; see {directory / 'worker.log'}"
+
+
+def _may_start(workers: Sequence[_Worker], most: int, need: int) -> bool:
     import torch
 
     from fedlora.cohort import memory_available
@@ -135,8 +145,7 @@ def _may_start(workers: Sequence[_Worker], most: int, need: int, gpu: bool) -> b
         return False
     if any(worker.run is None for worker in workers):
         return True  # an idle process holds its memory already
-    device = torch.device("cuda" if gpu else "cpu")
-    return memory_available(device) > need * 5 // 4
+    return memory_available(torch.device("cpu")) > need * 5 // 4
 
 
 def _new_worker(

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.complaints import nearest
-from fedlora.config import Config
+from fedlora.config import EVALUATED, Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.demo import EMBEDDED
 from fedlora.errors import InputError
@@ -172,6 +172,7 @@ def load_study(
             raise InputError(f"--part {wanted}: {path.name} has {', '.join(parts)}")
     base = _base(path, own.get("base"))
     metric = str(own.get("metric") or file.get("metric") or "loss")
+    _check_metric(str(path), metric)
     made, runs = list[Part](), list[Planned]()
     for part_name, given in parts.items():
         if only and part_name not in only:
@@ -182,14 +183,18 @@ def load_study(
         _check_keys(f"{path}: {part_name}: sizes: {chosen}", at_size, _PART)
         spec = {**spec, **{key: x for key, x in at_size.items() if key not in ("grid", "keys")}}
         grid = _grid(path, part_name, spec, own.get("grid") or {}, at_size.get("grid") or {})
-        keys = [own.get("keys") or {}, spec.get("keys") or {}, at_size.get("keys") or {}]
+        keys = [
+            _mapping(path, f"{part_name}: keys", layer.get("keys") or {})
+            for layer in (own, spec, at_size)
+        ]
         part, planned = _part(
             f"{path.name}: {part_name}",
             part_name,
             {"metric": metric, **spec},
-            _kept(grid, where or {}),
+            grid,
+            where or {},
             [base, *keys],
-            list(seeds or spec.get("seeds") or own.get("seeds") or file.get("seeds") or [0]),
+            _seeds(path, seeds or spec.get("seeds") or own.get("seeds") or file.get("seeds")),
             overrides or {},
         )
         made.append(part)
@@ -206,7 +211,8 @@ def _part(
     where: str,
     name: str,
     spec: Mapping[str, Any],
-    grid: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    grid: dict[str, dict[str, dict[str, Any]]],
+    kept: Mapping[str, Sequence[str]],
     layers: Sequence[Mapping[str, Any]],
     seeds: Sequence[int],
     overrides: Mapping[str, Any],
@@ -216,7 +222,14 @@ def _part(
         raise InputError(f"{where}: compare: {compare!r} is no axis; there are {', '.join(grid)}")
     reference = str(spec.get("reference", next(iter(grid[compare]))))
     if reference not in grid[compare]:
-        reference = next(iter(grid[compare]))  # filtered away: the first that is left
+        raise InputError(
+            f"{where}: reference: {reference!r} is no value of {compare}; there are "
+            + ", ".join(grid[compare])
+        )
+    _check_metric(where, str(spec["metric"]))
+    grid = _kept(grid, kept)
+    if reference not in grid[compare]:
+        reference = next(iter(grid[compare]))  # the first that --where leaves
     runs: list[Planned] = []
     left_out: dict[str, None] = {}
     for labels in itertools.product(*grid.values()):
@@ -228,6 +241,8 @@ def _part(
             overrides,
         )
         alone, trainer = keys.pop("alone", None), keys.pop("trainer", None)
+        if alone is not None and not (type(alone) is int and alone >= 0):
+            raise InputError(f"{where}: alone: {alone!r}: expected a client's number, from 0")
         if trainer is not None and trainer not in TRAINERS:
             raise InputError(f"{where}: trainer: {trainer!r} is none of {', '.join(TRAINERS)}")
         for key, why in _FIXED.items():
@@ -265,16 +280,37 @@ def _grid(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """The part's axes; a size may give other keys for a value, or leave it out with null."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
-    for axis, values in _mapping(path, f"{part}: grid", spec.get("grid")).items():
-        if isinstance(values, list):  # `method: [exact, flora]`: the axis is the key
-            values = {str(value): {axis: value} for value in values}
-        values = dict(_mapping(path, f"{part}: grid: {axis}", values))
-        for other in (of_size.get(axis), of_part.get(axis)):
-            values |= other or {}
-        out[axis] = {str(label): dict(keys) for label, keys in values.items() if keys is not None}
+    for axis, given in _mapping(path, f"{part}: grid", spec.get("grid")).items():
+        where, values = f"{part}: grid: {axis}", dict[str, Any]()
+        for layer in (given, of_size.get(axis) or {}, of_part.get(axis) or {}):
+            if isinstance(layer, list):  # `method: [exact, flora]`: the axis is the key
+                layer = {str(value): {axis: value} for value in layer}
+            values |= _mapping(path, where, layer)
+        out[axis] = {
+            str(label): dict(_mapping(path, f"{where}: {label}", keys))
+            for label, keys in values.items()
+            if keys is not None
+        }
         if not out[axis]:
-            raise InputError(f"{path}: {part}: grid: {axis} has no values")
+            raise InputError(f"{path}: {where} has no values")
+    if not out:
+        raise InputError(f"{path}: {part}: grid: has no axes")
     return out
+
+
+def _seeds(path: Path, given: Any) -> list[int]:
+    seeds = [0] if given is None else given
+    if not isinstance(seeds, list | tuple) or not all(type(s) is int and s >= 0 for s in seeds):
+        raise InputError(f"{path}: seeds: {given!r}: expected a list of whole numbers from 0")
+    return list(seeds)
+
+
+def _check_metric(where: str, metric: str) -> None:
+    known = dict.fromkeys(name for names in EVALUATED.values() for name in names)
+    if metric not in known:
+        raise InputError(
+            f"{where}: metric: {metric!r} is not measured; there are {', '.join(known)}"
+        )
 
 
 def _kept(
@@ -284,6 +320,9 @@ def _kept(
     for axis, labels in where.items():
         if axis not in grid:
             continue
+        whole = ",".join(labels)
+        if whole in grid[axis]:  # a name that has a comma in it
+            labels = [whole]
         for label in labels:
             if label not in grid[axis]:
                 raise InputError(f"--where {axis}={label}: there are {', '.join(grid[axis])}")

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,8 @@ def _table(part: Part, planned: Sequence[Planned], runs: Path) -> Table:
         here = found.setdefault((cell, run.labels[part.compare]), {})
         result = outcome(runs / run.directory, part.metric)
         if isinstance(result, Outcome):
+            if run.alone is not None:  # nothing is sent to nobody
+                result = replace(result, up=0, down=0, error=None, traffic=None, with_base=None)
             here[run.seed] = result
         else:
             at = ", ".join([*run.labels.values(), f"seed {run.seed}"])
@@ -165,8 +167,9 @@ def _values(outcomes: Mapping[int, Outcome]) -> dict[int, float]:
     return {seed: x.value for seed, x in outcomes.items()}
 
 
-def over_cells(table: Table, label: str) -> Difference | None:
-    """The difference to the reference of a seed's mean over the cells that both have."""
+def over_cells(table: Table, label: str) -> tuple[Difference, int] | None:
+    """The difference to the reference of a seed's mean over the cells that both have, and how many
+    these are."""
     rows = {(row.cell, row.label): row for row in table.rows}
     pairs = [
         (rows[cell, label], rows[cell, table.part.reference])
@@ -178,7 +181,8 @@ def over_cells(table: Table, label: str) -> Difference | None:
     seeds = set.intersection(*(a.outcomes.keys() & b.outcomes.keys() for a, b in pairs))
     mean_a = {s: sum(a.outcomes[s].value for a, _ in pairs) / len(pairs) for s in seeds}
     mean_b = {s: sum(b.outcomes[s].value for _, b in pairs) / len(pairs) for s in seeds}
-    return paired(mean_a, mean_b)
+    found = paired(mean_a, mean_b)
+    return (found, len(pairs)) if found else None
 
 
 # --- Markdown ---
@@ -246,7 +250,7 @@ def _matrix(table: Table) -> list[str]:
                 [
                     f"`{label}`",
                     *(_value(row, factor) if row else "" for row in own),
-                    _difference(overall, factor),
+                    _overall(overall, len(table.cells), factor),
                     counts if label != part.reference else "",
                 ]
             )
@@ -254,6 +258,13 @@ def _matrix(table: Table) -> list[str]:
     lines.append("")
     lines.append(f"{part.metric}{' in ' + unit if unit else ''}.")
     return lines
+
+
+def _overall(found: tuple[Difference, int] | None, cells: int, factor: float) -> str:
+    if found is None:
+        return ""
+    difference, number = found
+    return _difference(difference, factor) + (f" ({number} cells)" if number < cells else "")
 
 
 def _cell(table: Table, cell: tuple[str, ...]) -> list[str]:
@@ -288,12 +299,15 @@ def _cell(table: Table, cell: tuple[str, ...]) -> list[str]:
             f"{_mean([x.down for x in outcomes]) / 1e6:.1f}",
         ]
         if traffic:
-            cells += [
-                f"{_mean([x.traffic or 0.0 for x in outcomes]):.4f}",
-                f"{_mean([x.with_base or 0.0 for x in outcomes]):.4f}",
-            ]
+            cells += [_share([x.traffic for x in outcomes])]
+            cells += [_share([x.with_base for x in outcomes])]
         lines.append(_line([*cells, f"{_mean([x.seconds for x in outcomes]):.0f}"]))
     return lines
+
+
+def _share(values: Sequence[float | None]) -> str:
+    known = [x for x in values if x is not None]
+    return f"{_mean(known):.4f}" if known else "-"
 
 
 def _mean(values: Sequence[float]) -> float:

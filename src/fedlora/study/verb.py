@@ -30,7 +30,8 @@ Each has the sizes `embedded` (minutes to hours on two cores, no network) and `g
   --output_dir DIR    study-NAME-SIZE unless given; in it table.md, runs.csv, summary.csv and runs/
   --seeds 0 1 2       instead of the file's
   --part NAME ...     only these of its tables
-  --where AXIS=VALUE  only these values of an axis; several are separated by commas
+  --where AXIS=VALUE  only these values of an axis; several are separated by commas. Parts that do
+                      not have the axis are made whole: choose parts with --part
   --processes N       runs at a time; otherwise one for each core (one on a GPU), fewer where memory
                       does not hold them
   --dry_run           list the runs
