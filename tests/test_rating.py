@@ -204,8 +204,9 @@ def test_a_rule_that_is_not_exact_shows_where(tmp_path: Path) -> None:
 
 def test_clients_models_without_rows_to_measure_them_on_are_refused(tmp_path: Path) -> None:
     keys = {"train_file": str(tmp_path / "rows.jsonl"), "client_eval_fraction": 0.0}
+    keys |= {"partition": "iid", "dataset_name": None}
     row = {"prompt": "write backwards abc>", "completion": "cba"}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(40)))
     with pytest.raises(InputError, match="eval_personal needs something to evaluate on"):
-        run(tmp_path / "run", eval_personal=True, partition="iid", dataset_name=None, **keys)
+        run(tmp_path / "run", eval_personal=True, metric_for_best_model="loss", **keys)
     assert not (tmp_path / "run").exists()
