@@ -310,7 +310,11 @@ def test_values_of_wrong_types_are_not_shown(tmp_path: Path) -> None:
         "seconds": None,
         "privacy": {"epsilon": 10**400},
     }
-    problems(write_run(tmp_path / "run", lines, final=False, num_rounds="many", seed=[1]))
+    run = write_run(tmp_path / "run", lines, final=False, num_rounds="many", seed=[1])
+    assert "final/ is missing" in problems(run)
+    drawn = json.dumps(data_of(collected(run)))
+    for wrong in ('"small"', '"high"', str(10**400)):
+        assert wrong not in drawn
 
 
 def test_damaged_configuration(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
     console.print(_picture(curves), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"{time.perf_counter() - began:.0f} s; everything is in {where}/. Next:\n"
-        f"{f'  fedlora report {where}':<52}a page of these runs: report.html\n"
-        "  fedlora run --num_rounds 10 --output_dir longer   the same federation for longer\n"
+        f"{f'  fedlora report {where}':<52}a page of these runs\n"
+        "  fedlora run --num_rounds 10 --output_dir longer   the same for longer\n"
         "  fedlora config embedded > my.yaml                 its configuration, to edit\n"
         "  fedlora run --help                                your own model and data",
         highlight=False,
