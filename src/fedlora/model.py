@@ -8,8 +8,7 @@ base weights are never written to.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.adapters import Targets, fold, is_conv1d, unfold
-from fedlora.layout import Layout
+from fedlora.full_modules import FullModule, make_float32
+from fedlora.layout import Form, Layout
 from fedlora.linear import Term, adapted
 from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, to_dense
 
@@ -110,6 +110,7 @@ class AdapterLayer(nn.Module):
         self.frozen: tuple[Delta, ...] = ()
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
         self.branch: Delta | None = None
+        self.forms: dict[int, Form] = {}  # of its inputs, by their number of axes
 
     @property
     def weight(self) -> Tensor:
@@ -158,7 +159,15 @@ class AdapterLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., n)` -> `(..., m)`."""
-        terms = self._terms(x)
+        form = self.forms.get(x.ndim)
+        number = self.layout.number(form.unit) if form is not None else 0
+        if form is None or not number or form.in_order(x):
+            return self._in_order(x, form)
+        return form.back(self._in_order(form.first(x, number), form))
+
+    def _in_order(self, x: Tensor, form: Form | None) -> Tensor:
+        """`x (..., n)` -> `(..., m)`, the clients' rows one after the other."""
+        terms = self._terms(x, form)
         plain = type(self.base) is nn.Linear or self.conv1d
         weight = self.merged if self.merged is not None else self.weight
         if plain and not terms and self.branch is None:
@@ -172,12 +181,13 @@ class AdapterLayer(nn.Module):
             return adapted(x, None, flat, self.bias, shared, terms)
         return adapted(x, cast(Tensor, self.base(x)), None, None, shared, terms)
 
-    def _terms(self, x: Tensor) -> list[Term]:
+    def _terms(self, x: Tensor, form: Form | None) -> list[Term]:
         """The clients' terms with the rows of `x` they act on."""
         if not len(self.clients) or self.layout.bare:
             return []
         rows = x.numel() // x.shape[-1]
-        spans = self.layout.spans(rows, len(self.clients))
+        spans = self.layout.spans(rows, len(self.clients), form)
+        each = rows // number if form and (number := self.layout.number(form.unit)) else 1
         out = []
         for span in spans:
             client = cast(ClientTerm, self.clients[span.client])
@@ -186,7 +196,8 @@ class AdapterLayer(nn.Module):
             keep = None
             if client.A is not None and client.dropout and self.training:
                 shape = (span.end - span.begin, x.shape[-1])
-                keep = self.layout.keep(span.client, self.site, shape, client.dropout, x.device)
+                drawn = shape, client.dropout, x.device, span.first, each
+                keep = self.layout.keep(span.client, self.site, *drawn)
             out.append(
                 Term(
                     span.begin,
@@ -200,74 +211,6 @@ class AdapterLayer(nn.Module):
                 )
             )
         return out
-
-
-class Head:
-    """A module trained whole; beside several clients, a copy of its parameters for each.
-
-    Args:
-        module: its `forward` is wrapped, nothing else is changed.
-        layout: whose rows are whose.
-    """
-
-    def __init__(self, module: nn.Module, layout: Layout) -> None:
-        self.module, self.layout, self.forward = module, layout, module.forward
-        self.copies: list[dict[str, nn.Parameter]] = []
-        module.forward = self._forward
-
-    def seat(self, name: str, seats: Sequence[Seat]) -> None:
-        """Make the copies of these clients; none: the module's own parameters."""
-        own = dict(self.module.named_parameters())
-        self.copies = [
-            {
-                end: nn.Parameter(s.dense.get(f"{name}.{end}", value).detach().to(value).clone())
-                for end, value in own.items()
-            }
-            for s in seats
-        ]
-
-    def _forward(self, *given: Any, **named: Any) -> Any:
-        """`x (samples, ...)`, or `(1, tokens, ...)`: each client's rows by its copy."""
-        if not self.copies or self.layout.bare:
-            self.layout.whole += 1
-            try:
-                return self.forward(*given, **named)
-            finally:
-                self.layout.whole -= 1
-        if given:
-            x, *rest = given
-        else:  # called by keyword
-            key, rest = next(iter(named)), []
-            x = named.pop(key)
-        # Without padding all tokens are in one row: of vectors, or of an embedding's numbers.
-        axis = 1 if x.shape[0] == 1 and (x.ndim > 2 or not x.is_floating_point()) else 0
-        parts = []
-        for span in self.layout.spans(x.shape[axis], len(self.copies)):
-            rows = x.narrow(axis, span.begin, span.end - span.begin)
-            copies = self.copies[span.client]
-            with _swapped(self.module, copies), self.layout.only(span.client):
-                if given:
-                    parts.append(self.forward(rows, *rest, **named))
-                else:
-                    parts.append(self.forward(**{key: rows}, **named))
-        return torch.cat(parts, axis)
-
-
-@contextmanager
-def _swapped(module: nn.Module, values: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Other parameters in the place of a module's own."""
-    places, before = [], []
-    for name in values:
-        owner, _, leaf = name.rpartition(".")
-        places.append((module.get_submodule(owner)._parameters, leaf))
-        before.append(places[-1][0][leaf])
-    try:
-        for (owner_parameters, leaf), value in zip(places, values.values(), strict=True):
-            owner_parameters[leaf] = value
-        yield
-    finally:
-        for (owner_parameters, leaf), old in zip(places, before, strict=True):
-            owner_parameters[leaf] = old
 
 
 def _factors(x: Delta | None) -> LowRank | None:
@@ -311,7 +254,7 @@ class BaseModel:
     layers: Mapping[str, AdapterLayer]
     fingerprint: str
     dense: Mapping[str, nn.Parameter] = field(default_factory=dict)
-    heads: Mapping[str, Head] = field(default_factory=dict)
+    heads: Mapping[str, FullModule] = field(default_factory=dict)
     tied: bool = False
 
     @property
@@ -356,7 +299,7 @@ class BaseModel:
             layer.freeze([deltas[name] for deltas in frozen if name in deltas])
             layer.seat(name, seats)
         for name, head in self.heads.items():
-            head.seat(name, seats if len(seats) > 1 else ())
+            head.seat(name, [s.dense for s in seats] if len(seats) > 1 else ())
         if len(seats) == 1:
             with torch.no_grad():
                 for name, value in seats[0].dense.items():
@@ -417,10 +360,10 @@ def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
     dense, heads, layout = {}, {}, Layout()
     for name in targets.modules_to_save:
         module = model.get_submodule(name)
-        _make_float32(module, keep_output="." not in name)
+        make_float32(module, keep_output="." not in name)
         for end, parameter in module.named_parameters(name):
             dense[end] = parameter.requires_grad_(True)
-        heads[name] = Head(module, layout)
+        heads[name] = FullModule(module, layout)
     fingerprint = weights_fingerprint(model, skip=dense)
     layers = {}
     for site, name in enumerate(targets.shapes):
@@ -431,28 +374,6 @@ def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
     places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     tied = any(places.count(id(p)) > 1 for p in dense.values())
     return BaseModel(model, tokenizer, targets, layers, fingerprint, dense, heads, tied)
-
-
-def _make_float32(module: nn.Module, keep_output: bool) -> None:
-    """Train a module of a half-precision base in float32: small steps would be rounded away.
-
-    Args:
-        module: changed in place.
-        keep_output: it is a head, whose output nothing but the loss reads.
-    """
-    kind = next(module.parameters()).dtype
-    if kind in (torch.float32, torch.float64):
-        return
-
-    def wide(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
-        )
-
-    module.float()
-    module.register_forward_pre_hook(wide)
-    if not keep_output:
-        module.register_forward_hook(lambda _, inputs, out: out.to(kind))
 
 
 def weights_fingerprint(model: nn.Module, skip: Container[str] = ()) -> str:

@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from fedlora import attention
 from fedlora.attention import Samples, attending, samples_of
-from fedlora.layout import Layout, Span, spans_of
+from fedlora.client_rows import find_rows
+from fedlora.full_modules import full_modules_of
+from fedlora.layout import Form, Layout, Span, spans_of
 from fedlora.model import AdapterLayer
 from fedlora.norms import fast_norm
 from fedlora.tokens import IGNORE, Tokens
@@ -97,6 +99,7 @@ class Passes:
         self.offset = 0
         self.packed = self.joint = False
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        self._dropout_forms: list[dict[int, Form]] = [{} for _ in self._dropouts]
         self._norms = [(m, f) for m in model.modules() if (f := fast_norm(m)) is not None]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
@@ -105,6 +108,8 @@ class Passes:
         elif self._configs:
             attention.register()
             self._find_out(model)
+            if self.joint:
+                self.joint = self._rows_are_known(model)
 
     # --- training and evaluation ---
 
@@ -188,8 +193,7 @@ class Passes:
         apart = picked.detach().requires_grad_(picked.requires_grad)
         losses, ends = [], spans_of(counts)
         for at in self._chunks(model, len(places)):
-            inside = {at.stop - at.start: _within(ends, at)}
-            with self.layout.divided(inside):
+            with self.layout.divided(chunked=True, tokens=_within(ends, at)):
                 logits = self._logits(model, out, apart[at])
                 loss: Tensor = _CrossEntropy.apply(logits, labels[at], weights[at])  # type: ignore[no-untyped-call]
                 loss.sum().backward()
@@ -216,12 +220,11 @@ class Passes:
         whose = [client for client, part in enumerate(parts) for _ in part]
         tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
         samples = samples_of(lengths, whose, device)
-        spans = {len(lengths): spans_of([len(part) for part in parts])}
-        spans[sum(lengths)] = spans_of(tokens)
+        of_tokens, of_samples = spans_of(tokens), spans_of([len(part) for part in parts])
         before = [(c, getattr(c, "_attn_implementation", None)) for c in self._configs]
         with contextlib.ExitStack() as stack:
             stack.enter_context(attending(samples, self.layout))
-            stack.enter_context(self.layout.divided(spans))
+            stack.enter_context(self.layout.divided(tokens=of_tokens, samples=of_samples))
             for number, module in enumerate(self._dropouts):
                 stack.enter_context(_instead(module, self._dropout(module, number, len(parts))))
             for norm, forward in self._norms:
@@ -240,13 +243,19 @@ class Passes:
         def forward(x: Tensor) -> Tensor:
             if not module.training or not self.layout.streams:
                 return F.dropout(x, module.p, module.training)
+            form = self._dropout_forms[number].get(x.ndim)
+            if form is None or form.in_order(x):
+                return dropped(x, form)
+            return form.back(dropped(form.first(x, self.layout.number(form.unit)), form))
+
+        def dropped(x: Tensor, form: Form | None) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
+            each = len(rows) // self.layout.number(form.unit) if form else 1
             parts = []
-            for span in self.layout.spans(len(rows), clients):
+            for span in self.layout.spans(len(rows), clients, form):
                 part = rows[span.begin : span.end]
-                keep = self.layout.keep(
-                    span.client, 1_000_000 + number, part.shape, module.p, x.device
-                )
+                drawn = part.shape, module.p, x.device, span.first, each
+                keep = self.layout.keep(span.client, 1_000_000 + number, *drawn)
                 parts.append(part * (keep.to(x.dtype) / (1 - module.p)))
             return torch.cat(parts).view_as(x)
 
@@ -364,6 +373,29 @@ class Passes:
             after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
         model.eval()
         return all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+    def _rows_are_known(self, model: Any) -> bool:
+        """Find out where the clients' rows lie in all that must tell them apart."""
+        layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
+
+        def run(rows: Sequence[Tokens]) -> None:
+            if self.classifier:
+                self.forward(model, rows)
+                return
+            with self._packing([rows], _device(model)):
+                out = self._trunk_output(_flat(rows, _device(model))[0])
+                self._logits(model, out, _hidden(out))
+
+        training = model.training
+        model.eval()
+        with self.layout.without_clients(), torch.no_grad():
+            others = [*layers, *self._dropouts]
+            known, forms = find_rows(model, full_modules_of(model), others, run)
+        model.train(training)
+        for layer in layers:
+            layer.forms = forms[layer]
+        self._dropout_forms = [forms[module] for module in self._dropouts]
+        return known
 
 
 _known: WeakKeyDictionary[Any, Passes] = WeakKeyDictionary()
