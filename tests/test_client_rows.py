@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
+import fedlora
+from fedlora.acceleration import accelerate
 from fedlora.adapters import find_targets
 from fedlora.cohort import train_cohort
+from fedlora.config import Config
+from fedlora.layout import Layout
 from fedlora.lowrank import LowRank
 from fedlora.model import BaseModel, Seat, attach
 from fedlora.passes import passes_of
@@ -195,11 +200,9 @@ def assert_alike(one: Ends, other: Ends, began: dict[str, torch.Tensor]) -> None
 
 
 LENGTHS: dict[str, list[list[int]]] = {
-    "two clients, two samples": [[5, 7], [9, 4]],
-    "as many samples as heads": [[5, 7], [9], [4]],
+    "as many samples as heads": [[5, 7], [9, 4]],
     "as many samples as tokens of a client": [[4, 6, 3], [5, 5], [8]],
     "tokens equal heads, and their width": [[4], [4]],
-    "one row each": [[11], [6], [13]],
 }
 
 
@@ -212,3 +215,119 @@ def test_together_is_alone(name: str, lengths: list[list[int]]) -> None:
     everybody = list(range(len(data)))
     alone = trained(base, data, [[k] for k in everybody])
     assert_alike(trained(base, data, [everybody]), alone, base.read_dense())
+
+
+def test_what_cannot_be_found_out_trains_alone() -> None:
+    """A module whose rows depend on the data: an expert that gets some of the tokens."""
+
+    class Some(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = x[..., 0] > 0
+            return x.index_put(torch.where(chosen), self.inner(x[chosen]))
+
+    for whole in ([], ["inner"]):
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(MODELS["llama"][0]())
+        model.model.layers[0].mlp.act_fn = torch.nn.Sequential(model.model.layers[0].mlp.act_fn)
+        model.model.layers[1].mlp = Some()
+        names = ["model.layers.1.mlp.inner"] if whole else []
+        targets = ["q_proj"] if whole else ["q_proj", "inner"]
+        base = attach(model, None, find_targets(model, targets, "it", None, names, "CAUSAL_LM"))
+        assert passes_of(base.model).packed
+        assert not passes_of(base.model).joint
+
+
+@pytest.mark.parametrize(
+    "inner", [False, True], ids=["a target", "trained whole, with dropout inside"]
+)
+def test_a_heads_dropout_does_not_depend_on_its_chunks(
+    inner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(MODELS["llama"][0]())
+    model.config.use_cache = False
+    whole = []
+    if inner:
+        model.lm_head = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.Linear(32, 60))
+        whole = ["lm_head"]
+    targets = ["q_proj"] if inner else ["q_proj", "lm_head"]
+    base = attach(model, None, find_targets(model, targets, "it", None, whole, "CAUSAL_LM"))
+    assert passes_of(base.model).joint
+    data = [rows_of([90, 80, 70 + 9 * k, 30], k) for k in range(3)]
+    monkeypatch.setattr("fedlora.layout.BLOCK", 32)
+    drawn = list[torch.Tensor]()
+    keep = Layout.keep
+
+    def keeping(self: Layout, *given: Any) -> torch.Tensor:
+        drawn.append(keep(self, *given))
+        return drawn[-1]
+
+    alone = trained(base, data, [[0], [1], [2]], dropout=0.3)
+    monkeypatch.setattr("fedlora.passes.CHUNK_NUMBERS", 64 * 60)
+    assert_alike(trained(base, data, [[0, 1, 2]], dropout=0.3), alone, base.read_dense())
+    monkeypatch.setattr(Layout, "keep", keeping)
+    one = trained(base, data[:1], [[0]], dropout=0.3)
+    assert_alike(one, alone[:1], base.read_dense())
+    # No row of the head has the mask of another one.
+    masks = torch.cat([x for x in drawn[2:] if x.shape[-1] == 32][1:])[: 90 // 2 + 40 + 35 + 15]
+    assert len(masks.unique(dim=0)) == len(masks)
+
+
+def test_a_module_that_runs_twice_draws_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer in two places of the model, also when it is computed again for its gradient."""
+    masks = dict[Any, list[torch.Tensor]]()
+    keep = Layout.keep
+
+    def keeping(self: Layout, client: int, site: int, *given: Any) -> torch.Tensor:
+        drawn = keep(self, client, site, *given)
+        masks.setdefault((client, site, (self._seeds or [0])[client]), []).append(drawn)
+        return drawn
+
+    monkeypatch.setattr(Layout, "keep", keeping)
+    found = dict[bool, Ends]()
+    for again in (False, True):
+        torch.manual_seed(0)
+        config = hf.LlamaConfig(**GROUPED, attention_dropout=0.2)
+        model = hf.AutoModelForCausalLM.from_config(config)
+        model.config.use_cache = False
+        model.model.layers[1] = model.model.layers[0]
+        base = attach(model, None, find_targets(model, "all-linear", "it", None, [], "CAUSAL_LM"))
+        if again:
+            accelerate(base.model, Config(gradient_checkpointing=True))
+        assert passes_of(base.model).joint
+        data = [rows_of(x, k) for k, x in enumerate([[5, 7], [9, 4], [3]])]
+        masks.clear()
+        found[again] = trained(base, data, [[0], [1], [2]], dropout=0.2)
+        assert {len(x) for x in masks.values()} == {4 if again else 2}
+        for drawn in masks.values():
+            if drawn[0].numel() > 60:
+                assert not torch.equal(drawn[0], drawn[1])
+            if again:  # backwards: the second place first
+                assert torch.equal(drawn[1], drawn[2])
+                assert torch.equal(drawn[0], drawn[3])
+        together = trained(base, data, [[0, 1, 2]], dropout=0.2)
+        assert_alike(together, found[again], base.read_dense())
+    for (x, _), (y, _) in zip(found[False], found[True], strict=True):
+        for name in x:
+            torch.testing.assert_close(x[name], y[name], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_surprise_train_alone(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no probe has shown stops no run."""
+
+    def nothing(model: Any, full: Any, others: Any, run: Any) -> Any:
+        return True, {module: {} for module in others}
+
+    monkeypatch.setattr("fedlora.passes.find_rows", nothing)
+    ends = []
+    for size in (1, 4):
+        out = str(tmp_path / f"{size}")
+        fedlora.run(fedlora.Config(**{**small_run, "cohort_size": size, "output_dir": out}))
+        ends.append((tmp_path / f"{size}" / "final" / "adapter_model.safetensors").read_bytes())
+    assert ends[0] == ends[1]

@@ -156,6 +156,57 @@ def test_general_text_is_evaluated_in_every_round(tmp_path: Path) -> None:
     assert len(set(losses)) == 3
 
 
+def test_where_clients_have_models_of_their_own_these_are_what_forgets(tmp_path: Path) -> None:
+    """Under fedsa the shared adapter, without the clients' B, is the base itself."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedlora.assess.general import windows
+
+    (tmp_path / "general.txt").write_text("once upon a time there was a house by the sea. " * 30)
+    text = str(tmp_path / "general.txt")
+    run(tmp_path / "run", general_file=text, method="fedsa", client_ranks=4)
+    lines = [x for x in read_metrics(tmp_path / "run") if x["event"] in ("start", "round")]
+    losses = [x["general_evaluation"]["loss"] for x in lines]
+    rows = windows(AutoTokenizer.from_pretrained(BASE_DIR), text, 64, 20)
+
+    def loss_of(adapter: Path | None) -> float:
+        """By transformers' own loss over the same windows."""
+        model = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
+        total, count = 0.0, 0
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad():
+                total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        return total / count
+
+    assert math.isclose(losses[0], loss_of(None), rel_tol=1e-4)
+    own = [loss_of(tmp_path / "run" / "final" / f"client-{k}") for k in range(4)]
+    assert math.isclose(losses[2], sum(own) / 4, rel_tol=1e-4)
+    assert all(abs(loss - losses[0]) > 1e-4 for loss in losses[1:])
+
+    # fedlora eval measures them too, and refuses what is no model of anybody.
+    from fedlora.assess.assessment import Options, assess
+    from fedlora.assess.options import Loading
+
+    def forgotten(what: Path, **keys: Any) -> Any:
+        return assess(Options(Loading(str(what), **keys), general_file=Path(text), held_out=False))
+
+    results = forgotten(tmp_path / "run").of("general")
+    assert results.keys() == {"base", *(f"client-{k}" for k in range(4))}
+    for k in range(4):
+        found = results[f"client-{k}"]["forgetting"]
+        assert found == pytest.approx(
+            results[f"client-{k}"]["loss"] - results["base"]["loss"], abs=1e-6
+        )
+        assert abs(found) > 1e-4
+    with pytest.raises(InputError, match="makes a model for every client"):
+        forgotten(tmp_path / "run" / "round-1")
+
+
 def test_general_text_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing\.txt"):
         run(tmp_path / "run", general_file=str(tmp_path / "nothing.txt"))

@@ -11,6 +11,8 @@ from torch import nn
 
 from fedlora.config import Config
 from fedlora.errors import InputError
+from fedlora.layout import Layout
+from fedlora.model import AdapterLayer
 
 
 def accelerate(model: Any, config: Config) -> None:
@@ -32,7 +34,9 @@ def accelerate(model: Any, config: Config) -> None:
                 "use a smaller per_device_train_batch_size"
             )
         # The reentrant kind needs an input that requires gradients, which a frozen base has not.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        layouts = (m.layout for m in model.modules() if isinstance(m, AdapterLayer))
+        again = next(layouts, Layout()).recomputing
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
     if config.torch_compile:
         _compile(model)
 

@@ -451,7 +451,8 @@ def _within(spans: Sequence[Span], at: slice) -> tuple[Span, ...]:
     for span in spans:
         begin, end = max(span.begin, at.start), min(span.end, at.stop)
         if begin < end:
-            out.append(Span(span.client, begin - at.start, end - at.start))
+            first = span.first + begin - span.begin
+            out.append(Span(span.client, begin - at.start, end - at.start, first))
     return tuple(out)
 
 

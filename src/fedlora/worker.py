@@ -16,6 +16,7 @@ from fedlora.cohort import train_cohort
 from fedlora.config import Config
 from fedlora.data import ClientData
 from fedlora.federation import client_start, received
+from fedlora.layout import LayoutError
 from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix
 from fedlora.methods import METHODS
 from fedlora.methods.rule import Training
@@ -117,7 +118,13 @@ class Worker:
         budgets, rows = [t.budget for t in turns], [t.data.train for t in turns]
         if self.train_function is train:
             self.base.seat(frozen, [t.seat for t in turns])
-            metrics: Sequence[Mapping[str, Any]] = train_cohort(self.base, rows, budgets)
+            try:
+                metrics: Sequence[Mapping[str, Any]] = train_cohort(self.base, rows, budgets)
+            except LayoutError:
+                # What no probe has shown. Training depends on what a client was sent alone.
+                if len(turns) == 1:
+                    raise
+                return [u for b in broadcasts for u in self.handle_together([b], on_step)]
         else:
             turn = turns[0]
             seat = turn.seat

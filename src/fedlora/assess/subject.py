@@ -191,9 +191,7 @@ def _run(path: Path, loading: Loading) -> Subject:
         number = _newest(path, saved, notes)
         where = path / f"round-{number}"
         notes.append(f"the run is not complete; this is its state after round {number}")
-    # Where clients keep a part of the model, what the server has is no model of anybody.
-    personal = METHODS[config.method].training(config.rule_options()).keeps
-    whole = (where / CONFIG_NAME).is_file() and not personal
+    whole = (where / CONFIG_NAME).is_file() and not _is_personal(config)
     adapters = ({GLOBAL: where} if whole else {}) | _clients_in(where)
     return Subject(
         str(path),
@@ -205,6 +203,11 @@ def _run(path: Path, loading: Loading) -> Subject:
         of_a_run=True,
         notes=tuple(notes),
     )
+
+
+def _is_personal(config: Config) -> bool:
+    """Whether clients keep a part of the model: what the server has is then no model of anybody."""
+    return METHODS[config.method].training(config.rule_options()).keeps
 
 
 def _saved_rounds(path: Path) -> list[int]:
@@ -242,11 +245,18 @@ def _clients_in(path: Path) -> dict[str, Path]:
 def _adapters(path: Path, loading: Loading) -> Subject:
     if loading.round is not None:
         raise InputError(f"--round: {path} is one adapter; name the run's directory instead")
-    adapters = {ADAPTER: path} if (path / CONFIG_NAME).is_file() else {}
-    adapters |= _clients_in(path)
-    saved = _saved_config(next(iter(adapters.values())))
     run = _run_around(path)
     own = Config(**read_yaml(run / CONFIG)) if run else Config()
+    adapters = {ADAPTER: path} if (path / CONFIG_NAME).is_file() else {}
+    if run and _is_personal(own) and not _CLIENT.match(path.name):
+        adapters = {}
+    adapters |= _clients_in(path)
+    if not adapters:
+        raise InputError(
+            f"{path}: method {own.method} makes a model for every client, and what the server holds "
+            f"after a round is no model of anybody; name {run}, whose final/ has the clients' models"
+        )
+    saved = _saved_config(next(iter(adapters.values())))
     base = loading.base or (None if run else str(saved.get("base_model_name_or_path") or ""))
     if base == "":
         raise InputError(

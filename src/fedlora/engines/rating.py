@@ -36,20 +36,22 @@ class Rating:
     def of_server(self, state: ServerState) -> dict[str, Any]:
         """The state's global model on the common rows, on every client's, and on general text.
 
+        Where every client has a model of its own and there is no global one, it is the clients'
+        models that are measured, and their mean is given.
+
         Returns:
             `evaluation`, `client_evaluations` (client -> its rows) and `general_evaluation`, each
             where there are rows for it.
         """
+        if self.personal:
+            return self._of_each(state)
         base, rows, own = self.session.base, self.session.data.eval, self._own_rows()
         out: dict[str, Any] = {}
-        if self.personal and (rows or own):
-            out = self._of_each(state)
         base.load([state.base_delta, state.adapter], dense=state.dense)
-        if not self.personal:
-            if rows:
-                out["evaluation"] = self._measured(rows)
-            if own:
-                out["client_evaluations"] = {str(k): self._measured(x) for k, x in own.items()}
+        if rows:
+            out["evaluation"] = self._measured(rows)
+        if own:
+            out["client_evaluations"] = {str(k): self._measured(x) for k, x in own.items()}
         if self.session.general:
             out["general_evaluation"] = self._measured(self.session.general, general=True)
         return out
@@ -75,19 +77,26 @@ class Rating:
         return {k: c.eval for k, c in enumerate(self.session.data.clients) if c.eval}
 
     def _of_each(self, state: ServerState) -> dict[str, Any]:
-        """Every client's own model, on its own held-out rows or else the common ones; the mean."""
-        base, found, own_rows = self.session.base, dict[int, dict[str, Any]](), self._own_rows()
+        """Every client's own model, on its own held-out rows or else the common ones, and on
+        general text; the means."""
+        base, own_rows = self.session.base, self._own_rows()
+        found, general = dict[int, dict[str, Any]](), list[dict[str, Any]]()
         for client, part in enumerate(self.session.data.clients):
             rows = own_rows.get(client) or self.session.data.eval
-            if part.train and rows:
-                base.load([state.base_delta, self.own(state, client)], dense=state.dense)
+            if not part.train or not (rows or self.session.general):
+                continue
+            base.load([state.base_delta, self.own(state, client)], dense=state.dense)
+            if rows:
                 found[client] = self._measured(rows)
-        scores = [key for key, x in next(iter(found.values())).items() if isinstance(x, float)]
-        mean = {key: sum(x[key] for x in found.values()) / len(found) for key in scores}
-        return {
-            "evaluation": mean,
-            "client_evaluations": {str(client): x for client, x in found.items()},
-        }
+            if self.session.general:
+                general.append(self._measured(self.session.general, general=True))
+        out: dict[str, Any] = {}
+        if found:
+            out["evaluation"] = _mean(list(found.values()))
+            out["client_evaluations"] = {str(client): x for client, x in found.items()}
+        if general:
+            out["general_evaluation"] = _mean(general)
+        return out
 
     def _measured(self, rows: list[Tokens] | Any, general: bool = False) -> dict[str, Any]:
         base, config = self.session.base, self.session.config
@@ -100,3 +109,9 @@ class Rating:
             max_new_tokens=config.generation_max_new_tokens,
             label_names=self.session.data.label_names,
         )
+
+
+def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of every score that is a number."""
+    scores = [key for key, x in found[0].items() if isinstance(x, float)]
+    return {key: sum(x[key] for x in found) / len(found) for key in scores}

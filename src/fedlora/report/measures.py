@@ -32,7 +32,8 @@ KINDS = {
     ),
     "general_evaluation": (
         "general text",
-        "the global model on general text it was not trained on: what it forgets",
+        "the model on general text it was not trained on: what it forgets (the mean of the clients' "
+        "models where there is no global one)",
     ),
 }
 """Keys of a line, what a line of the plot is called, and what it means."""
