@@ -28,13 +28,15 @@ LENGTHS = ((7, 3, 12), (5, 2, 9, 13))
 different ratios."""
 CHANGED = (0, 2)
 """Samples of the second that are changed."""
+SUMS = 8
+"""Weighted sums by which an entry is known: one alone may be the same by chance."""
 QUIET = 0.05
 """How much the others may change, of the largest change: by rounding, where experts share a sum."""
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A tensor that a module got: its shape, and a sum over each entry of every axis."""
+    """A tensor that a module got: its shape, and for every axis sums `(entries, SUMS)`."""
 
     shape: tuple[int, ...]
     sums: tuple[Tensor, ...]
@@ -134,7 +136,7 @@ def _recorded(watched: Sequence[Watched], run: Callable[[], object]) -> dict[Wat
 
 
 def _seen(x: Any) -> _Seen | None:
-    """What is kept of a tensor: for each of its axes, a weighted sum over all the others."""
+    """What is kept of a tensor: for each of its axes, weighted sums over all the others."""
     if not isinstance(x, Tensor):
         return None
     sums = []
@@ -142,8 +144,9 @@ def _seen(x: Any) -> _Seen | None:
         flat = (
             x.detach().movedim(axis, 0).flatten(1).double() if x.ndim > 1 else x.double()[:, None]
         )
-        weights = torch.arange(1, flat.shape[1] + 1, device=x.device).double().cos()
-        sums.append((flat @ weights).cpu())
+        places = torch.arange(1, flat.shape[1] + 1, device=x.device, dtype=torch.float64)
+        several = torch.arange(1, SUMS + 1, device=x.device, dtype=torch.float64).sqrt()
+        sums.append((flat @ torch.outer(places, several).cos()).cpu())
     return _Seen(tuple(x.shape), tuple(sums))
 
 
@@ -210,7 +213,7 @@ def _form(one: _Seen, two: _Seen, three: _Seen) -> Form | None:
             each, rest = divmod(small, sizes[0])
             if not each or rest or large != each * sizes[1]:
                 continue
-            change = (three.sums[axis] - two.sums[axis]).abs()
+            change = (three.sums[axis] - two.sums[axis]).norm(dim=1)
             for apart in (False, True) if each > 1 else (False,):
                 if _agrees(change, each, unit, apart):
                     found.append(Form(axis, unit, frozenset({each}), apart))

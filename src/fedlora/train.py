@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlora.layout import LayoutError, mixed
 from fedlora.model import ClientTerm
-from fedlora.passes import Done, labelled, passes_of
+from fedlora.passes import Done, Passes, labelled, passes_of
 from fedlora.seeds import Purpose, generator, integer
 from fedlora.tokens import Tokens
 
@@ -153,10 +153,25 @@ class Trainee:
     terms: Sequence[ClientTerm] = ()
 
 
-class _Progress:
-    """A trainee's optimiser, batches and figures."""
+FLOAT16_SCALE = 2.0**6
+"""What the gradient of a token's loss is multiplied by beside a base in float16. Without it the
+mean over many tokens underflows; with much more, deep models overflow."""
+FLOAT16_LEAST = 2.0**-8
+"""Below this it is not the scale that overflows, but the model."""
 
-    def __init__(self, trainee: Trainee, undecayed: Callable[[str], bool]) -> None:
+
+class _Progress:
+    """A trainee's optimiser, batches and figures.
+
+    Args:
+        trainee: whose.
+        undecayed: which parameters have no weight decay.
+        scale: of the gradient of a token's loss; None: that of the mean is taken as it is.
+    """
+
+    def __init__(
+        self, trainee: Trainee, undecayed: Callable[[str], bool], scale: float | None
+    ) -> None:
         budget, self.trainee = trainee.budget, trainee
         if not len(trainee.dataset) or not trainee.parameters:
             raise ValueError("training needs at least one row and one parameter")
@@ -182,12 +197,31 @@ class _Progress:
         self.losses = list[float]()
         self.micro: list[list[Tokens]] = []
         self.counted, self.value, self.tokens, self.slots = 0, 0.0, 0, 0.0
-        self.seconds = 0.0
+        self.seconds, self.slots_before, self.scale = 0.0, 0.0, scale
+
+    @property
+    def factor_of_loss(self) -> float:
+        """What the mean over the step's tokens is multiplied by, a power of two."""
+        if self.scale is None:
+            return 1.0
+        return self.scale * 2.0 ** math.floor(math.log2(max(self.counted, 1)))
+
+    def overflows(self) -> bool:
+        """Whether the step's gradients do; they are then dropped, and a smaller scale is taken."""
+        grads = [flat.value.grad for flat in self.flats]
+        if self.scale is None or self.scale < FLOAT16_LEAST or not math.isfinite(self.value):
+            return False
+        if all(bool(g.isfinite().all()) for g in grads if g is not None):
+            return False
+        self.optimizer.zero_grad(set_to_none=False)
+        self.scale, self.value, self.slots = self.scale / 16, 0.0, self.slots_before
+        return True
 
     def begin(self) -> bool:
         """Take the next step's micro-batches; whether there is one."""
         self.micro = next(self.batches, [])
         self.counted, self.value = sum(labelled(rows) for rows in self.micro), 0.0
+        self.slots_before = self.slots
         return bool(self.micro)
 
     def rows(self, number: int) -> Sequence[Tokens]:
@@ -200,6 +234,10 @@ class _Progress:
         for group in self.optimizer.param_groups:
             group["lr"] = budget.learning_rate * self.factor(step)
         values = [flat.value for flat in self.flats]
+        if self.scale is not None:
+            for value in values:
+                assert value.grad is not None
+                value.grad.mul_(1 / self.factor_of_loss)
         if budget.tail_penalty:
             penalty = tail_penalty(self.trainee.terms, budget)
             penalty.backward()
@@ -251,7 +289,9 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
     passes, undecayed = passes_of(model), _undecayed(model)
     if len(trainees) > 1 and not passes.joint:
         raise LayoutError("this architecture trains one client at a time")
-    all_progress = [_Progress(trainee, undecayed) for trainee in trainees]
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    scale = FLOAT16_SCALE if half else None
+    all_progress = [_Progress(trainee, undecayed, scale) for trainee in trainees]
     device = trainees[0].parameters[0][1].device
     model.train()
     step = 0
@@ -260,16 +300,10 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
         torch.manual_seed(all_progress[0].stream)
         while active := [p for p in all_progress if p.begin()]:
             began = time.perf_counter()
-            for number in range(max(len(p.micro) for p in active)):
-                done = passes.backward(
-                    model,
-                    [p.rows(number) for p in all_progress],
-                    [1 / max(p.counted, 1) for p in all_progress],
-                    [mixed(mixed(p.stream, step), number) for p in all_progress]
-                    if passes.joint
-                    else None,
-                )
-                _share(all_progress, number, done)
+            waiting = active
+            while waiting:
+                _pass(model, passes, all_progress, waiting, step)
+                waiting = [p for p in waiting if p.overflows()]
             for p in active:
                 p.end()
             _took(active, time.perf_counter() - began)
@@ -278,11 +312,36 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
     return [p.metrics() for p in all_progress]
 
 
-def _share(all_progress: Sequence[_Progress], number: int, done: Done) -> None:
+def _pass(
+    model: Any,
+    passes: Passes,
+    all_progress: Sequence[_Progress],
+    active: Sequence[_Progress],
+    step: int,
+) -> None:
+    """The gradients of a step of the active ones."""
+    for number in range(max(len(p.micro) for p in active)):
+        parts = [p.rows(number) if p in active else [] for p in all_progress]
+        factors = [p.factor_of_loss for p in all_progress]
+        done = passes.backward(
+            model,
+            parts,
+            [x / max(p.counted, 1) for x, p in zip(factors, all_progress, strict=True)],
+            [mixed(mixed(p.stream, step), number) for p in all_progress] if passes.joint else None,
+        )
+        _share(all_progress, parts, factors, done)
+
+
+def _share(
+    all_progress: Sequence[_Progress],
+    parts: Sequence[Sequence[Tokens]],
+    factors: Sequence[float],
+    done: Done,
+) -> None:
     """Book a pass: losses, and the slots by the rows each client had in it."""
-    rows = [sum(len(row["input_ids"]) for row in p.rows(number)) for p in all_progress]
-    for p, loss, tokens in zip(all_progress, done.losses, rows, strict=True):
-        p.value += loss
+    rows = [sum(len(row["input_ids"]) for row in part) for part in parts]
+    for p, loss, tokens, factor in zip(all_progress, done.losses, rows, factors, strict=True):
+        p.value += loss / factor
         p.slots += done.slots * tokens / sum(rows)
 
 

@@ -207,7 +207,7 @@ def _run(path: Path, loading: Loading) -> Subject:
 
 def _is_personal(config: Config) -> bool:
     """Whether clients keep a part of the model: what the server has is then no model of anybody."""
-    return METHODS[config.method].training(config.rule_options()).keeps
+    return bool(METHODS[config.method].training(config.rule_options()).keeps)
 
 
 def _saved_rounds(path: Path) -> list[int]:
@@ -253,8 +253,9 @@ def _adapters(path: Path, loading: Loading) -> Subject:
     adapters |= _clients_in(path)
     if not adapters:
         raise InputError(
-            f"{path}: method {own.method} makes a model for every client, and what the server holds "
-            f"after a round is no model of anybody; name {run}, whose final/ has the clients' models"
+            f"{path}: method {own.method} makes a model for every client, and what the server "
+            f"holds after a round is no model of anybody; name {run}, whose final/ has the "
+            "clients' models"
         )
     saved = _saved_config(next(iter(adapters.values())))
     base = loading.base or (None if run else str(saved.get("base_model_name_or_path") or ""))

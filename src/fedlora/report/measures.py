@@ -32,8 +32,8 @@ KINDS = {
     ),
     "general_evaluation": (
         "general text",
-        "the model on general text it was not trained on: what it forgets (the mean of the clients' "
-        "models where there is no global one)",
+        "the model on general text it was not trained on: what it forgets (the mean of the "
+        "clients' models where there is no global one)",
     ),
 }
 """Keys of a line, what a line of the plot is called, and what it means."""
