@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from conftest import load_base, rows
-from fedlora.evaluate import evaluate, generate, has_prompts, references_fit
+from fedlora.evaluate import evaluate, has_prompts, references_fit
+from fedlora.generation import generate
 from fedlora.lowrank import LowRank
 from fedlora.model import BaseModel
 from fedlora.templates import TEMPLATES

@@ -22,8 +22,9 @@ from fedlora.checkpoint import read_metrics
 from fedlora.data import load_data
 from fedlora.engines.local import Result, RoundResult
 from fedlora.errors import InputError
-from fedlora.evaluate import evaluate, generate
+from fedlora.evaluate import evaluate
 from fedlora.federation import Server, client_start, global_delta, initial_state
+from fedlora.generation import generate
 from fedlora.lowrank import total_norm
 from fedlora.methods import METHODS
 from fedlora.model import AdapterLayer

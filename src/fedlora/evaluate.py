@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedlora.generation import exact_matches, turns_of
 from fedlora.passes import passes_of
 from fedlora.tokens import IGNORE, Tokens
 
@@ -34,13 +35,14 @@ def evaluate(
         tokenizer: the model's.
         rows: tokenised, at least one.
         batch_size: rows at once.
-        exact_match: also generate an answer to every prompt and compare it with the reference.
+        exact_match: also generate every turn that is learnt (of a conversation, each of the
+            assistant's, after the true turns before it) and compare it with the reference.
         max_new_tokens: longest answer generated.
         label_names: a classifier's, in the order of their ids; empty for a language model.
 
     Returns:
         loss (mean over labelled tokens, in nats), perplexity (`exp(loss)`), token_accuracy (share
-        of labelled tokens that are the most likely one), and exact_match (share of rows whose
+        of labelled tokens that are the most likely one), and exact_match (share of turns whose
         generated text equals the reference, white space at the ends aside). For a classifier loss
         (mean over rows) and what `scores` gives.
     """
@@ -65,7 +67,9 @@ def evaluate(
             "token_accuracy": int((guess == truth).sum()) / count,
         }
         if exact_match:
-            out["exact_match"] = _exact_match(model, tokenizer, rows, batch_size, max_new_tokens)
+            turns = [turn for row in rows for turn in turns_of(row)]
+            right = exact_matches(model, tokenizer, turns, batch_size, max_new_tokens)
+            out["exact_match"] = right / len(turns)
     return out
 
 
@@ -109,53 +113,9 @@ def has_prompts(rows: Sequence[Tokens]) -> bool:
 
 
 def references_fit(rows: Sequence[Tokens], max_new_tokens: int) -> bool:
-    """Whether every row has a prompt and a reference of at most `max_new_tokens` tokens."""
-    lengths = [sum(label != IGNORE for label in row["labels"]) for row in rows]
+    """Whether every turn has a prompt and a reference of at most `max_new_tokens` tokens."""
+    turns = [turns_of(row) for row in rows]
     return bool(rows) and all(
-        0 < length <= max_new_tokens and length < len(row["labels"])
-        for length, row in zip(lengths, rows, strict=True)
+        row and all(turn.prompt and len(turn.reference) <= max_new_tokens for turn in row)
+        for row in turns
     )
-
-
-def _exact_match(
-    model: Any, tokenizer: Any, rows: Sequence[Tokens], batch_size: int, max_new_tokens: int
-) -> float:
-    pairs = []
-    for row in rows:
-        cut = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
-        pairs.append((row["input_ids"][:cut], row["input_ids"][cut:]))
-    pairs.sort(key=lambda pair: len(pair[0]))
-    right = 0
-    for at in range(0, len(pairs), batch_size):
-        part = pairs[at : at + batch_size]
-        answers = generate(model, tokenizer, [prompt for prompt, _ in part], max_new_tokens)
-        for answer, (_, reference) in zip(answers, part, strict=True):
-            right += answer == tokenizer.decode(reference, skip_special_tokens=True).strip()
-    return right / len(pairs)
-
-
-def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[str]:
-    """Greedy answers to tokenised prompts, padded on the left as generation needs it."""
-    device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[i, longest - len(prompt) :] = 1
-    ends = getattr(model.generation_config, "eos_token_id", None)  # some models have several
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    out = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(ends),
-    )
-    texts = tokenizer.batch_decode(out[:, longest:].tolist(), skip_special_tokens=True)
-    return [text.strip() for text in texts]

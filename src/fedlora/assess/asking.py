@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from fedlora.assess.subject import Subject
 from fedlora.errors import InputError
-from fedlora.evaluate import generate
+from fedlora.generation import generate
 from fedlora.loading import BUILT_IN_CHAT
 from fedlora.rows import read_rows
 from fedlora.templates import TEMPLATES, Chat, Template, UnusableRowError, custom
