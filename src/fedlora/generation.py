@@ -140,8 +140,8 @@ def generate(
 ) -> list[str]:
     """Greedy answers to tokenised prompts, each to the end of its turn.
 
-    Prompts of several lengths are padded on the left, unless that disturbs this model: then those
-    of one length are answered together.
+    Prompts of several lengths are padded on the left, unless that disturbs this model, see
+    `batching`.
     """
     ends = ends_of(model, tokenizer)
     found = _generated(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
@@ -156,12 +156,8 @@ def _generated(
     ends: Sequence[Ends],
 ) -> list[list[int]]:
     """The tokens that follow each prompt."""
-    lengths = sorted({len(prompt) for prompt in prompts})
-    groups = [list(range(len(prompts)))]
-    if len(lengths) > 1 and _disturbed(model, tokenizer, lengths[-1]):
-        groups = [[i for i, x in enumerate(prompts) if len(x) == n] for n in lengths]
     out: dict[int, list[int]] = {}
-    for group in groups:
+    for group in _groups(model, tokenizer, prompts):
         ids, mask = _left_padded([prompts[i] for i in group], tokenizer.pad_token_id)
         stops = frozenset.intersection(*(ends[i].ids for i in group))
         found = _run(
@@ -170,7 +166,7 @@ def _generated(
             mask,
             tokenizer.pad_token_id,
             max_new_tokens,
-            eos_token_id=sorted(stops) or [-1],
+            eos_token_id=sorted(stops) or NEVER,
             stopping_criteria=[_stop_at([ends[i] for i in group], ids.shape[1], tokenizer)],
         )
         out |= dict(zip(group, found[:, ids.shape[1] :].tolist(), strict=True))
@@ -220,47 +216,72 @@ def _left_padded(prompts: Sequence[Sequence[int]], filling: int) -> tuple[Tensor
     return ids, mask
 
 
-# --- whether padding on the left disturbs a model ---
+# --- who can be answered in one batch ---
 
+PADDED, EQUAL, ALONE = "padded", "equal", "alone"
+NEVER = 2**31 - 1
+"""A token that no model has: answers go on to their limit."""
 _SHORT, _STEPS = 3, 3
-_known: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
-def _disturbed(model: Any, tokenizer: Any, longest: int) -> bool:
-    """Whether a prompt padded to so many tokens is answered as it is alone; found out once.
+def _groups(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts that are answered together: all, those of one length, or each alone."""
+    everybody = list(range(len(prompts)))
+    if len(prompts) == 1:
+        return [everybody]
+    how = batching(model, tokenizer, max(len(prompt) for prompt in prompts))
+    if how == ALONE:
+        return [[i] for i in everybody]
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if how == PADDED or len(lengths) == 1:
+        return [everybody]
+    return [[i for i in everybody if len(prompts[i]) == n] for n in lengths]
 
-    Recurrent models read what is padded, others count positions from it, or lose what lies behind a
-    window. What stands in the padding must not matter, and its length must not either.
+
+def batching(model: Any, tokenizer: Any, longest: int) -> str:
+    """In which batches prompts of up to so many tokens are answered as they are alone.
+
+    Recurrent models read what is padded, others count positions from it or lose what lies behind a
+    window, and some (RWKV) mix the states of a batch. It is found out once.
+
+    Returns:
+        `PADDED`: of any lengths, padded on the left; `EQUAL`: of one length; `ALONE`: in none.
     """
     size = max(8, 1 << (longest - 1).bit_length())  # one trial for all lengths up to it
     known = _known.setdefault(model, {})
     if size not in known:
         try:
-            known[size] = not _pads_freely(model, tokenizer, longest)
-        except Exception:  # whatever an architecture stumbles over, prompts of one length remain
-            known[size] = True
+            known[size] = _try(model, tokenizer, max(longest, 2))
+        except Exception:  # whatever an architecture stumbles over, it answers one prompt
+            known[size] = ALONE
     return known[size]
 
 
 @torch.no_grad()
-def _pads_freely(model: Any, tokenizer: Any, longest: int) -> bool:
+def _try(model: Any, tokenizer: Any, longest: int) -> str:
     source = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
 
     def drawn(number: int) -> list[int]:
         ids = torch.randint(vocabulary, (number,), generator=source).tolist()
-        return [i if i != tokenizer.pad_token_id else (i + 1) % vocabulary for i in ids]
+        return [i if i != padding else (i + 1) % vocabulary for i in ids]
 
-    short, long = drawn(min(_SHORT, longest - 1)), drawn(longest)
-    ids, mask = _left_padded([short, long], tokenizer.pad_token_id)
-    other = torch.where(mask.bool(), ids, torch.tensor([drawn(longest)] * 2))
-    alone = _left_padded([short], tokenizer.pad_token_id)
-    one, two, single = (
-        _logits(model, x, m, tokenizer.pad_token_id) for x, m in ((ids, mask), (other, mask), alone)
-    )
+    short, long, beside = drawn(min(_SHORT, longest - 1)), drawn(longest), drawn(longest)
     wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
     leak, rounding = (1e-5, 1e-3) if wide else (1e-2, 5e-2)
-    return _alike(one, two, leak) and _alike(one, single, rounding)
+
+    def logits(*prompts: list[int]) -> list[tuple[Tensor, int]]:
+        return _logits(model, *_left_padded(prompts, padding), padding)
+
+    if not _alike(logits(long, beside), logits(long), rounding):
+        return ALONE
+    ids, mask = _left_padded([short, long], padding)
+    other = torch.where(mask.bool(), ids, torch.tensor([beside, beside]))
+    one, two = (_logits(model, x, mask, padding) for x in (ids, other))
+    # What stands in the padding must not matter, and how much there is must not either.
+    free = _alike(one, two, leak) and _alike(one, logits(short), rounding)
+    return PADDED if free else EQUAL
 
 
 def _logits(model: Any, ids: Tensor, mask: Tensor, padding: int) -> list[tuple[Tensor, int]]:
@@ -271,7 +292,7 @@ def _logits(model: Any, ids: Tensor, mask: Tensor, padding: int) -> list[tuple[T
         mask,
         padding,
         _STEPS,
-        eos_token_id=[-1],
+        eos_token_id=NEVER,
         output_logits=True,
         return_dict_in_generate=True,
     )
