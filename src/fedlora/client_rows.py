@@ -82,12 +82,11 @@ def find_rows(
     passes = [_recorded(watched, partial(run, rows)) for rows in (first, second, third)]
     known = True
     for whole in full:
-        whole.inputs, whole.outputs = {}, {}
-        if any(calls[whole].inputs for calls in passes):
-            inputs = _forms([calls[whole].inputs for calls in passes])
-            outputs = _forms([calls[whole].outputs for calls in passes])
-            known &= bool(inputs and outputs) and all(any(x) for x in inputs.values())
-            whole.inputs, whole.outputs = inputs, outputs
+        # One that does not run, a list of modules for example, may be used by its parts.
+        whole.inputs = _forms([calls[whole].inputs for calls in passes])
+        whole.outputs = _forms([calls[whole].outputs for calls in passes])
+        known &= bool(whole.inputs and whole.outputs)
+        known &= all(any(forms) for forms in whole.inputs.values())
     single = dict[nn.Module, dict[int, Form]]()
     for module in others:
         single[module] = {}

@@ -229,7 +229,7 @@ class Config(BaseModel):
         0.0, ge=0, lt=1, description="share of each client's rows held out to evaluate on"
     )
     eval_exact_match: Literal["auto"] | bool = Field(
-        "auto", description="greedy generation against the reference; auto: if references fit"
+        "auto", description="greedy answers against every learnt turn; auto: if references fit"
     )
     generation_max_new_tokens: int = Field(24, ge=1, description="longest generated answer")
     eval_personal: bool = Field(
