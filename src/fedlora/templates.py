@@ -25,11 +25,13 @@ class Chat:
         prompt: how many of them, from the first, are the prompt; None: every assistant turn is
             learnt.
         extra: `tools` and `chat_template_kwargs` of the row, for the chat template.
+        left_out: which of the assistant's turns no loss is taken on (`weight: 0`).
     """
 
     messages: list[dict[str, Any]]
     prompt: int | None = None
     extra: Mapping[str, Any] | None = None
+    left_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
