@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from fedlora.errors import InputError
-from fedlora.templates import Chat, UnusableRowError
+from fedlora.messages import UnusableRowError, says
+from fedlora.templates import Chat
 from fedlora.turns import Messages, Span, Traced, plain_rendering, traced
 
 
-def conversation(
-    chat: Chat, tokenizer: Any, assistant_only: bool
-) -> tuple[list[int], list[bool]]:
+def conversation(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and for each whether it is learnt.
 
     Args:
@@ -87,7 +87,7 @@ def _in_an_accepted_form(chat: Chat, tokenizer: Any) -> tuple[Chat, Traced | Non
     refused: Exception | None = None
     passable: tuple[Chat, Traced | None] | None = None
     for messages in _forms(chat.messages):
-        form = Chat(messages, chat.prompt, chat.extra)
+        form = replace(chat, messages=messages)
         try:
             found = traced(tokenizer, messages, chat.extra or {})
         except TemplateSyntaxError:
@@ -118,11 +118,10 @@ def _forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:
         rest = {key: value for key, value in message.items() if key != "content"}
         return rest if "content" in message else {**rest, "content": ""}
 
-    for arguments in (lambda given: given, _parsed, _as_text):
+    for arguments in (_as_given, _parsed, _as_text):
         seen = [_with_arguments(message, arguments) for message in messages]
-        if arguments is _parsed or arguments is _as_text:
-            if seen == list(messages):
-                continue
+        if arguments is not _as_given and seen == list(messages):
+            continue
         yield seen
         yield [content(message) for message in seen]
 
@@ -138,6 +137,10 @@ def _with_arguments(message: Mapping[str, Any], change: Any) -> dict[str, Any]:
             call = {**call, "arguments": change(call["arguments"])}
         calls.append(call)
     return {**message, "tool_calls": calls}
+
+
+def _as_given(arguments: Any) -> Any:
+    return arguments
 
 
 def _parsed(arguments: Any) -> Any:
@@ -156,7 +159,9 @@ def _as_text(arguments: Any) -> Any:
 
 def _functions(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     calls = message.get("tool_calls", [])
-    return [call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls]
+    return [
+        call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls
+    ]
 
 
 def _called(message: Mapping[str, Any]) -> list[str]:
@@ -191,9 +196,7 @@ def _by_markers(chat: Chat, tokenizer: Any) -> tuple[list[int], list[bool]]:
     return list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
 
 
-def _completion(
-    chat: Chat, tokenizer: Any, completion_only: bool
-) -> tuple[list[int], list[bool]]:
+def _completion(chat: Chat, tokenizer: Any, completion_only: bool) -> tuple[list[int], list[bool]]:
     def tokens(messages: Messages, generation: bool) -> list[int]:
         text = plain_rendering(tokenizer, messages, chat.extra or {}, generation)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -225,7 +228,7 @@ def _by_spans(
     endless = not text[last:].strip() and not text[:last].endswith(tuple(_specials(tokenizer)))
     if endless and spans:
         spans[-1] = spans[-1][0], len(text)
-    learnt = _within(found["offset_mapping"], spans)
+    learnt = within(found["offset_mapping"], spans)
     return ([*ids, tokenizer.eos_token_id], [*learnt, True]) if endless else (ids, learnt)
 
 
@@ -239,11 +242,11 @@ def _without(
     found = tokenizer(whole.text, add_special_tokens=False, return_offsets_mapping=True)
     assert list(found["input_ids"]) == ids
     spans = _spans(chat, tokenizer, whole, _said(chat, left_out=True))
-    out = _within(found["offset_mapping"], spans)
+    out = within(found["offset_mapping"], spans)
     return [learn and not left for learn, left in zip(learnt, out, strict=True)]
 
 
-def _within(places: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
+def within(places: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
     """Which tokens stand in a span, or reach into it."""
     return [
         any(begin < hi and (lo <= begin or lo < end) for lo, hi in spans) for begin, end in places
@@ -260,18 +263,12 @@ def _followed(chat: Chat, tokenizer: Any) -> Traced:
     return found
 
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""What else than content and tool calls an assistant's message may hold to be written."""
-
-
 def _said(chat: Chat, *, left_out: bool) -> list[int]:
     """The assistant's turns that say something: those that are learnt, or those left out."""
     return [
         i
         for i, message in enumerate(chat.messages)
-        if message["role"] == "assistant"
-        and any(message.get(key) for key in ("content", "tool_calls", *THOUGHTS))
-        and (i in chat.left_out) == left_out
+        if message["role"] == "assistant" and says(message) and (i in chat.left_out) == left_out
     ]
 
 

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fedlora.conversations import common_prefix, conversation
+from fedlora.conversations import common_prefix, conversation, within
 from fedlora.errors import InputError
+from fedlora.messages import UnusableRowError
 from fedlora.rows import Row
-from fedlora.templates import Chat, Classified, Rendered, Template, UnusableRowError
+from fedlora.templates import Chat, Classified, Rendered, Template, Turns
 
 Tokens = Mapping[str, Any]
 Outcome = Tokens | str
@@ -133,6 +134,8 @@ def _tokens(
         return _classified(row, tokenizer, max_length, label_names)
     if isinstance(row, Chat):
         ids, learnt = conversation(row, tokenizer, completion_only)
+    elif isinstance(row, Turns):
+        ids, learnt = _turns(row, tokenizer, completion_only)
     else:
         ids, learnt = _text(*row, encode, tokenizer.eos_token_id, completion_only)
     return _cut(ids, learnt, max_length)
@@ -186,6 +189,23 @@ def _text(
         ids.append(end)
     masked = common_prefix(encode(prompt), ids) if prompt and completion_only else 0
     return ids, [False] * masked + [True] * (len(ids) - masked)
+
+
+def _turns(row: Turns, tokenizer: Any, completion_only: bool) -> tuple[list[int], list[bool]]:
+    """Every completion with the end-of-text token behind it."""
+    if not _is_fast(tokenizer):
+        raise InputError("history needs a fast tokenizer, which knows where a token stands")
+    text, spans = "", []
+    for prompt, completion in row.pairs:
+        text += prompt
+        begin = len(text)
+        text += completion.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
+        spans.append((begin, len(text)))
+    found = tokenizer(text, return_offsets_mapping=True)
+    ids = list(found["input_ids"])
+    if not completion_only:
+        return ids, [True] * len(ids)
+    return ids, within(found["offset_mapping"], spans)
 
 
 def _classified(
