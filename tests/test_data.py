@@ -443,7 +443,10 @@ def test_a_share_of_every_client_is_held_out(tokenizer: Any, tmp_path: Path) -> 
     in_turn = [row for pair in zip(*held, strict=True) for row in pair]
     assert [tuple(row["input_ids"]) for row in data.eval] == in_turn
     few = load_data(config_of(path, client_eval_fraction=0.25, max_eval_samples=4), tokenizer)
-    assert [tuple(row["input_ids"]) for row in few.eval] == in_turn[:4]
+    chosen = [tuple(row["input_ids"]) for row in few.eval]
+    assert [len(set(chosen) & set(part)) for part in held] == [2, 2]
+    assert chosen != in_turn[:4]  # drawn, not the first
+    assert few.taken == ("4 of 10 rows are evaluated on (max_eval_samples)",)
     assert keys(load_data(config_of(path, client_eval_fraction=0.25), tokenizer), "eval") == held
     other = load_data(config_of(path, client_eval_fraction=0.25, seed=5), tokenizer)
     assert keys(other, "eval") != held
@@ -463,15 +466,52 @@ def test_an_evaluation_file_takes_the_place_of_what_clients_held_out(
         ),
         tokenizer,
     )
-    wanted = [[*letters(tokenizer, f"other {i}"), 2] for i in range(3)]
-    assert [row["input_ids"] for row in data.eval] == wanted
+    wanted = [[*letters(tokenizer, f"other {i}"), 2] for i in range(7)]
+    places = [wanted.index(row["input_ids"]) for row in data.eval]
+    assert len(places) == 3
+    assert places == sorted(places) != [0, 1, 2]
     assert [len(part) for part in keys(data, "eval")] == [2, 2]
 
 
 def test_the_number_of_rows_is_limited_per_client(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i:03}"} for i in range(20)])
-    data = load_data(config_of(tmp_path / "x.jsonl", max_train_samples=4), tokenizer)
+    path = tmp_path / "x.jsonl"
+    data = load_data(config_of(path, max_train_samples=4), tokenizer)
     assert [len(c.train) for c in data.clients] == [4, 4]
+    assert data.taken == ("8 of 20 rows are trained on (max_train_samples)",)
+    whole = keys(load_data(config_of(path), tokenizer), "train")
+    firsts = 0
+    for ours, all_rows in zip(keys(data, "train"), whole, strict=True):
+        places = [all_rows.index(row) for row in ours]
+        assert places == sorted(places)
+        firsts += places == [0, 1, 2, 3]
+    assert firsts < 2
+    # By the seed: the same again, others with another.
+    again = load_data(config_of(path, max_train_samples=4), tokenizer)
+    assert again.fingerprint == data.fingerprint
+    # A limit that leaves all changes nothing.
+    assert keys(load_data(config_of(path, max_train_samples=10), tokenizer), "train") == whole
+    assert load_data(config_of(path, max_train_samples=10), tokenizer).taken == ()
+
+
+def test_rows_of_a_sorted_file_are_drawn_from_all_of_it(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"text": "ab", "label": f"c{i // 10:02}"} for i in range(770)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    write_jsonl(tmp_path / "e.jsonl", rows)
+    config = config_of(
+        tmp_path / "x.jsonl",
+        label_column_name="label",
+        eval_file=str(tmp_path / "e.jsonl"),
+        max_eval_samples=250,
+        max_train_samples=200,
+    )
+    data = load_data(config, tokenizer)
+    assert len({row["label"] for row in data.eval}) > 65
+    assert len({row["label"] for row in data.clients[0].train}) > 60
+    assert data.taken == (
+        "400 of 770 rows are trained on (max_train_samples)",
+        "250 of 770 rows are evaluated on (max_eval_samples)",
+    )
 
 
 def test_a_row_that_lacks_a_value_is_named(tokenizer: Any, tmp_path: Path) -> None:

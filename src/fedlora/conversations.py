@@ -169,10 +169,11 @@ def _called(message: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(message: Mapping[str, Any], text: str) -> bool:
-    """Whether all tool calls stand there, and no arguments as JSON text within JSON."""
-    texts = [f["arguments"] for f in _functions(message) if isinstance(f.get("arguments"), str)]
-    quoted = [json.dumps(text, ensure_ascii=ascii) for text in texts for ascii in (True, False)]
-    return all(name in text for name in _called(message)) and not any(q in text for q in quoted)
+    """Whether all tool calls stand there, and no arguments as JSON text within other JSON."""
+    given = [f["arguments"] for f in _functions(message) if isinstance(f.get("arguments"), str)]
+    within = [f"{{{own}}}" for own in given if own.startswith("{")]
+    within += [json.dumps(own, ensure_ascii=ascii) for own in given for ascii in (True, False)]
+    return all(name in text for name in _called(message)) and not any(w in text for w in within)
 
 
 # --- what is learnt ---
@@ -285,10 +286,17 @@ def _spans(chat: Chat, tokenizer: Any, whole: Traced, turns: Sequence[int]) -> l
         found = []
         for j, (lo, hi) in enumerate(whole.parts[i]):
             begin = lo if j else lo + _head(chat, tokenizer, i, whole.text[lo:hi])
-            last = j == len(whole.parts[i]) - 1
+            last = j == len(whole.parts[i]) - 1 and not _goes_on(chat, whole, i)
             found.append((begin, _end(whole.text, begin, hi, chat.messages[i], tokenizer, last)))
         spans += [(begin, end) for begin, end in found if begin < end]
     return spans
+
+
+def _goes_on(chat: Chat, whole: Traced, i: int) -> bool:
+    """Whether the next text that follows a turn is the assistant's too."""
+    end = whole.parts[i][-1][1]
+    after = [(lo, j) for j, parts in enumerate(whole.parts) for lo, _ in parts if lo >= end]
+    return bool(after) and chat.messages[min(after)[1]]["role"] == "assistant"
 
 
 _ADDED = "\ue000\uf8ff\ue001"
@@ -312,41 +320,43 @@ def _head(chat: Chat, tokenizer: Any, i: int, text: str) -> int:
     As far as the text begins like the prompt ends, in whole tags and lines: earlier turns need not
     have all of it (`<think>`), and an answer may begin with the same `<`.
     """
-    prompt = _prompt(chat.messages[:i], chat.extra or {}, tokenizer)
-    space = len(text) - len(text.lstrip())
-    length = 0 if not prompt or prompt[0].isspace() else space
-    if prompt and not text.startswith(prompt[0], length):
-        length = 0
+    # transformers renders no empty conversation, and some templates not one that ends here, or
+    # begin a turn here without being asked to.
+    for before in (chat.messages[:i], [{"role": "user", "content": "x"}]):
+        prompt = _prompt(before, chat.extra or {}, tokenizer) if before else ""
+        if prompt and (length := _common_pieces(prompt, text)):
+            return length
+    return 0
+
+
+def _common_pieces(prompt: str, text: str) -> int:
+    length = 0 if prompt[0].isspace() else len(text) - len(text.lstrip())
+    begin = length
     for piece in re.findall(r"<[^<>\n]*>|\n|[^<\n]+|<", prompt):
         if not text.startswith(piece, length):
             break
         length += len(piece)
-    return length
+    return length if length > begin else 0
 
 
 def _prompt(before: Messages, extra: Mapping[str, Any], tokenizer: Any) -> str:
     """What the template adds behind these messages to make the model answer."""
-    # transformers renders no empty conversation, and some templates not one that ends here.
-    for messages in (before, [{"role": "user", "content": "x"}]):
-        if not messages:
-            continue
-        try:
-            asked = traced(tokenizer, messages, extra, True)
-            if asked is None:
-                continue
-            added = asked.text[asked.rest :]
-            if added.strip():
-                return added
-            bare = traced(tokenizer, messages, extra)
-        except Exception:
-            continue
-        if bare is None:
-            continue
-        # Some write it within the last message's iteration.
-        begins = [found.parts[-1][-1][0] if found.parts[-1] else 0 for found in (asked, bare)]
-        one, other = asked.text[begins[0] :], bare.text[begins[1] :]
-        return one[common_prefix(one, other) :]
-    return ""
+    try:
+        asked = traced(tokenizer, before, extra, True)
+        if asked is None:
+            return ""
+        added = asked.text[asked.rest :]
+        if added.strip():
+            return added
+        bare = traced(tokenizer, before, extra)
+    except Exception:  # it takes no conversation that ends here
+        return ""
+    if bare is None:
+        return ""
+    # Some write it within the last message's iteration.
+    begins = [found.parts[-1][-1][0] if found.parts[-1] else 0 for found in (asked, bare)]
+    one, other = asked.text[begins[0] :], bare.text[begins[1] :]
+    return one[common_prefix(one, other) :]
 
 
 def _end(

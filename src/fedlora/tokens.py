@@ -51,7 +51,8 @@ def tokenize(
     """One row as tokens, cut to `max_length`.
 
     A text is its prompt, its completion and the end-of-text token; a conversation is what the
-    tokenizer's chat template makes of it. Both equal what TRL's SFTTrainer makes of the same row.
+    tokenizer's chat template makes of it. Both equal what TRL's SFTTrainer makes of the same row,
+    but for tokenizers that add the end-of-text token themselves: TRL has it twice there.
 
     Args:
         row: what the template reads.
@@ -195,17 +196,17 @@ def _turns(row: Turns, tokenizer: Any, completion_only: bool) -> tuple[list[int]
     """Every completion with the end-of-text token behind it."""
     if not _is_fast(tokenizer):
         raise InputError("history needs a fast tokenizer, which knows where a token stands")
-    text, spans = "", []
+    text, spans, end = "", [], str(tokenizer.eos_token)
     for prompt, completion in row.pairs:
-        text += prompt
-        begin = len(text)
-        text += completion.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
+        begin = len(text) + len(prompt)
+        text += prompt + completion.removesuffix(end) + end
         spans.append((begin, len(text)))
+    text = text.removesuffix(end)  # the last one as behind any text
     found = tokenizer(text, return_offsets_mapping=True)
-    ids = list(found["input_ids"])
-    if not completion_only:
-        return ids, [True] * len(ids)
-    return ids, within(found["offset_mapping"], spans)
+    ids, learnt = list(found["input_ids"]), within(found["offset_mapping"], spans)
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
+    return ids, [*learnt[:-1], True] if completion_only else [True] * len(ids)
 
 
 def _classified(
