@@ -257,11 +257,14 @@ def within(places: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
 def _followed(chat: Chat, tokenizer: Any) -> Traced:
     found = traced(tokenizer, chat.messages, chat.extra or {})
     if found is None:
-        raise UnusableRowError(
-            "the chat template does not go through the messages one by one, so that assistant "
-            "turns cannot be told apart"
-        )
+        raise UnusableRowError(_ONE_BY_ONE)
     return found
+
+
+_ONE_BY_ONE = (
+    "the chat template does not go through the messages one by one, so that assistant turns cannot "
+    "be told apart"
+)
 
 
 def _said(chat: Chat, *, left_out: bool) -> list[int]:
@@ -283,6 +286,8 @@ def _spans(chat: Chat, tokenizer: Any, whole: Traced, turns: Sequence[int]) -> l
     for i in turns:
         if not _is_there(chat, tokenizer, whole, i):
             raise UnusableRowError("the chat template leaves an assistant turn's text out")
+        if not whole.parts[i] and chat.messages[i].get("content"):
+            raise UnusableRowError(_ONE_BY_ONE)
         found = []
         for j, (lo, hi) in enumerate(whole.parts[i]):
             begin = lo if j else lo + _head(chat, tokenizer, i, whole.text[lo:hi])
