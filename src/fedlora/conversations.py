@@ -13,6 +13,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from fedlora.errors import InputError
 from fedlora.messages import UnusableRowError, says
+from fedlora.rows import loads
 from fedlora.templates import Chat
 from fedlora.turns import Messages, Span, Traced, plain_rendering, traced
 
@@ -147,7 +148,7 @@ def _parsed(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        found = json.loads(arguments) if arguments.strip() else {}
+        found = loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) else arguments

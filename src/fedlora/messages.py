@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from fedlora.errors import InputError
-from fedlora.rows import is_null
+from fedlora.rows import is_null, loads
 
 
 class UnusableRowError(ValueError):
@@ -33,7 +32,7 @@ ROLES = {
 
 def json_of(column: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"template: {column} is no JSON: {error}: {text[:60]!r}") from None
 
@@ -101,7 +100,7 @@ def _function_call(message: dict[str, Any]) -> dict[str, Any]:
     """ShareGPT's call of a tool: an object or a list of them, as JSON text."""
     content = message.get("content")
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
+        calls = loads(content) if isinstance(content, str) else content
     except (ValueError, RecursionError):
         return message
     calls = calls if isinstance(calls, list) else [calls]

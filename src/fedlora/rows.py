@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import date, time, timedelta
@@ -132,13 +133,13 @@ def _json(path: Path, found: str) -> Rows:
         raise InputError(f"{path}, line 1: malformed JSON: {first!r}; CSV files end in .csv")
     if text.lstrip().startswith("["):
         try:
-            rows: Rows = _loads(text)
+            rows: Rows = loads(text)
             return rows
         except json.JSONDecodeError as error:
             raise _malformed(path, error.lineno, error) from None
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        return [_loads(line) for _, line in lines]
+        return [loads(line) for _, line in lines]
     except json.JSONDecodeError:
         pass
     try:
@@ -155,9 +156,28 @@ def _json(path: Path, found: str) -> Rows:
     )
 
 
-def _loads(text: str) -> Any:
-    """JSON as pandas and Python write it, in which NaN stands for a missing value."""
-    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+def loads(text: str) -> Any:
+    """JSON as pandas and Python write it, in which NaN stands for a missing value.
+
+    Half of a pair of surrogates, which is no character (a text that was cut within an emoji), is
+    U+FFFD: no tokenizer takes it.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    value = json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+    return _whole_characters(value) if _SURROGATE.search(text) else value
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _whole_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(inner) for key, inner in value.items()}
+    return [_whole_characters(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> InputError:
