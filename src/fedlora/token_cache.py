@@ -29,7 +29,8 @@ from fedlora.templates import Chat, Rendered
 from fedlora.tokens import IGNORE, Outcome, Tokens, labels_of, tokenize_all
 
 VERSION = 2
-"""Of what `tokens.py` makes of a rendered row, and of the files; another finds none of the old."""
+"""Of what `tokens.py` and `conversations.py` make of a rendered row, and of the files; another
+finds none of the old."""
 SMALLEST = 2**20
 """Rows of fewer bytes altogether are tokenised in less than about a second, and not kept."""
 LARGEST = 2 * 2**30
