@@ -184,7 +184,9 @@ def as_parquet(rows: list[dict[Any, Any]]) -> bytes:
     arrays = []
     for name in columns:
         try:
-            arrays.append(pa.array([row.get(name) for row in rows]))
+            array = pa.array([row.get(name) for row in rows])
+            parquet.write_table(pa.table({"x": array}), io.BytesIO())
+            arrays.append(array)
         except (pa.ArrowException, OverflowError, UnicodeError, TypeError, ValueError):
             arrays.append(
                 pa.array([str(row.get(name))[:50].encode("utf-8", "replace") for row in rows])
