@@ -257,8 +257,14 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
 
 
 def alone(session: Session, client: int, output_dir: Path) -> Session:
-    """The session of one client that trains by itself: same rows, steps and rank, nobody to ask."""
+    """The session of one client that trains by itself: same rows, steps and rank, nobody to ask.
+
+    Raises:
+        InputError: it has no row to train on.
+    """
     data, spec = session.data, session.federation
+    if not data.clients[client].train:
+        raise InputError(f"client {client} has no rows to train on by itself")
     rank, overrides = spec.ranks[client], session.config.client_overrides
     assert not isinstance(overrides, str)
     own = (overrides or {}).get(client)
