@@ -16,7 +16,7 @@ from conftest import rows, write_jsonl
 from fedlora import Config
 from fedlora.data import FederatedData, RawData, load_data
 from fedlora.data import load_rows as load_raw
-from fedlora.rows import read_rows
+from fedlora.rows import read_hub, read_rows
 from fedlora.templates import TEMPLATES, UnusableRowError, choose_template
 from fedlora.tokens import IGNORE, tokenize
 
@@ -443,7 +443,10 @@ def test_a_share_of_every_client_is_held_out(tokenizer: Any, tmp_path: Path) -> 
     in_turn = [row for pair in zip(*held, strict=True) for row in pair]
     assert [tuple(row["input_ids"]) for row in data.eval] == in_turn
     few = load_data(config_of(path, client_eval_fraction=0.25, max_eval_samples=4), tokenizer)
-    assert [tuple(row["input_ids"]) for row in few.eval] == in_turn[:4]
+    chosen = [tuple(row["input_ids"]) for row in few.eval]
+    assert [len(set(chosen) & set(part)) for part in held] == [2, 2]
+    assert chosen != in_turn[:4]  # drawn, not the first
+    assert few.taken == ("4 of 10 rows are evaluated on (max_eval_samples)",)
     assert keys(load_data(config_of(path, client_eval_fraction=0.25), tokenizer), "eval") == held
     other = load_data(config_of(path, client_eval_fraction=0.25, seed=5), tokenizer)
     assert keys(other, "eval") != held
@@ -463,15 +466,52 @@ def test_an_evaluation_file_takes_the_place_of_what_clients_held_out(
         ),
         tokenizer,
     )
-    wanted = [[*letters(tokenizer, f"other {i}"), 2] for i in range(3)]
-    assert [row["input_ids"] for row in data.eval] == wanted
+    wanted = [[*letters(tokenizer, f"other {i}"), 2] for i in range(7)]
+    places = [wanted.index(row["input_ids"]) for row in data.eval]
+    assert len(places) == 3
+    assert places == sorted(places) != [0, 1, 2]
     assert [len(part) for part in keys(data, "eval")] == [2, 2]
 
 
 def test_the_number_of_rows_is_limited_per_client(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"text": f"row {i:03}"} for i in range(20)])
-    data = load_data(config_of(tmp_path / "x.jsonl", max_train_samples=4), tokenizer)
+    path = tmp_path / "x.jsonl"
+    data = load_data(config_of(path, max_train_samples=4), tokenizer)
     assert [len(c.train) for c in data.clients] == [4, 4]
+    assert data.taken == ("8 of 20 rows are trained on (max_train_samples)",)
+    whole = keys(load_data(config_of(path), tokenizer), "train")
+    firsts = 0
+    for ours, all_rows in zip(keys(data, "train"), whole, strict=True):
+        places = [all_rows.index(row) for row in ours]
+        assert places == sorted(places)
+        firsts += places == [0, 1, 2, 3]
+    assert firsts < 2
+    # By the seed: the same again, others with another.
+    again = load_data(config_of(path, max_train_samples=4), tokenizer)
+    assert again.fingerprint == data.fingerprint
+    # A limit that leaves all changes nothing.
+    assert keys(load_data(config_of(path, max_train_samples=10), tokenizer), "train") == whole
+    assert load_data(config_of(path, max_train_samples=10), tokenizer).taken == ()
+
+
+def test_rows_of_a_sorted_file_are_drawn_from_all_of_it(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"text": "ab", "label": f"c{i // 10:02}"} for i in range(770)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    write_jsonl(tmp_path / "e.jsonl", rows)
+    config = config_of(
+        tmp_path / "x.jsonl",
+        label_column_name="label",
+        eval_file=str(tmp_path / "e.jsonl"),
+        max_eval_samples=250,
+        max_train_samples=200,
+    )
+    data = load_data(config, tokenizer)
+    assert len({row["label"] for row in data.eval}) > 65
+    assert len({row["label"] for row in data.clients[0].train}) > 60
+    assert data.taken == (
+        "400 of 770 rows are trained on (max_train_samples)",
+        "250 of 770 rows are evaluated on (max_eval_samples)",
+    )
 
 
 def test_a_row_that_lacks_a_value_is_named(tokenizer: Any, tmp_path: Path) -> None:
@@ -518,3 +558,221 @@ def test_a_pattern_is_one_file_per_client_even_with_one_file(
     assert [len(c.train) for c in load_data(Config(**values), tokenizer).clients] == [20]
     with pytest.raises(fedlora.InputError, match="partition: dirichlet divides one data set"):
         load_rows(Config(**values, partition="dirichlet", partition_column="text"))
+
+
+# --- what is missing, what is no text, what is not used ---
+
+
+def test_nan_is_nothing_wherever_it_stands(tokenizer: Any, tmp_path: Path) -> None:
+    """pandas writes it for a missing value: to JSON by `json.dumps(frame.to_dict("records"))`."""
+    nan = float("nan")
+    path = tmp_path / "x.json"
+    row = {"instruction": "a", "input": nan, "output": "b", "system": nan, "history": nan}
+    for values in ([row], [row, {**row, "input": "i"}]):
+        path.write_text(json.dumps(values))
+        assert read_rows(path)[0] == {**row, "input": None, "system": None, "history": None}
+    write_parquet(tmp_path / "x.parquet", [row, row])
+    assert read_rows(tmp_path / "x.parquet")[0]["input"] is None
+    data = load_data(config_of(path, num_clients=1, max_length=500), tokenizer)
+    plain = {"instruction": "a", "output": "b"}
+    assert data.clients[0].train[0] == tokenize(plain, TEMPLATES["alpaca"], tokenizer, 500, True)
+    # Within lists and objects, and as a row from Python.
+    path.write_text('[{"messages": [{"role": "user", "content": NaN, "x": [NaN, {"y": NaN}]}]}]')
+    assert read_rows(path)[0]["messages"][0] == {
+        "role": "user", "content": None, "x": [None, {"y": None}],
+    }  # fmt: skip
+    for name in ("alpaca", "prompt_completion"):
+        given = {"instruction": "a", "input": np.float32("nan"), "output": "b"}
+        given |= {"prompt": "a", "completion": "b"}
+        wanted = {key: value for key, value in given.items() if key != "input"}
+        template = TEMPLATES[name]
+        found = [tokenize(x, template, tokenizer, 500, True) for x in (given, wanted)]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet", "csv"])
+@pytest.mark.parametrize("column", ["prompt", "completion", "text", "label", "site"])
+def test_nan_in_a_column_that_is_needed_is_named(
+    column: str, ending: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    good = {"prompt": "a", "completion": "b", "text": "t", "label": "c", "site": "s"}
+    values = [good, {**good, "label": "d"}, {**good, column: float("nan")}]
+    if ending == "parquet":
+        import pandas
+
+        pandas.DataFrame(values).to_parquet(tmp_path / "x.parquet")
+    else:
+        (write_json if ending == "json" else write_csv)(tmp_path / f"x.{ending}", values)
+    config = config_of(tmp_path / f"x.{ending}", num_clients=1)
+    own: dict[str, Any] = {
+        "text": {"template": "text"},
+        "label": {"label_column_name": "label"},
+        "site": {"partition": "column", "partition_column": "site", "num_clients": None},
+    }
+    config = Config(**{**config.flat(), **own.get(column, {})})
+    with pytest.raises(fedlora.InputError, match=rf"row 3 has no {column}"):
+        load_data(config, tokenizer)
+
+
+NO_TEXT = (["b"], {"b": 1}, [], [["b"]])
+
+
+@pytest.mark.parametrize("value", NO_TEXT, ids=str)
+@pytest.mark.parametrize(
+    ("column", "settings"),
+    [
+        ("instruction", {}),
+        ("input", {}),
+        ("output", {}),
+        ("system", {}),
+        ("text", {"template": "text"}),
+        ("text", {"label_column_name": "label"}),
+        ("a", {"prompt_template": "{a}", "completion_template": "{output}"}),
+        ("a", {"completion_template": "{a}"}),
+    ],
+)
+def test_lists_and_objects_are_no_text(
+    column: str, settings: dict[str, Any], value: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    good = {"instruction": "i", "output": "o", "text": "t", "a": "a", "label": "x"}
+    write_jsonl(tmp_path / "x.jsonl", [good, {**good, "label": "y"}, {**good, column: value}])
+    config = config_of(tmp_path / "x.jsonl", num_clients=1, max_length=500, **settings)
+    with pytest.raises(fedlora.InputError) as raised:
+        load_data(config, tokenizer)
+    message = str(raised.value)
+    assert f"column {column} " in message
+    assert "row 3" in message
+    assert ("a list" if isinstance(value, list) else "an object") in message
+    # Alone in its column, too; the file is named.
+    write_jsonl(tmp_path / "x.jsonl", [{**good, column: value}, {**good, column: value}])
+    if "label_column_name" not in settings:
+        with pytest.raises(
+            fedlora.InputError, match=rf"x.jsonl, row 1: the column {column} holds a"
+        ):
+            load_data(config, tokenizer)
+    # Numbers and truth become text as ever.
+    write_jsonl(tmp_path / "x.jsonl", [{**good, column: 7}, {**good, column: 8, "label": "y"}])
+    assert load_data(config, tokenizer).dropped == {}
+
+
+def test_a_list_in_a_clients_own_file_is_named_with_it(tokenizer: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "s0.jsonl", [{"text": "a"}])
+    write_jsonl(tmp_path / "s1.jsonl", [{"text": ["a", "b"]}])
+    config = Config(train_file=str(tmp_path / "s*.jsonl"))
+    with pytest.raises(
+        fedlora.InputError, match=r"column text mixes types.* s1.jsonl, row 1 a list"
+    ):
+        load_data(config, tokenizer)
+    write_jsonl(tmp_path / "s0.jsonl", [{"text": b"a".hex()}])
+    (tmp_path / "s1.jsonl").unlink()
+    write_jsonl(tmp_path / "e.jsonl", [{"text": {"a": 1}}])
+    config = config_of(tmp_path / "s0.jsonl", num_clients=1, eval_file=str(tmp_path / "e.jsonl"))
+    with pytest.raises(
+        fedlora.InputError, match=r"e.jsonl, row 1: the column text holds an object"
+    ):
+        load_data(config, tokenizer)
+
+
+def test_columns_that_are_not_used_are_named_once(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"instruction": "a", "output": "b", "system": "s", "history": [], "id": 1, "topic": "x"}
+    write_jsonl(tmp_path / "x.jsonl", [row] * 4)
+    config = config_of(tmp_path / "x.jsonl", max_length=500)
+    assert load_data(config, tokenizer).notes == ("columns not used: id, topic",)
+    by_topic = config_of(
+        tmp_path / "x.jsonl",
+        num_clients=None,
+        partition="column",
+        partition_column="topic",
+        max_length=500,
+    )
+    assert load_data(by_topic, tokenizer).notes == ("columns not used: id",)
+
+
+def test_labels_that_differ_by_white_space_get_a_note(tokenizer: Any, tmp_path: Path) -> None:
+    labels = ["spam", "spam ", "ham", "Ham", "eggs", "egg s"]
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "t", "label": label} for label in labels * 2])
+    data = load_data(config_of(tmp_path / "x.jsonl", label_column_name="label"), tokenizer)
+    assert data.notes == (
+        "labels that differ by white space or capitals alone are counted as different: "
+        "'Ham' and 'ham'; 'spam' and 'spam '",
+    )
+
+
+# --- history and system, as LLaMA-Factory has them ---
+
+
+def test_a_system_text_and_earlier_turns_of_alpaca_rows(tokenizer: Any) -> None:
+    lead = (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
+    )
+
+    def asked(text: str) -> str:
+        return f"### Instruction:\n{text}\n\n### Response:\n"
+
+    row = {"instruction": "c", "output": "d", "system": "Be kind.", "history": [["a", "b"]]}
+    pieces = [
+        (f"Be kind.\n\n{lead}{asked('a')}", False),
+        ("b</s>", True),
+        (f"\n\n{asked('c')}", False),
+        ("d</s>", True),
+    ]
+    wanted = [
+        (token, learn)
+        for text, learn in pieces
+        for part in text.replace("</s>", "\0")
+        for token in ([2] if part == "\0" else letters(tokenizer, part))
+    ]
+    found = tokenize(row, TEMPLATES["alpaca"], tokenizer, 999, True)
+    assert found["input_ids"] == [token for token, _ in wanted]
+    assert found["labels"] == [token if learn else IGNORE for token, learn in wanted]
+    everything = tokenize(row, TEMPLATES["alpaca"], tokenizer, 999, False)
+    assert everything["labels"] == found["input_ids"]
+    # As text of a CSV file; nothing of it where there is nothing.
+    as_text = {**row, "history": json.dumps(row["history"])}
+    assert tokenize(as_text, TEMPLATES["alpaca"], tokenizer, 999, True) == found
+    plain = {"instruction": "c", "output": "d"}
+    for nothing in (None, [], float("nan")):
+        empty = {**plain, "system": "", "history": nothing}
+        assert tokenize(empty, TEMPLATES["alpaca"], tokenizer, 999, True) == tokenize(
+            plain, TEMPLATES["alpaca"], tokenizer, 999, True
+        )
+    for wrong in ("a", [["a"]], [["a", None]], [["a", ["b"]]], {"a": "b"}, 3):
+        with pytest.raises(fedlora.InputError, match="history"):
+            tokenize({**row, "history": wrong}, TEMPLATES["alpaca"], tokenizer, 999, True)
+
+
+# --- what save_to_disk wrote ---
+
+
+def test_a_data_set_that_was_saved_to_disk(tokenizer: Any, tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    parts = {
+        name: Dataset.from_list([{"text": f"{name} {i}", "label": i % 2} for i in range(10)], kinds)
+        for name in ("train", "test")
+    }
+    parts["train"].save_to_disk(str(tmp_path / "one"))
+    DatasetDict(parts).save_to_disk(str(tmp_path / "all"))
+    wanted = [{"text": f"train {i}", "label": ("no", "yes")[i % 2]} for i in range(10)]
+    assert read_hub(str(tmp_path / "one"), None, "train") == wanted
+    assert read_hub(str(tmp_path / "all"), None, "train") == wanted
+    assert read_hub(str(tmp_path / "all"), None, "train[:30%]") == wanted[:3]
+    assert len(read_hub(str(tmp_path / "all"), None, "train[5:]+test")) == 15
+    config = Config(
+        dataset_name=str(tmp_path / "all"),
+        dataset_test_split="test",
+        num_clients=2,
+        label_column_name="label",
+    )
+    data = load_data(config, tokenizer)
+    assert (data.label_names, len(data.eval)) == (("no", "yes"), 10)
+    for name, split, says in (
+        ("all", "validation", "it has train, test"),
+        ("one", "test", "it has train"),
+    ):
+        with pytest.raises(fedlora.InputError, match=rf"split '{split}' cannot be loaded: {says}"):
+            read_hub(str(tmp_path / name), None, split)
+    with pytest.raises(fedlora.InputError, match=r"is no file; .* is given as dataset_name"):
+        read_rows(tmp_path / "all")

@@ -490,12 +490,29 @@ def test_rows_that_are_all_dropped(tokenizer: Any, tmp_path: Path) -> None:
     write_jsonl(site / "s0.jsonl", rows(3))
     write_jsonl(site / "s1.jsonl", [{"prompt": "x" * 40, "completion": "y"}] * 3)
     config = Config(train_file=str(site / "s*.jsonl"), max_length=30)
-    with pytest.raises(InputError) as raised:
-        load_data(config, tokenizer)
-    assert str(raised.value) == (
+    why = (
         "client 1 (s1.jsonl): all 3 rows are dropped: cut to max_length 30, it has no token left "
         "to learn from; use a larger one"
     )
+    data = load_data(config, tokenizer)
+    assert [len(part.train) for part in data.clients] == [3, 0]
+    assert data.notes[0] == f"1 of 2 clients takes no part: {why}"
+    with pytest.raises(InputError) as raised:
+        load_data(Config(**{**config.flat(), "strict_clients": True}), tokenizer)
+    assert (
+        str(raised.value) == f"{why}. Mend them, or leave strict_clients out to go on without them"
+    )
+    # All in one warning, and an error when nobody is left.
+    write_jsonl(site / "s2.jsonl", [{"prompt": "x" * 40, "completion": "y"}])
+    note = load_data(config, tokenizer).notes[0]
+    assert note.startswith("2 of 3 clients take no part: client 1 (s1.jsonl): all 3 rows are")
+    assert "; client 2 (s2.jsonl): all 1 rows are dropped" in note
+    (site / "s0.jsonl").unlink()
+    with pytest.raises(
+        InputError, match=r"^client 0 \(s1.jsonl\): all 3 .*; client 1 \(s2.jsonl\)"
+    ):
+        load_data(config, tokenizer)
+    write_jsonl(site / "s0.jsonl", rows(3))
     good = {**config.flat(), "train_file": str(site / "s0.jsonl"), "num_clients": 1}
     with pytest.raises(InputError, match=r"^the evaluation data: all 3 rows are dropped: cut to"):
         load_data(Config(**{**good, "eval_file": str(site / "s1.jsonl")}), tokenizer)

@@ -120,8 +120,9 @@ class Config(BaseModel):
     eval_fraction: float = Field(
         0.0, ge=0, lt=1, description="share of the data set held out for the global evaluation"
     )
-    max_train_samples: int | None = Field(None, ge=1, description="rows kept of each client")
-    max_eval_samples: int | None = Field(None, ge=1, description="rows kept of the evaluation")
+    max_train_samples: int | None = Field(None, ge=1, description="rows drawn of each client's")
+    max_eval_samples: int | None = Field(None, ge=1, description="rows drawn of the evaluation's")
+    strict_clients: bool = Field(False, description="refuse clients without a usable row")
     template: Literal[
         "auto", "alpaca", "chat", "prompt_completion", "text", "classification", "custom"
     ] = Field("auto", description="how a row becomes text; auto: by its columns")

@@ -6,20 +6,31 @@ import glob
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora.data_notes import alike, all_dropped, kept, left_out, reasons, unused
 from fedlora.demo import EMBEDDED, instructions
 from fedlora.errors import InputError
 from fedlora.partition import Indices, by_column, dirichlet, few_labels, iid, natural, quantity
-from fedlora.rows import Row, Rows, check_column, columns_of, numbered, read_hub, read_rows
+from fedlora.rows import (
+    Row,
+    Rows,
+    check_column,
+    columns_of,
+    is_null,
+    numbered,
+    read_hub,
+    read_rows,
+)
 from fedlora.seeds import SERVER, Purpose, generator
-from fedlora.templates import Classified, Template, choose_template, classification
+from fedlora.subsets import in_turn, subsets
+from fedlora.templates import Rendered, Template, choose_template, classification, label_of
 from fedlora.token_cache import tokens_of
-from fedlora.tokens import Outcome, Tokens, render
+from fedlora.tokens import Tokens, render
 
 if TYPE_CHECKING:
     from fedlora.config import Config
@@ -67,6 +78,12 @@ class RawData:
         )
         return [(f"row {number}", row) for number, row in found]
 
+    def place(self, client: int, row: int) -> str:
+        """Where a client's row stands, for a message."""
+        if self.numbers is None:
+            return f"{self.names[client]}, row {row + 1}"
+        return f"{self.what}, row {self.numbers[client][row]}"
+
     def called(self, client: int) -> str:
         """A client in a message."""
         return f"client {client}" + (f" ({name})" if (name := self.names[client]) else "")
@@ -91,6 +108,8 @@ class FederatedData:
         dropped: why rows were left out -> how many.
         fingerprint: of all tokens, to recognise other data on resume.
         label_names: a classifier's labels in the order of their ids.
+        taken: how many rows of how many were drawn, in words.
+        notes: what else the user should know of the data.
     """
 
     clients: tuple[ClientData, ...]
@@ -99,6 +118,8 @@ class FederatedData:
     dropped: Mapping[str, int]
     fingerprint: str
     label_names: tuple[str, ...] = field(default=())
+    taken: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 # --- who holds which rows ---
@@ -294,7 +315,7 @@ def template_of(config: Config, raw: RawData, classify: bool) -> Template:
     for located, what in both:
         for place, row in located:
             for names in template.columns:
-                if all(row.get(name) is None for name in names):
+                if all(is_null(row.get(name)) for name in names):
                     raise InputError(
                         f"{what}: {place} has no {' or '.join(names)}: {str(dict(row))[:80]}"
                     )
@@ -303,14 +324,12 @@ def template_of(config: Config, raw: RawData, classify: bool) -> Template:
     return template
 
 
-def labels_of(rows: Sequence[Row], template: Template) -> Counter[str]:
-    """A classifier's labels and how often each stands there."""
-    out: Counter[str] = Counter()
-    for row in rows:
-        rendered = template.render(row)
-        assert isinstance(rendered, Classified)
-        out[rendered.label] += 1
-    return out
+def _rendered(place: str, row: Row, template: Template) -> Rendered | str:
+    """A row as its template reads it, or why it is dropped; a complaint names the row."""
+    try:
+        return render(row, template)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
 
 
 def find_labels(config: Config, raw: RawData, template: Template) -> list[str]:
@@ -320,8 +339,8 @@ def find_labels(config: Config, raw: RawData, template: Template) -> list[str]:
         InputError: only one value, one for almost every row, or one that `label_names` lacks.
     """
     column = template.columns[-1][0]
-    found = labels_of(raw.train, template)
-    everything = found + labels_of(raw.eval, template)
+    found = Counter(label_of(row, column) for row in raw.train)
+    everything = found + Counter(label_of(row, column) for row in raw.eval)
     if len(found) < 2:
         raise InputError(
             f"label_column_name: {column} has one value ({next(iter(found))}) in all "
@@ -351,7 +370,6 @@ def load_data(
     *,
     classify: bool = False,
     label_names: Sequence[str] = (),
-    limits: Callable[[int], int | None] | None = None,
 ) -> FederatedData:
     """The tokenised data of every client and of the evaluation.
 
@@ -361,7 +379,6 @@ def load_data(
         raw: rows that were read already.
         classify: make texts and labels for a classifier.
         label_names: its labels in the order of their ids; none: `find_labels`.
-        limits: client -> its own `max_train_samples`.
 
     Raises:
         InputError: data that cannot be used, with what was found and what to do.
@@ -371,31 +388,18 @@ def load_data(
     template = template_of(config, raw, classify)
     if classify and not label_names:
         label_names = find_labels(config, raw, template)
-    dropped: Counter[str] = Counter()
-
-    def kept_of(outcomes: Sequence[Outcome], what: str) -> list[Tokens]:
-        kept = [tokens for tokens in outcomes if not isinstance(tokens, str)]
-        why = Counter(reason for reason in outcomes if isinstance(reason, str))
-        dropped.update(why)
-        if why and not kept:
-            reason, number = why.most_common(1)[0]
-            raise InputError(
-                f"{what}: all {sum(why.values())} rows are dropped"
-                + (": " if len(why) == 1 else f", {number} of them because: ")
-                + reason
-                + ("; use a larger one" if "max_length" in reason else "")
-            )
-        return kept
-
+    taken = subsets(config, [len(rows) for rows in raw.clients], len(raw.eval))
     wanted = [
-        rows[: limits(client) if limits else config.max_train_samples]
-        for client, rows in enumerate(raw.clients)
+        _rendered(raw.place(client, i), raw.clients[client][i], template)
+        for client, rows in enumerate(taken.clients)
+        for i in rows
     ]
-    wanted.append(raw.eval[: config.max_eval_samples])
+    where = Path(config.eval_file).name if config.eval_file else f"{raw.what}, evaluation"
+    wanted += [_rendered(f"{where}, row {i + 1}", raw.eval[i], template) for i in taken.eval]
     # All at once: what is kept of them serves every division of the same rows.
     found = iter(
         tokens_of(
-            [render(row, template) for rows in wanted for row in rows],
+            wanted,
             tokenizer,
             config.max_length,
             config.completion_only_loss,
@@ -403,33 +407,45 @@ def load_data(
             config.num_threads,
         )
     )
-    *of_clients, of_eval = [list(islice(found, len(rows))) for rows in wanted]
-    parts = []
+    *of_clients, of_eval = [list(islice(found, len(rows))) for rows in (*taken.clients, taken.eval)]
+    parts, useless = [], {}
     for client, outcomes in enumerate(of_clients):
-        kept = kept_of(outcomes, raw.called(client))
-        order = generator(config.seed, 0, client, Purpose.HOLDOUT).permutation(len(kept))
-        held = round(config.client_eval_fraction * len(kept))
+        rows = kept(outcomes)
+        if why := all_dropped(outcomes):
+            useless[client] = why
+        order = generator(config.seed, 0, client, Purpose.HOLDOUT).permutation(len(rows))
+        held = round(config.client_eval_fraction * len(rows))
         out = set(order[:held].tolist())
         parts.append(
             ClientData(
-                train=[row for i, row in enumerate(kept) if i not in out],
-                eval=[kept[i] for i in sorted(out)],
+                train=[row for i, row in enumerate(rows) if i not in out],
+                eval=[rows[i] for i in sorted(out)],
             )
         )
+    notes = left_out(raw, useless, config.strict_clients)
     if not any(part.train for part in parts):
         raise InputError("no client has a row to train on; lower client_eval_fraction")
-    held_out = kept_of(of_eval, "the evaluation data")
+    if why := all_dropped(of_eval):
+        raise InputError(f"the evaluation data: {why}")
+    held_out, said = kept(of_eval), taken.said
     if not raw.eval:
-        # In turn, so that a limit takes some of every client's rows.
-        turns = zip_longest(*(part.eval for part in parts))
-        held_out = [row for turn in turns for row in turn if row][: config.max_eval_samples]
+        held_out, more = in_turn(config, [part.eval for part in parts])
+        said += more
+    notes += [
+        f"client {client} has no rows and takes no part"
+        for client, part in enumerate(parts)
+        if not part.train and client not in useless
+    ]
+    notes += [*unused(config, raw, template), *alike(label_names)]
     return FederatedData(
         tuple(parts),
         held_out,
         template.name,
-        dict(dropped),
+        dict(reasons(chain(*of_clients, of_eval))),
         _fingerprint(parts, held_out),
         tuple(label_names),
+        said,
+        tuple(notes),
     )
 
 

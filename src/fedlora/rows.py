@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import date, time, timedelta
+from decimal import Decimal
 from itertools import zip_longest
+from numbers import Number
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from fedlora.errors import InputError
 
@@ -22,8 +27,8 @@ def read_rows(path: str | Path) -> Rows:
     """The rows of a file, by its ending.
 
     `.json`, `.jsonl` and `.ndjson` hold a JSON list of objects or one object per line, whichever it
-    is (both stand under either ending in the wild); `.csv` has a header, its cells are text and
-    empty ones None; `.parquet`.
+    is (both stand under either ending in the wild); `.csv` has a header, its cells are text, empty
+    ones and those that say nan None; `.parquet`. NaN is None wherever it stands.
 
     Raises:
         InputError: the file is missing, empty, malformed (with the line where there is one), or
@@ -31,7 +36,10 @@ def read_rows(path: str | Path) -> Rows:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: is no file")
+        what = f"{path}: no such file" if not path.exists() else f"{path}: is no file"
+        if _is_saved(path):
+            what += "; what save_to_disk of datasets wrote is given as dataset_name"
+        raise InputError(what)
     if path.suffix.lower() not in ENDINGS:
         raise InputError(
             f"{path}: cannot tell what it holds; its name should end in {', '.join(ENDINGS)}"
@@ -113,7 +121,7 @@ def _parquet(path: Path) -> Rows:
     from pyarrow import parquet
 
     rows: Rows = parquet.ParquetFile(path).read().to_pylist()
-    return rows
+    return [without_nan(row) for row in rows]
 
 
 def _json(path: Path, found: str) -> Rows:
@@ -125,13 +133,13 @@ def _json(path: Path, found: str) -> Rows:
         raise InputError(f"{path}, line 1: malformed JSON: {first!r}; CSV files end in .csv")
     if text.lstrip().startswith("["):
         try:
-            rows: Rows = json.loads(text)
+            rows: Rows = loads(text)
             return rows
         except json.JSONDecodeError as error:
             raise _malformed(path, error.lineno, error) from None
     lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        return [json.loads(line) for _, line in lines]
+        return [loads(line) for _, line in lines]
     except json.JSONDecodeError:
         pass
     try:
@@ -148,12 +156,42 @@ def _json(path: Path, found: str) -> Rows:
     )
 
 
+def loads(text: str) -> Any:
+    """JSON as pandas and Python write it, in which NaN stands for a missing value.
+
+    Half of a pair of surrogates, which is no character (a text that was cut within an emoji), is
+    U+FFFD: no tokenizer takes it.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    value = json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+    return _whole_characters(value) if _SURROGATE.search(text) else value
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _whole_characters(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(inner) for key, inner in value.items()}
+    return [_whole_characters(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _malformed(path: Path, line: int, error: json.JSONDecodeError) -> InputError:
     return InputError(f"{path}, line {line}: malformed JSON: {error.msg}")
 
 
+_NO_CELL = (None, "", "nan", "NaN", "-nan", "-NaN")
+
+
 def _csv(path: Path) -> Rows:
-    """Cells as text, empty ones None: guessing types would make 7 of "007", nothing of "None"."""
+    """Cells as text, empty ones None: guessing types would make 7 of "007", nothing of "None".
+
+    What Python, numpy and pandas write for a missing number is None too, as pandas reads it.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         csv.field_size_limit(2**31 - 1)  # documents are longer than the 131,072 characters it has
         reader = csv.reader(file, strict=True)
@@ -170,7 +208,9 @@ def _csv(path: Path) -> Rows:
                     )
                 elif cells:
                     found = zip_longest(header, cells)
-                    rows.append({column: cell or None for column, cell in found})
+                    rows.append(
+                        {column: None if cell in _NO_CELL else cell for column, cell in found}
+                    )
                 begins = reader.line_num + 1
         except csv.Error as error:
             raise InputError(f"{path}, line {begins}: malformed CSV: {error}") from None
@@ -181,21 +221,24 @@ def _csv(path: Path) -> Rows:
 
 
 def read_hub(name: str, configuration: str | None, split: str) -> Rows:
-    """A data set of the hub (or a directory), a column of class numbers as their names.
+    """A data set of the hub, or a directory (of files, or made by `save_to_disk`).
+
+    A column of class numbers is read as their names.
 
     Raises:
         InputError: it cannot be loaded, or has no such split; the message lists those there are.
     """
     from datasets import ClassLabel, get_dataset_split_names, load_dataset
 
+    saved = _is_saved(Path(name))
     try:
-        found = load_dataset(name, configuration, split=split)
+        found = _saved(name, split) if saved else load_dataset(name, configuration, split=split)
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         # Where the splits cannot be had either, the first error says all there is to say.
         with suppress(Exception):
-            splits = get_dataset_split_names(name, configuration)
-            if split.partition("[")[0] not in splits:
+            splits = [] if saved else get_dataset_split_names(name, configuration)
+            if splits and split.partition("[")[0] not in splits:
                 why = f"it has {', '.join(splits)}"
         raise InputError(f"dataset_name: {name}: split {split!r} cannot be loaded: {why}") from None
     rows: Rows = found.to_list()
@@ -206,7 +249,54 @@ def read_hub(name: str, configuration: str | None, split: str) -> Rows:
                 row[column] = None if value is None or value < 0 else feature.int2str(value)
     if not rows:
         raise InputError(f"dataset_name: {name}: split {split!r} holds no rows")
-    return rows
+    return [without_nan(row) for row in rows]
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` of a Dataset or a DatasetDict made this directory."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved(name: str, split: str) -> Any:
+    """A split of what `save_to_disk` wrote; a data set without splits is its own only one."""
+    from datasets import DatasetDict, ReadInstruction, concatenate_datasets, load_from_disk
+
+    found = load_from_disk(name)
+    if isinstance(found, DatasetDict):
+        splits = dict(found)
+    else:
+        splits = {str(found.split or "train"): found, "train": found}
+    part = split.partition("[")[0]
+    if "+" not in split and part not in splits:
+        raise ValueError(f"it has {', '.join(splits)}")
+    pieces = ReadInstruction.from_spec(split).to_absolute({k: len(v) for k, v in splits.items()})
+    return concatenate_datasets([splits[p.splitname].select(range(p.from_, p.to)) for p in pieces])
+
+
+def is_null(value: Any) -> bool:
+    """Whether a value is missing: None, or what pandas and numpy have for it."""
+    if value is None or isinstance(value, str):
+        return value is None
+    if isinstance(value, Decimal):
+        return value.is_nan()
+    if isinstance(value, Number):
+        return bool(value != value)
+    return type(value).__name__ in ("NaTType", "NAType")
+
+
+def without_nan(value: Any) -> Any:
+    """A value of JSON's or Arrow's kinds, None for NaN wherever it stands in it."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if is_null(value) else value
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value can stand in a text: text, a number, true or false, a date; or nothing."""
+    kinds = (str, Number, Decimal, date, time, timedelta, UUID, type(None))
+    return isinstance(value, kinds)
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -233,7 +323,7 @@ def check_column(rows: Sequence[tuple[str, Row]], column: str, what: str) -> Non
     first: tuple[str, str, Any] | None = None
     for place, row in rows:
         value = row.get(column)
-        if value is None:
+        if is_null(value):
             continue
         kind = _type(value)
         if first is None:
@@ -245,12 +335,20 @@ def check_column(rows: Sequence[tuple[str, Row]], column: str, what: str) -> Non
             )
 
 
+def no_text(column: str, value: Any) -> str:
+    """What to say of a value that should be text and is none."""
+    return (
+        f"the column {column} holds {_type(value)} ({_short(value)}); expected text: write it out "
+        "in the data, or name other columns with prompt_template and completion_template"
+    )
+
+
 def _type(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):
         return "a number"
-    names: dict[type, str] = {str: "text", list: "a list", dict: "an object"}
+    names: dict[type, str] = {str: "text", list: "a list", dict: "an object", bytes: "bytes"}
     return names.get(type(value), type(value).__name__)
 
 

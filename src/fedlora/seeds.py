@@ -27,6 +27,8 @@ class Purpose(IntEnum):
     DROPOUT = 7
     EVALUATION = 8
     HEAD = 9
+    TRAIN_ROWS = 10
+    EVAL_ROWS = 11
 
 
 SERVER = 0

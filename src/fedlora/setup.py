@@ -49,6 +49,7 @@ from fedlora.model import BaseModel
 from fedlora.passes import passes_of
 from fedlora.precision import settled_dtype
 from fedlora.state import ServerState
+from fedlora.subsets import subsets
 from fedlora.tokens import Tokens
 from fedlora.trackers import check_trackers
 
@@ -162,7 +163,6 @@ def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, 
         raw,
         classify=classify,
         label_names=names,
-        limits=lambda client: config.of_client(client).max_train_samples,
     )
     return source, tokenizer, data
 
@@ -184,6 +184,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     raw = load_rows(config)
     source, tokenizer, data = tokenized(config, raw)
     config, choices = _with_dtype(config, source)
+    choices += data.taken
     number = len(data.clients)
     ranks = client_ranks(config, number)
     check_rule(METHODS[config.method], ranks)
@@ -256,8 +257,14 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
 
 
 def alone(session: Session, client: int, output_dir: Path) -> Session:
-    """The session of one client that trains by itself: same rows, steps and rank, nobody to ask."""
+    """The session of one client that trains by itself: same rows, steps and rank, nobody to ask.
+
+    Raises:
+        InputError: it has no row to train on.
+    """
     data, spec = session.data, session.federation
+    if not data.clients[client].train:
+        raise InputError(f"client {client} has no rows to train on by itself")
     rank, overrides = spec.ranks[client], session.config.client_overrides
     assert not isinstance(overrides, str)
     own = (overrides or {}).get(client)
@@ -288,8 +295,8 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
 
 def _limited(config: Config, raw: RawData) -> RawData:
     """The rows that are taken of every client."""
-    limits = [config.of_client(k).max_train_samples for k in range(len(raw.clients))]
-    clients = [rows[:limit] for rows, limit in zip(raw.clients, limits, strict=True)]
+    taken = subsets(config, [len(rows) for rows in raw.clients], len(raw.eval)).clients
+    clients = [[rows[i] for i in of] for rows, of in zip(raw.clients, taken, strict=True)]
     return replace(raw, clients=clients)
 
 
@@ -342,9 +349,7 @@ def dropped_line(number: int, why: str) -> str:
 
 def _data_warnings(data: FederatedData) -> list[str]:
     out = [dropped_line(number, why) for why, number in data.dropped.items()]
-    for client, part in enumerate(data.clients):
-        if not part.train:
-            out.append(f"client {client} has no rows and takes no part")
+    out += data.notes
     if data.label_names:
         learnt = {row["label"] for part in data.clients for row in part.train}
         unseen = [name for i, name in enumerate(data.label_names) if i not in learnt]

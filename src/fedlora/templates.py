@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
 from fedlora.errors import InputError
-from fedlora.rows import Row
-
-
-class UnusableRowError(ValueError):
-    """Nothing can be learnt from this row; the reason is counted, and the run goes on."""
+from fedlora.messages import UnusableRowError, json_of, messages_of, says, without_empty
+from fedlora.rows import Row, is_null, is_text, no_text
 
 
 @dataclass(frozen=True)
@@ -25,11 +21,13 @@ class Chat:
         prompt: how many of them, from the first, are the prompt; None: every assistant turn is
             learnt.
         extra: `tools` and `chat_template_kwargs` of the row, for the chat template.
+        left_out: which of the assistant's turns no loss is taken on (`weight: 0`).
     """
 
     messages: list[dict[str, Any]]
     prompt: int | None = None
     extra: Mapping[str, Any] | None = None
+    left_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,19 @@ class Classified:
     label: str
 
 
-Rendered = tuple[str, str] | Chat | Classified
-"""`(prompt, completion)`, a conversation, or a text with its label."""
+@dataclass(frozen=True)
+class Turns:
+    """Prompts and completions by turns: all completions are learnt.
+
+    Args:
+        pairs: `(prompt, completion)`, the earliest first.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+Rendered = tuple[str, str] | Turns | Chat | Classified
+"""`(prompt, completion)`, several of them, a conversation, or a text with its label."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,20 @@ class Template:
         columns: each entry is a tuple of alternatives, one of which a row must have.
         render: `row -> Rendered`; raises `UnusableRowError`.
         optional: columns the data must have, but a row may leave empty.
+        further: columns that are read where the data has them.
     """
 
     name: str
     columns: tuple[tuple[str, ...], ...]
     render: Callable[[Row], Rendered]
     optional: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> list[str]:
+        """All columns that a row may be read from."""
+        of_columns = (name for names in self.columns for name in names)
+        return [*of_columns, *self.optional, *self.further]
 
     def missing(self, columns: Sequence[str]) -> list[str]:
         """What the data lacks for it."""
@@ -66,110 +83,156 @@ class Template:
         return absent + [name for name in self.optional if name not in columns]
 
 
-def _first(row: Row, *names: str) -> str:
-    return next((str(row[name]) for name in names if row.get(name) is not None), "")
+def _text(row: Row, *names: str) -> str:
+    """The first of these columns that is not empty, as text.
+
+    Raises:
+        InputError: it holds a list or an object.
+    """
+    for name in names:
+        if not is_null(value := row.get(name)):
+            if not is_text(value):
+                raise InputError(no_text(name, value))
+            return str(value)
+    return ""
 
 
-def _alpaca(row: Row) -> tuple[str, str]:
-    context = _first(row, "input", "context").strip()
+def _alpaca(row: Row) -> tuple[str, str] | Turns:
+    context = _text(row, "input", "context").strip()
+    instruction = f"### Instruction:\n{_text(row, 'instruction')}"
     if context:
         lead = (
             "Below is an instruction that describes a task, paired with an input that provides "
             "further context. Write a response that appropriately completes the request.\n\n"
         )
-        middle = f"### Instruction:\n{row['instruction']}\n\n### Input:\n{context}"
+        middle = f"{instruction}\n\n### Input:\n{context}"
     else:
         lead = (
             "Below is an instruction that describes a task. Write a response that appropriately "
             "completes the request.\n\n"
         )
-        middle = f"### Instruction:\n{row['instruction']}"
-    return f"{lead}{middle}\n\n### Response:\n", _first(row, "output", "response")
+        middle = instruction
+    if system := _text(row, "system").strip():
+        lead = f"{system}\n\n{lead}"
+    pairs = [(f"### Instruction:\n{asked}", answer) for asked, answer in _history(row)]
+    pairs.append((middle, _text(row, "output", "response")))
+    begins = [lead, *["\n\n"] * (len(pairs) - 1)]
+    turns = [
+        (f"{begin}{asked}\n\n### Response:\n", answer)
+        for begin, (asked, answer) in zip(begins, pairs, strict=True)
+    ]
+    return Turns(tuple(turns)) if turns[1:] else turns[0]
 
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-"""ShareGPT's names for who speaks (`from`), and the roles of chat templates."""
+def _history(row: Row) -> list[tuple[str, str]]:
+    """Earlier turns, as LLaMA-Factory has them: a list of instructions and responses."""
+    history = row.get("history")
+    if is_null(history):
+        return []
+    if isinstance(history, str):  # of a CSV file
+        history = json_of("history", history)
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(is_text(value) and not is_null(value) for value in pair)
+        for pair in history
+    ):
+        raise InputError(
+            "the column history holds no list of [instruction, response] pairs: "
+            f"{repr(history)[:60]}; mend it, or rename the column if it is something else"
+        )
+    return [(str(asked), str(answer)) for asked, answer in history]
 
 
 def _chat(row: Row) -> Chat:
-    turns = row["messages"] if row.get("messages") is not None else row["conversations"]
-    messages = _messages(turns)
-    if row.get("messages") is None:
+    column = "conversations" if is_null(row.get("messages")) else "messages"
+    messages, left_out = messages_of(row[column])
+    system = _text(row, "system").strip()
+    if system and not any(message["role"] == "system" for message in messages[:1]):
+        messages = [{"role": "system", "content": system}, *messages]
+        left_out = [False, *left_out]
+    if column == "conversations":
         # ShareGPT's conversations may begin in the middle; what answers nothing is left out.
         first = int(bool(messages) and messages[0]["role"] == "system")
         while messages[first:] and messages[first]["role"] == "assistant":
-            del messages[first]
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
+            del messages[first], left_out[first]
+    return _learnable(Chat(messages, None, _extra(row), _numbers(left_out)))
+
+
+def _numbers(left_out: Sequence[bool]) -> frozenset[int]:
+    return frozenset(i for i, left in enumerate(left_out) if left)
+
+
+def _learnable(chat: Chat) -> Chat:
+    """The conversation, if a turn of the assistant's is to be learnt in it.
+
+    Raises:
+        UnusableRowError: there is none.
+    """
+    said = [
+        i
+        for i, message in enumerate(chat.messages)
+        if i >= (chat.prompt or 0) and message["role"] == "assistant" and says(message)
+    ]
+    if chat.prompt is None and not said:
         raise UnusableRowError("no assistant turn to learn")
-    return Chat(messages, None, _extra(row))
-
-
-def _messages(turns: Any) -> list[dict[str, Any]]:
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise InputError(
-            f"template: chat needs a list of turns, each with role and content (or from and "
-            f"value); got {repr(turns)[:60]}"
-        )
-    out = []
-    for turn in turns:
-        if "from" in turn and "value" in turn:
-            role = ROLES.get(str(turn["from"]))
-            if role is None:
-                raise UnusableRowError(f"unknown speaker {turn['from']!r}")
-            message = {"role": role, "content": turn["value"]}
-        elif "role" in turn:
-            message = {**turn, "content": turn.get("content")}
-        else:
-            raise InputError(
-                f"template: chat needs role and content (or from and value) in every turn; got "
-                f"{', '.join(map(str, turn)) or 'nothing'}"
-            )
-        if message["content"] is None:
-            message["content"] = ""
-        if not isinstance(message["content"], str):
-            raise UnusableRowError("a turn's content is not text")
-        out.append(message)
-    return out
+    if said and chat.left_out.issuperset(said):
+        raise UnusableRowError("no assistant turn to learn: all have weight 0")
+    return chat
 
 
 def _extra(row: Row) -> dict[str, Any]:
-    extra = dict(row.get("chat_template_kwargs") or {})
+    settings = row.get("chat_template_kwargs")
+    if isinstance(settings, str) and settings.strip():
+        settings = json_of("chat_template_kwargs", settings)
+    settings = {} if is_null(settings) or settings == "" else settings
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+        raise InputError(
+            f"template: chat_template_kwargs is no object with names: {repr(settings)[:60]}"
+        )
+    extra = without_empty(settings)
     tools = row.get("tools")
-    if isinstance(tools, str) and tools:  # as TRL takes them: columns cannot hold all functions
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise InputError(f"template: chat: tools is no JSON: {error}: {tools[:60]!r}") from None
-    return {**extra, "tools": tools} if tools else extra
+    if isinstance(tools, str) and tools.strip():  # as TRL takes them: columns cannot hold all
+        tools = json_of("tools", tools)
+    if is_null(tools) or not tools or tools == "":
+        return dict(extra)
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise InputError(f"template: tools is no list of functions: {repr(tools)[:60]}")
+    return {**extra, "tools": [without_empty(tool) for tool in tools]}
 
 
 def _prompt_completion(row: Row) -> tuple[str, str] | Chat:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _messages(prompt)
-        return Chat([*before, *_messages(completion)], len(before), _extra(row))
-    return str(prompt), str(completion)
+        (before, out), (after, out_after) = messages_of(prompt), messages_of(completion)
+        left_out = _numbers([*out, *out_after])
+        return _learnable(Chat([*before, *after], len(before), _extra(row), left_out))
+    return _text(row, "prompt"), _text(row, "completion")
 
 
 TEMPLATES = {
     t.name: t
     for t in (
-        Template("alpaca", (("instruction",), ("output", "response")), _alpaca),
-        Template("chat", (("messages", "conversations"),), _chat),
-        Template("prompt_completion", (("prompt",), ("completion",)), _prompt_completion),
-        Template("text", (("text",),), lambda row: ("", str(row["text"]))),
+        Template(
+            "alpaca",
+            (("instruction",), ("output", "response")),
+            _alpaca,
+            further=("input", "context", "system", "history"),
+        ),
+        Template(
+            "chat",
+            (("messages", "conversations"),),
+            _chat,
+            further=("system", "tools", "chat_template_kwargs"),
+        ),
+        Template(
+            "prompt_completion",
+            (("prompt",), ("completion",)),
+            _prompt_completion,
+            further=("tools", "chat_template_kwargs"),
+        ),
+        Template("text", (("text",),), lambda row: ("", _text(row, "text"))),
     )
 }
 
@@ -192,7 +255,8 @@ def custom(prompt: str, completion: str) -> Template:
         return _fill(before, row), _fill(after, row)
 
     optional = tuple(name for _, name in before if name is not None and name not in names)
-    return Template("custom", tuple((name,) for name in names), render, optional)
+    columns = tuple((name,) for name in names)
+    return Template("custom", columns, render, optional)
 
 
 def _parse(key: str, text: str) -> list[tuple[str, str | None]]:
@@ -209,10 +273,7 @@ def _parse(key: str, text: str) -> list[tuple[str, str | None]]:
 
 
 def _fill(parts: Sequence[tuple[str, str | None]], row: Row) -> str:
-    return "".join(
-        literal + ("" if name is None or row.get(name) is None else str(row[name]))
-        for literal, name in parts
-    )
+    return "".join(literal + ("" if name is None else _text(row, name)) for literal, name in parts)
 
 
 TEXT_COLUMNS = (
@@ -251,14 +312,24 @@ def classification(
     chosen, of_label = tuple(texts), label
 
     def render(row: Row) -> Classified:
-        value = row[of_label]
-        if isinstance(value, float) or not isinstance(value, str | int):
-            raise InputError(
-                f"label_column_name: {of_label} holds {value!r}; expected text or whole numbers"
-            )
-        return Classified(tuple(str(row[name]) for name in chosen), str(value))
+        return Classified(tuple(_text(row, name) for name in chosen), label_of(row, of_label))
 
-    return Template("classification", (*((name,) for name in chosen), (label,)), render)
+    of_text = tuple((name,) for name in chosen)
+    return Template("classification", (*of_text, (of_label,)), render)
+
+
+def label_of(row: Row, column: str) -> str:
+    """A row's label.
+
+    Raises:
+        InputError: it is neither text nor a whole number.
+    """
+    value = row[column]
+    if isinstance(value, float) or not isinstance(value, str | int):
+        raise InputError(
+            f"label_column_name: {column} holds {value!r}; expected text or whole numbers"
+        )
+    return str(value)
 
 
 def choose_template(

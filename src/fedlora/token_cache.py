@@ -28,8 +28,9 @@ from safetensors.numpy import load, save
 from fedlora.templates import Chat, Rendered
 from fedlora.tokens import IGNORE, Outcome, Tokens, labels_of, tokenize_all
 
-VERSION = 1
-"""Of what `tokens.py` makes of a rendered row, and of the files; another finds none of the old."""
+VERSION = 2
+"""Of what `tokens.py` and `conversations.py` make of a rendered row, and of the files; another
+finds none of the old."""
 SMALLEST = 2**20
 """Rows of fewer bytes altogether are tokenised in less than about a second, and not kept."""
 LARGEST = 2 * 2**30

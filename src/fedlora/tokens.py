@@ -7,17 +7,15 @@ with `token_type_ids` where the tokenizer has them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
-
+from fedlora.conversations import common_prefix, conversation, within
 from fedlora.errors import InputError
+from fedlora.messages import UnusableRowError
 from fedlora.rows import Row
-from fedlora.templates import Chat, Classified, Rendered, Template, UnusableRowError
+from fedlora.templates import Chat, Classified, Rendered, Template, Turns
 
 Tokens = Mapping[str, Any]
 Outcome = Tokens | str
@@ -53,7 +51,8 @@ def tokenize(
     """One row as tokens, cut to `max_length`.
 
     A text is its prompt, its completion and the end-of-text token; a conversation is what the
-    tokenizer's chat template makes of it. Both equal what TRL's SFTTrainer makes of the same row.
+    tokenizer's chat template makes of it. Both equal what TRL's SFTTrainer makes of the same row,
+    but for tokenizers that add the end-of-text token themselves: TRL has it twice there.
 
     Args:
         row: what the template reads.
@@ -135,7 +134,9 @@ def _tokens(
     if isinstance(row, Classified):
         return _classified(row, tokenizer, max_length, label_names)
     if isinstance(row, Chat):
-        ids, learnt = _chat(row, tokenizer, completion_only)
+        ids, learnt = conversation(row, tokenizer, completion_only)
+    elif isinstance(row, Turns):
+        ids, learnt = _turns(row, tokenizer, completion_only)
     else:
         ids, learnt = _text(*row, encode, tokenizer.eos_token_id, completion_only)
     return _cut(ids, learnt, max_length)
@@ -187,18 +188,25 @@ def _text(
     ids = list(encode(prompt + completion))
     if not ids or ids[-1] != end:
         ids.append(end)
-    masked = _common_prefix(encode(prompt), ids) if prompt and completion_only else 0
+    masked = common_prefix(encode(prompt), ids) if prompt and completion_only else 0
     return ids, [False] * masked + [True] * (len(ids) - masked)
 
 
-def _common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How long both begin alike: a completion begins where its prompt alone diverges from it."""
-    if one == other[: len(one)]:
-        return len(one)
-    for i, (x, y) in enumerate(zip(one, other, strict=False)):
-        if x != y:
-            return i
-    return min(len(one), len(other))
+def _turns(row: Turns, tokenizer: Any, completion_only: bool) -> tuple[list[int], list[bool]]:
+    """Every completion with the end-of-text token behind it."""
+    if not _is_fast(tokenizer):
+        raise InputError("history needs a fast tokenizer, which knows where a token stands")
+    text, spans, end = "", [], str(tokenizer.eos_token)
+    for prompt, completion in row.pairs:
+        begin = len(text) + len(prompt)
+        text += prompt + completion.removesuffix(end) + end
+        spans.append((begin, len(text)))
+    text = text.removesuffix(end)  # the last one as behind any text
+    found = tokenizer(text, return_offsets_mapping=True)
+    ids, learnt = list(found["input_ids"]), within(found["offset_mapping"], spans)
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
+    return ids, [*learnt[:-1], True] if completion_only else [True] * len(ids)
 
 
 def _classified(
@@ -213,168 +221,3 @@ def _classified(
     if not kept["input_ids"]:
         raise UnusableRowError("the text is empty")
     return {**kept, "label": list(label_names).index(row.label)}
-
-
-# --- conversations ---
-
-
-def _chat(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[int], list[bool]]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            "template: chat needs a chat template, and the tokenizer has none; give "
-            "chat_template_path: a Jinja file, a tokenizer that has one, or vicuna"
-        )
-    try:
-        if chat.prompt is not None:
-            return _conversational_completion(chat, tokenizer, assistant_only)
-        if assistant_only and _marks_assistant(tokenizer):
-            found = tokenizer.apply_chat_template(
-                chat.messages,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **(chat.extra or {}),
-            )
-            return list(found["input_ids"]), [bool(x) for x in found["assistant_masks"]]
-        return _by_spans(chat, tokenizer, assistant_only)
-    except (UnusableRowError, InputError):
-        raise
-    except ValueError as error:  # transformers': no default among several templates, bad tools
-        raise InputError(f"the chat template: {' '.join(str(error).split())}") from None
-    except TemplateError as error:
-        raise UnusableRowError(
-            f"the chat template refuses it: {' '.join(str(error).split())}"
-        ) from None
-
-
-def _marks_assistant(tokenizer: Any) -> bool:
-    """Whether the template says itself what the assistant generates (transformers' marker)."""
-    template = tokenizer.chat_template
-    return isinstance(template, str) and bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
-
-
-def _conversational_completion(
-    chat: Chat, tokenizer: Any, completion_only: bool
-) -> tuple[list[int], list[bool]]:
-    def tokens(messages: list[dict[str, Any]], generation: bool) -> list[int]:
-        text = _rendered(tokenizer, chat, messages, generation)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    ids = tokens(chat.messages, False)
-    masked = 0
-    if completion_only:
-        masked = _common_prefix(tokens(chat.messages[: chat.prompt], True), ids)
-    return ids, [i >= masked for i in range(len(ids))]
-
-
-def _rendered(
-    tokenizer: Any, chat: Chat, messages: list[dict[str, Any]], generation: bool = False
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, **(chat.extra or {})
-        )
-    )
-
-
-def _by_spans(chat: Chat, tokenizer: Any, assistant_only: bool) -> tuple[list[int], list[bool]]:
-    """All turns, learnt are the spans of text that the model would have to generate."""
-    if not _is_fast(tokenizer):
-        raise InputError("template: chat needs a fast tokenizer, which knows where a token stands")
-    text = _rendered(tokenizer, chat, chat.messages)
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(found["input_ids"])
-    if not assistant_only:
-        return ids, [True] * len(ids)
-    spans = _assistant_spans(chat, tokenizer, text)
-    last = spans[-1][1] if spans else 0
-    # A template without an end-of-turn token: the model would never learn to stop.
-    endless = not text[last:].strip() and not text[:last].endswith(tuple(_specials(tokenizer)))
-    if endless and spans:
-        spans[-1] = spans[-1][0], len(text)
-    learnt = [
-        any(begin < hi and (lo <= begin or lo < end) for lo, hi in spans)
-        for begin, end in found["offset_mapping"]
-    ]
-    return ([*ids, tokenizer.eos_token_id], [*learnt, True]) if endless else (ids, learnt)
-
-
-_MARK = "\ue000\uf8ff\ue001"
-"""Characters of Unicode's private use that no text has in a row, and no template looks for."""
-
-
-def _assistant_spans(chat: Chat, tokenizer: Any, text: str) -> list[tuple[int, int]]:
-    """Where in the rendered conversation the assistant's turns stand.
-
-    A turn begins where the rendered conversation goes on after the prompt for generation. It ends
-    with its content, found by rendering once more with a mark behind it, and with the special
-    token that ends the turn. So templates that render earlier turns in another way once there are
-    later ones (Qwen3's thoughts) are read rightly too.
-    """
-    spans = []
-    for i, message in enumerate(chat.messages):
-        if message["role"] != "assistant" or not message["content"]:
-            continue
-        end = _place(tokenizer, chat, text, i, behind=True)
-        if end is None:
-            raise UnusableRowError("the chat template leaves an assistant turn's text out")
-        begin = _begin(tokenizer, chat, text, i)
-        alone = _rendered(tokenizer, chat, _marked(chat.messages[: i + 1], i, behind=True))
-        end += len(_end_of_turn(text[end:], alone.partition(_MARK)[2], tokenizer))
-        if begin < end:
-            spans.append((begin, end))
-    return spans
-
-
-def _marked(messages: list[dict[str, Any]], i: int, *, behind: bool) -> list[dict[str, Any]]:
-    content = messages[i]["content"]
-    content = content + _MARK if behind else _MARK + content
-    return [*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]]
-
-
-def _place(tokenizer: Any, chat: Chat, text: str, i: int, *, behind: bool) -> int | None:
-    """Where in the text a turn's content begins or ends; None: the template does not show it."""
-    marked = _rendered(tokenizer, chat, _marked(chat.messages, i, behind=behind))
-    before, mark, _ = marked.partition(_MARK)
-    return _common_prefix(before, text) if mark else None
-
-
-def _begin(tokenizer: Any, chat: Chat, text: str, i: int) -> int:
-    content = _place(tokenizer, chat, text, i, behind=False)
-    if i == 0:  # transformers renders no empty conversation
-        return content or 0
-    prompt = _rendered(tokenizer, chat, chat.messages[:i], True)
-    begin = _common_prefix(prompt, text)
-    floor = _place(tokenizer, chat, text, i - 1, behind=True)
-    if floor is not None and begin < floor:
-        # Earlier turns are rendered otherwise without this one: look for the prompt's end itself.
-        bare = _rendered(tokenizer, chat, chat.messages[:i])
-        added, begin = prompt[_common_prefix(bare, prompt) :], floor
-        for length in range(len(added), 0, -1):
-            if (at := text.find(added[:length], floor)) >= 0:
-                begin = at + length
-                break
-    # The prompt may end with what the content happens to begin with ("<think>", "<b>").
-    return begin if content is None else min(begin, content)
-
-
-@lru_cache(maxsize=4)
-def _specials(tokenizer: Any) -> list[str]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {str(token) for token in added.values() if token.special}
-    return sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-
-
-def _end_of_turn(after: str, alone: str, tokenizer: Any) -> str:
-    """The special tokens that end a turn, or nothing.
-
-    Several in a row (Cohere's) where they also stand behind the turn when it is the last;
-    otherwise the one that follows at once, or the plain text that always ends a turn.
-    """
-    special = "(?:" + "|".join(map(re.escape, _specials(tokenizer))) + ")"
-    found = re.match(rf"\s*{special}+", after[: _common_prefix(alone, after)])
-    found = found or re.match(rf"\s*{special}", after)
-    if found:
-        return found.group()
-    plain = alone.rstrip()  # a mark that is no token of its own
-    return plain if plain and after.startswith(plain) else ""

@@ -262,6 +262,8 @@ def show_samples(
         _say(console, f"a loss is taken on {share:.1%} of {tokens:,} tokens")
     for why, count in data.dropped.items():
         _say(console, dropped_line(count, why))
+    for line in (*data.taken, *data.notes):
+        _say(console, line)
     if not data.label_names:
         console.print(Text("\n[learnt] tokens stand in brackets, the others are context"))
     console.print()

@@ -14,8 +14,9 @@ from fedlora.assess.subject import Subject
 from fedlora.errors import InputError
 from fedlora.generation import generate
 from fedlora.loading import BUILT_IN_CHAT
+from fedlora.messages import UnusableRowError
 from fedlora.rows import read_rows
-from fedlora.templates import TEMPLATES, Chat, Template, UnusableRowError, custom
+from fedlora.templates import TEMPLATES, Chat, Template, Turns, custom
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -198,8 +199,13 @@ class Asker:
             raise InputError(f"a row cannot be asked: {error}") from None
         if isinstance(rendered, Chat):
             return self._of_chat(rendered)
-        assert isinstance(rendered, tuple)
-        before, after = rendered
+        if isinstance(rendered, Turns):  # earlier turns stand before the prompt
+            *earlier, (before, after) = rendered.pairs
+            end = str(self.tokenizer.eos_token)
+            before = "".join(f"{asked}{said}{end}" for asked, said in earlier) + before
+        else:
+            assert isinstance(rendered, tuple)
+            before, after = rendered
         if shown is None and self.name == "alpaca":
             context = str(row.get("input") or row.get("context") or "").strip()
             shown = str(row["instruction"]) + (f"\n{context}" if context else "")
@@ -209,10 +215,9 @@ class Asker:
     def _of_chat(self, chat: Chat) -> Prompt:
         cut = len(chat.messages) - 1 if chat.prompt is None else chat.prompt
         before, after = chat.messages[:cut], chat.messages[cut:]
-        reference = str(after[0]["content"]) if after else _BLANK
-        shown = "\n".join(
-            m["content"] if m["role"] == "user" else f"[{m['role']}] {m['content']}" for m in before
-        )
+        reference = str(after[0].get("content", "")) if after else _BLANK
+        said = [(m["role"], str(m.get("content", ""))) for m in before]
+        shown = "\n".join(text if who == "user" else f"[{who}] {text}" for who, text in said)
         known = None if reference == _BLANK else reference.strip()
         return Prompt(shown, tuple(self._turns(before)), known)
 
