@@ -173,6 +173,76 @@ def test_series_are_named_after_what_differs(tmp_path: Path) -> None:
     assert [key for key, _ in data.differing] == ["method", "lora_r", "seed"]
 
 
+def test_what_the_seed_draws_makes_no_other_configuration(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ranks, a measured dtype, cohorts, names of the run: only the seed was written otherwise."""
+    keys = {**small_run, "num_rounds": 1, "max_steps": 1, "client_ranks": None}
+    keys |= {"rank_choices": [2, 4, 8], "client_overrides": {1: {"lora_r": 3, "max_steps": 2}}}
+    ranks = []
+    for method, seed in (("exact", 1), ("exact", 2), ("flora", 3)):
+        own = {"method": method, "seed": seed, "run_name": f"{method} {seed}", "project": str(seed)}
+        path = tmp_path / f"{method}-{seed}"
+        fedlora.run(fedlora.Config(**{**keys, **own, "output_dir": str(path)}))
+        ranks.append([x["rank"] for x in metrics_of(path)[0]["clients"]])
+    assert ranks[0] != ranks[1]
+    data = collected(tmp_path)
+    assert [(x.label, len(x.runs)) for x in data.series] == [("exact", 2), ("flora", 1)]
+    assert ("client_ranks", tuple(" ".join(map(str, x)) for x in ranks)) in data.differing
+    # Drawn from other choices, or given as a list: another configuration.
+    for name, more in (("other", {"rank_choices": [2, 16]}), ("given", {"client_ranks": ranks[0]})):
+        changed = {**keys, "client_overrides": None, "rank_choices": None, **more, "seed": 1}
+        fedlora.run(fedlora.Config(**{**changed, "output_dir": str(tmp_path / name)}))
+    assert len(collected(tmp_path).series) == 4
+
+
+def test_a_rank_written_in_two_ways_is_one_configuration(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    for seed, ranks in ((1, {"client_ranks": [4, 4, 4, 4]}), (2, {"lora_r": 4})):
+        keys = {**small_run, "num_rounds": 1, "max_steps": 1, "client_ranks": None, "lora_r": 4}
+        own = {**ranks, "seed": seed, "output_dir": str(tmp_path / str(seed))}
+        fedlora.run(fedlora.Config(**{**keys, **own}))
+    assert [len(x.runs) for x in collected(tmp_path).series] == [2]
+
+
+def test_a_run_begun_twice_still_knows_what_was_written(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    import shutil
+
+    keys = {**small_run, "num_rounds": 1, "max_steps": 1, "client_ranks": None}
+    path = tmp_path / "run"
+    config = fedlora.Config(**{**keys, "rank_choices": [2, 8], "output_dir": str(path)})
+    fedlora.run(config)
+    begun = metrics_of(path)[0]["asked"]
+    assert (begun["rank_choices"], begun["client_ranks"]) == ([2, 8], None)
+    for lost in ("final", "round-1"):
+        shutil.rmtree(path / lost)
+    fedlora.run(None, resume=path)
+    assert [x["asked"] for x in metrics_of(path) if x["event"] == "begin"] == [begun, begun]
+
+
+def test_clients_alone_are_named_and_repeated_over_seeds(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    from fedlora.engines.local import run_session
+    from fedlora.setup import alone, assemble
+
+    for seed in (1, 2):
+        keys = {**small_run, "num_rounds": 1, "max_steps": 1, "seed": seed}
+        session = assemble(fedlora.Config(**{**keys, "output_dir": str(tmp_path / f"all-{seed}")}))
+        run_session(session)
+        for client in (2, 3):  # of one rank
+            run_session(alone(session, client, tmp_path / f"alone-{client}-{seed}"))
+    data = collected(tmp_path)
+    assert sorted((x.label, len(x.runs)) for x in data.series) == [
+        ("client 2 alone", 2),
+        ("client 3 alone", 2),
+        ("exact", 2),
+    ]
+
+
 def test_equal_runs_are_told_apart_by_their_directories(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, lines_of(rounds=1), final=False)

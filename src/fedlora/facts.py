@@ -19,7 +19,8 @@ def begin_line(session: Session) -> dict[str, Any]:
         `parameters`; method and task; `modules` (target module -> `[m, n]`); `dense_parameters`
         trained whole; `clients` (rank, rows and tokens to train on, eval_rows held out, and
         counts: value of `column` -> rows as they were read, dropped and held-out ones among them);
-        `eval_rows`.
+        `eval_rows`; `asked`, the keys that the run settled by itself (automatic values, ranks drawn
+        by the seed) as the user wrote them; `alone`, the client that trains by itself, or None.
     """
     base, data, spec, held = session.base, session.data, session.federation, session.holdings
     model = base.model
@@ -53,6 +54,8 @@ def begin_line(session: Session) -> dict[str, Any]:
         "clients": clients,
         "column": held.column if held else None,
         "eval_rows": len(data.eval),
+        "asked": dict(session.asked),
+        "alone": session.lone,
         "environment": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "peft")},

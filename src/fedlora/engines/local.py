@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
 from fedlora.checkpoint import (
+    METRICS,
     RunDirectory,
     Saved,
     check_free,
@@ -221,7 +222,7 @@ class _Run:
                 self._warn(f"{problem}; going on from {where}")
             self.directory.append({"event": "resume", "round": number})
             if saved is None:
-                return self._from_the_start()
+                return self._from_the_start(again=True)
             self._restore(saved)
             return self._rounds()
 
@@ -273,8 +274,12 @@ class _Run:
             }
         )
 
-    def _from_the_start(self) -> Result:
+    def _from_the_start(self, again: bool = False) -> Result:
         facts = begin_line(self.session)
+        if again and (self.directory.path / METRICS).is_file():
+            # What the user wrote stands in the line of the first try: `config.yaml` is settled.
+            earlier = read_metrics(self.directory.path)
+            facts["asked"] = next((x["asked"] for x in earlier if "asked" in x), facts["asked"])
         self.log.append(facts)
         self.directory.append(facts)
         line: dict[str, Any] = {"event": "start", "round": 0, **self._evaluate()}
