@@ -34,7 +34,7 @@ from fedlora.facts import begin_line
 from fedlora.federation import Server, global_delta
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
-from fedlora.resuming import as_it_began
+from fedlora.resuming import as_it_began, refuse_complete
 from fedlora.setup import Session, assemble, starting_state
 from fedlora.sources import read_yaml
 from fedlora.state import Broadcast, ClientState, ClientUpdate, RoundRecord, ServerState
@@ -113,6 +113,7 @@ def run(
         FedloraError: the run cannot go on (no space left); what was saved stays whole.
     """
     if resume is not None:
+        refuse_complete(Path(resume), config)
         directory = RunDirectory.open(resume)
         try:
             session = assemble(as_it_began(directory.path, config))
