@@ -262,6 +262,62 @@ def test_directories_of_directories(tmp_path: Path) -> None:
     assert len(group([read_run(p, str(p)) for p in found])) == 3
 
 
+# --- the scale of a plot ---
+
+
+def perplexities(tmp_path: Path, values: list[float | None], **more: Any) -> Collected:
+    lines = lines_of(rounds=len(values) - 1)
+    for line in lines:
+        line.pop("client_evaluations", None)
+        line.pop("personal_evaluations", None)
+    for line, value in zip([x for x in lines if "evaluation" in x], values, strict=True):
+        line["evaluation"] = {"perplexity": value, "token_accuracy": 0.01 + 0.3 * line["round"]}
+    return collected(write_run(tmp_path / "run", lines, **more))
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        ([1600.0, 4.0, 2.0, 1.5], True),
+        ([1600.0, 4.0], True),
+        ([30.0, 4.0, 2.0, 1.6], False),  # 15 times the median of the later rounds
+        ([2.0, 4.0, 1600.0], False),
+        ([1600.0], False),
+        ([None, 4.0, 2.0], False),  # beyond what a number can hold: not drawn at all
+    ],
+)
+def test_a_first_round_that_dwarfs_the_rest_makes_the_scale_logarithmic(
+    tmp_path: Path, values: list[float | None], log: bool
+) -> None:
+    data = perplexities(tmp_path, values)
+    scales = {x.measure: x.log for x in data.panels if x.kind == "evaluation"}
+    assert scales == {"perplexity": log, "token_accuracy": False}
+    pages = data_of(data)["panels"]
+    assert next(x["log"] for x in pages if x["measure"] == "perplexity") is log
+    if len(values) == 1:
+        return
+    from fedlora.report.figures import quality
+
+    axes = {x.get_title().partition(",")[0]: x for x in quality(data).axes}
+    assert axes["Perplexity"].get_yscale() == ("log" if log else "linear")
+    assert axes["Token accuracy"].get_yscale() == "linear"
+
+
+def test_a_band_that_reaches_below_zero_can_be_drawn_on_a_log_scale(tmp_path: Path) -> None:
+    for seed, later in ((1, 1.5), (2, 90.0)):
+        lines = lines_of(rounds=2, seed=seed)
+        for line in lines:
+            if "evaluation" in line:
+                line["evaluation"]["perplexity"] = later if line["round"] else 5000.0
+        write_run(tmp_path / "runs" / str(seed), lines, seed=seed)
+    panel = next(x for x in collected(tmp_path / "runs").panels if x.measure == "perplexity")
+    assert panel.log
+    assert panel.lines[0].curve.mean[1] < (panel.lines[0].curve.sd[1] or 0.0)
+    output = tmp_path / "it.png"
+    assert verb([str(tmp_path / "runs"), "--output", str(output)]) == 0
+    assert (tmp_path / "it-quality.png").is_file()
+
+
 # --- the spectrum ---
 
 

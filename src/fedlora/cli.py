@@ -198,7 +198,7 @@ def run_verb(arguments: list[str]) -> int:
         return 130
     if not as_json:
         last = next(x for x in reversed(result.metrics) if x["event"] in ("round", "start"))
-        shown = per_class(last.get("evaluation") or {})
+        shown = per_class(last.get("evaluation") or {}, str(result.output_dir))
         print("\n".join(shown), end="\n" if shown else "")
         end = result.metrics[-1]
         best = "" if end["best"] is None else f"; best: round {end['best']}"
