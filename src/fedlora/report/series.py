@@ -145,9 +145,9 @@ def _descriptions(run: Run) -> list[Any]:
     that the seed drew are like given ones by chance alone.
     """
     ours = written(run)
-    both = [["written", ours]]
+    both: list[tuple[str, dict[str, Any]]] = [("written", ours)]
     if not ours.get("rank_choices"):
-        both.append(["settled", {**run.config, "alone": lone(run)}])
+        both.append(("settled", {**run.config, "alone": lone(run)}))
     return [[how, {k: x for k, x in config.items() if k not in APART}] for how, config in both]
 
 
