@@ -159,7 +159,7 @@ def _plan(values: Mapping[str, Any], seeds: Sequence[int]) -> list[Planned]:
     ]
     for client, rank in enumerate(ranks):
         if rows[client]:
-            label = f"client {client} alone, rank {rank}, {len(rows[client])} rows,"
+            label = f"client {client} alone, r={rank}"
             ends = {**keys, "eval_rounds": 0}
             name = f"alone-{client}"
             runs.append(Planned("demo", {"who": label}, seeds[0], ends, client, called=name))
@@ -212,7 +212,7 @@ def show(shown: Shown, console: Console) -> None:
 def _table(shown: Shown) -> Table:
     number = len(shown.seeds)
     over = f"mean ± standard deviation over {number} seeds" if number > 1 else "one seed"
-    table = Table(title=f"exact match (%) on held-out rows by round, {over}", box=SIMPLE_HEAD)
+    table = Table(title=f"held-out exact match (%): {over}", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     rounds = len(shown.means(COMPARED[0]))
     for i in range(rounds):
@@ -252,7 +252,8 @@ def verdicts(shown: Shown) -> list[str]:
             lines.append(f"{by}; one seed shows no difference and no tie")
             continue
         says = f"these seeds show {'no' if x.verdict() == 'ties' else 'a'} difference"
-        lines.append(f"{by}, 95% interval {100 * x.low:+.1f} to {100 * x.high:+.1f}: {says}")
+        lines.append(f"{by}, 95% interval {100 * x.low:+.1f} to {100 * x.high:+.1f}:")
+        lines.append(f"  {says}")
     if shown.alone:
         number = len(shown.alone)
         lines.append(
