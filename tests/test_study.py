@@ -434,6 +434,7 @@ def test_threads_and_processes_fill_the_cores_and_no_more() -> None:
     assert threads_and_processes(None, gpu=True) == (cores, 1)
 
 
+@pytest.mark.slow  # that each file's grid can be laid out, and that a study runs, is tested above
 @pytest.mark.parametrize(
     ("name", "where"),
     [
