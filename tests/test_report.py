@@ -15,6 +15,7 @@ import torch
 import fedlora
 from fedlora import demo
 from fedlora.adapters import write_adapter
+from fedlora.checkpoint import AS_WRITTEN
 from fedlora.cli import main
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
@@ -215,12 +216,23 @@ def test_a_run_begun_twice_still_knows_what_was_written(
     path = tmp_path / "run"
     config = fedlora.Config(**{**keys, "rank_choices": [2, 8], "output_dir": str(path)})
     fedlora.run(config)
-    begun = metrics_of(path)[0]["asked"]
-    assert (begun["rank_choices"], begun["client_ranks"]) == ([2, 8], None)
+    said = read_run(path, "run").written
+    assert (said["rank_choices"], said["client_ranks"]) == ([2, 8], None)
     for lost in ("final", "round-1"):
         shutil.rmtree(path / lost)
+    (path / "metrics.jsonl").unlink()
     fedlora.run(None, resume=path)
-    assert [x["asked"] for x in metrics_of(path) if x["event"] == "begin"] == [begun, begun]
+    assert read_run(path, "run").written == said
+
+
+@pytest.mark.parametrize("last", ["", "{", "[1]", '{"client_ranks": '])
+def test_a_damaged_comment_leaves_the_settled_configuration(tmp_path: Path, last: str) -> None:
+    run = write_run(tmp_path / "run", lines_of(rounds=1), lora_r=4)
+    with (run / "config.yaml").open("a") as file:
+        file.write(AS_WRITTEN + last)
+    found = read_run(run, "run")
+    assert found.written == found.config
+    assert collected(run).series[0].label == "exact"
 
 
 def test_clients_alone_are_named_and_repeated_over_seeds(

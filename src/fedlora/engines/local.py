@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
 from fedlora.checkpoint import (
-    METRICS,
     RunDirectory,
     Saved,
     check_free,
@@ -30,7 +29,7 @@ from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.engines.rating import Rating
 from fedlora.errors import CheckpointError, InputError
-from fedlora.facts import begin_line
+from fedlora.facts import begin_line, config_file
 from fedlora.federation import Server, global_delta
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
@@ -140,7 +139,7 @@ def run_session(
     """Run a federation whose model and data are loaded already; otherwise as `run`."""
     path = Path(session.config.output_dir)
     initial = starting_state(session)
-    directory = RunDirectory.create(path, session.config.to_yaml())
+    directory = RunDirectory.create(path, config_file(session))
     try:
         with _observed(session, directory, report) as told:
             return _Run(session, directory, initial, train_function, callbacks, told).start()
@@ -223,7 +222,7 @@ class _Run:
                 self._warn(f"{problem}; going on from {where}")
             self.directory.append({"event": "resume", "round": number})
             if saved is None:
-                return self._from_the_start(again=True)
+                return self._from_the_start()
             self._restore(saved)
             return self._rounds()
 
@@ -275,12 +274,8 @@ class _Run:
             }
         )
 
-    def _from_the_start(self, again: bool = False) -> Result:
+    def _from_the_start(self) -> Result:
         facts = begin_line(self.session)
-        if again and (self.directory.path / METRICS).is_file():
-            # What the user wrote stands in the line of the first try: `config.yaml` is settled.
-            earlier = read_metrics(self.directory.path)
-            facts["asked"] = next((x["asked"] for x in earlier if "asked" in x), facts["asked"])
         self.log.append(facts)
         self.directory.append(facts)
         line: dict[str, Any] = {"event": "start", "round": 0, **self._evaluate()}

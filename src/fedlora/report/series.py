@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.report.reading import Run, mapping, whole
+from fedlora.report.reading import Run, whole
 from fedlora.sources import rule_keys
 
 APART = (
@@ -95,8 +95,7 @@ def written(run: Run) -> dict[str, Any]:
     Ranks drawn by the seed, a measured dtype and the like are not alike in two runs that differ by
     their seed alone. A client alone is described by its number.
     """
-    config = {**run.config, **mapping(run.begin.get("asked"))}
-    client = lone(run)
+    config, client = run.written, lone(run)
     if client is None:
         return config
     apart = {*OF_ALONE, *rule_keys()}
