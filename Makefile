@@ -36,11 +36,14 @@ install: $(STAMP) ## set up .venv with the package and the development tools
 demo: $(STAMP) ## run the demo
 	$(BIN)/fedlora demo
 
-.PHONY: test
-test: export HF_HUB_OFFLINE := 1
-test: export OMP_NUM_THREADS := 1
-test: export MKL_NUM_THREADS := 1
-test: $(STAMP) ## run the tests (WORKERS=2, PYTEST_ARGS=...)
+.PHONY: test test-all
+test test-all: export HF_HUB_OFFLINE := 1
+test test-all: export OMP_NUM_THREADS := 1
+test test-all: export MKL_NUM_THREADS := 1
+test: $(STAMP) ## run the tests but the slow ones (WORKERS=2, PYTEST_ARGS=...)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## run all tests, as .ci/run does
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: lint

@@ -330,7 +330,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("run --resume full --seed 1", ["--resume full: nothing to resume; there is no config.yaml"]),
     ("config --lora_r 0", ["lora_r: '0' must be at least 1"]),
     ("config missing.yaml", ["missing.yaml: no such configuration file"]),
-    ("demo --method flora", ["method: the demo compares exact, flora, zero_pad"]),
+    ("demo --method flora", ["method: the demo compares exact and flora"]),
 ]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from fedlora.console import PlainLines, Terminal, human_bytes, json_lines, reporter
+from fedlora.console import PlainLines, Terminal, human_bytes, json_lines, per_class, reporter
 
 Event = dict[str, Any]
 
@@ -351,3 +352,49 @@ def test_reporter_of_a_terminal(
     monkeypatch.setattr("sys.stdout", Screen())
     with reporter(as_json=False) as report:
         assert isinstance(report, Terminal) is bars_shown
+
+
+# --- labels ---
+
+
+def labels(scores: dict[str, tuple[float, int]]) -> dict[str, Any]:
+    """An evaluation of labels with these F1 and rows."""
+    return {
+        "per_class": {
+            name: {"precision": f1, "recall": f1, "f1": f1, "support": rows}
+            for name, (f1, rows) in scores.items()
+        }
+    }
+
+
+def test_a_table_of_many_labels_shows_both_ends() -> None:
+    order = list(range(77))
+    random.Random(0).shuffle(order)
+    scores = {f"label {i}": (i / 100, 5) for i in order}
+    lines = per_class(labels(scores), "my runs/out")
+    names = [line.rpartition("%")[0].split("  ")[0] for line in lines if "%" in line]
+    assert names == [f"label {i}" for i in (*range(10), *range(67, 77))]
+    assert lines[11] == "... left out: 57 labels between these"
+    assert "all 77 labels: metrics.jsonl" in lines[22]
+    assert lines[23] == "fedlora report 'my runs/out'"
+    assert len(lines) == 24
+    assert max(map(len, lines)) <= 80
+
+
+def test_labels_without_rows_are_neither_best_nor_worst() -> None:
+    scores = {f"label {i}": (i / 100, 3 if i % 2 else 0) for i in range(1, 77)}
+    text = "\n".join(per_class(labels(scores), "out"))
+    assert "left out: 18 labels between these and 38 without a row to evaluate on" in text
+    assert "label 1 " in text
+    assert "label 2 " not in text
+    # Fewer labels with rows than are shown: each stands there once.
+    few = per_class(labels({f"label {i}": (i / 100, int(i < 14)) for i in range(30)}), "out")
+    assert sum("%" in line for line in few) == 14
+    assert "left out: 16 without a row to evaluate on" in "\n".join(few)
+
+
+@pytest.mark.parametrize("number", [1, 2, 20])
+def test_a_short_table_shows_every_label_in_its_order(number: int) -> None:
+    scores = {f"label {i}": ((7 * i % 20) / 20, i % 3) for i in range(number)}
+    lines = per_class(labels(scores), "out")
+    assert [line[:8].strip() for line in lines[1:]] == list(scores)

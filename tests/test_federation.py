@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fedlora.errors import InputError
 from fedlora.federation import Federation, Server, global_delta
 from fedlora.lowrank import Delta, Dense, LowRank, nbytes
 from fedlora.methods import METHODS
+from fedlora.seeds import SERVER, Purpose, fresh_factors
 from fedlora.state import ClientUpdate, ServerState
 from simulated import (
     F64,
@@ -622,6 +624,53 @@ def test_bytes_down_are_those_of_what_a_client_lacks(
             server.accept(train(server, broadcast, round, kept=kept))
         record = server.commit()
         assert record.bytes_down == sum(b.nbytes for b in sent.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("method", ["ffa", "fedsa", "rolora"])
+def test_a_given_adapter_is_counted_when_a_client_is_first_sent_it(
+    method: str, rank: int, dtype: torch.dtype
+) -> None:
+    """A client that holds what the seed gives, and what it was sent, lacks no number uncounted."""
+    partly = {"attn": random_adapter(rank, 0, dtype)["attn"]}  # the other modules are fresh
+    ranks = (1, 3, 2, 3) if METHODS[method].mixed_ranks else (3, 3, 3, 3)
+    server = serve(method, ranks, partly, dtype=dtype, clients_per_round=2)
+    fresh = fresh_factors(5, 0, SERVER, Purpose.SHARED_INIT, SHAPES)
+    held: dict[int, dict[str, Tensor]] = {}
+    kept: Kept = {}
+    counts: dict[int, list[int]] = {}
+    for number in range(1, 9):
+        there = {k for k, last in server.state.last_seen.items() if last == number - 1}
+        for k, sent in server.plan().items():
+            fallback = {}
+            for name, (m, _) in SHAPES.items():
+                fallback[f"{name}.A"] = fresh(name, sent.rank).to(dtype)
+                fallback[f"{name}.B"] = torch.zeros(m, sent.rank, dtype=dtype)
+            own = held.get(k) or fallback
+            sends = METHODS[method].sent_down(number, k in there)
+            whole = sum(
+                getattr(x, factor).numel() for x in sent.adapter.values() for factor in sends
+            )
+            lacking = 0  # of factors that do not travel in this round: directions it cannot know
+            for name, x in sent.adapter.items():
+                for factor in {"A", "B"} - set(sends):
+                    now, then = getattr(x, factor), own[f"{name}.{factor}"]
+                    differs = (now != then).any(dim=1 if factor == "A" else 0)
+                    lacking += int(differs.sum()) * SHAPES[name][1 if factor == "A" else 0]
+            base = nbytes(server.state.base_delta) if k not in there else 0
+            size = torch.empty(0, dtype=dtype).element_size()
+            assert sent.nbytes == size * (whole + lacking) + base
+            counts.setdefault(k, []).append(lacking)
+            held[k] = {f"{n}.{f}": getattr(x, f) for n, x in sent.adapter.items() for f in "AB"}
+            server.accept(train(server, sent, number, kept=kept))
+        server.commit()
+    assert len(counts) == 4
+    for found in counts.values():
+        assert len(found) > 1
+        assert not any(found[1:])
+        # The leading directions of the given adapter, of one factor; rolora sends both at first.
+        assert (found[0] > 0) == (method != "rolora")
 
 
 @pytest.mark.parametrize("method", ["ffa", "fedsa"])

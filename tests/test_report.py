@@ -15,6 +15,7 @@ import torch
 import fedlora
 from fedlora import demo
 from fedlora.adapters import write_adapter
+from fedlora.checkpoint import AS_WRITTEN
 from fedlora.cli import main
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
@@ -173,6 +174,87 @@ def test_series_are_named_after_what_differs(tmp_path: Path) -> None:
     assert [key for key, _ in data.differing] == ["method", "lora_r", "seed"]
 
 
+def test_what_the_seed_draws_makes_no_other_configuration(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ranks, a measured dtype, cohorts, names of the run: only the seed was written otherwise."""
+    keys = {**small_run, "num_rounds": 1, "max_steps": 1, "client_ranks": None}
+    keys |= {"rank_choices": [2, 4, 8], "client_overrides": {1: {"lora_r": 3, "max_steps": 2}}}
+    ranks = []
+    for method, seed in (("exact", 1), ("exact", 2), ("flora", 3)):
+        own = {"method": method, "seed": seed, "run_name": f"{method} {seed}", "project": str(seed)}
+        path = tmp_path / f"{method}-{seed}"
+        fedlora.run(fedlora.Config(**{**keys, **own, "output_dir": str(path)}))
+        ranks.append([x["rank"] for x in metrics_of(path)[0]["clients"]])
+    assert ranks[0] != ranks[1]
+    data = collected(tmp_path)
+    assert [(x.label, len(x.runs)) for x in data.series] == [("exact", 2), ("flora", 1)]
+    assert ("client_ranks", tuple(" ".join(map(str, x)) for x in ranks)) in data.differing
+    # Drawn from other choices, or given as a list: another configuration.
+    for name, more in (("other", {"rank_choices": [2, 16]}), ("given", {"client_ranks": ranks[0]})):
+        changed = {**keys, "client_overrides": None, "rank_choices": None, **more, "seed": 1}
+        fedlora.run(fedlora.Config(**{**changed, "output_dir": str(tmp_path / name)}))
+    assert len(collected(tmp_path).series) == 4
+
+
+def test_a_rank_written_in_two_ways_is_one_configuration(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    for seed, ranks in ((1, {"client_ranks": [4, 4, 4, 4]}), (2, {"lora_r": 4})):
+        keys = {**small_run, "num_rounds": 1, "max_steps": 1, "client_ranks": None, "lora_r": 4}
+        own = {**ranks, "seed": seed, "output_dir": str(tmp_path / str(seed))}
+        fedlora.run(fedlora.Config(**{**keys, **own}))
+    assert [len(x.runs) for x in collected(tmp_path).series] == [2]
+
+
+def test_a_run_begun_twice_still_knows_what_was_written(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    import shutil
+
+    keys = {**small_run, "num_rounds": 1, "max_steps": 1, "client_ranks": None}
+    path = tmp_path / "run"
+    config = fedlora.Config(**{**keys, "rank_choices": [2, 8], "output_dir": str(path)})
+    fedlora.run(config)
+    said = read_run(path, "run").written
+    assert (said["rank_choices"], said["client_ranks"]) == ([2, 8], None)
+    for lost in ("final", "round-1"):
+        shutil.rmtree(path / lost)
+    (path / "metrics.jsonl").unlink()
+    fedlora.run(None, resume=path)
+    assert read_run(path, "run").written == said
+
+
+@pytest.mark.parametrize("last", ["", "{", "[1]", '{"client_ranks": '])
+def test_a_damaged_comment_leaves_the_settled_configuration(tmp_path: Path, last: str) -> None:
+    run = write_run(tmp_path / "run", lines_of(rounds=1), lora_r=4)
+    with (run / "config.yaml").open("a") as file:
+        file.write(AS_WRITTEN + last)
+    found = read_run(run, "run")
+    assert found.written == found.config
+    assert collected(run).series[0].label == "exact"
+
+
+def test_clients_alone_are_named_and_repeated_over_seeds(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    from fedlora.engines.local import run_session
+    from fedlora.setup import alone, assemble
+
+    for seed in (1, 2):
+        keys = {**small_run, "num_rounds": 1, "max_steps": 1, "seed": seed}
+        session = assemble(fedlora.Config(**{**keys, "output_dir": str(tmp_path / f"all-{seed}")}))
+        run_session(session)
+        for client in (2, 3):  # of one rank
+            run_session(alone(session, client, tmp_path / f"alone-{client}-{seed}"))
+    data = collected(tmp_path)
+    assert sorted((x.label, len(x.runs)) for x in data.series) == [
+        ("client 2 alone", 2),
+        ("client 3 alone", 2),
+        ("exact", 2),
+    ]
+
+
 def test_equal_runs_are_told_apart_by_their_directories(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, lines_of(rounds=1), final=False)
@@ -190,6 +272,62 @@ def test_directories_of_directories(tmp_path: Path) -> None:
     found = find_runs([str(tmp_path)])
     assert names_of(found) == ["x/1", "x/2", "y/1"]
     assert len(group([read_run(p, str(p)) for p in found])) == 3
+
+
+# --- the scale of a plot ---
+
+
+def perplexities(tmp_path: Path, values: list[float | None], **more: Any) -> Collected:
+    lines = lines_of(rounds=len(values) - 1)
+    for line in lines:
+        line.pop("client_evaluations", None)
+        line.pop("personal_evaluations", None)
+    for line, value in zip([x for x in lines if "evaluation" in x], values, strict=True):
+        line["evaluation"] = {"perplexity": value, "token_accuracy": 0.01 + 0.3 * line["round"]}
+    return collected(write_run(tmp_path / "run", lines, **more))
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        ([1600.0, 4.0, 2.0, 1.5], True),
+        ([1600.0, 4.0], True),
+        ([30.0, 4.0, 2.0, 1.6], False),  # 15 times the median of the later rounds
+        ([2.0, 4.0, 1600.0], False),
+        ([1600.0], False),
+        ([None, 4.0, 2.0], False),  # beyond what a number can hold: not drawn at all
+    ],
+)
+def test_a_first_round_that_dwarfs_the_rest_makes_the_scale_logarithmic(
+    tmp_path: Path, values: list[float | None], log: bool
+) -> None:
+    data = perplexities(tmp_path, values)
+    scales = {x.measure: x.log for x in data.panels if x.kind == "evaluation"}
+    assert scales == {"perplexity": log, "token_accuracy": False}
+    pages = data_of(data)["panels"]
+    assert next(x["log"] for x in pages if x["measure"] == "perplexity") is log
+    if len(values) == 1:
+        return
+    from fedlora.report.figures import quality
+
+    axes = {x.get_title().partition(",")[0]: x for x in quality(data).axes}
+    assert axes["Perplexity"].get_yscale() == ("log" if log else "linear")
+    assert axes["Token accuracy"].get_yscale() == "linear"
+
+
+def test_a_band_that_reaches_below_zero_can_be_drawn_on_a_log_scale(tmp_path: Path) -> None:
+    for seed, later in ((1, 1.5), (2, 90.0)):
+        lines = lines_of(rounds=2, seed=seed)
+        for line in lines:
+            if "evaluation" in line:
+                line["evaluation"]["perplexity"] = later if line["round"] else 5000.0
+        write_run(tmp_path / "runs" / str(seed), lines, seed=seed)
+    panel = next(x for x in collected(tmp_path / "runs").panels if x.measure == "perplexity")
+    assert panel.log
+    assert panel.lines[0].curve.mean[1] < (panel.lines[0].curve.sd[1] or 0.0)
+    output = tmp_path / "it.png"
+    assert verb([str(tmp_path / "runs"), "--output", str(output)]) == 0
+    assert (tmp_path / "it-quality.png").is_file()
 
 
 # --- the spectrum ---

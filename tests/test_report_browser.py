@@ -185,6 +185,32 @@ def test_log_scale_changes_the_axis(show: Any) -> None:
     assert before != after
 
 
+def test_perplexity_starts_on_a_log_scale_until_another_is_chosen(show: Any) -> None:
+    page = show("many")
+
+    def ticks(title: str) -> list[str]:
+        found: list[str] = page.execute_script(
+            "const f = [...document.querySelectorAll('#quality figure')]"
+            ".find((x) => x.querySelector('h3').textContent === arguments[0]);"
+            "return [...f.querySelectorAll('svg text')].map((x) => x.textContent)",
+            title,
+        )
+        return found
+
+    box = page.execute_script(
+        "return [...document.querySelectorAll('#quality > .controls label')]"
+        ".find((x) => x.textContent === 'log scale').querySelector('input')"
+    )
+    assert {"1", "10", "100", "1000", "10000"} <= set(ticks("Perplexity"))
+    assert "10" not in ticks("Perplexity on general text")
+    assert box.get_property("indeterminate")
+    box.click()  # all of them
+    assert {"10", "100"} <= set(ticks("Perplexity on general text"))
+    box.click()  # none
+    assert "2000" in ticks("Perplexity")
+    assert not box.get_property("indeterminate")
+
+
 def test_choice_of_a_run_moves_every_part(show: Any) -> None:
     page = show("many")
     before = {name: marks(page, name) for name in ("data", "error-layers", "seconds", "change")}

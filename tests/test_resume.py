@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fedlora
+import fedlora.methods
 from fedlora.checkpoint import read_metrics, verify
 from fedlora.cli import main
 from fedlora.engines import rating
@@ -673,6 +675,52 @@ def test_nothing_to_resume(
             assert name in message
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "file"]
     assert "nothing to resume; the run is complete" in refused(whole["exact"], capsys=capsys)
+
+
+GOES_ON = [name for name in fedlora.methods.METHODS if name != "fedsa"]
+
+
+@pytest.mark.parametrize("method", GOES_ON)
+def test_a_complete_run_says_how_it_is_trained_further(
+    keys: dict[str, Any], out: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """The command works as it is printed, and begins where the run ended."""
+    rule = fedlora.methods.METHODS[method]
+    own = {"method": method, "client_ranks": [8, 4, 2, 2] if rule.mixed_ranks else 4}
+    own |= {"num_rounds": 1, "server_momentum": 0.0, "output_dir": str(out)}
+    ended = fedlora.run(fedlora.Config(**{**keys, **own})).evaluations[1]
+    capsys.readouterr()
+    said = refused(out, "--num_rounds", "3", capsys=capsys)
+    assert "nothing to resume; the run is complete" in said
+    assert "For 2 more rounds start a new run from its result (rounds count from 1 again)" in said
+    words = shlex.split(said.strip().splitlines()[-1])
+    assert words[:2] == ["fedlora", "run"]
+    assert main([*words[1:], "--max_steps", "1"]) == 0
+    lines = read_metrics(Path(words[-1]))
+    assert [x["round"] for x in lines if x["event"] == "round"] == [1, 2]
+    begun = next(x for x in lines if x["event"] == "start")["evaluation"]
+    assert begun["loss"] == pytest.approx(ended["loss"], rel=1e-5)
+
+
+def test_more_rounds_than_an_unfinished_run_was_begun_with(
+    stopped: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stopped, out)
+    said = refused(out, "--num_rounds", str(ROUNDS + 4), capsys=capsys)
+    assert f"num_rounds: {ROUNDS} when it began, {ROUNDS + 4} now" in said
+    assert "When it has ended: For 4 more rounds start a new run" in said
+    assert "and the server's momentum begins anew" in said
+    assert "more rounds" not in refused(out, "--num_rounds", "1", capsys=capsys)
+
+
+def test_clients_own_models_are_not_taken_up_by_a_new_run(
+    keys: dict[str, Any], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"method": "fedsa", "client_ranks": 2, "num_rounds": 1, "output_dir": str(out)}
+    fedlora.run(fedlora.Config(**{**keys, **own}))
+    said = refused(out, "--num_rounds", "5", capsys=capsys)
+    assert "begin a new run with --num_rounds 5" in said
+    assert "--init_adapter" not in said
 
 
 def test_a_second_process_is_refused(driver: Driver, stopped: Path, out: Path) -> None:

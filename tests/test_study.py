@@ -314,6 +314,39 @@ def test_a_run_that_fails_is_named_and_the_others_are_made(
     assert "bad, seed 0: not complete" in page
 
 
+def test_adalora_counts_tokens_and_weighs_losses_as_our_own_training_does(
+    small_run: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rows of 4 to 13 letters: a step's loss is a mean over tokens, however it is accumulated."""
+    import fedlora
+    from fedlora.study.adalora import train_adalora
+    from fedlora.train import train
+
+    tokens, first = {}, {}
+    keys = {**small_run, "method": "flora", "num_rounds": 1, "max_steps": 7}
+    for name, function, batch, accumulate in (
+        ("ours", train, 6, 1),
+        ("whole", train_adalora, 6, 1),
+        ("parts", train_adalora, 2, 3),
+    ):
+        own = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
+        steps: list[Any] = []
+        config = fedlora.Config(**{**keys, **own, "output_dir": str(tmp_path / name)})
+        result = fedlora.run(config, train_function=function, report=steps.append)
+        line = next(x for x in result.metrics if x["event"] == "round")
+        tokens[name] = [x["metrics"]["tokens"] for x in line["clients"]]
+        first[name] = [x["loss"] for x in steps if x["event"] == "step" and x["step"] == 1]
+        told = [0] * 4
+        for x in steps:
+            if x["event"] == "step":
+                told[x["client"]] += x["tokens"]
+        assert told == tokens[name]
+    assert tokens["whole"] == tokens["parts"] == tokens["ours"]
+    penalties = [a - b for a, b in zip(first["whole"], first["ours"], strict=True)]
+    assert min(penalties) > 0  # PEFT's, of random factors
+    assert first["parts"] == pytest.approx(first["whole"], rel=1e-5)
+
+
 def test_a_client_alone_and_adalora_are_runs_too(tmp_path: Path) -> None:
     grid = {"who": {"together": {}, "alone": {"alone": 3}, "ada": {"trainer": "adalora"}}}
     part = {"keys": {"method": "flora", "client_ranks": 4}, "grid": grid}
@@ -401,6 +434,7 @@ def test_threads_and_processes_fill_the_cores_and_no_more() -> None:
     assert threads_and_processes(None, gpu=True) == (cores, 1)
 
 
+@pytest.mark.slow  # that each file's grid can be laid out, and that a study runs, is tested above
 @pytest.mark.parametrize(
     ("name", "where"),
     [

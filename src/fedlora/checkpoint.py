@@ -35,6 +35,8 @@ from fedlora.lowrank import Delta, Deltas, Dense, LowRank
 from fedlora.state import ClientState, Encoded, ServerState
 
 CONFIG, METRICS, FINAL, MANIFEST = "config.yaml", "metrics.jsonl", "final", "manifest.json"
+AS_WRITTEN = "# Settled by the run itself; as it was written: "
+"""Before the keys, as JSON, in the last line of `config.yaml`."""
 _CLIENTS = "clients.safetensors"
 _LOCK, _PARTIAL_CONFIG = ".lock", f".{CONFIG}.partial"
 _ROUND = re.compile(r"^round-(\d+)$")

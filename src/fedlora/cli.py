@@ -25,7 +25,7 @@ from fedlora.sources import parse_overrides, settings, take_flag, take_value
 HELP = f"""\
 fedlora {__version__}: federated fine-tuning of language models with LoRA adapters of different rank
 
-  fedlora demo                      ten clients of ranks 64 to 4, three methods, one table (minutes)
+  fedlora demo                      ten clients of ranks 64 to 4, two methods, one table (minutes)
   fedlora run [CONFIG.yaml] [--key value ...]
                                     run a federation; without CONFIG.yaml, the embedded default
   fedlora run --resume DIR          go on with a run that was interrupted
@@ -139,10 +139,14 @@ In Python:
 """
 
 HELP_DEMO = """\
-fedlora demo [--output_dir DIR] [--key value ...]
+fedlora demo [--output_dir DIR] [--seeds 0 1 2] [--processes N] [--key value ...]
 
-Runs exact, flora and zero_pad on ten clients of ranks 64 32 16 16 8 8 4 4 4 4, and every client
-alone; ends with a table and a picture of exact match by round. Keys go to every run.
+Runs exact and flora on ten clients of ranks 64 32 16 16 8 8 4 4 4 4 in four rounds, three seeds
+each, and every client of the first seed alone; ends with a table and a picture of exact match by
+round, means over the seeds, and with what the differences are worth. Keys go to every run.
+
+  --seeds 0 1 2   other seeds, or more or fewer of them (--seed S: three from S on)
+  --processes N   runs at a time; without it as many as there are cores, with one thread each
 """
 
 
@@ -198,7 +202,7 @@ def run_verb(arguments: list[str]) -> int:
         return 130
     if not as_json:
         last = next(x for x in reversed(result.metrics) if x["event"] in ("round", "start"))
-        shown = per_class(last.get("evaluation") or {})
+        shown = per_class(last.get("evaluation") or {}, str(result.output_dir))
         print("\n".join(shown), end="\n" if shown else "")
         end = result.metrics[-1]
         best = "" if end["best"] is None else f"; best: round {end['best']}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -97,18 +98,44 @@ def _row(event: Event, task: str) -> str:
     )
 
 
-def per_class(evaluation: Mapping[str, Any]) -> list[str]:
-    """A classifier's last evaluation, a line per label; nothing for a language model."""
+ENDS = 10
+"""Labels shown from either end of a table that would be too long."""
+
+
+def per_class(evaluation: Mapping[str, Any], where: str) -> list[str]:
+    """A classifier's last evaluation, a line per label; nothing for a language model.
+
+    Of more than twice `ENDS` labels those with the worst and the best F1 are shown; lines say how
+    many are not, and where all are.
+
+    Args:
+        evaluation: of a round.
+        where: the run's directory.
+    """
     found = evaluation.get("per_class")
     if not found:
         return []
-    width = max(5, *(len(name) for name in found))
+    parts, note = [list(found)], ""
+    if len(found) > 2 * ENDS:
+        measured = sorted((n for n in found if found[n]["support"]), key=lambda n: found[n]["f1"])
+        parts = [measured[:ENDS], measured[ENDS:][-ENDS:]]
+        left, unseen = max(len(measured) - 2 * ENDS, 0), len(found) - len(measured)
+        said = [f"{left} labels between these"] * (left > 0)
+        said += [f"{unseen} without a row to evaluate on"] * (unseen > 0)
+        note = f"... left out: {' and '.join(said)}"
+    width = max(5, *(len(name) for part in parts for name in part))
     lines = [f"{'label':<{width}} {'precision':>9} {'recall':>7} {'F1':>7} {'rows':>6}"]
-    for name, x in found.items():
-        lines.append(
-            f"{name:<{width}} {x['precision']:>9.1%} {x['recall']:>7.1%} {x['f1']:>7.1%} "
-            f"{x['support']:>6}"
-        )
+    for i, part in enumerate(parts):
+        lines += [note] * (i > 0)
+        for name in part:
+            x = found[name]
+            lines.append(
+                f"{name:<{width}} {x['precision']:>9.1%} {x['recall']:>7.1%} {x['f1']:>7.1%} "
+                f"{x['support']:>6}"
+            )
+    if note:
+        lines.append(f"the worst and the best by F1; all {len(found)} labels: metrics.jsonl, or")
+        lines.append(f"fedlora report {shlex.quote(where)}")
     return lines
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 from fedlora import __version__
+from fedlora.checkpoint import AS_WRITTEN
 from fedlora.setup import Session
+
+
+def config_file(session: Session) -> str:
+    """What `config.yaml` says: the resolved configuration and, in a comment at its end, as the user
+    wrote them the keys that the run settled by itself (automatic values, ranks drawn by the seed).
+    """
+    asked = json.dumps(dict(session.asked), default=str)
+    return f"{session.config.to_yaml()}{AS_WRITTEN}{asked}\n"
 
 
 def begin_line(session: Session) -> dict[str, Any]:
@@ -19,7 +29,7 @@ def begin_line(session: Session) -> dict[str, Any]:
         `parameters`; method and task; `modules` (target module -> `[m, n]`); `dense_parameters`
         trained whole; `clients` (rank, rows and tokens to train on, eval_rows held out, and
         counts: value of `column` -> rows as they were read, dropped and held-out ones among them);
-        `eval_rows`.
+        `eval_rows`; `alone`, the client that trains by itself, or None.
     """
     base, data, spec, held = session.base, session.data, session.federation, session.holdings
     model = base.model
@@ -53,6 +63,7 @@ def begin_line(session: Session) -> dict[str, Any]:
         "clients": clients,
         "column": held.column if held else None,
         "eval_rows": len(data.eval),
+        "alone": session.lone,
         "environment": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "peft")},

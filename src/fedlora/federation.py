@@ -28,14 +28,12 @@ from fedlora.lowrank import (
     LowRank,
     add,
     add_all,
-    factor_bytes,
-    nbytes,
     one_thread,
     prefix,
     smaller,
 )
 from fedlora.methods import METHODS
-from fedlora.methods.rule import Prepared, Rule, Shapes, change
+from fedlora.methods.rule import Rule, Shapes, change
 from fedlora.seeds import SERVER, Purpose, fresh_factors, generator
 from fedlora.spool import Waiting
 from fedlora.state import (
@@ -50,6 +48,7 @@ from fedlora.state import (
     Start,
 )
 from fedlora.sums import DENSE, WeightedSum, moved, step, wide
+from fedlora.traffic import bytes_down, initial_factors
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def initial_state(
     dense: Mapping[str, Tensor] | None = None,
 ) -> ServerState:
     """The state before round 1, from nothing or from an adapter to go on from."""
-    fresh = fresh_factors(federation.seed, 0, SERVER, Purpose.SHARED_INIT, federation.shapes)
+    fresh = initial_factors(federation.seed, federation.shapes)
     adapter, base_delta = rule.initial(
         federation.shapes, max(federation.ranks), fresh, dict(given or {})
     )
@@ -260,11 +259,15 @@ class Server:
             rank: self.rule.cut(prepared, rank, self.options)
             for rank in sorted({self._rank(client) for client in clients})
         }
-        sizes: dict[tuple[int, bool], int] = {}
+        fresh = initial_factors(self.federation.seed, self.federation.shapes)
+        sizes: dict[tuple[int, bool, bool], int] = {}
         for client in clients:
-            rank, seen = self._rank(client), self._seen(client)
-            if (rank, seen) not in sizes:
-                sizes[rank, seen] = self._bytes_down(cuts[rank], seen)
+            rank, last = self._rank(client), self.state.last_seen.get(client)
+            seen, new = last is not None and last == self.state.round, last is None
+            if (rank, seen, new) not in sizes:
+                sizes[rank, seen, new] = bytes_down(
+                    self.state, cuts[rank], self.rule, fresh, seen=seen, new=new
+                )
             self._broadcasts[client] = Broadcast(
                 round=self.state.round + 1,
                 client=client,
@@ -273,26 +276,11 @@ class Server:
                 leading=cuts[rank].leading,
                 base_delta=self.state.base_delta,
                 dense=self.state.dense,
-                nbytes=sizes[rank, seen],
+                nbytes=sizes[rank, seen, new],
                 modules=self.federation.trained_by(client),
             )
         self._queue.extend(clients)
         return dict(self._broadcasts)
-
-    def _seen(self, client: int) -> bool:
-        """Whether it took part in the round before."""
-        return self.state.round > 0 and self.state.last_seen.get(client) == self.state.round
-
-    def _bytes_down(self, sent: Prepared, seen: bool) -> int:
-        """What a client lacks: who held the state of one round ago, only what that has changed."""
-        state = self.state
-        beside = {n: x for n, x in sent.leading.items() if x is not sent.adapter[n]}
-        missing = nbytes(state.base_delta)
-        if seen:
-            missing = min(missing, nbytes(state.last_merge))
-        dense = sum(t.nbytes for t in state.dense.values())
-        lacking = self.rule.sent_down(state.round + 1, seen)
-        return factor_bytes(sent.adapter, lacking) + nbytes(beside) + missing + dense
 
     @one_thread()
     def accept(self, update: ClientUpdate) -> str:

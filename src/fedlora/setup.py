@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,6 +78,8 @@ AUTOMATIC = (
     "greater_is_better",
 )
 """Keys whose automatic value is decided once, written to `config.yaml` and kept on resume."""
+SETTLED = (*AUTOMATIC, "rank_choices", "rank_shares", "client_overrides")
+"""Keys that a resolved configuration may hold otherwise than the user wrote them."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Session:
         choices: what was decided for this machine, in words.
         holdings: who holds what.
         general: windows of general text, whose loss shows what is forgotten.
+        asked: of the keys in `SETTLED` that `config` holds otherwise, what the user wrote.
+        lone: the client that trains by itself, see `alone`; None: a federation.
     """
 
     config: Config
@@ -103,6 +107,8 @@ class Session:
     choices: tuple[str, ...] = ()
     holdings: Holdings | None = None
     general: Sequence[Tokens] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    lone: int | None = None
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -177,7 +183,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     Raises:
         InputError: what cannot be used, and what to do.
     """
-    config = resolve_paths(config)
+    config = written = resolve_paths(config)
     threads = config.num_threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     check_trackers(config)
@@ -253,6 +259,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         tuple(choices),
         holdings(resolved, _limited(config, raw)),
         _general(config, tokenizer, min(context, config.max_length), task),
+        {k: x for k in SETTLED if (x := getattr(written, k)) != getattr(resolved, k)},
     )
 
 
@@ -290,6 +297,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
             num_examples=[spec.num_examples[client]],
             modules={0: spec.modules[client]} if client in spec.modules else {},
         ),
+        lone=client,
     )
 
 

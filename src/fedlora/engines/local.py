@@ -29,11 +29,11 @@ from fedlora.config import Config
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.engines.rating import Rating
 from fedlora.errors import CheckpointError, InputError
-from fedlora.facts import begin_line
+from fedlora.facts import begin_line, config_file
 from fedlora.federation import Server, global_delta
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
-from fedlora.resuming import as_it_began
+from fedlora.resuming import as_it_began, refuse_complete
 from fedlora.setup import Session, assemble, starting_state
 from fedlora.sources import read_yaml
 from fedlora.state import Broadcast, ClientState, ClientUpdate, RoundRecord, ServerState
@@ -112,6 +112,7 @@ def run(
         FedloraError: the run cannot go on (no space left); what was saved stays whole.
     """
     if resume is not None:
+        refuse_complete(Path(resume), config)
         directory = RunDirectory.open(resume)
         try:
             session = assemble(as_it_began(directory.path, config))
@@ -138,7 +139,7 @@ def run_session(
     """Run a federation whose model and data are loaded already; otherwise as `run`."""
     path = Path(session.config.output_dir)
     initial = starting_state(session)
-    directory = RunDirectory.create(path, session.config.to_yaml())
+    directory = RunDirectory.create(path, config_file(session))
     try:
         with _observed(session, directory, report) as told:
             return _Run(session, directory, initial, train_function, callbacks, told).start()

@@ -3,7 +3,7 @@
     A = sum_k p_k A_k        B_k stays with client k and is trained on in its next round
 
 There is no global model: client k's model is `W_0 + s_k B_k A`. Only A travels. The server's state
-holds A and `B = 0`.
+holds A and `B = 0`, or the B of an adapter to go on from, which every client is sent once.
 
 Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025,
 arXiv 2410.01463.
@@ -30,7 +30,7 @@ RULE = Rule(
     paper="Guo et al., ICLR 2025, arXiv 2410.01463",
     exact_when="never asked: it makes one model for every client and no global one",
     mixed_ranks=False,
-    downlink="A",
+    downlink="A (and the B of an adapter to go on from: once)",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,

@@ -3,8 +3,9 @@
     A: one random draw, the same for all, never trained        B = sum_k p_k s_k B_k
 
 With A common, the mean of B is the mean of the products: `sum_k p_k B_k A`. Only B travels, up and
-down; A follows from the seed. A client of rank r_k < r trains the first r_k columns of B, and its
-change counts as zero in the others (padding).
+down; A follows from the seed, and is sent once where the run goes on from an adapter. A client of
+rank r_k < r trains the first r_k columns of B, and its change counts as zero in the others
+(padding).
 
 Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024, arXiv 2403.12313.
 
@@ -39,7 +40,7 @@ RULE = Rule(
     paper="Sun et al., ICLR 2024, arXiv 2403.12313",
     exact_when="always",
     mixed_ranks=True,
-    downlink="the first r_k columns of B; A follows from the seed",
+    downlink="the first r_k columns of B; A follows from the seed (that of an adapter: once)",
     secure_sum="factors",
     initial=shared_initial,
     prepare=prepare_as_is,

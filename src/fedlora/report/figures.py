@@ -137,10 +137,13 @@ def quality(collected: Collected) -> Figure | None:
                 low, high = mean - sd, mean + sd
                 if panel.percent:  # no share lies beyond these
                     low, high = low.clip(min=0), high.clip(max=1)
-                colour = COLOURS[i % len(COLOURS)]
-                axes.fill_between(c.rounds, low, high, color=colour, alpha=0.18, lw=0)
-        axes.set_title(_plain(panel.title))
+                colour, shown = COLOURS[i % len(COLOURS)], low > 0 if panel.log else None
+                axes.fill_between(c.rounds, low, high, shown, color=colour, alpha=0.18, lw=0)
+        axes.set_title(_plain(panel.title) + (", log scale" if panel.log else ""))
         _rounds(axes)
+        if panel.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         if panel.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -59,6 +59,7 @@ class Panel:
         percent: a share, shown in percent.
         greater: more is better; None: unknown.
         lines: a series each, or with a single series what was measured on what.
+        log: it is first drawn on a log scale, because the first round dwarfs the others.
     """
 
     kind: str
@@ -68,6 +69,11 @@ class Panel:
     percent: bool
     greater: bool | None
     lines: tuple[PanelLine, ...]
+    log: bool = False
+
+
+DWARFS = 20
+"""A first value of more than so many times the median of the later ones hides what they do."""
 
 
 def titled(line: Line, kind: str) -> dict[str, float]:
@@ -135,7 +141,14 @@ def _panel(kind: str, measure: str, lines: Sequence[PanelLine], notes: Sequence[
         "general_evaluation": " on general text",
     }[kind]
     note = "; ".join(notes or [KINDS[kind][1]])
-    return Panel(kind, measure, title + where, note, percent, greater, tuple(lines))
+    positive = all(y > 0 for x in lines for y in x.curve.mean)
+    log = not percent and positive and any(_dwarfed(x.curve.mean) for x in lines)
+    return Panel(kind, measure, title + where, note, percent, greater, tuple(lines), log)
+
+
+def _dwarfed(values: Sequence[float]) -> bool:
+    """Whether the first value leaves no room on a plot for the others."""
+    return len(values) > 1 and values[0] > DWARFS * statistics.median(values[1:])
 
 
 def change(run: Run, clients: Sequence[int]) -> Iterable[dict[str, Any]]:

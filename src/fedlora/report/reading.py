@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.checkpoint import CONFIG, FINAL, METRICS, read_metrics
+from fedlora.checkpoint import AS_WRITTEN, CONFIG, FINAL, METRICS, read_metrics
 from fedlora.errors import InputError
 from fedlora.sources import read_yaml
 
@@ -53,6 +53,17 @@ class Run:
     def method(self) -> str:
         """The aggregation rule, or "unknown method"."""
         return str(self.config.get("method") or self.begin.get("method") or "unknown method")
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The configuration with what the run settled by itself as the user wrote it."""
+        last = self.config_text.rstrip().rpartition("\n")[2]
+        if not self.config or not last.startswith(AS_WRITTEN):
+            return self.config
+        try:
+            return {**self.config, **mapping(json.loads(last.removeprefix(AS_WRITTEN)))}
+        except (ValueError, RecursionError):
+            return self.config
 
     @property
     def seed(self) -> int | None:

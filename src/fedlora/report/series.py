@@ -8,11 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.report.reading import Run
+from fedlora.report.reading import Run, whole
 from fedlora.sources import rule_keys
 
-APART = ("seed", "output_dir", "report_to", "run_name", "num_threads", "cohort_size")
+APART = (
+    "seed",
+    "output_dir",
+    "report_to",
+    "run_name",
+    "project",
+    "logging_dir",
+    "num_threads",
+    "cohort_size",
+    "cohort_memory",
+)
 """Keys that make no other experiment of a run."""
+OF_ALONE = ("method", "num_clients", "client_ranks", "client_overrides", "save_total_limit")
+"""Keys that a client alone has otherwise than its federation."""
 
 
 @dataclass(frozen=True)
@@ -77,41 +89,81 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(out, key=lambda key: key != "method")
 
 
+def written(run: Run) -> dict[str, Any]:
+    """The configuration as the user wrote it: what a run settles by itself is put back.
+
+    Ranks drawn by the seed, a measured dtype and the like are not alike in two runs that differ by
+    their seed alone. A client alone is described by its number.
+    """
+    config, client = run.written, lone(run)
+    if client is None:
+        return config
+    apart = {*OF_ALONE, *rule_keys()}
+    return {"alone": client, **{k: x for k, x in config.items() if k not in apart}}
+
+
+def lone(run: Run) -> int | None:
+    """The client that trained by itself in this run; None: a federation."""
+    return whole(run.begin.get("alone"))
+
+
 def group(runs: Sequence[Run]) -> list[Series]:
     """Series in the order in which their first runs are given."""
-    groups: dict[str, list[int]] = {}
+    groups: list[list[int]] = []
+    of: dict[str, list[int]] = {}  # a configuration, as it was settled or written -> its group
     for i, run in enumerate(runs):
         # A run without a configuration is like no other.
-        same = {k: x for k, x in run.config.items() if k not in APART} or {"run": run.name}
-        groups.setdefault(_text(same), []).append(i)
+        names = [_text(x) for x in _descriptions(run)] if run.config else []
+        found = next((of[name] for name in names if name in of), None)
+        if found is None:
+            groups.append(found := [])
+        found.append(i)
+        for name in names:
+            of.setdefault(name, found)
     parts: list[list[int]] = []
-    for members in groups.values():
+    for members in groups:
         seeds = [runs[i].seed for i in members]
         # The same seed twice is not a repetition: something else differs that is not written.
         parts += [members] if len(set(seeds)) == len(seeds) else [[i] for i in members]
-    keys = differing([runs[members[0]].config for members in parts if runs[members[0]].config])
-    labels = [_label(runs[members[0]], keys) for members in parts]
+    firsts = [runs[members[0]] for members in parts]
+    keys = {
+        alone: differing([written(x) for x in firsts if x.config and (lone(x) is None) != alone])
+        for alone in (True, False)
+    }
+    labels = [_label(run, keys[lone(run) is not None]) for run in firsts]
     return [
-        Series(
-            f"{label} ({runs[members[0]].name})" if labels.count(label) > 1 else label,
-            tuple(members),
-        )
-        for label, members in zip(labels, parts, strict=True)
+        Series(f"{label} ({run.name})" if labels.count(label) > 1 else label, tuple(members))
+        for label, run, members in zip(labels, firsts, parts, strict=True)
     ]
+
+
+def _descriptions(run: Run) -> list[Any]:
+    """What a run is known by: its configuration as written, and as settled.
+
+    Either makes one series of two runs: `lora_r: 8` and `client_ranks: [8, 8]` are one thing. Ranks
+    that the seed drew are like given ones by chance alone.
+    """
+    ours = written(run)
+    both: list[tuple[str, dict[str, Any]]] = [("written", ours)]
+    if not ours.get("rank_choices"):
+        both.append(("settled", {**run.config, "alone": lone(run)}))
+    return [[how, {k: x for k, x in config.items() if k not in APART}] for how, config in both]
 
 
 def _label(run: Run, keys: Sequence[str]) -> str:
     if not run.config:
         return run.name
+    config, client = written(run), lone(run)
+    name = run.method if client is None else f"client {client} alone"
     own = [
-        f"{key} {_brief(run.config[key])}"
+        f"{key} {_brief(config[key])}"
         for key in keys
-        if key != "method" and run.config.get(key) is not None
+        if key not in ("method", "alone") and config.get(key) is not None
     ]
     if len(own) > 3:
-        return f"{run.method} ({run.name})" if "method" in keys else run.name
-    named = "method" in keys or not own
-    return ", ".join([run.method] * named + own)
+        return f"{name} ({run.name})" if "method" in keys or client is not None else run.name
+    named = "method" in keys or client is not None or not own
+    return ", ".join([name] * named + own)
 
 
 def _brief(value: Any) -> str:

@@ -35,6 +35,10 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
     The adapter begins at the client's full rank and ends at half of it on average: the budget
     falls, cubically, from a tenth of the steps to three quarters of them.
 
+    Returns:
+        loss (mean over the steps), steps, tokens (of all steps, without padding, as `train` counts
+        them) and mean_rank, what is left of the rank.
+
     Raises:
         InputError: the rule's clients go on from an adapter, where AdaLoRA starts afresh; or there
             are fewer than four steps.
@@ -68,17 +72,19 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
         eps=budget.adam_epsilon,
         weight_decay=budget.weight_decay,
     )
-    factor, losses = schedule(budget, steps), []
+    factor, losses, seen = schedule(budget, steps), list[float](), 0
     device = next(iter(parameters)).device
     tuned.train()
     for step, micro in enumerate(batches(dataset, budget, steps)):
-        rows = sum(len(part) for part in micro)
+        counted = sum(labelled(part) for part in micro)
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * factor(step)
         loss = 0.0
         for part in micro:
-            # PEFT adds the orthogonality penalty to the model's own loss.
-            own = tuned(**collate(part, device)).loss * (len(part) / rows)
+            if not (share := labelled(part) / max(counted, 1)):
+                continue  # the model's own loss is a mean over no token
+            # PEFT adds the orthogonality penalty in the tuner; its outer model goes round it.
+            own = tuned.base_model(**collate(part, device)).loss * share
             own.backward()
             loss += float(own.detach())
         if budget.max_grad_norm:
@@ -87,14 +93,15 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
         tuned.base_model.update_and_allocate(step)
         optimizer.zero_grad()
         losses.append(loss)
+        tokens = sum(len(row["input_ids"]) for part in micro for row in part)
+        seen += tokens
         if budget.on_step is not None:
-            tokens = sum(len(row["input_ids"]) for part in micro for row in part)
             budget.on_step(step + 1, steps, loss, tokens)
     rank = _write_back(tuned, layers)
     return {
         "loss": sum(losses) / len(losses),
         "steps": steps,
-        "tokens": labelled(dataset),
+        "tokens": seen,
         "mean_rank": rank,
     }
 

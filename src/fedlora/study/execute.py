@@ -64,7 +64,13 @@ def check_kept(runs: Sequence[Planned], directory: Path) -> None:
 
 
 def execute(
-    runs: Sequence[Planned], directory: Path, *, processes: int | None, gpu: bool, told: Told
+    runs: Sequence[Planned],
+    directory: Path,
+    *,
+    processes: int | None,
+    gpu: bool,
+    told: Told,
+    small: bool = False,
 ) -> dict[str, str]:
     """Make all runs that are not complete, each in its own directory.
 
@@ -76,6 +82,7 @@ def execute(
             machine's free memory holds as much.
         gpu: whether runs use one.
         told: about what happens.
+        small: a run is known to need little memory, so none has to show it first.
 
     Returns:
         Directory name -> why this run failed. The others are complete.
@@ -92,7 +99,7 @@ def execute(
     threads, most = threads_and_processes(processes, gpu)
     answers: queue.Queue[tuple[_Worker, dict[str, Any]]] = queue.Queue()
     workers: list[_Worker] = []
-    need, known = _FIRST_NEED, False
+    need, known = _FIRST_NEED, small
     try:
         while waiting or any(worker.run for worker in workers):
             while waiting and _may_start(workers, most if known else 1, need):

@@ -79,6 +79,7 @@ class Planned:
         keys: configuration keys, without `output_dir`.
         alone: the client that trains by itself; None: the federation.
         trainer: another local training; None: fedlora's.
+        called: the name of its directory; "": one that its settings make.
     """
 
     part: str
@@ -87,10 +88,13 @@ class Planned:
     keys: Mapping[str, Any]
     alone: int | None = None
     trainer: str | None = None
+    called: str = ""
 
     @property
     def directory(self) -> str:
         """The same for the same settings, whatever part asks for them: they run once."""
+        if self.called:
+            return self.called
         text = json.dumps([dict(self.keys), self.seed, self.alone, self.trainer], sort_keys=True)
         who = "" if self.alone is None else f"-alone-{self.alone}"
         trainer = f"-{self.trainer}" if self.trainer else ""

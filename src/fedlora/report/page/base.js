@@ -1,7 +1,7 @@
 "use strict";
 /* What every part of the page uses: the data, elements, numbers, colours, tables, charts. */
 const D = JSON.parse(document.getElementById("data").textContent);
-const state = { run: 0, off: new Set(), log: false, bytesLog: true, spectrumLog: true };
+const state = { run: 0, off: new Set(), log: null, bytesLog: true, spectrumLog: true };
 const charts = [];
 let printing = false;
 

@@ -45,7 +45,7 @@ function header(main) {
   const methods = unique(D.runs.map((x) => x.method));
   fact(methods.length > 1 ? "Methods" : "Method", methods.join(", "), D.series.length > 1 && D.series.length !== methods.length ? plural(D.series.length, "configuration") : "");
   fact("Clients", run.clients.ids.length ? spanText(D.runs.map((x) => x.clients.ids.length).filter(Boolean)) : "–", some(run.clients.rows) ? `${spanText(run.clients.rows)} rows each, ${exact(sum(run.clients.rows))} in all` : "");
-  fact("Ranks", rankText(run.clients.ranks));
+  fact("Ranks", rankText(run.clients.ranks), unique(D.runs.map((x) => rankText(x.clients.ranks))).length > 1 ? "of the first run; not alike in all" : "");
   if (D.panels.length) {
     const panel = D.panels[0];
     const lines = D.series.length > 1 ? panel.lines : panel.lines.slice(0, 1);

@@ -37,7 +37,11 @@ function qualitySection() {
     controls.append(el("fieldset", { id: "toggles" }, el("legend", {}, several ? "Show" : "Measured on"),
       labels.map((label, i) => checkbox(label, true, (on) => { if (on) state.off.delete(label); else state.off.add(label); }, swatch(i)))));
   }
-  controls.append(checkbox("log scale", state.log, (on) => { state.log = on; }));
+  // Until it is chosen for all, each plot has the scale that it can be read on.
+  const log = (panel) => (state.log === null ? panel.log : state.log);
+  const all = checkbox("log scale", D.panels.every(log), (on) => { state.log = on; });
+  all.querySelector("input").indeterminate = D.panels.some(log) && !D.panels.every(log);
+  controls.append(all);
   node.append(controls);
   if (!several) node.append(el("p", { class: "soft small" }, `${unique(D.panels.flatMap((x) => x.note.split("; "))).map((x) => x[0].toUpperCase() + x.slice(1)).join(". ")}.`));
   const panels = el("div", { class: "panels" });
@@ -47,9 +51,9 @@ function qualitySection() {
     const visible = () => lines.filter((x) => !state.off.has(x.label));
     const better = panel.greater === null ? "" : panel.greater ? "More is better" : "Less is better";
     figure(panels, {
-      id: `quality-${i}`, title: panel.title, note: [better, several && panel.kind !== "evaluation" ? panel.note : ""].filter(Boolean).join("; "), height: 280,
+      id: `quality-${i}`, title: panel.title, note: [better, panel.log ? "starts on a log scale: the first round dwarfs the rest" : "", several && panel.kind !== "evaluation" ? panel.note : ""].filter(Boolean).join("; "), height: 280,
       wide: D.panels.length === 1,
-      option: (t) => byRound(t, visible(), { log: state.log, percentAxis: panel.percent, format: (x) => value(x, panel.percent) }),
+      option: (t) => byRound(t, visible(), { log: log(panel), percentAxis: panel.percent, format: (x) => value(x, panel.percent) }),
       tableCaption: `${panel.title} by round (${panel.measure}${panel.percent ? ", as a share of 1" : ""})`,
       table: () => {
         const rounds = unique(lines.flatMap((x) => x.rounds)).sort((a, b) => a - b);
