@@ -189,7 +189,7 @@ def test_the_same_update_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) 
 def test_a_write_that_does_not_read_back_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlora.adapters.load_file", lambda path: {"x": torch.zeros(2)})
+    monkeypatch.setattr("fedlora.peft_files.load_file", lambda path: {"x": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="differs from what was written"):
         save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
 

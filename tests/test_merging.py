@@ -1333,7 +1333,7 @@ def test_a_damaged_write_is_an_error(
         save_file(tensors, path, **keys)
         flip_a_byte(Path(path))
 
-    monkeypatch.setattr("fedlora.adapters.save_file", spoiled)
+    monkeypatch.setattr("fedlora.peft_files.save_file", spoiled)
     done = cli(*pair, "--output", tmp_path / "out")
     refused(done, "what was read back differs from what was written")
     with pytest.raises(fedlora.CheckpointError, match="read back"):

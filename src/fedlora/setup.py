@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +10,9 @@ from typing import Any, cast
 import torch
 
 from fedlora.acceleration import accelerate
-from fedlora.adapters import load_adapter
+from fedlora.adapter_contents import same_weights
+from fedlora.adapter_names import renamer
+from fedlora.adapters import SavedAdapter, load_adapter
 from fedlora.assess.general import windows
 from fedlora.clients import (
     check_overrides,
@@ -35,6 +36,7 @@ from fedlora.demo import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
 from fedlora.evaluate import has_prompts, references_fit
 from fedlora.federation import Federation, check_rule, check_server_step, initial_state
+from fedlora.heads import label_names
 from fedlora.holdings import Holdings, holdings
 from fedlora.loading import (
     BUILT_IN_CHAT,
@@ -410,15 +412,18 @@ def starting_state(session: Session) -> ServerState:
             saved = load_adapter(source)
         except InputError as error:
             raise InputError(f"init_adapter: {error}") from None
-        given, ours = saved.deltas, session.federation.shapes
+        ours = session.federation.shapes
+        rename = renamer(session.base.model, [*ours, *dense])  # as PEFT does when it loads
+        given = {rename(name): x for name, x in saved.deltas.items()}
         for name, x in given.items():
             if ours.get(name) != x.shape:
                 raise InputError(
                     f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
                     f"target modules ({ours.get(name, 'absent')})"
                 )
-        _same_labels(source, session.data.label_names)
-        for name, value in saved.dense.items():
+        _same_labels(saved, session.data.label_names)
+        _same_weights(saved, rename, session.base)
+        for name, value in ((rename(name), value) for name, value in saved.dense.items()):
             if name not in dense or dense[name].shape != value.shape:
                 there = tuple(dense[name].shape) if name in dense else "absent"
                 raise InputError(
@@ -429,23 +434,37 @@ def starting_state(session: Session) -> ServerState:
     return initial_state(session.federation, METHODS[session.config.method], given, dense)
 
 
-def _same_labels(source: str, names: Sequence[str]) -> None:
+def _same_weights(saved: SavedAdapter, rename: Callable[[str], str], base: BaseModel) -> None:
+    """Refuse an adapter that brings weights of another base, such as resized embeddings.
+
+    Raises:
+        InputError: which.
+    """
+    own = {name.replace(".base.", "."): p for name, p in base.model.named_parameters()}
+    for name, value in saved.base.items():
+        there = own.get(rename(name))
+        if there is None or not same_weights(there.detach().cpu(), value):
+            shape = "absent" if there is None else tuple(there.shape)
+            raise InputError(
+                f"init_adapter: {saved.source} brings the base's weight {name} "
+                f"{tuple(value.shape)}, which is another one here ({shape}); where a vocabulary was "
+                "resized, save the resized model and give it as model_name_or_path"
+            )
+
+
+def _same_labels(saved: SavedAdapter, names: Sequence[str]) -> None:
     """Refuse to go on from a head whose rows stand for other labels, where it says which.
 
     Raises:
         InputError: both orders.
     """
-    path = Path(source) / "config.json"
-    if not names or not path.is_file():
-        return
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
-        theirs = [found[key] for key in sorted(found, key=int)]
-    except (OSError, ValueError, AttributeError):
-        return
-    if theirs and theirs != list(names):
+        theirs = label_names(saved.model_config) if names else None
+    except InputError as error:
+        raise InputError(f"init_adapter: {saved.source}: {error}") from None
+    if theirs and theirs != tuple(names):
         raise InputError(
-            f"init_adapter: {source} was trained with the labels {', '.join(theirs)}, in this "
+            f"init_adapter: {saved.source} was trained with the labels {', '.join(theirs)}, in this "
             f"order; this run has {', '.join(names)}: see label_names"
         )
 
