@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapter_names import Key, read_keys
+from fedlora.adapter_names import PREFIX, Key, read_keys
 from fedlora.errors import InputError
 from fedlora.peft_files import CONFIG_NAME, as_float
 
@@ -39,6 +39,10 @@ _PLAIN: dict[str, tuple[Any, str]] = {
 }
 """Keys of PEFT's configuration: the value under which an adapter is a sum of products and nothing
 else, and what to do about another."""
+_SHARDS = (
+    ". DeepSpeed ZeRO-3 and FSDP leave such shards where weights are not gathered: save the "
+    "adapter again from gathered weights"
+)
 _UNASKED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 """Heads PEFT saves unasked, by task. It names all of them, and a model has one."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -185,7 +189,7 @@ def sort_weights(path: Path, config: Mapping[str, Any], weights: Mapping[str, Te
             continue
         elif (why := _why_not(text, key)) and (not raw or "trainable_tokens" in text):
             raise InputError(f"{path}: cannot use the tensor {text} {tuple(value.shape)}{why}")
-        elif raw and (_in_a_layer(key.name) or why):
+        elif raw and (why or not _may_be_resized(key.name, value)):
             fingerprints[key.name] = _fingerprint(value)
         else:
             _put(path, base, key.name, as_float(path, text, value))
@@ -232,10 +236,12 @@ def _add_factor(
         )
     if value.ndim in (3, 4, 5):
         raise InputError(f"{refused}: it is of a convolution or a grouped layer; {_MERGE}")
-    if value.ndim != 2 or 0 in shape:
+    if value.ndim != 2:
+        raise InputError(f"{refused}: a factor has two dimensions{_SHARDS}")
+    if key.adapter is None and PREFIX not in text:
         raise InputError(
-            f"{refused}: a factor has two dimensions, none of them empty. DeepSpeed ZeRO-3 and "
-            "FSDP leave such shards where weights are not gathered: save from gathered weights"
+            f"{refused}: a name without PEFT's {PREFIX} before it, as of loralib; save the adapter "
+            "by PEFT's save_pretrained"
         )
     pair = factors.setdefault(key.name, {})
     _put(path, pair, key.part, as_float(path, text, value), key.name)
@@ -267,6 +273,8 @@ def _check_factors(
             fits = pair["E"].shape == (a.shape[0], 1)
         if not fits or set(pair) not in kinds:
             raise InputError(f"{path}: the factors of {name} are incomplete or do not fit")
+        if not adaptive and any(0 in t.shape for t in pair.values()):
+            raise InputError(f"{path}: a factor of {name} is empty{_SHARDS}")
 
 
 def _why_not(text: str, key: Key) -> str:
@@ -304,8 +312,10 @@ def same_weights(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one)
 
 
-def _in_a_layer(name: str) -> bool:
-    return any(part.isdecimal() for part in name.split("."))
+def _may_be_resized(name: str, value: Tensor) -> bool:
+    """Whether a weight may be one of embeddings or an output layer, of a row for each token."""
+    table = value.ndim == 2 and value.shape[0] > value.shape[1]
+    return table and not any(part.isdecimal() for part in name.split("."))
 
 
 def _fingerprint(value: Tensor) -> str:

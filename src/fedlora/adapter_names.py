@@ -147,7 +147,7 @@ def find_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[Twin]:
     for names in named:
         for name, shape in names.items():
             way, tail = _split(name)
-            groups.setdefault((shape, tail if way else tail[-2:]), {})[name] = None
+            groups.setdefault((shape, tail if way else tail[-1:]), {})[name] = None
     out = []
     for group in groups.values():
         for one, other in combinations(group, 2):
@@ -309,7 +309,7 @@ def documented(one: str, other: str) -> bool:
     """Whether transformers renames `one` to `other` in some architecture, by its rules for the
     whole model and for the model inside. Bare ways to a layer list (`layers`, `model.layers`) are
     those of a text model by itself, so that only the base can say what they became."""
-    if set(_split(one)[0][:-1]) <= {"model"}:
+    if any(set(way[:-1]) <= {"model"} for name in (one, other) if (way := _split(name)[0])):
         return False
     for rules in _families():
         whole = _applied_safely(rules, one)

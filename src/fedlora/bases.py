@@ -183,16 +183,17 @@ def architectures(config: Mapping[str, Any], model_config: Mapping[str, Any]) ->
     own = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     listed = model_config.get("architectures")
     known = [x for x in [own, *(listed if isinstance(listed, list) else [])] if isinstance(x, str)]
-    return [*known, f"task {config.get('task_type')}"]
+    return [*known, *_AUTO.get(str(config.get("task_type")), _UNSAID)]
 
 
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
+_UNSAID = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
+_AUTO: dict[str, tuple[str, ...]] = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification",),
+    "TOKEN_CLS": ("AutoModelForTokenClassification",),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM",),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering",),
+    "FEATURE_EXTRACTION": ("AutoModel",),
 }
 
 
@@ -216,7 +217,6 @@ def skeletons(
     if not kind and isinstance(mapping, Mapping):
         parts = str(mapping.get("parent_library")).split(".")
         kind = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else None
-    task = str(config.get("task_type"))
     for name in architectures(config, found):
         if only_renamed and not _has_renamings(str(kind), name):
             continue
@@ -225,10 +225,8 @@ def skeletons(
                 str(kind), **{k: v for k, v in found.items() if k != "model_type"}
             )
             with torch.device("meta"):
-                if name.startswith("task "):
-                    yield getattr(transformers, _AUTO[task]).from_config(own)
-                else:
-                    yield getattr(transformers, name)(own)
+                kind_of = getattr(transformers, name)
+                yield kind_of.from_config(own) if name.startswith("AutoModel") else kind_of(own)
         except Exception:  # no class of this library, or one that wants more than a configuration
             continue
 

@@ -447,8 +447,8 @@ def _same_weights(saved: SavedAdapter, rename: Callable[[str], str], base: BaseM
             shape = "absent" if there is None else tuple(there.shape)
             raise InputError(
                 f"init_adapter: {saved.source} brings the base's weight {name} "
-                f"{tuple(value.shape)}, which is another one here ({shape}); where a vocabulary was "
-                "resized, save the resized model and give it as model_name_or_path"
+                f"{tuple(value.shape)}, which is another one here ({shape}); where a "
+                "vocabulary was resized, save the resized model and give it as model_name_or_path"
             )
 
 
@@ -464,8 +464,8 @@ def _same_labels(saved: SavedAdapter, names: Sequence[str]) -> None:
         raise InputError(f"init_adapter: {saved.source}: {error}") from None
     if theirs and theirs != tuple(names):
         raise InputError(
-            f"init_adapter: {saved.source} was trained with the labels {', '.join(theirs)}, in this "
-            f"order; this run has {', '.join(names)}: see label_names"
+            f"init_adapter: {saved.source} was trained with the labels {', '.join(theirs)}, in "
+            f"this order; this run has {', '.join(names)}: see label_names"
         )
 
 
