@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +10,6 @@ from typing import Any, cast
 import torch
 
 from fedlora.acceleration import accelerate
-from fedlora.adapter_contents import same_weights
-from fedlora.adapter_names import renamer
-from fedlora.adapters import SavedAdapter, load_adapter
 from fedlora.assess.general import windows
 from fedlora.clients import (
     check_overrides,
@@ -36,7 +33,6 @@ from fedlora.demo import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
 from fedlora.evaluate import has_prompts, references_fit
 from fedlora.federation import Federation, check_rule, check_server_step, initial_state
-from fedlora.heads import label_names
 from fedlora.holdings import Holdings, holdings
 from fedlora.loading import (
     BUILT_IN_CHAT,
@@ -46,10 +42,12 @@ from fedlora.loading import (
     load_model,
     load_tokenizer,
 )
+from fedlora.lowrank import LowRank
 from fedlora.methods import METHODS
 from fedlora.model import BaseModel
 from fedlora.passes import passes_of
 from fedlora.precision import settled_dtype
+from fedlora.starting import from_adapter, init_notes
 from fedlora.state import ServerState
 from fedlora.tokens import Tokens
 from fedlora.trackers import check_trackers
@@ -205,7 +203,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     base, notes = load_model(source, tokenizer, config, data.label_names, weights=weights)
     accelerate(base.model, config)
     modules = client_modules(config, base.targets)
-    warnings = [*notes, *_data_warnings(data)]
+    warnings = [*notes, *_data_warnings(data), *init_notes(config)]
     held_out = [*data.eval, *(row for part in data.clients for row in part.eval)]
     longest, context = _fits(config, base, data)
     exact_match = config.eval_exact_match if task == "CAUSAL_LM" else False
@@ -406,67 +404,12 @@ def starting_state(session: Session) -> ServerState:
     Raises:
         InputError: `init_adapter` cannot be read, or changes what is no target module.
     """
-    given, dense, source = {}, session.base.read_dense(), session.config.init_adapter
+    given: Mapping[str, LowRank] = {}
+    dense, source = session.base.read_dense(), session.config.init_adapter
     if source:
-        try:
-            saved = load_adapter(source)
-        except InputError as error:
-            raise InputError(f"init_adapter: {error}") from None
-        ours = session.federation.shapes
-        rename = renamer(session.base.model, [*ours, *dense])  # as PEFT does when it loads
-        given = {rename(name): x for name, x in saved.deltas.items()}
-        for name, x in given.items():
-            if ours.get(name) != x.shape:
-                raise InputError(
-                    f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
-                    f"target modules ({ours.get(name, 'absent')})"
-                )
-        _same_labels(saved, session.data.label_names)
-        _same_weights(saved, rename, session.base)
-        for name, value in ((rename(name), value) for name, value in saved.dense.items()):
-            if name not in dense or dense[name].shape != value.shape:
-                there = tuple(dense[name].shape) if name in dense else "absent"
-                raise InputError(
-                    f"init_adapter: {source} holds {name} {tuple(value.shape)}, which is not among "
-                    f"what is trained whole ({there}); see lora_modules_to_save"
-                )
-            dense[name] = value.to(dense[name].dtype)
+        shapes, names = session.federation.shapes, session.data.label_names
+        given, dense = from_adapter(source, session.base.model, shapes, dense, names)
     return initial_state(session.federation, METHODS[session.config.method], given, dense)
-
-
-def _same_weights(saved: SavedAdapter, rename: Callable[[str], str], base: BaseModel) -> None:
-    """Refuse an adapter that brings weights of another base, such as resized embeddings.
-
-    Raises:
-        InputError: which.
-    """
-    own = {name.replace(".base.", "."): p for name, p in base.model.named_parameters()}
-    for name, value in saved.base.items():
-        there = own.get(rename(name))
-        if there is None or not same_weights(there.detach().cpu(), value):
-            shape = "absent" if there is None else tuple(there.shape)
-            raise InputError(
-                f"init_adapter: {saved.source} brings the base's weight {name} "
-                f"{tuple(value.shape)}, which is another one here ({shape}); where a "
-                "vocabulary was resized, save the resized model and give it as model_name_or_path"
-            )
-
-
-def _same_labels(saved: SavedAdapter, names: Sequence[str]) -> None:
-    """Refuse to go on from a head whose rows stand for other labels, where it says which.
-
-    Raises:
-        InputError: both orders.
-    """
-    try:
-        theirs = label_names(saved.model_config) if names else None
-    except InputError as error:
-        raise InputError(f"init_adapter: {saved.source}: {error}") from None
-    if theirs and theirs != tuple(names):
-        raise InputError(
-            f"init_adapter: {saved.source} was trained with the labels {', '.join(theirs)}, in "
-            f"this order; this run has {', '.join(names)}: see label_names"
-        )
 
 
 def resolve_paths(config: Config) -> Config:
