@@ -189,7 +189,7 @@ def test_the_same_update_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) 
 def test_a_write_that_does_not_read_back_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlora.adapters.load_file", lambda path: {"x": torch.zeros(2)})
+    monkeypatch.setattr("fedlora.peft_files.load_file", lambda path: {"x": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="differs from what was written"):
         save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
 
@@ -337,8 +337,7 @@ def change_weights(path: Path, remove: str = "", **more: Tensor) -> None:
     [
         ({"use_dora": True}, "use_dora is True; only plain LoRA"),
         ({"bias": "lora_only"}, "bias is 'lora_only'; only plain LoRA"),
-        ({"target_modules": ["embed_tokens"]}, "cannot use the tensor .*embed_tokens"),
-        ({"target_modules": ["q_proj"], "lora_bias": True}, "cannot use the tensor .*lora_B.bias"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "lora_bias is True; only plain LoRA"),
     ],
 )
 def test_what_is_not_a_sum_of_products_is_refused(

@@ -1,7 +1,7 @@
 """The PEFT boundary: target modules by name, and adapters as PEFT directories.
 
-Alpha, rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D layers and PEFT's key names are known here
-and nowhere else; everything past this line sees `LowRank` updates with the scale folded into `B`.
+Alpha, rsLoRA, `rank_pattern`, `alpha_pattern` and Conv1D layers are known here, PEFT's key names in
+`adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with the scale folded into `B`.
 """
 
 from __future__ import annotations
@@ -10,39 +10,25 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedlora.errors import CheckpointError, InputError
+from fedlora.adapter_contents import check_plain, sort_weights, why_other_rank
+from fedlora.adapter_names import PREFIX
+from fedlora.errors import InputError
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_KEY = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B|E)(?:\.default)?(?:\.weight)?$")
-
-_PLAIN = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "bias": "none",
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "layer_replication": None,
-    "use_bdlora": None,
-    "kasa_config": None,
-    "arrow_config": None,
-    "monteclora_config": None,
-}
-"""Keys of PEFT's configuration under which an adapter is a sum of products, and nothing else."""
-_UNASKED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
-"""Heads PEFT saves unasked, by task. It names all of them, and a model has one."""
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Initialisations whose factors are relative to base weights they changed."""
+from fedlora.peft_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_adapter_config,
+    read_model_config,
+    read_weights,
+    save_tensors,
+)
 
 
 def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -74,6 +60,7 @@ class Targets:
         modules_to_save: modules trained whole, as PEFT's `modules_to_save` names them.
         model_config: the model's own configuration as JSON, saved beside a classifier's adapter:
             it holds the label names.
+        embeddings: the modules that are embeddings, `(m, n)` = (width, tokens).
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -84,6 +71,7 @@ class Targets:
     task_type: str | None = "CAUSAL_LM"
     modules_to_save: tuple[str, ...] = ()
     model_config: str | None = None
+    embeddings: frozenset[str] = frozenset()
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -247,11 +235,16 @@ def as_factors(x: Delta) -> LowRank:
 
 
 def write_adapter(
-    path: Path, deltas: Deltas, targets: Targets, dense: Mapping[str, Tensor] | None = None
+    path: Path,
+    deltas: Deltas,
+    targets: Targets,
+    dense: Mapping[str, Tensor] | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an update as a PEFT adapter directory, with `alpha = r`, hence scale 1, everywhere.
 
-    `dense` holds the parameters of `modules_to_save` by their full names.
+    `dense` holds the parameters of `modules_to_save` by their full names, `base` weights of the
+    base that are to lie beside them.
 
     Modules of `targets` that `deltas` does not name get a zero adapter of rank 1. The files are
     read back and compared before this returns. The same update gives the same bytes.
@@ -294,10 +287,15 @@ def write_adapter(
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     tensors = {}
     for name, x in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = x.A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = x.B
+        kind, end = ("embedding_", "") if name in targets.embeddings else ("", ".weight")
+        tensors[f"{PREFIX}{name}.lora_{kind}A{end}"] = x.A
+        tensors[f"{PREFIX}{name}.lora_{kind}B{end}"] = x.B
     for name, value in (dense or {}).items():
-        tensors[f"base_model.model.{name}"] = value.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}"] = _apart(value)
+    for name, value in (base or {}).items():
+        owner, _, end = name.rpartition(".")
+        under = f"{owner}.base_layer.{end}" if owner in factors else name
+        tensors[f"{PREFIX}{under}"] = _apart(value)
     path.mkdir(parents=True, exist_ok=True)
     (path / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
     if targets.model_config is not None:
@@ -305,25 +303,9 @@ def write_adapter(
     save_tensors(path / WEIGHTS_NAME, tensors)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, read it back and compare.
-
-    Raises:
-        CheckpointError: what was read back is not what was written.
-        OSError: the file cannot be written (no space, no permission).
-    """
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        # safetensors reports the system's error as text; give it back its number.
-        found = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(found.group(1)) if found else 5, str(error), str(path)) from None
-    back = load_file(path)
-    same = back.keys() == tensors.keys() and all(
-        torch.equal(back[k], t) for k, t in tensors.items()
-    )
-    if not same:
-        raise CheckpointError(f"{path}: what was read back differs from what was written")
+def _apart(value: Tensor) -> Tensor:
+    """A tensor with memory of its own: tied weights share theirs, which a file cannot."""
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -331,20 +313,33 @@ class SavedAdapter:
     """What a PEFT LoRA directory holds.
 
     Args:
-        deltas: target module -> its update, scale folded into `B`, in float32.
+        deltas: target module -> its update, scale folded into `B`, in float32. Of an embedding
+            (see `embeddings`) it is the transpose of what its table `(tokens, width)` changes by.
         dense: parameters of `modules_to_save`, by their full names.
         config: the contents of `adapter_config.json`.
+        base: weights of the base that lie in the directory too (embeddings that were resized, the
+            weight under an adapter of the output layer), by their names in the base.
+        embeddings: the target modules that are embeddings.
+        fingerprints: weights of the base that a raw state dict repeats, by a digest.
+        model_config: the model's own `config.json`, where it lies beside the adapter.
+        source: the directory.
     """
 
     deltas: dict[str, LowRank]
     dense: dict[str, Tensor]
     config: Mapping[str, Any]
+    base: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    embeddings: frozenset[str] = field(default=frozenset(), kw_only=True)
+    fingerprints: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    model_config: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    source: str = field(default="", kw_only=True)
 
 
 def load_adapter(path: str | Path) -> SavedAdapter:
     """Read a PEFT LoRA directory.
 
-    AdaLoRA's triplets `B diag(E) A` are read too, `E` folded into `A`.
+    AdaLoRA's triplets `B diag(E) A` are read too, `E` folded into `A`. State dicts that were saved
+    raw, or from a wrapped or compiled model, are read as what PEFT would have saved.
 
     Args:
         path: a directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`,
@@ -353,111 +348,54 @@ def load_adapter(path: str | Path) -> SavedAdapter:
     Raises:
         InputError: no such directory, not a plain LoRA adapter, or factors that do not fit.
     """
+    path = Path(path)
+    config = read_adapter_config(path)
+    check_plain(path, config)
+    held = sort_weights(path, config, read_weights(path))
+    deltas = {name: _folded(path, name, pair, config) for name, pair in held.factors.items()}
+    return SavedAdapter(
+        deltas,
+        held.dense,
+        config,
+        base=held.base,
+        embeddings=held.embeddings,
+        fingerprints=held.fingerprints,
+        model_config=read_model_config(path),
+        source=str(path),
+    )
+
+
+def _folded(
+    path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> LowRank:
+    """The factors of a module as an update, by the rank and alpha that its configuration says."""
+    a, b = parts["A"], parts["B"]
+    rank = a.shape[0]
+    if config.get("peft_type") == "ADALORA":
+        # PEFT's AdaLoRA layer: dW = s / (init_r + 1e-5) B diag(E) A, with s = alpha.
+        init = config.get("init_r") or config["r"]
+        alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else init
+        update = fold(a.float() * parts["E"].float(), b, alpha / (init + 1e-5))
+    else:
+        said = _by_pattern(path, config, "rank_pattern", name, config["r"])
+        if said != rank:
+            raise InputError(
+                f"{path}: {name} has rank {rank}, its configuration says {said}"
+                + why_other_rank(name, rank, said, config)
+            )
+        alpha = _by_pattern(path, config, "alpha_pattern", name, config["lora_alpha"])
+        update = fold(a, b, scaling(alpha, rank, bool(config.get("use_rslora"))))
+    if not torch.isfinite(update.B).all() or not torch.isfinite(update.A).all():
+        raise InputError(f"{path}: the factors of {name} times its scale are too large for float32")
+    return update
+
+
+def _by_pattern(path: Path, config: Mapping[str, Any], key: str, name: str, default: float) -> Any:
+    """What PEFT takes for a module from `rank_pattern` or `alpha_pattern`."""
     from peft.utils.other import get_pattern_key
 
-    path = Path(path)
+    patterns = config.get(key) or {}
     try:
-        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: holds no {CONFIG_NAME}; expected a PEFT directory") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / CONFIG_NAME}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path / CONFIG_NAME}: holds no JSON object")
-    adaptive = config.get("peft_type") == "ADALORA"
-    for key, plain in _PLAIN.items():
-        if config.get(key, plain) != plain and not (adaptive and key == "peft_type"):
-            raise InputError(
-                f"{path}: {key} is {config[key]!r}; only plain LoRA ({key} {plain!r}) is a sum of "
-                "products that can be combined exactly"
-            )
-    if str(init := config.get("init_lora_weights")).startswith(_CHANGES_BASE):
-        raise InputError(
-            f"{path}: init_lora_weights is {init!r}, which changes the base weights too; save the "
-            "adapter with PEFT's path_initial_model_for_weight_conversion to make it plain LoRA"
-        )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)):
-            raise InputError(
-                f"{path / CONFIG_NAME}: {key} is {config.get(key)!r}; expected a number"
-            )
-    found: dict[str, dict[str, Tensor]] = {}
-    dense: dict[str, Tensor] = {}
-    saved = [str(name) for name in config.get("modules_to_save") or []]
-    unasked = _UNASKED.get(str(config.get("task_type")), ())
-    saved += unasked
-    for key, value in _weights(path).items():
-        if not torch.isfinite(value).all():
-            raise InputError(f"{path}: {key} holds values that are not finite")
-        match = _KEY.match(key)
-        plain_key = key.removeprefix("base_model.model.")
-        if not match and plain_key != key and _saved_whole(plain_key, saved):
-            dense[plain_key] = value
-            continue
-        if not match or value.ndim != 2:
-            raise InputError(f"{path}: cannot use the tensor {key} {tuple(value.shape)}")
-        found.setdefault(match.group(1), {})[match.group(2)] = value
-    out = {}
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for name, pair in found.items():
-        if adaptive:
-            out[name] = _fold_adaptive(path, name, pair, config)
-            continue
-        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise InputError(f"{path}: the factors of {name} are incomplete or do not fit")
-        rank = pair["A"].shape[0]
-        said = ranks.get(get_pattern_key(list(ranks), name), config["r"])
-        if said != rank:
-            raise InputError(f"{path}: {name} has rank {rank}, its configuration says {said}")
-        alpha: Any = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
-        scale = scaling(alpha, rank, bool(config.get("use_rslora")))
-        out[name] = fold(pair["A"], pair["B"], scale)
-    if not out:
-        raise InputError(f"{path}: holds no LoRA factors")
-    absent = [m for m in config.get("modules_to_save") or [] if not holds(dense, str(m))]
-    if any(holds(dense, m) for m in unasked):
-        absent = [m for m in absent if m not in unasked]
-    if absent:
-        raise InputError(
-            f"{path}: modules_to_save names {', '.join(map(str, absent))}, but there are no such "
-            "weights in it; save the adapter again with them, or take the name out of "
-            f"{CONFIG_NAME}"
-        )
-    return SavedAdapter(out, dense, config)
-
-
-def _fold_adaptive(
-    path: Path, name: str, parts: dict[str, Tensor], config: Mapping[str, Any]
-) -> LowRank:
-    """PEFT's AdaLoRA layer: `dW = s / (init_r + 1e-5) B diag(E) A`, with s = alpha."""
-    if parts.keys() != {"A", "B", "E"} or not (
-        len(parts["A"]) == len(parts["E"]) == parts["B"].shape[1]
-    ):
-        raise InputError(f"{path}: the factors of {name} are incomplete or do not fit")
-    init = config.get("init_r", config["r"])
-    alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else init
-    return fold(parts["A"].float() * parts["E"].float(), parts["B"], alpha / (init + 1e-5))
-
-
-def holds(dense: Mapping[str, Tensor], module: str) -> bool:
-    """Whether there are parameters of one of PEFT's `modules_to_save`."""
-    return any(_saved_whole(name, [module]) for name in dense)
-
-
-def _saved_whole(parameter: str, modules: Sequence[str]) -> bool:
-    """Whether a parameter lies in one of PEFT's `modules_to_save`: full names, or ends of them."""
-    owner = f".{parameter.rpartition('.')[0]}."
-    return any(f".{module}." in owner for module in modules)
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if (path / WEIGHTS_NAME).exists():
-            return dict(load_file(path / WEIGHTS_NAME))
-        older = path / "adapter_model.bin"
-        if older.exists():
-            loaded: dict[str, Tensor] = torch.load(older, map_location="cpu", weights_only=True)
-            return loaded
-    except Exception as error:
-        raise InputError(f"{path}: its weights cannot be read: {error}") from None
-    raise InputError(f"{path}: holds no {WEIGHTS_NAME}")
+        return patterns.get(get_pattern_key(list(patterns), name), default)
+    except re.error as error:
+        raise InputError(f"{path / CONFIG_NAME}: {key}: no regular expression: {error}") from None

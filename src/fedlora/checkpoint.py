@@ -29,9 +29,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlora.adapters import Targets, save_tensors, write_adapter
+from fedlora.adapters import Targets, write_adapter
 from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
+from fedlora.peft_files import save_tensors
 from fedlora.state import ClientState, Encoded, ServerState
 
 CONFIG, METRICS, FINAL, MANIFEST = "config.yaml", "metrics.jsonl", "final", "manifest.json"

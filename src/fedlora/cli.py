@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -119,7 +120,7 @@ Templates (--template; auto takes the first whose columns are there):
 
 HELP_AGGREGATE = """\
 fedlora aggregate DIR [DIR ...] --output DIR [--weights W ...] [--method METHOD]
-                  [--rank R | --energy E] [--option value ...]
+                  [--rank R | --energy E] [--same_base] [--option value ...]
 
 Combines PEFT LoRA directories of one base model, of whatever ranks, alphas and target modules, into
 one: by default exactly their weighted sum. No base model is loaded. Ends with a table: the rank of
@@ -129,6 +130,10 @@ every layer in each adapter and in the result, and the relative error against th
   --method METHOD         METHODS_HERE
   --rank R                keep at most R singular directions of each layer
   --energy 0.99           keep the fewest that hold this share of the squared singular values
+  --same_base             bases under different names or paths are one: no warning
+
+A classifier's rows are matched by the label names in a config.json beside each adapter (or in the
+base's, where that is here): another order is sorted out, and the result has all labels.
 
 Example:
   fedlora aggregate hospital-a/ hospital-b/ --weights 3 1 --energy 0.99 --output both/
@@ -286,6 +291,11 @@ def aggregate_verb(arguments: list[str]) -> int:
     if weights is True:
         raise InputError("--weights: give one for each adapter")
     weights = weights if isinstance(weights, list) or weights is None else [weights]
+    same_base = given.pop("same_base", False)
+    if not isinstance(same_base, bool):
+        if str(same_base).lower() not in ("true", "false"):
+            raise InputError(f"--same_base: is given alone, without {same_base}")
+        same_base = str(same_base).lower() == "true"
     method = given.pop("method", "exact")
     keys: dict[str, Any] = {"method": method if isinstance(method, str) else "(none given)"}
     check_options(keys["method"], [key for key in given if key not in ("rank", "energy")])
@@ -297,11 +307,14 @@ def aggregate_verb(arguments: list[str]) -> int:
     if whole is not None and not float(whole).is_integer():
         raise InputError(f"rank: {whole} is no whole number")
     keys["rank"] = None if whole is None else int(whole)
-    merged = aggregate(
-        [load_adapter(path) for path in paths],
-        None if weights is None else [number("weights", w) for w in weights],
-        **keys,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they stand below the table
+        merged = aggregate(
+            [load_adapter(path) for path in paths],
+            None if weights is None else [number("weights", w) for w in weights],
+            same_base=same_base,
+            **keys,
+        )
     save_adapter(output, merged)
     show_layers(merged, paths, Console())
     print(f"written and read back: {output}")

@@ -7,24 +7,21 @@ the sum would be larger than that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from itertools import combinations
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedlora.adapters import (
-    SavedAdapter,
-    Targets,
-    as_factors,
-    holds,
-    load_adapter,
-    write_adapter,
-)
+from fedlora.adapter_contents import holds, modules_to_save
+from fedlora.adapter_names import common_names
+from fedlora.adapters import SavedAdapter, Targets, as_factors, load_adapter, write_adapter
+from fedlora.bases import base_config, base_name, check_bases, common_base, skeletons
 from fedlora.errors import CheckpointError, InputError
+from fedlora.heads import combine_heads, common_base_weights
 from fedlora.lowrank import (
     Delta,
     Deltas,
@@ -70,10 +67,14 @@ class Aggregated(SavedAdapter):
     Args:
         layers: target module -> what became of it.
         weights: of the adapters; they sum to one.
+        labels: of a classifier's rows; empty where no adapter names them.
+        notes: what the user should know.
     """
 
     layers: Mapping[str, Layer]
     weights: tuple[float, ...]
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def aggregate(
@@ -83,12 +84,14 @@ def aggregate(
     method: str = "exact",
     rank: int | None = None,
     energy: float | None = None,
+    same_base: bool = False,
     **options: Any,
 ) -> Aggregated:
     """Combine adapters of one base model: `dW = sum_k p_k s_k B_k A_k`, or what another rule makes.
 
     A module that an adapter does not have counts as zero there, with the adapter's full weight.
-    Saved heads are averaged over the adapters that have them.
+    Saved heads are averaged over the adapters that have them, row by row where their labels are
+    named (see `combine_heads`). Weights of the base that lie in adapters are carried along.
 
     Args:
         adapters: from `load_adapter`, at least one.
@@ -96,11 +99,13 @@ def aggregate(
         method: a rule that needs no shared start (`ONE_SHOT`).
         rank: keep at most this many singular directions of each module.
         energy: keep the fewest whose squared singular values reach this share of their sum.
+        same_base: bases that are named differently are one; else that is noted in `notes`, and
+            warned of.
         options: the rule's own.
 
     Raises:
-        InputError: adapters of different bases or of ranks the rule cannot combine, heads of
-            different shapes, or impossible values.
+        InputError: adapters of different bases or of ranks the rule cannot combine, heads that do
+            not fit each other, one module under two names, or impossible values.
     """
     rule, chosen = _rule(method, options)
     shares = _shares(weights, len(adapters))
@@ -110,6 +115,10 @@ def aggregate(
         raise InputError(f"rank: {rank} must be at least 1")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise InputError(f"energy: {energy} must be above 0 and at most 1")
+    notes = check_bases([a.config for a in adapters], same_base)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    adapters = _with_common_names(adapters)
     shapes = _shapes(adapters)
     config = _common_config(adapters)
     if not rule.mixed_ranks:
@@ -130,15 +139,61 @@ def aggregate(
         lost = norm(subtract(kept, wanted))
         ranks = tuple(None if x is None else x.rank for x in parts)
         layers[name] = Layer(ranks, kept.rank, lost / size if size else 0.0)
-    dense = _mean_heads(adapters, shares)
+    heads = combine_heads(adapters, shares)
+    dense = heads.dense
+    base, said = common_base_weights(adapters)
     for owner in sorted({name.rpartition(".")[0] for name in dense} & deltas.keys(), key=natural):
         raise InputError(
             f"{owner}: one adapter changes it by LoRA, another was trained whole there "
             "(modules_to_save); these cannot be combined"
         )
     whole = [m for m in config["modules_to_save"] if holds(dense, m)]
+    whole += {
+        n.rpartition(".")[0]: n for n in dense if not any(holds({n: dense[n]}, m) for m in whole)
+    }
     config["modules_to_save"] = whole or None
-    return Aggregated(deltas, dense, config, layers, tuple(shares))
+    return Aggregated(
+        deltas,
+        dense,
+        config,
+        layers,
+        tuple(shares),
+        heads.labels,
+        (*notes, *heads.notes, *said),
+        base={name: value for name, value in base.items() if name not in dense},
+        embeddings=frozenset(name for a in adapters for name in a.embeddings),
+        model_config=heads.model_config,
+    )
+
+
+def _with_common_names(adapters: Sequence[SavedAdapter]) -> list[SavedAdapter]:
+    """The same adapters, a module under one name in all of them."""
+
+    def models(twins: bool) -> Iterator[Any]:
+        for a in adapters:
+            own = a.model_config or base_config(a.config)
+            yield from skeletons(a.config, own, only_renamed=not twins)
+
+    named = [
+        {name: x.shape for name, x in a.deltas.items()}
+        | {name: tuple(t.shape) for name, t in [*a.dense.items(), *a.base.items()]}
+        for a in adapters
+    ]
+    sources = [a.source or f"adapter {i}" for i, a in enumerate(adapters, 1)]
+    out = []
+    for a, new in zip(adapters, common_names(named, sources, models), strict=True):
+        if len(set(new.values())) < len(new):
+            raise InputError(f"{a.source}: holds one module under two names")
+        out.append(
+            replace(
+                a,
+                deltas={new[name]: x for name, x in a.deltas.items()},
+                dense={new[name]: t for name, t in a.dense.items()},
+                base={new[name]: t for name, t in a.base.items()},
+                embeddings=frozenset(new[name] for name in a.embeddings),
+            )
+        )
+    return out
 
 
 def _rule(method: str, options: Mapping[str, Any], names_only: bool = False) -> tuple[Rule, Any]:
@@ -176,8 +231,14 @@ def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
 
 def _shapes(adapters: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
     out: dict[str, tuple[int, int]] = {}
+    tables = {name for a in adapters for name in a.embeddings}
     for adapter in adapters:
         for name, x in adapter.deltas.items():
+            if (name in tables) != (name in adapter.embeddings):
+                raise InputError(
+                    f"{name}: an embedding in one adapter and a linear layer in another; these are "
+                    "for different base models"
+                )
             if out.setdefault(name, x.shape) != x.shape:
                 raise InputError(
                     f"{name}: shapes {out[name]} and {x.shape}; these adapters are for different "
@@ -186,62 +247,48 @@ def _shapes(adapters: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
     return out
 
 
-def _base_name(config: Mapping[str, Any]) -> str:
-    return str(config.get("base_model_name_or_path") or "")
-
-
-def _same_base(one: str, other: str) -> bool:
-    """Equal names; a name without its organisation is the hub's old one for the same model."""
-    if one == other or not one or not other:
-        return True
-    ends = one.rpartition("/")[2] == other.rpartition("/")[2]
-    return ends and (("/" in one) != ("/" in other))
-
-
 def _common_config(adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
     """What all have in common; the first one's where it does not matter.
 
     Raises:
-        InputError: another base, task, or way of storing weights.
+        InputError: another task.
     """
-    for one, other in combinations(adapters, 2):
-        first, config = one.config, other.config
-        if not _same_base(_base_name(first), _base_name(config)):
-            raise InputError(
-                f"base_model_name_or_path: {_base_name(first)} and {_base_name(config)}; adapters "
-                "of different base models cannot be combined"
-            )
-        for key in ("task_type", "revision"):
-            if first.get(key) != config.get(key) and None not in (first.get(key), config.get(key)):
-                raise InputError(
-                    f"{key}: {first.get(key)!r} and {config.get(key)!r}; these adapters do not "
-                    "belong together"
-                )
-    out = {
-        key: next((a.config[key] for a in adapters if a.config.get(key) is not None), None)
-        for key in ("base_model_name_or_path", "revision", "task_type")
-    }
+    tasks = list(dict.fromkeys(t for a in adapters if (t := a.config.get("task_type")) is not None))
+    if len(tasks) > 1:
+        raise InputError(
+            f"task_type: {tasks[0]!r} and {tasks[1]!r}; these adapters do not belong together"
+        )
+    name = common_base([base_name(a.config) for a in adapters])
+    # A revision is one of the base that is named.
+    same = [a.config for a in adapters if name is None or base_name(a.config) == name]
+    revision = next((c["revision"] for c in same if c.get("revision")), None)
+    out: dict[str, Any] = {"revision": revision, "task_type": tasks[0] if tasks else None}
     # PEFT saves what its last layer was; it finds the rest out itself when it loads.
     out["fan_in_fan_out"] = any(a.config.get("fan_in_fan_out") for a in adapters)
-    longest = max((_base_name(a.config) for a in adapters), key=len)
-    saved = [m for a in adapters for m in a.config.get("modules_to_save") or []]
+    saved = [m for a in adapters for m in modules_to_save(a.config)]
     lists = [_target_names(a) for a in adapters]
     names = None if None in lists else sorted({name for x in lists for name in x or []})
     return {
         **out,
-        "base_model_name_or_path": longest,
+        "base_model_name_or_path": name,
         "modules_to_save": sorted(set(saved)),
         "target_modules": names,
     }
 
 
 def _target_names(adapter: SavedAdapter) -> list[str] | None:
-    """PEFT's `target_modules`, where that alone says which modules there are."""
+    """PEFT's `target_modules`, where that alone says which modules there are, by the names that
+    they have here."""
     names = adapter.config.get("target_modules")
     if not isinstance(names, list) or any(
         adapter.config.get(key) not in (None, [], "")
         for key in ("layers_to_transform", "exclude_modules", "target_parameters")
     ):
+        return None
+    ends = [f".{name}" for name in names]
+    if any(not any(f".{module}".endswith(end) for end in ends) for module in adapter.deltas):
+        return None
+    if any(not any(f".{module}".endswith(end) for module in adapter.deltas) for end in ends):
         return None
     return names
 
@@ -310,28 +357,6 @@ def _cut(x: Delta, bound: int, rank: int | None, energy: float | None) -> LowRan
     return prefix(refactor(x), bound)
 
 
-def _mean_heads(adapters: Sequence[SavedAdapter], shares: Sequence[float]) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for a in adapters for name in a.dense):
-        having = [
-            (a.dense[name], p)
-            for a, p in zip(adapters, shares, strict=True)
-            if name in a.dense and p > 0
-        ]
-        if not having:
-            continue
-        shapes = {tuple(t.shape) for t, _ in having}
-        if len(shapes) > 1:
-            raise InputError(
-                f"{name}: saved heads of the shapes {' and '.join(map(str, sorted(shapes)))}; only "
-                "heads of one shape can be averaged"
-            )
-        total = sum(p for _, p in having)
-        mean = torch.stack([t.double() * (p / total) for t, p in having]).sum(0)
-        out[name] = mean.to(having[0][0].dtype)
-    return out
-
-
 def check_output(path: str | Path) -> None:
     """Refuse a directory that holds anything.
 
@@ -360,17 +385,24 @@ def save_adapter(path: str | Path, adapter: SavedAdapter) -> None:
         shapes={name: x.shape for name, x in adapter.deltas.items()},
         names=list(_target_names(adapter) or sorted(adapter.deltas)),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        model_name=_base_name(config),
+        model_name=str(config.get("base_model_name_or_path") or ""),
         revision=config.get("revision"),
         task_type=config.get("task_type"),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
+        modules_to_save=tuple(modules_to_save(config)),
+        model_config=None
+        if adapter.model_config is None
+        else json.dumps(adapter.model_config, indent=2, sort_keys=True) + "\n",
+        embeddings=adapter.embeddings,
     )
     try:
-        write_adapter(path, adapter.deltas, targets, adapter.dense)
+        write_adapter(path, adapter.deltas, targets, adapter.dense, adapter.base)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     back = load_adapter(path)
-    if not _equal(back.deltas, adapter.deltas) or back.dense.keys() != adapter.dense.keys():
+    if not _equal(back.deltas, adapter.deltas) or any(
+        one.keys() != other.keys()
+        for one, other in ((back.dense, adapter.dense), (back.base, adapter.base))
+    ):
         raise CheckpointError(f"{path}: what was read back differs from what was written")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, cast
 import torch
 
 from fedlora.acceleration import accelerate
-from fedlora.adapters import load_adapter
 from fedlora.assess.general import windows
 from fedlora.clients import (
     check_overrides,
@@ -44,10 +42,12 @@ from fedlora.loading import (
     load_model,
     load_tokenizer,
 )
+from fedlora.lowrank import LowRank
 from fedlora.methods import METHODS
 from fedlora.model import BaseModel
 from fedlora.passes import passes_of
 from fedlora.precision import settled_dtype
+from fedlora.starting import from_adapter, init_notes
 from fedlora.state import ServerState
 from fedlora.subsets import subsets
 from fedlora.tokens import Tokens
@@ -210,7 +210,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     base, notes = load_model(source, tokenizer, config, data.label_names, weights=weights)
     accelerate(base.model, config)
     modules = client_modules(config, base.targets)
-    warnings = [*notes, *_data_warnings(data)]
+    warnings = [*notes, *_data_warnings(data), *init_notes(config)]
     held_out = [*data.eval, *(row for part in data.clients for row in part.eval)]
     longest, context = _fits(config, base, data)
     exact_match = config.eval_exact_match if task == "CAUSAL_LM" else False
@@ -417,50 +417,12 @@ def starting_state(session: Session) -> ServerState:
     Raises:
         InputError: `init_adapter` cannot be read, or changes what is no target module.
     """
-    given, dense, source = {}, session.base.read_dense(), session.config.init_adapter
+    given: Mapping[str, LowRank] = {}
+    dense, source = session.base.read_dense(), session.config.init_adapter
     if source:
-        try:
-            saved = load_adapter(source)
-        except InputError as error:
-            raise InputError(f"init_adapter: {error}") from None
-        given, ours = saved.deltas, session.federation.shapes
-        for name, x in given.items():
-            if ours.get(name) != x.shape:
-                raise InputError(
-                    f"init_adapter: {source} changes {name} {x.shape}, which is not among the "
-                    f"target modules ({ours.get(name, 'absent')})"
-                )
-        _same_labels(source, session.data.label_names)
-        for name, value in saved.dense.items():
-            if name not in dense or dense[name].shape != value.shape:
-                there = tuple(dense[name].shape) if name in dense else "absent"
-                raise InputError(
-                    f"init_adapter: {source} holds {name} {tuple(value.shape)}, which is not among "
-                    f"what is trained whole ({there}); see lora_modules_to_save"
-                )
-            dense[name] = value.to(dense[name].dtype)
+        shapes, names = session.federation.shapes, session.data.label_names
+        given, dense = from_adapter(source, session.base.model, shapes, dense, names)
     return initial_state(session.federation, METHODS[session.config.method], given, dense)
-
-
-def _same_labels(source: str, names: Sequence[str]) -> None:
-    """Refuse to go on from a head whose rows stand for other labels, where it says which.
-
-    Raises:
-        InputError: both orders.
-    """
-    path = Path(source) / "config.json"
-    if not names or not path.is_file():
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("id2label") or {}
-        theirs = [found[key] for key in sorted(found, key=int)]
-    except (OSError, ValueError, AttributeError):
-        return
-    if theirs and theirs != list(names):
-        raise InputError(
-            f"init_adapter: {source} was trained with the labels {', '.join(theirs)}, in this "
-            f"order; this run has {', '.join(names)}: see label_names"
-        )
 
 
 def resolve_paths(config: Config) -> Config:

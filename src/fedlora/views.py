@@ -399,8 +399,13 @@ def show_layers(result: Aggregated, names: Sequence[str], console: Console) -> N
         table.add_row(Text(name), *ranks, str(layer.rank), f"{layer.error:.1e}")
     console.print(table)
     if result.dense:
-        _say(
-            console,
-            f"saved whole and averaged: {', '.join(result.dense)} (whether their rows stand for "
-            "the same labels is not written in an adapter)",
+        known = (
+            f"their rows are matched by the labels {', '.join(result.labels)}"
+            if result.labels
+            else "whether their rows stand for the same labels is not written in an adapter"
         )
+        _say(console, f"saved whole and averaged: {', '.join(result.dense)} ({known})")
+    if result.base:
+        _say(console, f"weights of the base carried along: {', '.join(result.base)}")
+    for note in result.notes:
+        console.print(Text(f"warning: {note}", style="yellow"))

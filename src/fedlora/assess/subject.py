@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fedlora.adapters import CONFIG_NAME, WEIGHTS_NAME
 from fedlora.assess.options import Loading
 from fedlora.checkpoint import CONFIG, FINAL, METRICS, read_metrics, verify
 from fedlora.config import Config
@@ -20,6 +17,7 @@ from fedlora.errors import CheckpointError, InputError
 from fedlora.loading import Source
 from fedlora.methods import METHODS
 from fedlora.partition import natural
+from fedlora.peft_files import CONFIG_NAME, OLDER_NAME, WEIGHTS_NAME, read_adapter_config
 from fedlora.setup import model_source
 from fedlora.sources import read_yaml
 
@@ -92,7 +90,7 @@ class Subject:
         digest = hashlib.sha256(f"{self.source.name}|{self.source.revision}".encode())
         digest.update(self.config.dtype.encode())
         if model != BASE:
-            for name in (CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAME.replace("safetensors", "bin")):
+            for name in (CONFIG_NAME, WEIGHTS_NAME, OLDER_NAME):
                 if (path := self.adapters[model] / name).is_file():
                     with path.open("rb") as file:
                         digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -257,7 +255,7 @@ def _adapters(path: Path, loading: Loading) -> Subject:
             f"holds after a round is no model of anybody; name {run}, whose final/ has the "
             "clients' models"
         )
-    saved = _saved_config(next(iter(adapters.values())))
+    saved = read_adapter_config(next(iter(adapters.values())))
     base = loading.base or (None if run else str(saved.get("base_model_name_or_path") or ""))
     if base == "":
         raise InputError(
@@ -283,11 +281,3 @@ def _adapters(path: Path, loading: Loading) -> Subject:
 def _run_around(path: Path) -> Path | None:
     """The run whose `round-N`, `final` or `final/client-K` this is."""
     return next((p for p in list(path.resolve().parents)[:2] if (p / CONFIG).is_file()), None)
-
-
-def _saved_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / CONFIG_NAME}: cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}
