@@ -8,8 +8,9 @@ matrix units are three times as fast as in torch's fused kernel's backward pass;
 on a GPU, go through `scaled_dot_product_attention`, which needs no memory of square size.
 
 Registered with transformers as the attention implementation `NAME`; it reads the `Samples` of the
-pass that is running. Which tokens of its own sample a token may look at (windows, chunks) is what the
-model itself says: transformers hands its mask functions to `sample_mask`, at the length being run.
+pass that is running. Which tokens of its own sample a token may look at (windows, chunks) is what
+the model itself says: transformers hands its mask functions to `sample_mask`, at the length being
+run.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Group:
 
     Args:
         size, length: samples, and tokens of the longest.
-        gather: `(size * length,)` the token at every place; padding points to its own sample's first
-            token, so that not even a number that is no number gets from one sample to another.
+        gather: `(size * length,)` the token at every place; padding points to the first token of
+            its own sample, so that not even a NaN gets from one sample to another.
         places: `(tokens,)` the places that hold tokens; None: all of them, in order.
         padding: `(padding,)` the other places.
         tokens: `(tokens,)` the token at every place of `places`.

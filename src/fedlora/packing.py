@@ -1,9 +1,9 @@
 """Whether a model's samples can lie side by side without padding: found out, not looked up.
 
 The judge is the model's own forward pass of every sample alone. Both are computed in float64 by the
-model's own modules (`wide.py`), so that a difference is an error and not rounding, whatever the dtype of
-the base. Whether anything of one sample gets to another is decided without any bound: the embeddings
-of one are made NaN, which no weight, however small, can hide (`isolated`).
+model's own modules (`wide.py`), so that a difference is an error and not rounding, whatever the
+dtype of the base. Whether anything of one sample gets to another is decided without any bound: the
+embeddings of one are made NaN, which no weight, however small, can hide (`isolated`).
 
 What depends on lengths beyond those tried: masks are the model's own at any length
 (`attention.sample_mask`); rotary factors that follow the longest sample are looked for at positions
@@ -377,7 +377,7 @@ def auxiliary_share(model: Any, configs: Sequence[Any], dtype: torch.dtype) -> f
     if not abs(first - second) <= 1e-3 * abs(first):
         raise InputError(
             "output_router_logits: true in the model's config.json adds an auxiliary loss to "
-            f"{type(model).__name__}'s own, and it is not a multiple of its aux_loss, which is what "
-            "can be trained here; set it to false in config.json to train on the cross-entropy alone"
+            f"{type(model).__name__}'s own that is no multiple of its aux_loss, as it would have "
+            "to be here; set it to false in config.json to train on the cross-entropy alone"
         )
     return float(f"{second:.6g}")

@@ -3,8 +3,8 @@
 Samples lie one after the other without padding (`attention.py` keeps them apart), the output head
 runs on the labelled tokens alone and in chunks, and several clients share one pass. Whether an
 architecture can be run so is found out once (`packing.py`); where it cannot, samples are padded and
-clients train one at a time. Whatever is run, a row gets what the model's own pass of it alone gives:
-rows that would feel each other are run in passes of their own.
+clients train one at a time. Whatever is run, a row gets what the model's own pass of it alone
+gives: rows that would feel each other are run in passes of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from fedlora.layout import Layout, Span, mixed, spans_of
 from fedlora.model import AdapterLayer
 from fedlora.norms import fast_norm
 from fedlora.packing import UNBOUNDED, Factors
+from fedlora.plans import Kind, planned, runs
 from fedlora.tokens import Tokens
 from fedlora.wide import Kept
 
@@ -44,27 +46,6 @@ class Done:
 
     losses: list[float]
     slots: int
-
-
-@dataclass
-class _Planned:
-    """One pass of a step.
-
-    Args:
-        own: through the model's own forward pass, client by client; else packed.
-        kind: of all its rows, see `Passes._kind`.
-        rows: by client.
-        numbers: by client, of which of its passes in this step it is.
-    """
-
-    own: bool
-    kind: int
-    rows: dict[int, list[Tokens]]
-    numbers: dict[int, int]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(row["input_ids"]) for rows in self.rows.values() for row in rows)
 
 
 class Passes:
@@ -128,15 +109,15 @@ class Passes:
             LayoutError: several clients, and an architecture that mixes their rows.
         """
         losses, slots = [0.0] * len(parts), 0
-        for planned in self._plan(model, parts):
-            part = [planned.rows.get(k, []) for k in range(len(parts))]
+        for step in planned(parts, partial(self._kind, model), self.longest):
+            part = [step.rows.get(k, []) for k in range(len(parts))]
             again = seeds
-            if seeds is not None and any(planned.numbers.values()):
+            if seeds is not None and any(step.numbers.values()):
                 again = [
-                    mixed(seed, n) if (n := planned.numbers.get(k)) else seed
+                    mixed(seed, n) if (n := step.numbers.get(k)) else seed
                     for k, seed in enumerate(seeds)
                 ]
-            done = self._run(model, planned, part, weights, again)
+            done = self._run(model, step.own, part, weights, again)
             losses = [x + y for x, y in zip(losses, done.losses, strict=True)]
             slots += done.slots
         return Done(losses, slots)
@@ -144,7 +125,7 @@ class Passes:
     def _run(
         self,
         model: Any,
-        planned: _Planned,
+        own: bool,
         parts: Sequence[Sequence[Tokens]],
         weights: Sequence[float],
         seeds: Sequence[int] | None,
@@ -152,7 +133,7 @@ class Passes:
         """One pass and its backward pass."""
         if self._factors.follow:
             self._kept.restore()
-        if planned.own:
+        if own:
             return self._backward_padded(model, parts, weights, seeds)
         rows = [row for part in parts for row in part]
         counts = [labelled(part) for part in parts]
@@ -171,7 +152,7 @@ class Passes:
             self._bound(rows)
             return self.backward(model, parts, weights, seeds)
         sums = torch.stack([x.sum() for x in losses.split(counts)])
-        return Done(sums.tolist(), planned.tokens)
+        return Done(sums.tolist(), sum(len(row["input_ids"]) for row in rows))
 
     def _backward_padded(
         self,
@@ -213,18 +194,12 @@ class Passes:
 
     def scored(self, model: Any, rows: Sequence[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits in float32 `(n, vocabulary or classes)` and labels `(n,)`, chunk by chunk."""
-        at = 0
-        while at < len(rows):
-            own, kind = self._kind(model, len(rows[at]["input_ids"]), self.classifier)
-            end, tokens = at, 0
-            while end < len(rows):
-                length = len(rows[end]["input_ids"])
-                same = self._kind(model, length, self.classifier) == (own, kind)
-                if not same or (not own and end > at and tokens + length > self.longest):
-                    break
-                end, tokens = end + 1, tokens + length
-            yield from self._scored(model, rows[at:end], own)
-            at = end
+
+        def kind(length: int) -> Kind:
+            return self._kind(model, length, self.classifier)
+
+        for own, part in runs(rows, kind, self.longest):
+            yield from self._scored(model, part, own)
 
     def _scored(
         self, model: Any, rows: Sequence[Tokens], own: bool
@@ -249,42 +224,13 @@ class Passes:
 
     # --- what shares a pass ---
 
-    def _kind(self, model: Any, length: int, padded: bool = False) -> tuple[bool, int]:
+    def _kind(self, model: Any, length: int, padded: bool = False) -> Kind:
         """How a sample is run: whether by the model's own pass, and which others it may join."""
         if self.packed and not padded and length <= self.longest:
             return False, self._factors.alike(model, length)
         if self.together and length <= self.longest_padded:
             return True, self._factors.alike(model, length)
         return True, length
-
-    def _plan(self, model: Any, parts: Sequence[Sequence[Tokens]]) -> list[_Planned]:
-        """The passes of these rows; nearly always it is one.
-
-        Which of a client's rows are run together depends on its own rows alone, as its dropout
-        does.
-        """
-        passes = list[_Planned]()
-        for client, part in enumerate(parts):
-            chunks = list[_Planned]()
-            for row in part:
-                length = len(row["input_ids"])
-                own, kind = self._kind(model, length)
-                last = [c for c in chunks if (c.own, c.kind) == (own, kind)][-1:]
-                if not last or (not own and last[0].tokens + length > self.longest):
-                    last = [_Planned(own, kind, {client: []}, {client: len(chunks)})]
-                    chunks += last
-                last[0].rows[client].append(row)
-            for chunk in chunks:
-                for planned in passes:
-                    fits = planned.own or planned.tokens + chunk.tokens <= self.longest
-                    same = (planned.own, planned.kind) == (chunk.own, chunk.kind)
-                    if same and fits and client not in planned.rows:
-                        planned.rows |= chunk.rows
-                        planned.numbers |= chunk.numbers
-                        break
-                else:
-                    passes.append(chunk)
-        return passes
 
     def _bound(self, rows: Sequence[Tokens]) -> None:
         """Run smaller passes from now on: this one could not be packed."""

@@ -86,12 +86,15 @@ def widely(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
     """`Wide`, with experts computed one by one: their fused kernels know few dtypes."""
     name = "_experts_implementation_internal"
     before = [(c, getattr(c, name)) for c in configs if getattr(c, name, None) is not None]
+    usual = torch.get_default_dtype()
     try:
+        torch.set_default_dtype(dtype)  # of constants, as the lowest number of a dtype
         for config, _ in before:
             setattr(config, name, "eager")
         with Wide(dtype):
             yield
     finally:
+        torch.set_default_dtype(usual)
         for config, value in before:
             setattr(config, name, value)
 
