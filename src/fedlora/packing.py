@@ -135,7 +135,7 @@ def _of_transformers(model: Any) -> bool:
 
 def some_rows(model: Any, padding: int, classifier: bool) -> list[Tokens]:
     """Random samples of `LENGTHS` tokens, all of them learnt; none is padding."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _vocabulary(model)
     source = torch.Generator().manual_seed(0)
     rows: list[Tokens] = []
     for length in LENGTHS:
@@ -146,6 +146,14 @@ def some_rows(model: Any, padding: int, classifier: bool) -> list[Tokens]:
         else:
             rows.append({"input_ids": ids, "labels": ids})
     return rows
+
+
+def _vocabulary(model: Any) -> int:
+    """Tokens that can be read and, in a language model, predicted."""
+    read: int = model.get_input_embeddings().num_embeddings
+    head = model.get_output_embeddings()
+    written = getattr(getattr(head, "weight", None), "shape", (read,))[0]
+    return min(read, written)
 
 
 def isolated(model: Any, rows: Sequence[Tokens], packed: Callable[[], Tensor]) -> bool:
@@ -274,7 +282,7 @@ class Factors:
         self.results = list[Tensor]()  # of each class
 
     def find_out(self, model: Any, dtype: torch.dtype) -> None:
-        """Try the shortest length and the longest the configuration has."""
+        """Try the longest length the configuration has against a short one."""
         self.dtype = dtype
         plain = self._run(model, 6)
         if plain is None:
@@ -285,7 +293,6 @@ class Factors:
         self._note(6, 0)
         if not self.heard:
             return
-        self._class(model, max(LENGTHS))
         longest = longest_table(model.config)
         if longest > max(LENGTHS):
             self._class(model, longest)
@@ -327,7 +334,7 @@ class Factors:
     def _run(self, model: Any, length: int) -> tuple[Tensor, Tensor] | None:
         """Logits of the first sample, and of the second, which reaches up to this length."""
         device = next(model.parameters()).device
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = _vocabulary(model)
         ids = torch.arange(12, device=device).view(2, 6) % vocabulary
         ids = torch.where(ids == self.padding, (ids + 12) % vocabulary, ids)
         steps = torch.arange(6, device=device)
@@ -360,7 +367,7 @@ def auxiliary_share(model: Any, configs: Sequence[Any], dtype: torch.dtype) -> f
     if not any(getattr(config, "output_router_logits", False) for config in configs):
         return 0.0
     source = torch.Generator().manual_seed(1)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = _vocabulary(model)
     shares = []
     for length in (11, 16):
         ids = torch.randint(vocabulary, (1, length), generator=source)
