@@ -236,7 +236,7 @@ def test_a_short_row_beside_a_long_one_keeps_its_rotary_factors(
             fresh(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"
         )
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
         for p, q in zip(pristine.parameters(), fresh.parameters(), strict=True):
             if q.grad is not None:
                 p.grad = q.grad if p.grad is None else p.grad + q.grad
