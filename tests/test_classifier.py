@@ -678,7 +678,7 @@ def test_an_accumulated_step_is_that_of_the_whole_batch(
 
 def gradients(base: BaseModel, data: Any) -> tuple[float, float]:
     """The norms of the adapter's and of the head's gradient in the first step of `CLIPPED`."""
-    from fedlora.passes import collate, summed_loss
+    from fedlora.batches import collate, summed_loss
     from fedlora.train import batches
 
     base.load([], start_of(base), SCALE)

@@ -23,11 +23,12 @@ from transformers import (
 )
 
 from fedlora.adapters import find_targets
+from fedlora.batches import labelled
 from fedlora.cohort import automatic_size, largest_need, memory_available, train_cohort
 from fedlora.layout import LayoutError
 from fedlora.lowrank import Adapter, Deltas, Dense, LowRank, add, prefix, scale, to_dense
 from fedlora.model import BaseModel, Seat, attach
-from fedlora.passes import labelled, passes_of
+from fedlora.passes import passes_of
 from fedlora.seeds import Purpose, fresh_factors
 from fedlora.tokens import IGNORE, Tokens
 from fedlora.train import Budget, train
@@ -568,14 +569,14 @@ def test_padding_is_reported(name: str) -> None:
 
 
 def test_the_loss_and_its_gradient_are_those_of_pytorch() -> None:
-    from fedlora.passes import _CrossEntropy
+    from fedlora.batches import CrossEntropy
 
     source = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(7, 11, generator=source)
     labels = torch.randint(11, (7,), generator=source)
     weights = torch.rand(7, generator=source)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = _CrossEntropy.apply(ours * 1.0, labels, weights)
+    found = CrossEntropy.apply(ours * 1.0, labels, weights)
     wanted = torch.nn.functional.cross_entropy(theirs, labels, reduction="none") * weights
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     found.sum().backward()

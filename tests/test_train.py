@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_s
 
 from conftest import load_base, rows
 from fedlora.adapters import unfold
+from fedlora.batches import collate, labelled, summed_loss
 from fedlora.lowrank import LowRank
 from fedlora.model import BaseModel
-from fedlora.passes import collate, labelled, passes_of, summed_loss
+from fedlora.passes import passes_of
 from fedlora.seeds import Purpose, fresh_factors, generator
 from fedlora.templates import TEMPLATES
 from fedlora.tokens import IGNORE, Tokens, tokenize

@@ -1,7 +1,8 @@
 """The PEFT boundary: target modules by name, and adapters as PEFT directories.
 
 Alpha, rsLoRA, `rank_pattern`, `alpha_pattern` and Conv1D layers are known here, PEFT's key names in
-`adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with the scale folded into `B`.
+`adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with the
+scale folded into `B`.
 """
 
 from __future__ import annotations

@@ -8,14 +8,16 @@ matrix units are three times as fast as in torch's fused kernel's backward pass;
 on a GPU, go through `scaled_dot_product_attention`, which needs no memory of square size.
 
 Registered with transformers as the attention implementation `NAME`; it reads the `Samples` of the
-pass that is running.
+pass that is running. Which tokens of its own sample a token may look at (windows, chunks) is what
+the model itself says: transformers hands its mask functions to `sample_mask`, at the length being
+run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +31,20 @@ SITES = 2_000_000
 """Where attention's sites of dropout begin, see `Layout.keep`."""
 LONGEST_PRODUCT = 512
 """Samples up to this length are computed with products that are kept, length x length."""
+UNKNOWN = (
+    "softcap",
+    "s_aux",
+    "sinks",
+    "position_bias",
+    "attention_bias",
+    "alibi",
+    "head_mask",
+    "indices",
+    "block_indices",
+)
+"""What some models hand to their attention beside the mask, and is not computed here."""
+PLAIN = 64
+"""A mask function without a window is evaluated up to this length; beyond, it is taken to go on."""
 
 
 class PackingError(RuntimeError):
@@ -41,7 +57,8 @@ class Group:
 
     Args:
         size, length: samples, and tokens of the longest.
-        gather: `(size * length,)` the token at every place; padding points to the first token.
+        gather: `(size * length,)` the token at every place; padding points to the first token of
+            its own sample, so that not even a NaN gets from one sample to another.
         places: `(tokens,)` the places that hold tokens; None: all of them, in order.
         padding: `(padding,)` the other places.
         tokens: `(tokens,)` the token at every place of `places`.
@@ -106,7 +123,7 @@ def _group(
     return Group(
         size=len(chosen),
         length=longest,
-        gather=torch.where(real, tokens, 0).to(device),
+        gather=torch.where(real, tokens, begins.expand(-1, longest).reshape(-1)).to(device),
         places=None if whole else real.nonzero()[:, 0].to(device),
         padding=(~real).nonzero()[:, 0].to(device),
         tokens=tokens[real].to(device),
@@ -118,6 +135,8 @@ def _group(
 class _Running:
     samples: Samples | None = None
     layout: Layout | None = None
+    windows: set[int] = field(default_factory=set)
+    """Sizes of the windows and chunks that models have told of."""
 
 
 running = _Running()
@@ -149,20 +168,22 @@ def _collect(x: Tensor, group: Group, heads: int) -> Tensor:
     return out if group.places is None else out.index_select(1, group.places)
 
 
-def _barred(group: Group, like: Tensor, causal: bool, window: int | None) -> Tensor | None:
+def _barred(group: Group, like: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
     """What is added to scores, `(1 or size, length, length)`: -inf where a token may not look."""
     length = group.length
     bar = torch.zeros(1, length, length, dtype=torch.bool, device=like.device)
-    if causal:
+    if mask is not None:
+        bar = ~mask[None, :length, :length]
+    elif causal:
         bar |= bar.new_ones(length, length).triu(1)
-        if window is not None and window < length:
-            bar |= bar.new_ones(length, length).tril(-window)
-    elif len(group.padding):
+    elif not len(group.padding):
+        return None
+    if len(group.padding) and not (causal and mask is None):
         real = torch.ones(group.size * length, dtype=torch.bool, device=like.device)
         real[group.padding] = False
-        bar = bar | ~real.view(group.size, 1, length)
-    else:
-        return None
+        real = real.view(group.size, 1, length)
+        # What a place of padding sees nobody reads; but it has to see something.
+        bar = (bar | ~real) & real.transpose(1, 2)
     return torch.zeros_like(bar, dtype=like.dtype).masked_fill_(bar, float("-inf"))
 
 
@@ -177,7 +198,7 @@ class _Products(torch.autograd.Function):
         v: Tensor,
         groups: Sequence[Group],
         causal: bool,
-        window: int | None,
+        mask: Tensor | None,
         scale: float,
         keep: Sequence[Tensor] | None,
     ) -> Tensor:
@@ -186,7 +207,7 @@ class _Products(torch.autograd.Function):
         for i, group in enumerate(groups):
             qs, ks, vs = (_spread(x, group) for x in (q, k, v))
             scores = torch.bmm(qs, ks.transpose(1, 2)).mul_(scale)
-            if (bar := _barred(group, scores, causal, window)) is not None:
+            if (bar := _barred(group, scores, causal, mask)) is not None:
                 shape = (heads, group.size, group.length, group.length)
                 scores = scores.view(shape).add_(bar).view_as(scores)
             p = torch.softmax(scores, -1)
@@ -221,13 +242,19 @@ class _Products(torch.autograd.Function):
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, group: Group, causal: bool, window: int | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Group,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """One group through torch's kernel, `(heads, tokens of the group, d)`."""
     shape = (len(q), group.size, group.length, -1)
     qs, ks, vs = (_spread(x, group).view(shape).transpose(0, 1) for x in (q, k, v))
-    barred = not causal or (window is not None and window < group.length)
-    bar = _barred(group, qs, causal, window) if barred else None
+    barred = not causal or mask is not None
+    bar = _barred(group, qs, causal, mask) if barred else None
     out = F.scaled_dot_product_attention(
         qs,
         ks,
@@ -263,6 +290,55 @@ def _keeps(
     return out
 
 
+def sample_mask(
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **others: Any,
+) -> Tensor | None:
+    """What transformers calls for a mask: the model's own rule, for a sample by itself.
+
+    Args:
+        batch_size, kv_length: of the pass.
+        mask_function: `(batch, head, i, j)` -> whether token i may look at token j.
+        local_size: of the window or chunk it bars at.
+        use_vmap: the model has changed the rule in a way of its own.
+
+    Returns:
+        `(1, 1, length, length)`, bool, at the length of the longest sample; the corner of it is the
+        mask of a shorter one. None: causal, or no bar at all, as the layer's `is_causal` says.
+
+    Raises:
+        PackingError: the rule depends on where in the pass a sample lies.
+    """
+    samples = running.samples
+    if samples is None or (batch_size, kv_length) != (1, sum(samples.lengths)):
+        raise PackingError(f"a mask over {batch_size} x {kv_length}")
+    longest = samples.groups[0].length
+    if local_size is not None:
+        running.windows.add(int(local_size))
+    short = longest <= local_size if local_size is not None else longest > PLAIN
+    if short and not use_vmap:
+        return None
+    device = samples.groups[0].gather.device
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+    masks, begin = [], 0
+    for length in samples.lengths:
+        at = torch.arange(begin, begin + length, device=device)
+        seen = mask_function(zero, zero, at[:, None], at[None, :])
+        masks.append(seen.expand(length, length))
+        begin += length
+    mask = max(masks, key=len)
+    for seen in masks:
+        if not torch.equal(seen, mask[: len(seen), : len(seen)]):
+            raise PackingError("a mask that depends on a sample's place in the pass")
+    if bool(mask.all()) or torch.equal(mask, torch.ones_like(mask).tril()):
+        return None
+    return mask[None, None]
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -281,9 +357,16 @@ def packed_attention(
         PackingError: a form of attention that is not known here.
     """
     samples, layout = running.samples, running.layout
-    unknown = [k for k in ("softcap", "s_aux", "position_bias") if others.get(k) is not None]
-    if samples is None or layout is None or attention_mask is not None or unknown:
-        raise PackingError(f"attention with {', '.join(unknown) or 'a mask'}")
+    unknown = [k for k in UNKNOWN if others.get(k) is not None]
+    if samples is None or layout is None or unknown:
+        raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
+    longest, mask = samples.groups[0].length, None
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, longest, longest):
+            raise PackingError(f"attention with a mask of shape {tuple(attention_mask.shape)}")
+        mask = attention_mask[0, 0]
+    elif sliding_window is not None and sliding_window < longest:
+        raise PackingError(f"a window of {sliding_window} without a mask")
     layout.mixing |= layout.whole > 0
     if query.shape[0] != 1 or {query.shape[2], key.shape[2]} != {sum(samples.lengths)}:
         raise PackingError(f"attention over {tuple(query.shape)}")
@@ -296,10 +379,10 @@ def packed_attention(
     if products or dropout:
         site = SITES + 10_000 * layout.place(module)
         keep = _keeps(samples, layout, site, heads, dropout, q) if dropout else None
-        grouped = (samples.groups, causal, sliding_window, scale, keep)
+        grouped = (samples.groups, causal, mask, scale, keep)
         out: Tensor = _Products.apply(q, k, v, *grouped)  # type: ignore[no-untyped-call]
         return out[None], None
-    parts = [_fused(q, k, v, g, causal, sliding_window, scale) for g in samples.groups]
+    parts = [_fused(q, k, v, g, causal, mask, scale) for g in samples.groups]
     tokens = torch.cat([group.tokens for group in samples.groups])
     out = parts[0].new_zeros(v.shape[1], heads, v.shape[2])
     return out.index_copy(0, tokens, torch.cat(parts, 1).transpose(0, 1))[None], None
@@ -307,6 +390,7 @@ def packed_attention(
 
 def register() -> None:
     """Make `NAME` known to transformers."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sample_mask)

@@ -2,15 +2,17 @@
 
 Samples lie one after the other without padding (`attention.py` keeps them apart), the output head
 runs on the labelled tokens alone and in chunks, and several clients share one pass. Whether an
-architecture can be run so is found out by comparing it with its own forward pass once; where it
-cannot, samples are padded and clients train one at a time.
+architecture can be run so is found out once (`packing.py`); where it cannot, samples are padded and
+clients train one at a time. Whatever is run, a row gets what the model's own pass of it alone
+gives: rows that would feel each other are run in passes of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -18,52 +20,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora import attention
-from fedlora.attention import Samples, attending, samples_of
+from fedlora import attention, packing
+from fedlora.attention import PackingError, Samples, attending, samples_of
+from fedlora.batches import CrossEntropy, collate, flat, labelled, summed_loss
 from fedlora.client_rows import find_rows
 from fedlora.full_modules import full_modules_of
-from fedlora.layout import Form, Layout, Span, spans_of
+from fedlora.layout import Form, Layout, Span, mixed, spans_of
 from fedlora.model import AdapterLayer
 from fedlora.norms import fast_norm
-from fedlora.tokens import IGNORE, Tokens
+from fedlora.packing import UNBOUNDED, Factors
+from fedlora.plans import Kind, planned, runs
+from fedlora.tokens import Tokens
+from fedlora.trunk import instead, unpadded
+from fedlora.wide import Kept
 
 CHUNK_NUMBERS = 2**24
 """Logits held at once, as numbers: 64 MiB in float32."""
-
-
-def labelled(rows: Sequence[Tokens]) -> int:
-    """What a loss is a mean over: labelled tokens (never a row's first), or a classifier's rows."""
-    if rows and "label" in rows[0]:
-        return len(rows)
-    return sum(label != IGNORE for row in rows for label in row["labels"][1:])
-
-
-def collate(
-    rows: Sequence[Tokens], device: torch.device | str = "cpu", pad_token_id: int = 0
-) -> dict[str, Tensor]:
-    """Rows as right-padded tensors `(batch, longest)`: input_ids, attention_mask, labels.
-
-    A classifier's labels are `(batch,)`; `token_type_ids` go along where rows have them.
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(key: str, filling: int) -> Tensor:
-        out = torch.full((len(rows), longest), filling, dtype=torch.long)
-        for i, row in enumerate(rows):
-            out[i, : len(row[key])] = torch.tensor(row[key])
-        return out.to(device)
-
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        mask[i, : len(row["input_ids"])] = 1
-    batch = {"input_ids": padded("input_ids", pad_token_id), "attention_mask": mask.to(device)}
-    if "token_type_ids" in rows[0]:
-        batch["token_type_ids"] = padded("token_type_ids", 0)
-    if "label" in rows[0]:
-        batch["labels"] = torch.tensor([row["label"] for row in rows], device=device)
-    else:
-        batch["labels"] = padded("labels", IGNORE)
-    return batch
 
 
 @dataclass(frozen=True)
@@ -88,6 +60,13 @@ class Passes:
     Attributes:
         packed: samples are run without padding.
         joint: several clients can share a pass: nothing draws from torch's own generator.
+        together: samples of different lengths can be padded to one length.
+        longest: tokens of a packed pass up to which it is known to be right.
+        longest_padded: of a sample up to which it is known that padding changes nothing.
+        auxiliary: the model's own loss is `CE + auxiliary aux_loss`.
+
+    Raises:
+        InputError: the model's configuration asks for an auxiliary loss that cannot be computed.
     """
 
     def __init__(self, model: Any) -> None:
@@ -97,15 +76,19 @@ class Passes:
         self.trunk = getattr(model, "base_model", model)
         self.classifier = type(model).__name__.endswith("ForSequenceClassification")
         self.offset = 0
-        self.packed = self.joint = False
+        self.packed = self.joint = self.together = False
+        self.longest = self.longest_padded = UNBOUNDED
+        self.auxiliary = 0.0
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         self._dropout_forms: list[dict[int, Form]] = [{} for _ in self._dropouts]
         self._norms = [(m, f) for m in model.modules() if (f := fast_norm(m)) is not None]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
+        self._kept = Kept(model)
+        self._factors = Factors(self._kept, self._configs, self.padding)
         if self.trunk is model:  # holding it would keep the model alive
             self.trunk = None
-        elif self._configs:
+        if self._configs:
             attention.register()
             self._find_out(model)
             if self.joint:
@@ -131,51 +114,136 @@ class Passes:
         Raises:
             LayoutError: several clients, and an architecture that mixes their rows.
         """
+        losses, slots = [0.0] * len(parts), 0
+        for step in planned(parts, partial(self._kind, model), self.longest):
+            part = [step.rows.get(k, []) for k in range(len(parts))]
+            again = seeds
+            if seeds is not None and any(step.numbers.values()):
+                again = [
+                    mixed(seed, n) if (n := step.numbers.get(k)) else seed
+                    for k, seed in enumerate(seeds)
+                ]
+            done = self._run(model, step.own, part, weights, again)
+            losses = [x + y for x, y in zip(losses, done.losses, strict=True)]
+            slots += done.slots
+        return Done(losses, slots)
+
+    def _run(
+        self,
+        model: Any,
+        own: bool,
+        parts: Sequence[Sequence[Tokens]],
+        weights: Sequence[float],
+        seeds: Sequence[int] | None,
+    ) -> Done:
+        """One pass and its backward pass."""
+        if self._factors.follow:
+            self._kept.restore()
+        if own:
+            return self._backward_padded(model, parts, weights, seeds)
         rows = [row for part in parts for row in part]
-        if not self.packed:
-            loss, _, _ = self._padded(model, rows)
-            weight = next(w for w, part in zip(weights, parts, strict=True) if part)
-            (loss * weight).backward()
-            value = float(loss.detach()) * weight
-            longest = max(len(row["input_ids"]) for row in rows)
-            return Done([value if part else 0.0 for part in parts], longest * len(rows))
         counts = [labelled(part) for part in parts]
         device = _device(model)
         each = torch.cat(
             [torch.full((n,), w, device=device) for n, w in zip(counts, weights, strict=True)]
         )
         streams = contextlib.nullcontext() if seeds is None else self.layout.seeded(seeds)
-        with streams, self._packing(parts, device):
-            if self.classifier:
-                losses = self._classified(model, rows, each)
-            else:
-                losses = self._learnt(model, parts, counts, each)
+        try:
+            with streams, self._packing(parts, device):
+                if self.classifier:
+                    losses = self._classified(model, rows, each)
+                else:
+                    losses = self._learnt(model, parts, counts, each)
+        except PackingError:  # of the forward pass, before any gradient
+            self._bound(rows)
+            return self.backward(model, parts, weights, seeds)
         sums = torch.stack([x.sum() for x in losses.split(counts)])
         return Done(sums.tolist(), sum(len(row["input_ids"]) for row in rows))
+
+    def _backward_padded(
+        self,
+        model: Any,
+        parts: Sequence[Sequence[Tokens]],
+        weights: Sequence[float],
+        seeds: Sequence[int] | None,
+    ) -> Done:
+        """The model's own forward pass of each client's rows, padded, and its backward pass."""
+        losses, slots, device = [0.0] * len(parts), 0, _device(model)
+        for client, part in enumerate(parts):
+            if not part:
+                continue
+            with contextlib.ExitStack() as stack:
+                if len(parts) > 1:
+                    stack.enter_context(self.layout.only(client))
+                if seeds is not None:
+                    stack.enter_context(self.layout.seeded(seeds))
+                    devices = [device] if device.type == "cuda" else []
+                    stack.enter_context(torch.random.fork_rng(devices=devices))
+                    torch.manual_seed(seeds[client])
+                loss, _, _ = self._padded(model, part)
+                (loss * weights[client]).backward()
+            losses[client] = float(loss.detach()) * weights[client]
+            slots += max(len(row["input_ids"]) for row in part) * len(part)
+        return Done(losses, slots)
 
     def forward(self, model: Any, rows: Sequence[Tokens]) -> Any:
         """What a packed training pass computes before its loss, with all it keeps."""
         device = _device(model)
+        batch = collate(rows, device, self.padding)
+        del batch["labels"]
+        if any(self._kind(model, len(row["input_ids"]))[0] for row in rows):
+            return model(**batch).logits
         with self.layout.seeded([0]), self._packing([rows], device):
             if not self.classifier:
-                return self._trunk_output(_flat(rows, device)[0])
-            batch = collate(rows, device, self.padding)
-            del batch["labels"]
-            with self._unpadded_trunk():
-                return model(**batch).logits
+                return self._trunk_output(flat(rows, device)[0])
+            return self._row_logits(model, rows)
 
     def scored(self, model: Any, rows: Sequence[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits in float32 `(n, vocabulary or classes)` and labels `(n,)`, chunk by chunk."""
-        if not self.packed or self.classifier:
+
+        def kind(length: int) -> Kind:
+            return self._kind(model, length, self.classifier)
+
+        for own, part in runs(rows, kind, self.longest):
+            yield from self._scored(model, part, own)
+
+    def _scored(
+        self, model: Any, rows: Sequence[Tokens], own: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of rows that can be run in one pass."""
+        if self._factors.follow:
+            self._kept.restore()
+        if own:
             _, logits, labels = self._padded(model, rows)
             yield logits, labels
             return
         device = _device(model)
-        with self._packing([rows], device):
-            ids, places, labels = _flat(rows, device)
-            out = self._trunk_output(ids)
-            for at in self._chunks(model, len(places)):
-                yield self._logits(model, out, _hidden(out)[places[at]]), labels[at]
+        try:
+            with self._packing([rows], device):
+                ids, places, labels = flat(rows, device)
+                out = self._trunk_output(ids)
+                for at in self._chunks(model, len(places)):
+                    yield self._logits(model, out, _hidden(out)[places[at]]), labels[at]
+        except PackingError:  # before anything was given
+            self._bound(rows)
+            yield from self.scored(model, rows)
+
+    # --- what shares a pass ---
+
+    def _kind(self, model: Any, length: int, padded: bool = False) -> Kind:
+        """How a sample is run: whether by the model's own pass, and which others it may join."""
+        if self.packed and not padded and length <= self.longest:
+            return False, self._factors.alike(model, length)
+        if self.together and length <= self.longest_padded:
+            return True, self._factors.alike(model, length)
+        return True, length
+
+    def _bound(self, rows: Sequence[Tokens]) -> None:
+        """Run smaller passes from now on: this one could not be packed."""
+        lengths = [len(row["input_ids"]) for row in rows]
+        self.longest = max(max(lengths) - (len(rows) == 1), sum(lengths) // 2)
+        if len(rows) == 1:
+            self.longest = lengths[0] - 1
 
     # --- packed ---
 
@@ -187,7 +255,7 @@ class Passes:
         weights: Tensor,
     ) -> Tensor:
         """Weighted cross-entropies `(labelled tokens,)`, detached, after the backward pass."""
-        ids, places, labels = _flat([row for part in parts for row in part], weights.device)
+        ids, places, labels = flat([row for part in parts for row in part], weights.device)
         out = self._trunk_output(ids)
         picked = _hidden(out)[places]
         apart = picked.detach().requires_grad_(picked.requires_grad)
@@ -195,23 +263,54 @@ class Passes:
         for at in self._chunks(model, len(places)):
             with self.layout.divided(chunked=True, tokens=_within(ends, at)):
                 logits = self._logits(model, out, apart[at])
-                loss: Tensor = _CrossEntropy.apply(logits, labels[at], weights[at])  # type: ignore[no-untyped-call]
+                loss: Tensor = CrossEntropy.apply(logits, labels[at], weights[at])  # type: ignore[no-untyped-call]
                 loss.sum().backward()
             losses.append(loss.detach())
             del logits, loss
-        if apart.grad is not None:
-            picked.backward(apart.grad)
-        return torch.cat(losses)
+        if not self.auxiliary:
+            if apart.grad is not None:
+                picked.backward(apart.grad)
+            return torch.cat(losses)
+        extra = self._auxiliaries(model, out, parts)  # (clients,)
+        share = self.auxiliary * torch.stack([w.sum() for w in weights.split(list(counts))])
+        ends_in = [x for x in (picked, (extra * share).sum()) if x.requires_grad]
+        begins = [apart.grad, None][-len(ends_in) :] if ends_in else []
+        torch.autograd.backward(ends_in, begins)
+        each = torch.repeat_interleave(extra.detach(), torch.tensor(counts, device=extra.device))
+        return torch.cat(losses) + self.auxiliary * each * weights
+
+    def _auxiliaries(self, model: Any, out: Any, parts: Sequence[Sequence[Tokens]]) -> Tensor:
+        """The model's own auxiliary loss of each client's tokens, 0 where it has none."""
+        tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
+        found, at = [], 0
+        for count in tokens:
+            if not count:
+                found.append(torch.zeros((), device=_device(model)))
+                continue
+            own = tuple(x[at : at + count] for x in out.router_logits)
+            given = type(out)(
+                last_hidden_state=out.last_hidden_state[:, :1].detach(), router_logits=own
+            )
+            with instead(self.trunk, lambda *_, given=given, **__: given):
+                ids = torch.zeros(1, 1, dtype=torch.long, device=_device(model))
+                found.append(model(input_ids=ids, use_cache=False).aux_loss)
+            at += count
+        return torch.stack(found)
 
     def _classified(self, model: Any, rows: Sequence[Tokens], weights: Tensor) -> Tensor:
         """Weighted cross-entropies `(rows,)`, detached, after the backward pass."""
-        batch = collate(rows, weights.device, self.padding)
-        labels = batch.pop("labels")
-        with self._unpadded_trunk():
-            logits = model(**batch).logits.float()
+        labels = torch.tensor([row["label"] for row in rows], device=weights.device)
+        logits = self._row_logits(model, rows).float()
         loss = F.cross_entropy(logits, labels, reduction="none") * weights
         loss.sum().backward()
         return loss.detach()
+
+    def _row_logits(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
+        """A classifier's logits `(rows, classes)`, its trunk run without padding."""
+        batch = collate(rows, _device(model), self.padding)
+        del batch["labels"]
+        with unpadded(self.trunk, self._positions):
+            return cast(Tensor, model(**batch).logits)
 
     @contextlib.contextmanager
     def _packing(self, parts: Sequence[Sequence[Tokens]], device: torch.device) -> Iterator[None]:
@@ -226,9 +325,9 @@ class Passes:
             stack.enter_context(attending(samples, self.layout))
             stack.enter_context(self.layout.divided(tokens=of_tokens, samples=of_samples))
             for number, module in enumerate(self._dropouts):
-                stack.enter_context(_instead(module, self._dropout(module, number, len(parts))))
+                stack.enter_context(instead(module, self._dropout(module, number, len(parts))))
             for norm, forward in self._norms:
-                stack.enter_context(_instead(norm, forward))
+                stack.enter_context(instead(norm, forward))
             for config, _ in before:
                 config._attn_implementation_internal = attention.NAME
             try:
@@ -274,7 +373,7 @@ class Passes:
     def _logits(self, model: Any, out: Any, hidden: Tensor) -> Tensor:
         """What the model makes of a part of its trunk's output: `(n, vocabulary)`, float32."""
         given = type(out)(**{**out, "last_hidden_state": hidden[None]})
-        with _instead(self.trunk, lambda *_, **__: given):
+        with instead(self.trunk, lambda *_, **__: given):
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             return cast(Tensor, model(input_ids=ids, use_cache=False).logits)[0].float()
 
@@ -283,85 +382,49 @@ class Passes:
         for at in range(0, number, size):
             yield slice(at, min(at + size, number))
 
-    @contextlib.contextmanager
-    def _unpadded_trunk(self) -> Iterator[None]:
-        """The trunk takes and gives padded tensors, and computes without padding inside."""
-        run, pooler = self.trunk.forward, getattr(self.trunk, "pooler", None)
-        place: list[tuple[tuple[int, int], Tensor]] = []
-
-        def padded(x: Tensor) -> Tensor:
-            (batch, longest), where = place[-1]
-            out = x.new_zeros(batch * longest, x.shape[-1]).index_copy(0, where, x[0])
-            return out.view(batch, longest, -1)
-
-        def forward(input_ids: Tensor, attention_mask: Tensor, **named: Any) -> Any:
-            real = attention_mask.reshape(-1).nonzero()[:, 0]
-            place.append((cast("tuple[int, int]", tuple(input_ids.shape)), real))
-            if named.get("token_type_ids") is not None:
-                named["token_type_ids"] = named["token_type_ids"].reshape(-1)[real][None]
-            named["position_ids"] = self._positions(input_ids.device)
-            out = run(input_ids=input_ids.reshape(-1)[real][None], **named)
-            out["last_hidden_state"] = padded(out.last_hidden_state)
-            return out
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_instead(self.trunk, forward))
-            if isinstance(pooler, nn.Module):
-                pool = pooler.forward
-                stack.enter_context(_instead(pooler, lambda x, *a, **k: pool(padded(x), *a, **k)))
-            yield
-
     # --- padded ---
 
     def _padded(self, model: Any, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
         batch = collate(rows, _device(model), self.padding)
-        return summed_loss(model, batch)
+        return summed_loss(model, batch, self.auxiliary)
 
     # --- whether it can be packed ---
 
     def _find_out(self, model: Any) -> None:
-        """Compare a packed pass with the model's own on a few random rows."""
-        vocabulary = model.get_input_embeddings().num_embeddings
-        source = torch.Generator().manual_seed(0)
-        rows: list[Tokens] = []
-        for length in (7, 3, 12):
-            ids = torch.randint(vocabulary, (length,), generator=source).tolist()
-            ids = [i if i != self.padding else (i + 1) % vocabulary for i in ids]
-            rows.append({"input_ids": ids, "labels": ids})
-        if self.classifier:
-            rows = [{"input_ids": row["input_ids"], "label": 0} for row in rows]
+        rows = packing.some_rows(model, self.padding, self.classifier)
         training = model.training
         model.eval()
-        with self.layout.without_clients(), torch.no_grad():
-            wanted = self._padded(model, rows)[1]
-            for offset in (0, self.padding + 1):
-                self.offset = offset
-                if self._agrees(model, rows, wanted):
-                    self.packed = True
-                    break
-            if self.packed:
-                self.joint = self._draws_nothing(model, rows) and not self.layout.mixing
-        model.train(training)
 
-    def _agrees(self, model: Any, rows: Sequence[Tokens], wanted: Tensor) -> bool:
-        # Whatever an architecture stumbles over here, it can be run with padding.
+        def packed(rows: Sequence[Tokens], offset: int) -> Tensor:
+            self.offset = offset
+            return self._outputs(model, rows)
+
         try:
-            found = self._outputs(model, rows)
-        except Exception:
-            return False
-        if found.shape != wanted.shape:
-            return False
-        single = next(model.parameters()).dtype in (torch.float32, torch.float64)
-        bound = 1e-3 if single else 5e-2
-        return bool((found - wanted).abs().max() <= bound * wanted.abs().max())
+            with self.layout.without_clients():
+                found = packing.examine(
+                    model,
+                    self._configs,
+                    self._factors,
+                    rows,
+                    lambda rows: self._padded(model, rows)[1],
+                    None if self.trunk is None else packed,
+                )
+                self.packed, self.offset, self.together = found.packed, found.offset, found.together
+                self.longest, self.longest_padded = found.longest, found.longest_padded
+                self.auxiliary = found.auxiliary
+                if self.packed:
+                    self.joint = self._draws_nothing(model, rows) and not self.layout.mixing
+        finally:
+            self._kept.restore()
+            model.train(training)
 
     def _outputs(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
         with self._packing([rows], _device(model)):
-            if not self.classifier:
-                ids, places, _ = _flat(rows, _device(model))
-                out = self._trunk_output(ids)
-                return self._logits(model, out, _hidden(out)[places])
-        return cast(Tensor, self.forward(model, rows)).float()
+            if self.classifier:
+                return self._row_logits(model, rows).float()
+            ids, places, _ = flat(rows, _device(model))
+            out = self._trunk_output(ids)
+            return self._logits(model, out, _hidden(out)[places])
 
     def _draws_nothing(self, model: Any, rows: Sequence[Tokens]) -> bool:
         """Whether a training pass leaves torch's own generator alone."""
@@ -383,7 +446,7 @@ class Passes:
                 self.forward(model, rows)
                 return
             with self._packing([rows], _device(model)):
-                out = self._trunk_output(_flat(rows, _device(model))[0])
+                out = self._trunk_output(flat(rows, _device(model))[0])
                 self._logits(model, out, _hidden(out))
 
         training = model.training
@@ -408,25 +471,6 @@ def passes_of(model: Any) -> Passes:
     return _known[model]
 
 
-def summed_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed cross-entropy, in float32, of the labelled tokens or of a classifier's rows.
-
-    Returns:
-        The sum (a scalar), the logits `(n, vocabulary)` of the n labelled tokens or `(n, classes)`
-        of the n rows, their labels `(n,)`.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    labels = batch["labels"]
-    if labels.ndim == 1:
-        logits = model(**inputs).logits.float()  # (batch, classes)
-    else:
-        out = model(**inputs, use_cache=False)
-        counted = labels[:, 1:] != IGNORE  # (batch, longest - 1)
-        logits = out.logits[:, :-1][counted].float()  # (tokens, vocabulary)
-        labels = labels[:, 1:][counted]
-    return F.cross_entropy(logits, labels, reduction="sum"), logits, labels
-
-
 def _hidden(out: Any) -> Tensor:
     """`(tokens, width)`."""
     return cast(Tensor, out.last_hidden_state).squeeze(0)
@@ -434,15 +478,6 @@ def _hidden(out: Any) -> Tensor:
 
 def _device(model: Any) -> torch.device:
     return cast(torch.device, next(model.parameters()).device)
-
-
-def _flat(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """All token ids `(tokens,)`, where a labelled token is predicted `(n,)`, and its label."""
-    ids = [token for row in rows for token in row["input_ids"]]
-    following = [label for row in rows for label in (*row["labels"][1:], IGNORE)]
-    labels = torch.tensor(following)
-    places = (labels != IGNORE).nonzero()[:, 0]
-    return torch.tensor(ids).to(device), places.to(device), labels[places].to(device)
 
 
 def _within(spans: Sequence[Span], at: slice) -> tuple[Span, ...]:
@@ -454,37 +489,3 @@ def _within(spans: Sequence[Span], at: slice) -> tuple[Span, ...]:
             first = span.first + begin - span.begin
             out.append(Span(span.client, begin - at.start, end - at.start, first))
     return tuple(out)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """`w_i (logsumexp(z_i) - z_i[label_i])`; the gradient `w_i (softmax(z_i) - 1[label_i])` takes
-    the place of the logits, which nothing else reads.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        at, w = labels[:, None], weights[:, None]
-        picked, largest = logits.gather(1, at), logits.amax(1, keepdim=True)
-        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-        ctx.gradient = logits.mul_(w / total).scatter_add_(1, at, -w)
-        return ((total.log() + largest - picked) * w)[:, 0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        # Only ever of a sum: what comes in is ones.
-        gradient, ctx.gradient = ctx.gradient, None
-        return gradient, None, None
-
-
-@contextlib.contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another `forward` for a while."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -330,9 +330,10 @@ def _cohort_size(
     config: Config, base: BaseModel, data: FederatedData, federation: Federation
 ) -> int:
     """How many clients train in one pass: as configured, or as is found out."""
+    passes = passes_of(base.model)  # what cannot be trained is refused here, before any round
     if config.cohort_size != "auto":
         return config.cohort_size
-    if not passes_of(base.model).joint or base.tied:
+    if not passes.joint or base.tied:
         return 1
     sizes = [config.of_client(k).per_device_train_batch_size for k in range(len(federation.ranks))]
     rows = [part.train for part in data.clients]

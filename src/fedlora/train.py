@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.batches import labelled
 from fedlora.layout import LayoutError, mixed
 from fedlora.model import ClientTerm
-from fedlora.passes import Done, Passes, labelled, passes_of
+from fedlora.passes import Done, Passes, passes_of
 from fedlora.seeds import Purpose, generator, integer
 from fedlora.tokens import Tokens
 

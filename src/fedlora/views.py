@@ -20,13 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.adapters import scaling
+from fedlora.batches import labelled
 from fedlora.config import Config
 from fedlora.console import human_bytes
 from fedlora.data import FederatedData, RawData
 from fedlora.errors import InputError
 from fedlora.holdings import holdings
 from fedlora.merging import Aggregated
-from fedlora.passes import labelled
 from fedlora.setup import Session, dropped_line
 from fedlora.tokens import IGNORE, Tokens
 from fedlora.worker import budget_of

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedlora.batches import collate, labelled
 from fedlora.errors import InputError
 from fedlora.lowrank import to_dense
 from fedlora.model import AdapterLayer, ClientTerm
-from fedlora.passes import collate, labelled
 from fedlora.tokens import Tokens
 from fedlora.train import Budget, batches, schedule
 

@@ -1,0 +1,157 @@
+"""A model's own forward pass in a wider dtype, and its state put back afterwards.
+
+Two ways to compute one thing differ by rounding; in float64 a difference that counts stands out,
+whatever the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Relative to the largest logit. In float64 some modules still compute a part in float32."""
+SAME_SHAPES = 1e-3
+"""By how much less two passes of one shape may differ."""
+LARGE = 2**30
+"""Parameters beyond which float32 has to do."""
+WEIGHT_PART = 2**25
+"""Numbers of a weight that are held in a wider dtype at once."""
+
+
+class Wide(TorchFunctionMode):
+    """Compute in a wider dtype than the weights': each is widened where it is used.
+
+    Args:
+        dtype: float64, or float32.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.narrow = {torch.float16, torch.bfloat16, torch.float32} - {dtype}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """One operation of torch: narrow operands beside a wide one are widened."""
+        name = getattr(func, "__name__", "")
+        if name in ("float", "half", "bfloat16"):
+            return args[0].to(self.dtype)
+        args = tuple(self._type(x) for x in args)
+        named = {key: self._type(x) for key, x in (kwargs or {}).items()}
+        if any(x.dtype == self.dtype for x in _tensors((*args, *named.values()))):
+            if func is F.linear and args[1].dtype in self.narrow:
+                return self._linear(*args, **named)
+            # What is written to stays itself.
+            first = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            args = tuple(x if first and i == 0 else self._wide(x) for i, x in enumerate(args))
+            named = {key: x if key == "out" else self._wide(x) for key, x in named.items()}
+        out = func(*args, **named)
+        return out.to(self.dtype) if func is F.embedding else out
+
+    def _type(self, x: Any) -> Any:
+        return self.dtype if isinstance(x, torch.dtype) and x in self.narrow else x
+
+    def _wide(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(self.dtype) if x.dtype in self.narrow else x
+        if type(x) in (list, tuple):
+            return type(x)(self._wide(y) for y in x)
+        return x
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows = max(1, WEIGHT_PART // weight.shape[1])
+        x = x.to(self.dtype)
+        out = torch.cat([F.linear(x, part.to(self.dtype)) for part in weight.split(rows)], -1)
+        return out if bias is None else out + bias.to(self.dtype)
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif type(x) in (list, tuple):
+            yield from (y for y in x if isinstance(y, Tensor))
+
+
+@contextmanager
+def widely(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
+    """`Wide`, with experts computed one by one: their fused kernels know few dtypes."""
+    name = "_experts_implementation_internal"
+    before = [(c, getattr(c, name)) for c in configs if getattr(c, name, None) is not None]
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)  # of constants, as the lowest number of a dtype
+        for config, _ in before:
+            setattr(config, name, "eager")
+        with Wide(dtype):
+            yield
+    finally:
+        torch.set_default_dtype(usual)
+        for config, value in before:
+            setattr(config, name, value)
+
+
+def wide_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype a model is judged in."""
+    many = sum(p.numel() for p in model.parameters()) > LARGE
+    return torch.float32 if many else torch.float64
+
+
+class Kept:
+    """What modules change in their forward pass beside their parameters, to be put back.
+
+    Rotary factors that follow the longest sample seen are such a state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.states = [
+            (
+                m,
+                _plain(m),
+                {n: None if b is None else b.clone() for n, b in _floating(m).items()},
+            )
+            for m in model.modules()
+            if _floating(m)
+        ]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, values, buffers in self.states:
+            for name in _plain(module).keys() - values.keys():
+                delattr(module, name)
+            module.__dict__.update(values)
+            for name, value in buffers.items():
+                module._buffers[name] = None if value is None else value.clone()
+
+
+def _floating(module: nn.Module) -> dict[str, Tensor | None]:
+    names = module._non_persistent_buffers_set
+    return {
+        n: b
+        for n, b in module._buffers.items()
+        if n in names and (b is None or b.is_floating_point())
+    }
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    kinds = (bool, int, float, Tensor)
+    return {
+        n: x
+        for n, x in module.__dict__.items()
+        if not n.startswith("_") and n != "training" and isinstance(x, kinds)
+    }
+
+
+def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
+    """Whether two results, computed in this dtype, are the same but for rounding."""
+    if found.shape != wanted.shape:
+        return False
+    return bool((found - wanted).abs().max() <= times * BOUNDS[dtype] * wanted.abs().max())
