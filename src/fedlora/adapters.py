@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedlora.errors import CheckpointError, InputError
+from fedlora.layers import is_conv1d, shape_of, why_unfit
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
 
 CONFIG_NAME = "adapter_config.json"
@@ -74,6 +75,7 @@ class Targets:
         modules_to_save: modules trained whole, as PEFT's `modules_to_save` names them.
         model_config: the model's own configuration as JSON, saved beside a classifier's adapter:
             it holds the label names.
+        left_out: linear layers that all-linear leaves out, and why: they can carry no adapter.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -84,11 +86,7 @@ class Targets:
     task_type: str | None = "CAUSAL_LM"
     modules_to_save: tuple[str, ...] = ()
     model_config: str | None = None
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D: a linear layer whose weight is stored `(n, m)`."""
-    return type(module).__name__ == "Conv1D"
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_targets(
@@ -111,8 +109,11 @@ def find_targets(
         modules_to_save: modules trained whole (full names); they get no adapter.
         task_type: PEFT's name of the task.
 
+    A layer that can carry no adapter (`layers.why_unfit`) is left out of all-linear.
+
     Raises:
-        InputError: nothing matches; the message lists candidates.
+        InputError: nothing matches, or what is named can carry no adapter; the message lists
+            candidates.
     """
     linear = {
         name: module
@@ -171,10 +172,15 @@ def find_targets(
             + f"; it has {_candidates(free)}"
         )
     _refuse_bypassed(model, chosen)
-    shapes = {}
-    for name, module in chosen.items():
-        rows, columns = module.weight.shape
-        shapes[name] = (int(columns), int(rows)) if is_conv1d(module) else (int(rows), int(columns))
+    unfit = why_unfit(model, chosen)
+    if unfit and (target_modules != "all-linear" or len(unfit) == len(chosen)):
+        name, why = next(iter(unfit.items()))
+        raise InputError(
+            f"lora_target_modules: {name} {why}, so it can carry no adapter (nor can it in PEFT); "
+            f"name others: {_candidates({n: m for n, m in free.items() if n not in unfit})}"
+        )
+    chosen = {n: m for n, m in chosen.items() if n not in unfit}
+    shapes = {name: shape_of(module) for name, module in chosen.items()}
     ends_of = sorted({name.rpartition(".")[2] for name in chosen})
     # PEFT matches the ends of all modules' names, not of linear layers alone.
     matched = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in ends_of}
@@ -186,6 +192,7 @@ def find_targets(
         revision=revision,
         task_type=task_type,
         modules_to_save=tuple(modules_to_save),
+        left_out=unfit,
     )
 
 

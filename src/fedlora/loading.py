@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedlora.adapters import Targets, find_targets, fused_experts
+from fedlora.checks import check_updates
 from fedlora.errors import InputError
 from fedlora.model import BaseModel, attach
 from fedlora.partition import natural
@@ -159,6 +160,8 @@ def load_model(
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
+    if weights and torch.cuda.is_available() and not config.use_cpu:
+        model.to("cuda")
     to_save = _modules_to_save(model, config.lora_modules_to_save, bool(label_names), missing)
     targets = find_targets(
         model,
@@ -173,10 +176,11 @@ def load_model(
         targets = dataclasses.replace(targets, model_config=model.config.to_json_string())
     else:
         model.generation_config = greedy(model)
-    if weights and torch.cuda.is_available() and not config.use_cpu:
-        model.to("cuda")
     notes = _notes(model, targets, missing)
-    return attach(model, tokenizer, targets), notes
+    base = attach(model, tokenizer, targets)
+    if weights:
+        check_updates(base)
+    return base, notes
 
 
 def load_pretrained(
@@ -318,6 +322,13 @@ def _notes(model: Any, targets: Targets, missing: Sequence[str]) -> list[str]:
         out.append(
             f"mixture of experts: {sum(experts.values()) / total:.0%} of the parameters are fused "
             "expert weights, which get no adapter; attention and the other linear layers do"
+        )
+    for why in dict.fromkeys(targets.left_out.values()):
+        names = [name for name, other in targets.left_out.items() if other == why]
+        out.append(
+            f"lora_target_modules: all-linear leaves out {names[0]}"
+            + (f" and {len(names) - 1} more like it" if len(names) > 1 else "")
+            + f": it {why}, so it can carry no adapter"
         )
     new = [name for name in missing if name.rpartition(".")[0] not in targets.modules_to_save]
     new = [n for n in new if not any(n.startswith(f"{m}.") for m in targets.modules_to_save)]
