@@ -54,8 +54,8 @@ MODELS: dict[str, Callable[[], Any]] = {
         mamba_d_state=8,
         use_mamba_kernels=False,
     ),
-    "deberta": lambda: hf.DebertaConfig(
-        **SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"]
+    "bloom": lambda: hf.BloomConfig(
+        vocab_size=100, hidden_size=32, n_layer=2, n_head=4, pretraining_tp=2, slow_but_exact=True
     ),
 }
 ROUTERS = ("llama4", "phimoe")
@@ -69,8 +69,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def get(name: str) -> Path:
         if not (where / name).is_dir():
             torch.manual_seed(0)
-            kind = hf.AutoModelForMaskedLM if name == "deberta" else hf.AutoModelForCausalLM
-            kind.from_config(MODELS[name]()).save_pretrained(where / name)
+            hf.AutoModelForCausalLM.from_config(MODELS[name]()).save_pretrained(where / name)
             save_tokenizer(where / name)
         return where / name
 
@@ -82,8 +81,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data")
     for site, number in enumerate((9, 6)):
         write_jsonl(path / f"text_{site}.jsonl", rows(number, 10 * site))
-    labelled = [{"text": row["prompt"], "label": "ab"[i % 2]} for i, row in enumerate(rows(12))]
-    write_jsonl(path / "label.jsonl", labelled)
     write_jsonl(path / "eval.jsonl", rows(5, 1000))
     return path
 
@@ -116,7 +113,9 @@ def train(model: Path, data: Path, out: Path, **more: Any) -> tuple[fedlora.Resu
 
 def loss_by_peft(model: Path, adapter: Path, data: Path, merged: bool = True) -> float:
     """Nats per completion token of the held-out rows in float64, by transformers and PEFT."""
-    base = hf.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    base = hf.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, experts_implementation="eager"
+    )
     theirs = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).double().eval()
     theirs = theirs.merge_and_unload() if merged else theirs
     tokenizer = hf.AutoTokenizer.from_pretrained(model)
@@ -258,6 +257,8 @@ def factors(seed: int, rank: int = 2) -> LowRank:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_is_added_to_what_any_layer_gives(kind: str, training: bool) -> None:
     """`y + x dW^T` with `y` of the layer itself, frozen and trained, and its gradients."""
+    if kind == "spectral_norm_hook" and training:
+        pytest.skip("every pass in training changes its weight")
     base, frozen, trained = layer_of(kind), factors(1), factors(2)
     layer = AdapterLayer(base).train(training)
     assert layer.plain == (kind in PLAIN)
@@ -282,12 +283,12 @@ def test_an_update_is_added_to_what_any_layer_gives(kind: str, training: bool) -
                 )
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"own_conv1d"}))
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"weight_norm", "orthogonal"}))
 def test_peft_says_the_same_of_it(kind: str) -> None:
     update = factors(1)
     theirs = get_peft_model(
         nn.Sequential(layer_of(kind)),
-        LoraConfig(r=2, lora_alpha=2, target_modules=["0"], fan_in_fan_out=kind == "conv1d"),
+        LoraConfig(r=2, lora_alpha=2, target_modules=["0"], fan_in_fan_out="conv1d" in kind),
     )
     inner = theirs.base_model.model[0]
     with torch.no_grad():
@@ -484,31 +485,24 @@ def test_weights_that_a_model_reads_past_their_layer_are_found(
     checks.check_updates(with_adapters)
 
 
-def test_jamba_reads_dt_proj_past_its_layer(
-    models: Callable[[str], Path], data: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "ends"), [("jamba", ("dt_proj",)), ("bloom", ("dense", "dense_4h_to_h"))]
+)
+def test_architectures_that_read_weights_past_their_layers(
+    name: str,
+    ends: tuple[str, ...],
+    models: Callable[[str], Path],
+    data: Path,
+    tmp_path: Path,
 ) -> None:
-    result, told = train(models("jamba"), data, tmp_path / "out", num_rounds=1)
-    assert not [n for n in result.adapter if n.endswith("dt_proj")]
-    assert [w for w in told if "mamba.dt_proj" in w and "read past the layer" in w]
-    expected = loss_by_peft(models("jamba"), result.final_dir, data)
+    result, told = train(models(name), data, tmp_path / "out", num_rounds=1)
+    assert not [n for n in result.adapter if n.endswith(ends)]
+    assert [w for w in told if ends[0] in w and "read past the layer" in w]
+    expected = loss_by_peft(models(name), result.final_dir, data)
     assert result.evaluations[1]["loss"] == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(InputError, match=r"lora_target_modules: .*dt_proj has its weight read"):
-        train(models("jamba"), data, tmp_path / "no", lora_target_modules=["q_proj", "dt_proj"])
-
-
-def test_deberta_reads_in_proj_past_its_layer(
-    models: Callable[[str], Path], data: Path, tmp_path: Path
-) -> None:
-    keys: dict[str, Any] = {
-        "train_file": str(data / "label.jsonl"),
-        "eval_file": str(data / "label.jsonl"),
-        "label_column_name": "label",
-        "num_clients": 2,
-        "num_rounds": 1,
-    }
-    result, told = train(models("deberta"), data, tmp_path / "out", **keys)
-    assert not [n for n in result.adapter if n.endswith("in_proj")]
-    assert [w for w in told if "in_proj" in w and "read past the layer" in w]
+    for end in ends:
+        with pytest.raises(InputError, match=rf"lora_target_modules: .*{end} has its weight read"):
+            train(models(name), data, tmp_path / "no", lora_target_modules=[end])
 
 
 # --- a known update, once at the start ---
