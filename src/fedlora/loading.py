@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +61,8 @@ def find_source(name: str, revision: str | None = None, trust_remote_code: bool 
     """
     from transformers import AutoConfig
 
-    with _explained(f"model_name_or_path: {name}: the model cannot be loaded"):
+    check_place("model_name_or_path", name)
+    with _explained(f"model_name_or_path: {name}: the model cannot be loaded", name):
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -89,7 +92,8 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     def load(key: str, which: str, revision: str | None) -> Any:
-        with _explained(f"{key}: {which}: the tokenizer cannot be loaded"):
+        check_place(key, which)
+        with _explained(f"{key}: {which}: the tokenizer cannot be loaded", which):
             return AutoTokenizer.from_pretrained(
                 which, revision=revision, trust_remote_code=source.trust_remote_code
             )
@@ -350,15 +354,63 @@ def greedy(model: Any) -> Any:
     return GenerationConfig(**{name: getattr(own, name, None) for name in names})
 
 
+def check_place(key: str, name: str, hub: bool = True) -> None:
+    """Refuse what can only be a path and is no directory, and so is no name on the hub.
+
+    Args:
+        key: of the configuration.
+        name: its value.
+        hub: whether a name such as `owner/model` may be one on the hub.
+
+    Raises:
+        InputError: that there is no such directory, and what is near.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.is_file():
+        if key == "chat_template_path":
+            return
+        raise InputError(f"{key}: {name} is a file; give the directory that it lies in")
+    if hub and re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name, re.ASCII):
+        return
+    raise InputError(f"{key}: {name}: there is no such directory{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    """What there is in the place of a path that does not exist."""
+    if str(path).startswith("~") and path.expanduser().exists():
+        return f"; ~ stands for your home in a shell alone: give {path.expanduser()}"
+    inside = next((p for p in path.parents if p.is_dir()), Path())
+    missing = path.relative_to(inside).parts if path.is_relative_to(inside) else path.parts
+    try:
+        there = sorted(p.name for p in inside.iterdir() if p.is_dir() and p.name[0] != ".")
+    except OSError:
+        there = []
+    close = difflib.get_close_matches(missing[0] if missing else "", there, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {inside / close[0]}?"
+    some = ", ".join(there[:5]) + (" ..." if len(there) > 5 else "")
+    return f"; {inside.absolute()} has {some or 'no directories'}"
+
+
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Whatever a library raises in here becomes one line for the user."""
+def _explained(what: str, name: str | None = None) -> Iterator[None]:
+    """Whatever a library raises in here becomes one line for the user.
+
+    Args:
+        what: the beginning of the line.
+        name: on the hub or a directory; where it is none, the line says so.
+    """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what}: {_short(error)}") from None
+        where = ""
+        if name is not None and not Path(name).exists():
+            where = f" (there is no directory {name} either{_near(Path(name))})"
+        raise InputError(f"{what}: {_short(error)}{where}") from None
 
 
 def _short(error: Exception) -> str:

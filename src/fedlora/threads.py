@@ -105,6 +105,53 @@ def look(read: Callable[[], Reading | None] | None = None) -> Room | None:
     return found
 
 
+def fewer(before: int, after: int, room: Room) -> str:
+    """What a run says that takes fewer threads."""
+    return (
+        f"{after} thread{'s' * (after > 1)} instead of {before}: {room}, and threads without a "
+        "core of their own hold up all others"
+    )
+
+
+def unchanged(number: int, better: int, room: Room) -> str:
+    """What a run says that is told how many threads to take."""
+    return (
+        f"num_threads is {number}, and {room}: threads without a core of their own hold up all "
+        f"others, and a round may take many times as long; num_threads {better} would be faster"
+    )
+
+
+class Watcher:
+    """Between rounds: how many threads the next one takes. It never takes more again.
+
+    Args:
+        number: of the run so far.
+        own: whether the run chose it; a number that was configured stays.
+    """
+
+    def __init__(self, number: int, own: bool) -> None:
+        self.number, self.own = number, own
+        self._before = reading() if own and number > 1 else None
+
+    def look(self) -> str:
+        """After a round: what to tell where there was no room for all threads, else nothing.
+
+        Rounds too short to be measured are taken together.
+        """
+        if not self.own or self.number == 1:
+            return ""
+        now = reading()
+        found = room(self._before, now)
+        if found is None:
+            return ""
+        self._before = now
+        fit = found.threads(self.number)
+        if fit == self.number:
+            return ""
+        told, self.number = fewer(self.number, fit, found), fit
+        return told
+
+
 def cores() -> float:
     """Cores that this process may use: its affinity, or a container's limit where that is less."""
     return min(float(len(_affinity())), _quota())
