@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import fedlora
 import test_resume
-from conftest import rows, write_jsonl
+from conftest import rows, save_tokenizer, write_jsonl
 from fedlora import Config
 from fedlora.checkpoint import read_metrics
 from fedlora.cli import main
@@ -1076,3 +1076,106 @@ def test_going_on_from_an_adapter(
 
 def _each(line: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(line["client_evaluations"].values())
+
+
+# --- small modules, mixed ranks, left-out modules, absent clients ---
+
+
+@pytest.fixture(scope="module")
+def narrow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with layers of 4 to 16 rows and columns: ranks exceed them, factors outgrow them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("narrow") / "model"
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=100,
+            hidden_size=16,
+            intermediate_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    ).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+@pytest.mark.parametrize("present", [None, 3], ids=["all", "three"])
+@pytest.mark.parametrize("method", RULES)
+def test_factors_larger_than_a_layer_beside_clients_that_leave_layers_out(
+    method: str, present: int | None, narrow_llama: Path, site_files: Path, tmp_path: Path
+) -> None:
+    """`r (m + n) > m n` for most layers; one client trains a few layers alone, and may be absent.
+
+    Exact rules change the global model by `sum_k p_k (M_k - M_k_start)`, in float64 from what was
+    sent; a run resumed after round 2 ends with the same bytes.
+    """
+    values: dict[str, Any] = {
+        "model_name_or_path": str(narrow_llama),
+        "train_file": str(site_files / "site_*.jsonl"),
+        "method": method,
+        "client_ranks": ranks_for(method, (8, 4, 2, 12), equal=8),
+        "client_overrides": {1: {"lora_target_modules": ["q_proj", "up_proj"]}},
+        "clients_per_round": present,
+        "num_rounds": 3,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "num_threads": 1,
+        "dtype": "float32",
+        "output_dir": str(tmp_path / "whole"),
+    }
+    seen = watch(values, "whole")
+    shapes = {name: tuple(shape) for name, shape in seen.result.metrics[0]["modules"].items()}
+    assert any(12 * (m + n) > m * n for m, n in shapes.values())
+    rule, options = METHODS[method], seen.config.rule_options()
+    for number, line in enumerate(seen.rounds, 1):
+        if method not in EXACT:
+            continue
+        before, after = seen.states[number - 1], seen.states[number]
+        for name, shape in shapes.items():
+            wanted = torch.zeros(shape, dtype=torch.float64)
+            for one in line["clients"]:
+                sent = seen.sent[number, one["client"]]
+                start = client_start(sent, rule, options, shapes, seen.config.seed)
+                got = seen.got[number, one["client"]]
+                if name not in got.adapter:
+                    assert one["client"] == 1
+                    continue
+                began, ended = start.adapter[name], got.adapter[name]
+                a = ended.A if "A" in got.sends else began.A
+                b = ended.B if "B" in got.sends else began.B
+                learnt = b.double() @ a.double() - began.B.double() @ began.A.double()
+                wanted += one["weight"] * learnt
+            change = torch.zeros(shape, dtype=torch.float64)
+            for state, sign in ((after, 1), (before, -1)):
+                for part in (state.base_delta, state.adapter):
+                    if name in part:
+                        x = part[name]
+                        factors = isinstance(x, LowRank)
+                        change += sign * (x.B.double() @ x.A.double() if factors else x.W.double())
+            assert float((change - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-7, name
+        assert line["aggregation_error"] < 1e-5
+    assert all(math.isfinite(one["metrics"]["loss"]) for r in seen.rounds for one in r["clients"])
+
+    def stop(done: Any) -> None:
+        if done.record.round == 2:
+            raise KeyboardInterrupt
+
+    again = {**values, "output_dir": str(tmp_path / "again")}
+    with pytest.raises(KeyboardInterrupt):
+        fedlora.run(Config(**again), callbacks=[stop])
+    resumed = fedlora.run(resume=tmp_path / "again")
+    for ours, theirs in zip(
+        sorted(resumed.final_dir.rglob(WEIGHTS)),
+        sorted(seen.result.final_dir.rglob(WEIGHTS)),
+        strict=True,
+    ):
+        assert ours.read_bytes() == theirs.read_bytes()

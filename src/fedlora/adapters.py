@@ -1,8 +1,8 @@
 """The PEFT boundary: target modules by name, and adapters as PEFT directories.
 
 Alpha, rsLoRA, `rank_pattern`, `alpha_pattern` and Conv1D layers are known here, PEFT's key names in
-`adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with the
-scale folded into `B`.
+`adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with
+the scale folded into `B`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedlora.adapter_contents import check_plain, sort_weights, why_other_rank
 from fedlora.adapter_names import PREFIX
 from fedlora.errors import InputError
+from fedlora.layers import is_conv1d, shape_of, why_unfit
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
 from fedlora.peft_files import (
     CONFIG_NAME,
@@ -62,6 +63,7 @@ class Targets:
         model_config: the model's own configuration as JSON, saved beside a classifier's adapter:
             it holds the label names.
         embeddings: the modules that are embeddings, `(m, n)` = (width, tokens).
+        left_out: linear layers that all-linear leaves out, and why: they can carry no adapter.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -73,11 +75,7 @@ class Targets:
     modules_to_save: tuple[str, ...] = ()
     model_config: str | None = None
     embeddings: frozenset[str] = frozenset()
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D: a linear layer whose weight is stored `(n, m)`."""
-    return type(module).__name__ == "Conv1D"
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_targets(
@@ -100,8 +98,11 @@ def find_targets(
         modules_to_save: modules trained whole (full names); they get no adapter.
         task_type: PEFT's name of the task.
 
+    A layer that can carry no adapter (`layers.why_unfit`) is left out of all-linear.
+
     Raises:
-        InputError: nothing matches; the message lists candidates.
+        InputError: nothing matches, or what is named can carry no adapter; the message lists
+            candidates.
     """
     linear = {
         name: module
@@ -160,10 +161,15 @@ def find_targets(
             + f"; it has {_candidates(free)}"
         )
     _refuse_bypassed(model, chosen)
-    shapes = {}
-    for name, module in chosen.items():
-        rows, columns = module.weight.shape
-        shapes[name] = (int(columns), int(rows)) if is_conv1d(module) else (int(rows), int(columns))
+    unfit = why_unfit(model, chosen)
+    if unfit and (target_modules != "all-linear" or len(unfit) == len(chosen)):
+        name, why = next(iter(unfit.items()))
+        raise InputError(
+            f"lora_target_modules: {name} {why}, so it can carry no adapter (nor can it in PEFT); "
+            f"name others: {_candidates({n: m for n, m in free.items() if n not in unfit})}"
+        )
+    chosen = {n: m for n, m in chosen.items() if n not in unfit}
+    shapes = {name: shape_of(module) for name, module in chosen.items()}
     ends_of = sorted({name.rpartition(".")[2] for name in chosen})
     # PEFT matches the ends of all modules' names, not of linear layers alone.
     matched = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in ends_of}
@@ -175,6 +181,7 @@ def find_targets(
         revision=revision,
         task_type=task_type,
         modules_to_save=tuple(modules_to_save),
+        left_out=unfit,
     )
 
 

@@ -26,8 +26,8 @@ from fedlora.lowrank import (
     Adapter,
     Deltas,
     LowRank,
-    add,
     add_all,
+    concat,
     one_thread,
     prefix,
     smaller,
@@ -145,7 +145,7 @@ def client_start(
         if name in start.beneath:  # there `own` is what the adapter takes off it
             frozen.pop(name)
         else:
-            frozen[name] = add([frozen[name], x]) if name in frozen else x
+            frozen[name] = concat([frozen[name], x]) if name in frozen else x
     return Start(trained, frozen, start.beneath)
 
 

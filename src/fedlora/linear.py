@@ -56,7 +56,7 @@ def adapted(
 
     Args:
         x: in the dtype of the base; products are taken in it, whatever the dtype of A and B.
-        y: `x W^T + b` where the layer computes it itself (quantised weights), else None.
+        y: what the layer computes itself where it is no plain `x W^T + b`, else None.
         weight, bias: `(m, n)` and `(m,)` where it does not.
         shared: the shared branch.
         terms: the clients'.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from fedlora.adapters import Targets, find_targets, fused_experts
+from fedlora.checks import check_updates
 from fedlora.errors import InputError
 from fedlora.model import BaseModel, attach
 from fedlora.partition import natural
@@ -58,7 +61,8 @@ def find_source(name: str, revision: str | None = None, trust_remote_code: bool 
     """
     from transformers import AutoConfig
 
-    with _explained(f"model_name_or_path: {name}: the model cannot be loaded"):
+    check_place("model_name_or_path", name)
+    with _explained(f"model_name_or_path: {name}: the model cannot be loaded", name):
         config = AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -88,7 +92,8 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     def load(key: str, which: str, revision: str | None) -> Any:
-        with _explained(f"{key}: {which}: the tokenizer cannot be loaded"):
+        check_place(key, which)
+        with _explained(f"{key}: {which}: the tokenizer cannot be loaded", which):
             return AutoTokenizer.from_pretrained(
                 which, revision=revision, trust_remote_code=source.trust_remote_code
             )
@@ -159,6 +164,8 @@ def load_model(
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
+    if weights and torch.cuda.is_available() and not config.use_cpu:
+        model.to("cuda")
     to_save = _modules_to_save(model, config.lora_modules_to_save, bool(label_names), missing)
     targets = find_targets(
         model,
@@ -173,10 +180,11 @@ def load_model(
         targets = dataclasses.replace(targets, model_config=model.config.to_json_string())
     else:
         model.generation_config = greedy(model)
-    if weights and torch.cuda.is_available() and not config.use_cpu:
-        model.to("cuda")
     notes = _notes(model, targets, missing)
-    return attach(model, tokenizer, targets), notes
+    base = attach(model, tokenizer, targets)
+    if weights:
+        check_updates(base)
+    return base, notes
 
 
 def load_pretrained(
@@ -319,6 +327,13 @@ def _notes(model: Any, targets: Targets, missing: Sequence[str]) -> list[str]:
             f"mixture of experts: {sum(experts.values()) / total:.0%} of the parameters are fused "
             "expert weights, which get no adapter; attention and the other linear layers do"
         )
+    for why in dict.fromkeys(targets.left_out.values()):
+        names = [name for name, other in targets.left_out.items() if other == why]
+        out.append(
+            f"lora_target_modules: all-linear leaves out {names[0]}"
+            + (f" and {len(names) - 1} more like it" if len(names) > 1 else "")
+            + f": it {why}, so it can carry no adapter"
+        )
     new = [name for name in missing if name.rpartition(".")[0] not in targets.modules_to_save]
     new = [n for n in new if not any(n.startswith(f"{m}.") for m in targets.modules_to_save)]
     if new:
@@ -339,15 +354,63 @@ def greedy(model: Any) -> Any:
     return GenerationConfig(**{name: getattr(own, name, None) for name in names})
 
 
+def check_place(key: str, name: str, hub: bool = True) -> None:
+    """Refuse what can only be a path and is no directory, and so is no name on the hub.
+
+    Args:
+        key: of the configuration.
+        name: its value.
+        hub: whether a name such as `owner/model` may be one on the hub.
+
+    Raises:
+        InputError: that there is no such directory, and what is near.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.is_file():
+        if key == "chat_template_path":
+            return
+        raise InputError(f"{key}: {name} is a file; give the directory that it lies in")
+    if hub and re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name, re.ASCII):
+        return
+    raise InputError(f"{key}: {name}: there is no such directory{_near(path)}")
+
+
+def _near(path: Path) -> str:
+    """What there is in the place of a path that does not exist."""
+    if str(path).startswith("~") and path.expanduser().exists():
+        return f"; ~ stands for your home in a shell alone: give {path.expanduser()}"
+    inside = next((p for p in path.parents if p.is_dir()), Path())
+    missing = path.relative_to(inside).parts if path.is_relative_to(inside) else path.parts
+    try:
+        there = sorted(p.name for p in inside.iterdir() if p.is_dir() and p.name[0] != ".")
+    except OSError:
+        there = []
+    close = difflib.get_close_matches(missing[0] if missing else "", there, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {inside / close[0]}?"
+    some = ", ".join(there[:5]) + (" ..." if len(there) > 5 else "")
+    return f"; {inside.absolute()} has {some or 'no directories'}"
+
+
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Whatever a library raises in here becomes one line for the user."""
+def _explained(what: str, name: str | None = None) -> Iterator[None]:
+    """Whatever a library raises in here becomes one line for the user.
+
+    Args:
+        what: the beginning of the line.
+        name: on the hub or a directory; where it is none, the line says so.
+    """
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what}: {_short(error)}") from None
+        where = ""
+        if name is not None and not Path(name).exists():
+            where = f" (there is no directory {name} either{_near(Path(name))})"
+        raise InputError(f"{what}: {_short(error)}{where}") from None
 
 
 def _short(error: Exception) -> str:

@@ -171,12 +171,7 @@ def add(terms: Sequence[Delta]) -> Delta:
             raise ValueError(f"cannot add updates of shapes {(m, n)} and {term.shape}")
     factors = [t for t in terms if isinstance(t, LowRank)]
     if len(factors) == len(terms) and sum(t.rank for t in factors) * (m + n) <= m * n:
-        if len(factors) == 1:
-            return factors[0]
-        return LowRank(
-            torch.cat([_wide(t.A) for t in factors], dim=0),
-            torch.cat([_wide(t.B) for t in factors], dim=1),
-        )
+        return concat(factors)
     held = [t.W if isinstance(t, Dense) else t.B for t in terms]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in held) else torch.float32
     total = to_dense(terms[0]).to(dtype, copy=True)
@@ -186,6 +181,20 @@ def add(terms: Sequence[Delta]) -> Delta:
         else:
             total.addmm_(term.B.to(dtype), term.A.to(dtype))
     return Dense(total)
+
+
+def concat(terms: Sequence[LowRank]) -> LowRank:
+    """`sum_i dW_i` as factors whatever their size, `[B_1 | B_2 | ...] [A_1; A_2; ...]`.
+
+    Args:
+        terms: at least one update, all of shape `(m, n)`.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    return LowRank(
+        torch.cat([_wide(t.A) for t in terms], dim=0),
+        torch.cat([_wide(t.B) for t in terms], dim=1),
+    )
 
 
 def subtract(x: Delta, y: Delta) -> Delta:

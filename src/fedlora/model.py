@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora.adapters import Targets, fold, is_conv1d, unfold
+from fedlora.adapters import Targets, fold, unfold
 from fedlora.full_modules import FullModule, make_float32
+from fedlora.layers import is_conv1d, is_plain, put, shape_of
 from fedlora.layout import Form, Layout
 from fedlora.linear import Term, adapted
 from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, to_dense
@@ -37,7 +38,7 @@ class Seat:
     """
 
     adapter: Adapter
-    own: Deltas = field(default_factory=dict)
+    own: Adapter = field(default_factory=dict)
     scale: float = 1.0
     dropout: float = 0.0
     trains: str = "AB"
@@ -91,8 +92,8 @@ class AdapterLayer(nn.Module):
 
     The rows of x that belong to client k see its adapter alone. The frozen side is added to a copy
     of a float32 weight, always from the pristine base, so that nothing drifts. Beside a weight of
-    lower precision, where adding would round small updates away, it is computed as a branch of
-    its own, in the dtype of the weight.
+    lower precision, where adding would round small updates away, and beside a layer that is not
+    plainly `W_0 x + b` (`layers.is_plain`), which computes its own part, it is a branch of its own.
 
     Args:
         base: the layer to wrap; its weight is left as it is.
@@ -105,7 +106,7 @@ class AdapterLayer(nn.Module):
         self.base = base
         self.layout = layout or Layout()
         self.site = site
-        self.conv1d = is_conv1d(base)
+        self.conv1d, self.plain = is_conv1d(base), is_plain(base)
         self.clients = nn.ModuleList()
         self.frozen: tuple[Delta, ...] = ()
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
@@ -121,6 +122,16 @@ class AdapterLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The base's bias; some architectures (Mamba) read it."""
         return cast("Tensor | None", self.base.bias)
+
+    @property
+    def in_features(self) -> int:
+        """n."""
+        return shape_of(self.base)[1]
+
+    @property
+    def out_features(self) -> int:
+        """m."""
+        return shape_of(self.base)[0]
 
     @property
     def A(self) -> nn.Parameter | None:
@@ -144,7 +155,7 @@ class AdapterLayer(nn.Module):
         if not parts:
             return
         total = add([_move(x, weight.device) for x in parts])
-        if weight.dtype in (torch.float32, torch.float64):
+        if self.plain and weight.dtype in (torch.float32, torch.float64):
             dense = to_dense(total).to(weight.dtype)
             self.merged = weight.detach() + (dense.T if self.conv1d else dense)
         else:
@@ -153,33 +164,42 @@ class AdapterLayer(nn.Module):
     def seat(self, name: str, seats: Sequence[Seat]) -> None:
         """Take the adapters of these clients under this module's name."""
         self.clients = nn.ModuleList(
-            ClientTerm(s.adapter.get(name), _factors(s.own.get(name)), s, self.weight)
-            for s in seats
+            ClientTerm(s.adapter.get(name), s.own.get(name), s, self.weight) for s in seats
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x (..., n)` -> `(..., m)`."""
+    def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+        """`x (..., n)` -> `(..., m)`; what else a layer of its own kind is given goes to it."""
+        y = None if self.plain else cast(Tensor, self.base(x, *given, **named))
         form = self.forms.get(x.ndim)
         number = self.layout.number(form.unit) if form is not None else 0
         if form is None or not number or form.in_order(x):
-            return self._in_order(x, form)
-        return form.back(self._in_order(form.first(x, number), form))
+            return self._in_order(x, y, form)
+        first = None if y is None else form.first(y, number)
+        return form.back(self._in_order(form.first(x, number), first, form))
 
-    def _in_order(self, x: Tensor, form: Form | None) -> Tensor:
-        """`x (..., n)` -> `(..., m)`, the clients' rows one after the other."""
+    def _in_order(self, x: Tensor, y: Tensor | None, form: Form | None) -> Tensor:
+        """`x (..., n)` -> `(..., m)`, the clients' rows one after the other.
+
+        Args:
+            x: the input.
+            y: what a layer that is not plain makes of it.
+            form: where rows lie in the input.
+        """
         terms = self._terms(x, form)
-        plain = type(self.base) is nn.Linear or self.conv1d
+        if y is not None:
+            if not terms and self.branch is None:
+                return y
+            # A layer may compute in another dtype than it is given, or than its weights have.
+            self.branch = _in_dtype(self.branch, y.dtype)
+            terms = [replace(t, own=_in_dtype(t.own, y.dtype)) for t in terms]
+            return adapted(x.to(y.dtype), y, None, None, self.branch, terms)
         weight = self.merged if self.merged is not None else self.weight
-        if plain and not terms and self.branch is None:
-            if self.merged is None:
-                return cast(Tensor, self.base(x))
-            flat = weight.T if self.conv1d else weight
+        if not terms and self.branch is None and self.merged is None:
+            return cast(Tensor, self.base(x))
+        flat = weight.T if self.conv1d else weight  # (m, n)
+        if not terms and self.branch is None:
             return F.linear(x, flat, self.bias)
-        shared = self.branch
-        if plain:
-            flat = weight.T if self.conv1d else weight  # (m, n)
-            return adapted(x, None, flat, self.bias, shared, terms)
-        return adapted(x, cast(Tensor, self.base(x)), None, None, shared, terms)
+        return adapted(x, None, flat, self.bias, self.branch, terms)
 
     def _terms(self, x: Tensor, form: Form | None) -> list[Term]:
         """The clients' terms with the rows of `x` they act on."""
@@ -213,21 +233,23 @@ class AdapterLayer(nn.Module):
         return out
 
 
-def _factors(x: Delta | None) -> LowRank | None:
-    """A client's own frozen part, which is always of small rank."""
-    assert x is None or isinstance(x, LowRank), "what is a client's own is held as factors"
-    return x
-
-
 def _move(x: Delta, device: torch.device) -> Delta:
     if isinstance(x, LowRank):
         return LowRank(x.A.to(device), x.B.to(device))
     return type(x)(x.W.to(device))
 
 
+def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    """An update, or none, in this dtype."""
+    if isinstance(x, LowRank):
+        return x if x.A.dtype == dtype else LowRank(x.A.to(dtype), x.B.to(dtype))
+    return x if x is None or x.W.dtype == dtype else type(x)(x.W.to(dtype))
+
+
 def _like(x: Any, weight: Tensor) -> Any:
-    """An update on the device and in the dtype of a layer's weight."""
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    """An update on the device and in the dtype of a layer's weight (quantised: float32)."""
+    whole = weight.is_floating_point() and weight.element_size() > 1
+    dtype = weight.dtype if whole else torch.float32
     if isinstance(x, LowRank):
         return LowRank(x.A.to(weight.device, dtype), x.B.to(weight.device, dtype))
     return type(x)(x.W.to(weight.device, dtype))
@@ -367,10 +389,8 @@ def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
     fingerprint = weights_fingerprint(model, skip=dense)
     layers = {}
     for site, name in enumerate(targets.shapes):
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent) if parent else model
-        layers[name] = AdapterLayer(getattr(owner, child), layout, site)
-        setattr(owner, child, layers[name])
+        layers[name] = AdapterLayer(model.get_submodule(name), layout, site)
+        put(model, name, layers[name])
     places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     tied = any(places.count(id(p)) > 1 for p in dense.values())
     return BaseModel(model, tokenizer, targets, layers, fingerprint, dense, heads, tied)

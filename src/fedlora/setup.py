@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from fedlora import threads
 from fedlora.acceleration import accelerate
 from fedlora.assess.general import windows
 from fedlora.clients import (
@@ -37,6 +38,7 @@ from fedlora.holdings import Holdings, holdings
 from fedlora.loading import (
     BUILT_IN_CHAT,
     Source,
+    check_place,
     find_source,
     label_order,
     load_model,
@@ -97,6 +99,7 @@ class Session:
         general: windows of general text, whose loss shows what is forgotten.
         asked: of the keys in `SETTLED` that `config` holds otherwise, what the user wrote.
         lone: the client that trains by itself, see `alone`; None: a federation.
+        own_threads: the number of threads was left open, so that the run may lower it.
     """
 
     config: Config
@@ -109,6 +112,7 @@ class Session:
     general: Sequence[Tokens] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
     lone: int | None = None
+    own_threads: bool = False
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -184,13 +188,16 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         InputError: what cannot be used, and what to do.
     """
     config = written = resolve_paths(config)
-    threads = config.num_threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
+    open_threads = config.num_threads is None
+    num_threads, crowded, busy = _threads(config, weights)
+    torch.set_num_threads(num_threads)
     check_trackers(config)
+    if config.init_adapter:
+        check_place("init_adapter", config.init_adapter, hub=False)
     raw = load_rows(config)
     source, tokenizer, data = tokenized(config, raw)
     config, choices = _with_dtype(config, source)
-    choices += data.taken
+    choices = [*crowded, *choices, *data.taken]
     number = len(data.clients)
     ranks = client_ranks(config, number)
     check_rule(METHODS[config.method], ranks)
@@ -210,7 +217,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     base, notes = load_model(source, tokenizer, config, data.label_names, weights=weights)
     accelerate(base.model, config)
     modules = client_modules(config, base.targets)
-    warnings = [*notes, *_data_warnings(data), *init_notes(config)]
+    warnings = [*busy, *notes, *_data_warnings(data), *init_notes(config)]
     held_out = [*data.eval, *(row for part in data.clients for row in part.eval)]
     longest, context = _fits(config, base, data)
     exact_match = config.eval_exact_match if task == "CAUSAL_LM" else False
@@ -236,7 +243,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     )
     resolved = settled_overrides(config, ranks).model_copy(
         update={
-            "num_threads": threads,
+            "num_threads": num_threads,
             "use_cpu": base.device.type != "cuda",
             "num_clients": number,
             "template": data.template,
@@ -260,6 +267,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         holdings(resolved, _limited(config, raw)),
         _general(config, tokenizer, min(context, config.max_length), task),
         {k: x for k in SETTLED if (x := getattr(written, k)) != getattr(resolved, k)},
+        own_threads=open_threads,
     )
 
 
@@ -314,6 +322,21 @@ def _general(config: Config, tokenizer: Any, length: int, task: str) -> Sequence
     if task == "SEQ_CLS":
         raise InputError("general_file: a classifier has no loss on text; leave it out")
     return windows(tokenizer, config.general_file, length, config.max_eval_samples)
+
+
+def _threads(config: Config, weights: bool) -> tuple[int, list[str], list[str]]:
+    """How many threads torch gets, what was chosen, and what to warn of, in words.
+
+    Where the number is left open, no more than there are free cores (`fedlora.threads`).
+    """
+    number = config.num_threads or torch.get_num_threads()
+    cuda = torch.cuda.is_available() and not config.use_cpu
+    room = threads.look() if weights and number > 1 and not cuda else None
+    if room is None or (fit := room.threads(number)) == number:
+        return number, [], []
+    if config.num_threads:
+        return number, [], [threads.unchanged(number, fit, room)]
+    return fit, [threads.fewer(number, fit, room)], []
 
 
 def _with_dtype(config: Config, source: Source) -> tuple[Config, list[str]]:

@@ -25,6 +25,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):  # PyYAML itself refuses lists and tables
+                continue
             if key.value in seen:
                 raise _Twice(None, None, f"{key.value} is given twice", key.start_mark)
             seen.add(key.value)
@@ -51,6 +53,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         kind = "" if isinstance(error, _Twice) else "broken YAML: "
         raise InputError(f"{path}{where}: {kind}{problem}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML's own constructors: a month 13, a number of 5,000 digits, lists a thousand deep.
+        raise InputError(f"{path}: broken YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -54,7 +54,7 @@ class Start:
     """
 
     adapter: Adapter
-    own: Deltas = field(default_factory=dict)
+    own: Adapter = field(default_factory=dict)
     beneath: Deltas = field(default_factory=dict)
 
     @property

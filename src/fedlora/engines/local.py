@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
@@ -37,6 +38,7 @@ from fedlora.resuming import as_it_began, refuse_complete
 from fedlora.setup import Session, assemble, starting_state
 from fedlora.sources import read_yaml
 from fedlora.state import Broadcast, ClientState, ClientUpdate, RoundRecord, ServerState
+from fedlora.threads import Watcher
 from fedlora.trackers import observers
 from fedlora.train import StepCallback, TrainFunction, train
 from fedlora.worker import Worker
@@ -97,7 +99,8 @@ def run(
 ) -> Result:
     """Run a federation to its end, or go on with one that was interrupted.
 
-    Sets torch's number of threads to `config.num_threads`.
+    Sets torch's number of threads to `config.num_threads`; where that is left open, to no more than
+    there are free cores, and to fewer when others come (a warning and the round's line say so).
 
     Args:
         config: what to run (None: the embedded default); with `resume`, None or the configuration
@@ -197,6 +200,7 @@ class _Run:
         self.worker = Worker(session.base, clients, self.config, train_function, self.states)
         assert self.config.cohort_size != "auto", "assemble has settled it"
         self.cohorts = Cohorts(self.config.cohort_size, self._warn)
+        self.threads = Watcher(self.config.num_threads or 1, session.own_threads)
         rule = METHODS[self.config.method]
         self.personal = bool(rule.training(self.config.rule_options()).keeps)
         self.rating = Rating(session, self.states, self.personal)
@@ -245,6 +249,9 @@ class _Run:
         self.states.update(saved.clients)
         self.best = _Best(**saved.extra["best"])
         self.cohorts.size = saved.extra["cohort_size"]
+        if "threads" in saved.extra:
+            self.threads = Watcher(**saved.extra["threads"])
+            torch.set_num_threads(self.threads.number)
         # Killed between saving a round and logging it, a run has it in the state alone.
         self.log = read_metrics(self.directory.path)
         if not any(x["event"] == "round" and x["round"] == saved.state.round for x in self.log):
@@ -338,8 +345,14 @@ class _Run:
             "evaluate": time.perf_counter() - aggregated + rating,
         }
         self._judge(line)
+        if self.threads.number != self.config.num_threads:
+            line["num_threads"] = self.threads.number
         line = _finite(line)
+        crowded = self.threads.look()  # before the state is saved: a resumed run goes on with it
         self._save(line)
+        if crowded:
+            torch.set_num_threads(self.threads.number)
+            self._warn(f"from round {number + 1} on {crowded}")
         for callback in self.callbacks:
             callback(RoundResult(record, line, self.server.state))
 
@@ -376,6 +389,7 @@ class _Run:
         extra = {
             "best": dataclasses.asdict(self.best),
             "cohort_size": self.cohorts.size,
+            "threads": {"number": self.threads.number, "own": self.threads.own},
             **self._identity(),
         }
         self.log.append(line)

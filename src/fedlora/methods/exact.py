@@ -113,7 +113,7 @@ def _start(
 ) -> Start:
     used = from_global(rank, options)
     trained: dict[str, LowRank] = {}
-    own: dict[str, Delta] = {}
+    own: dict[str, LowRank] = {}
     for name, (m, _) in shapes.items():
         if name not in adapter:
             a = fresh(name, rank)

@@ -58,7 +58,7 @@ def _start(
     adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
 ) -> Start:
     trained: dict[str, LowRank] = {}
-    rest: dict[str, Delta] = {}
+    rest: dict[str, LowRank] = {}
     for name, (m, _) in shapes.items():
         a = fresh(name, rank)
         top = leading.get(name, LowRank(a[:0], a.new_zeros(m, 0)))

@@ -1,0 +1,176 @@
+"""How many threads torch gets on a machine that others use too.
+
+torch's threads wait for each other by spinning. Beside one busy process on two cores a round on two
+threads takes up to twenty times as long as on one, so a run takes no more threads than there are
+free cores. The number can change a run's last bits: it is written down wherever it changes, and a
+resumed run goes on with it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_STAT = Path("/proc/stat")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_QUOTA_1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+_PERIOD_1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+WINDOW = 0.25
+"""Seconds of a measurement at the start. Shorter ones say nothing: the kernel counts hundredths."""
+_SLACK = 0.5
+"""Cores that others may take of those wanted: a machine is never quite idle."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Clocks of one moment, in seconds.
+
+    Args:
+        time: of the wall.
+        busy: that this process's cores have spent on anything, all cores together.
+        own: that this process and its ended children have spent on any core.
+    """
+
+    time: float
+    busy: float
+    own: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there was for this process in a while.
+
+    Args:
+        cores: that it may use: its affinity, a container's limit.
+        others: cores that others kept busy, on average.
+    """
+
+    cores: float
+    others: float
+
+    def threads(self, wanted: int) -> int:
+        """As many as are wanted where they all have a core, else as many as have one."""
+        free = self.cores - self.others
+        return wanted if free >= wanted - _SLACK else max(1, int(free + _SLACK / 2))
+
+    def __str__(self) -> str:
+        return f"other processes keep {self.others:.1f} of {self.cores:.3g} cores busy"
+
+
+def reading() -> Reading | None:
+    """The clocks now; None on a system that does not tell (it has no /proc/stat)."""
+    mine = {f"cpu{number}" for number in _affinity()}
+    try:
+        lines = [line.split() for line in _STAT.read_text().splitlines()]
+        ticks = 0
+        for name, *values in lines:
+            if name in mine:
+                user, nice, system, _, _, irq, softirq, *more = map(int, values)
+                ticks += user + nice + system + irq + softirq + (more[0] if more else 0)
+        used = os.times()
+        return Reading(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(used[:4]))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def room(before: Reading | None, after: Reading | None) -> Room | None:
+    """What there was between two readings; None where that is too short, or cannot be told."""
+    if before is None or after is None or after.time - before.time < 0.8 * WINDOW:
+        return None
+    seconds = after.time - before.time
+    others = (after.busy - before.busy - (after.own - before.own)) / seconds
+    return Room(cores(), max(0.0, others))
+
+
+def look(read: Callable[[], Reading | None] | None = None) -> Room | None:
+    """What there is now, in a quarter of a second; what looks busy is looked at twice.
+
+    Args:
+        read: another source of readings.
+    """
+    read = read or reading
+    found: Room | None = None
+    for _ in range(2):
+        before = read()
+        if before is None:
+            return None
+        time.sleep(WINDOW)
+        seen = room(before, read())
+        if seen is None or seen.threads(max(1, int(seen.cores))) >= int(seen.cores):
+            return seen
+        found = seen if found is None or seen.others < found.others else found
+    return found
+
+
+def fewer(before: int, after: int, room: Room) -> str:
+    """What a run says that takes fewer threads."""
+    return (
+        f"{after} thread{'s' * (after > 1)} instead of {before}: {room}, and threads without a "
+        "core of their own hold up all others"
+    )
+
+
+def unchanged(number: int, better: int, room: Room) -> str:
+    """What a run says that is told how many threads to take."""
+    return (
+        f"num_threads is {number}, and {room}: threads without a core of their own hold up all "
+        f"others, and a round may take many times as long; num_threads {better} would be faster"
+    )
+
+
+class Watcher:
+    """Between rounds: how many threads the next one takes. It never takes more again.
+
+    Args:
+        number: of the run so far.
+        own: whether the run chose it; a number that was configured stays.
+    """
+
+    def __init__(self, number: int, own: bool) -> None:
+        self.number, self.own = number, own
+        self._before = reading() if own and number > 1 else None
+
+    def look(self) -> str:
+        """After a round: what to tell where there was no room for all threads, else nothing.
+
+        Rounds too short to be measured are taken together.
+        """
+        if not self.own or self.number == 1:
+            return ""
+        now = reading()
+        found = room(self._before, now)
+        if found is None:
+            return ""
+        self._before = now
+        fit = found.threads(self.number)
+        if fit == self.number:
+            return ""
+        told, self.number = fewer(self.number, fit, found), fit
+        return told
+
+
+def cores() -> float:
+    """Cores that this process may use: its affinity, or a container's limit where that is less."""
+    return min(float(len(_affinity())), _quota())
+
+
+def _affinity() -> set[int]:
+    try:
+        return set(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return set(range(os.cpu_count() or 1))
+
+
+def _quota() -> float:
+    """CPU seconds a second that the control group grants."""
+    try:
+        if _QUOTA.exists():
+            most, period = _QUOTA.read_text().split()
+        else:
+            most, period = _QUOTA_1.read_text().strip(), _PERIOD_1.read_text().strip()
+        return float("inf") if most in ("max", "-1") else max(1.0, int(most) / int(period))
+    except (OSError, ValueError, ZeroDivisionError):
+        return float("inf")
