@@ -454,7 +454,7 @@ def interrupt(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "argv"),
     [
-        ("fedlora.cli.quiet_libraries", ["run", "my.yaml"]),
+        ("fedlora.commands.run.quiet_libraries", ["run", "my.yaml"]),
         ("fedlora.engines.local.assemble", ["run", "my.yaml"]),
         ("fedlora.sources.read_yaml", ["config", "my.yaml"]),
         ("fedlora.showcase.demo", ["demo"]),

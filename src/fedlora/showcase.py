@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedlora.console import human_bytes, reporter
 from fedlora.demo import CONFIG
 from fedlora.engines.local import Result, run_session
 from fedlora.errors import InputError
+from fedlora.json_lines import Emit
 from fedlora.setup import alone, assemble
 from fedlora.sources import layered, read_yaml
 
@@ -34,11 +36,12 @@ def _free_directory(wanted: str) -> Path:
     return path
 
 
-def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
+def demo(overrides: Mapping[str, Any], emit: Emit | None = None) -> dict[str, list[float]]:
     """Run the demonstration and show it.
 
     Args:
         overrides: configuration keys that go to every run; `output_dir` holds all of them.
+        emit: writes JSON, for a program that looks on; None: for a person.
 
     Returns:
         Exact match (share of held-out rows) by round, for every method and for clients alone
@@ -62,7 +65,8 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
     for method, config in configs.items():
         session = assemble(config)
         console.print(Text(f"\n{method}", style="bold"))
-        with reporter(False, console, f"{method}: ") as report:
+        named = partial(_named, emit, method) if emit else None
+        with reporter(named, console, f"{method}: ") as report:
             result = run_session(session, report=report)
         curves[method] = _curve(result)
         rounds = [line for line in result.metrics if line["event"] == "round"]
@@ -83,6 +87,20 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
     by_round = list(zip(*singles, strict=True))
     curves["alone mean"] = [sum(values) / len(singles) for values in by_round]
     curves["alone best"] = [max(values) for values in by_round]
+    if emit:
+        traffic = {k: {"bytes_up": up, "bytes_down": down} for k, (up, down) in sizes.items()}
+        seconds = time.perf_counter() - began
+        emit(
+            {
+                "event": "demo",
+                "metric": METRIC,
+                "by_round": curves,
+                "traffic": traffic,
+                "seconds": seconds,
+                "output_dir": str(where),
+            }
+        )
+        return curves
     console.print()
     console.print(_table(curves, sizes))
     console.print(_picture(curves), highlight=False, markup=False, soft_wrap=True)
@@ -96,6 +114,10 @@ def demo(overrides: Mapping[str, Any]) -> dict[str, list[float]]:
         markup=False,
     )
     return curves
+
+
+def _named(emit: Emit, method: str, event: Mapping[str, Any]) -> None:
+    emit({"method": method, **event})
 
 
 def _curve(result: Result) -> list[float]:
