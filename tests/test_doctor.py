@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from fedlora.cli import main
 from fedlora.commands import doctor
@@ -271,9 +272,11 @@ def test_what_is_declared_is_what_pyproject_says() -> None:
     from conftest import REPOSITORY
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    installed = {r.name for r in doctor.requirements()}
-    assert installed <= {Requirement(line).name for line in project["dependencies"]}
-    assert {r.name for r in doctor.requirements("eval")} == {"lm_eval", "openai"}
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    installed = {canonicalize_name(r.name) for r in doctor.requirements()}
+    assert {"torch", "peft"} <= installed <= declared
+    of_eval = {canonicalize_name(r.name) for r in doctor.requirements("eval")}
+    assert of_eval == {"lm-eval", "openai"}
     assert set(doctor.EXTRAS) == set(project["optional-dependencies"]) - {"dev"}
 
 
