@@ -91,6 +91,7 @@ def test_help_of_a_verb(
     assert main([verb, "--seed", "1", flag]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"fedlora {verb}")
+    assert max(map(len, captured.out.splitlines())) <= 100
     assert captured.err == ""
     assert list(here.iterdir()) == []
 

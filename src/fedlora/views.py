@@ -238,50 +238,20 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def describe_samples(
-    data: FederatedData, tokenizer: Any, config: Config, number: int
-) -> dict[str, Any]:
-    """What `show_samples` shows, as a program reads it; tokens are pieces of text."""
-    lengths, learnt = _lengths(data)
-    samples = []
-    for client, row in _first_samples(data, number):
-        sample: dict[str, Any] = {"client": client, "length": len(row["input_ids"])}
-        if data.label_names:
-            sample["label"] = data.label_names[row["label"]]
-            sample["text"] = tokenizer.decode(row["input_ids"])
-        else:
-            pieces = _pieces(row["input_ids"], [x != IGNORE for x in row["labels"]], tokenizer)
-            sample["pieces"] = [{"text": text, "learnt": learn} for text, learn in pieces]
-        samples.append(sample)
-    return {
-        "template": data.template,
-        "rows": len(lengths),
-        "clients": len(data.clients),
-        "eval_rows": len(data.eval),
-        "tokens": sum(lengths),
-        "learnt_tokens": None if data.label_names else learnt,
-        "length": dict(zip(("least", "median", "p95", "most"), _quantiles(lengths), strict=True)),
-        "max_length": config.max_length,
-        "reach_max_length": sum(length == config.max_length for length in lengths),
-        "dropped": dict(data.dropped),
-        "samples": samples,
-    }
-
-
-def _lengths(data: FederatedData) -> tuple[list[int], int]:
+def token_lengths(data: FederatedData) -> tuple[list[int], int]:
     """Tokens of every client's rows, ascending, and how many tokens a loss is taken on."""
     rows = [row for part in data.clients for row in (*part.train, *part.eval)]
     learnt = 0 if data.label_names else labelled(rows)
     return sorted(len(row["input_ids"]) for row in rows), learnt
 
 
-def _quantiles(lengths: list[int]) -> list[int]:
+def quantiles(lengths: list[int]) -> list[int]:
     """Least, median, 95% and most."""
     last = len(lengths) - 1
     return [lengths[min(last, int(q * len(lengths)))] for q in (0.0, 0.5, 0.95, 1.0)]
 
 
-def _first_samples(data: FederatedData, number: int) -> list[tuple[int, Tokens]]:
+def first_samples(data: FederatedData, number: int) -> list[tuple[int, Tokens]]:
     """Every client's first row, every client's second ..., by client."""
     turns = zip_longest(*(part.train for part in data.clients))
     found = ((k, row) for turn in turns for k, row in enumerate(turn) if row is not None)
@@ -292,14 +262,14 @@ def show_samples(
     data: FederatedData, tokenizer: Any, config: Config, number: int, console: Console
 ) -> None:
     """Lengths and losses of the whole data set, and its first samples token by token."""
-    lengths, learnt = _lengths(data)
+    lengths, learnt = token_lengths(data)
     tokens = sum(lengths)
     _say(
         console,
         f"template {data.template}: {len(lengths):,} rows of {len(data.clients)} clients, "
         f"{len(data.eval):,} to evaluate on",
     )
-    at = _quantiles(lengths)
+    at = quantiles(lengths)
     cut = sum(length == config.max_length for length in lengths)
     _say(
         console,
@@ -313,7 +283,7 @@ def show_samples(
     if not data.label_names:
         console.print(Text("\n[learnt] tokens stand in brackets, the others are context"))
     console.print()
-    for client, row in _first_samples(data, number):
+    for client, row in first_samples(data, number):
         _show_row(row, f"client {client}", data, tokenizer, console)
 
 
@@ -335,7 +305,7 @@ def _show_row(
 def tokens_text(ids: Sequence[int], learnt: Sequence[bool], tokenizer: Any) -> Text:
     """Tokens as text, learnt ones green and in brackets, so that it reads without colours too."""
     out = Text()
-    for i, (piece, learn) in enumerate(_pieces(ids, learnt, tokenizer)):
+    for i, (piece, learn) in enumerate(token_pieces(ids, learnt, tokenizer)):
         shown = piece.replace("\n", "\\n\n")
         if learn:
             out.append(f"[{shown}]", style="bold green")
@@ -344,7 +314,7 @@ def tokens_text(ids: Sequence[int], learnt: Sequence[bool], tokenizer: Any) -> T
     return out
 
 
-def _pieces(
+def token_pieces(
     ids: Sequence[int], learnt: Sequence[bool], tokenizer: Any
 ) -> Iterator[tuple[str, bool]]:
     """The text of one token, or of several that make a character, and whether it is learnt."""

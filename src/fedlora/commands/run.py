@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ def _methods() -> str:
     lines = []
     for name, rule in METHODS.items():
         ranks = "mixed ranks" if rule.mixed_ranks else "one rank"
-        lines.append(f"  {name:<9} {rule.title}\n{'':12}{ranks}; exact when: {rule.exact_when}")
+        about = textwrap.wrap(f"{ranks}; exact when: {rule.exact_when}", 86)
+        lines.append(f"\n{'':12}".join([f"  {name:<9} {rule.title}", *about]))
     return "Methods (--method):\n" + "\n".join(lines) + "\n"
 
 
@@ -42,16 +44,16 @@ and ten clients that come with the package. With data of your own and no file, e
 not given has the value that `fedlora config` shows.
 
   --resume DIR    go on with the run in DIR after its last whole round
-  --json          one JSON object per event on standard output: begin, start (the base), round (its
-                  line in metrics.jsonl), eval, warning, end; error with its message if it fails.
-                  With --dry_run one object, plan
+  --json          one JSON object per event on standard output: warning, begin, start (the base),
+                  round, end, the last three as in metrics.jsonl; error with its message if it
+                  fails. With --dry_run one object, plan
   --dry_run       check everything and show what would be done; read no weights, write nothing
 
 Examples:
   fedlora run --client_ranks 32 16 8 --num_clients 3 --output_dir out
   fedlora run --model_name_or_path path/or/hub-name --train_file 'site_*.jsonl' \\
       --eval_file held_out.jsonl --lora_target_modules q_proj v_proj --learning_rate 3e-4
-  fedlora run --model_name_or_path an/encoder --train_file all.csv --label_column_name label \
+  fedlora run --model_name_or_path an/encoder --train_file all.csv --label_column_name label \\
       --partition dirichlet --partition_alpha 0.5 --num_clients 10    # a classifier
 
 In DIR: config.yaml, metrics.jsonl, round-N/ and final/, which PeftModel.from_pretrained loads.

@@ -157,8 +157,8 @@ class Rule:
         server_momentum: whether a server momentum has a meaning: not where the factors that are
             trained, or the directions they belong to, are other ones in every round.
         one_shot: whether it can combine adapters that were trained apart, without a shared start.
-        options: a frozen dataclass of the rule's own configuration keys; its `__post_init__`
-            raises ValueError on an impossible value.
+        options: a frozen dataclass of the rule's own configuration keys, `bounded` where not every
+            value is possible; its `__post_init__` is `check_bounds`.
     """
 
     name: str
