@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fedlora.arguments import take_value
 from fedlora.errors import FedloraError, InputError
-from fedlora.sources import take_value
 
 SIZE = (1240, 860)
 METHODS = ("exact", "flora", "zero_pad")

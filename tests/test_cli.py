@@ -91,6 +91,7 @@ def test_help_of_a_verb(
     assert main([verb, "--seed", "1", flag]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(f"fedlora {verb}")
+    assert max(map(len, captured.out.splitlines())) <= 100
     assert captured.err == ""
     assert list(here.iterdir()) == []
 
@@ -454,7 +455,7 @@ def interrupt(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("where", "argv"),
     [
-        ("fedlora.cli.quiet_libraries", ["run", "my.yaml"]),
+        ("fedlora.commands.run.quiet_libraries", ["run", "my.yaml"]),
         ("fedlora.engines.local.assemble", ["run", "my.yaml"]),
         ("fedlora.sources.read_yaml", ["config", "my.yaml"]),
         ("fedlora.showcase.demo", ["demo"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.console import PlainLines, Terminal, human_bytes, json_lines, per_class, reporter
+from fedlora.console import PlainLines, Terminal, human_bytes, json_events, per_class, reporter
+from fedlora.json_lines import only_json
 
 Event = dict[str, Any]
 
@@ -103,10 +105,16 @@ def whole_run() -> list[Event]:
 # --- JSON ---
 
 
-def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for event in whole_run():
-        json_lines(event)
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def test_json_is_one_object_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with only_json() as emit:
+        told_of = json_events(emit)
+        for event in whole_run():
+            told_of(event)
+        print("of a library")
+        os.system("echo of a process")
+    captured = capfd.readouterr()
+    assert captured.err == "of a library\nof a process\n"
+    found = [json.loads(line) for line in captured.out.splitlines()]
     told = ["begin", "warning", "start", "round", "round", "round", "end"]
     assert [event["event"] for event in found] == told
     assert found[0] == begin()
@@ -331,10 +339,13 @@ def test_brackets_in_a_path_are_no_markup(console: Console) -> None:
 
 
 def test_reporter(monkeypatch: pytest.MonkeyPatch) -> None:
-    with reporter(as_json=True) as report:
-        assert report is json_lines
+    said: list[Event] = []
+    with reporter(lambda value: said.append(dict(value))) as report:
+        report(START)
+        report({"event": "step"})
+    assert said == [START]
     monkeypatch.setattr("sys.stdout", io.StringIO())
-    with reporter(as_json=False) as report:
+    with reporter() as report:
         assert isinstance(report, PlainLines)
 
 
@@ -350,7 +361,7 @@ def test_reporter_of_a_terminal(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", kind)
     monkeypatch.setattr("sys.stdout", Screen())
-    with reporter(as_json=False) as report:
+    with reporter() as report:
         assert isinstance(report, Terminal) is bars_shown
 
 

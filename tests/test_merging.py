@@ -725,7 +725,7 @@ def test_rules_that_need_a_shared_start(
         (["--method", "flexlora", "--energy_threshold", 0.5], "energy_threshold"),
         (["--wieghts", 1, 2], "wieghts"),
         (["--strategy", "mean"], "strategy"),
-        (["--json"], "json"),
+        (["--resume"], "resume"),
         (["--rank", 2, "--rank", 3], "--rank is given twice"),
         # Options that could change nothing here.
         (["--max_rank", 2], "max_rank"),

@@ -479,11 +479,11 @@ class Config(BaseModel):
         rule = METHODS[self.method]
         for f in dataclasses.fields(rule.options):
             value = _scalar(getattr(self.rule_options(), f.name))
-            lines.append(f"{f.name + ': ' + value:<46} # {_option_line(rule.options, f.name)}")
+            lines.append(f"{f.name + ': ' + value:<46} # {option_line(rule.options, f.name)}")
         return "\n".join(lines) + "\n"
 
 
-def _option_line(options: type[Any], key: str) -> str:
+def option_line(options: type[Any], key: str) -> str:
     """The description of an option, from the `Args:` of its dataclass's docstring."""
     found = re.search(rf"^\s*{key}: (.+?)(?=^\s*\w+: |\Z)", options.__doc__ or "", re.S | re.M)
     return " ".join(found.group(1).split()) if found else ""

@@ -5,7 +5,6 @@ Each is a function of the events a run reports (`fedlora.engines.local.Report`).
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -25,6 +24,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from fedlora.json_lines import Emit
 
 Event = Mapping[str, Any]
 _EVERY_STEP = {"step", "client_begin", "client_end", "round_begin", "evaluate_begin"}
@@ -50,10 +51,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def json_lines(event: Event) -> None:
-    """One JSON object per line on standard output, without the events of single steps."""
-    if event["event"] not in _EVERY_STEP:
-        print(json.dumps(event), flush=True)
+def json_events(emit: Emit) -> Callable[[Event], None]:
+    """One JSON object per line, without the events of single steps."""
+
+    def told(event: Event) -> None:
+        if event["event"] not in _EVERY_STEP:
+            emit(event)
+
+    return told
 
 
 _MEASURES = {
@@ -292,12 +297,12 @@ class Terminal:
 
 @contextmanager
 def reporter(
-    as_json: bool, console: Console | None = None, title: str = ""
+    emit: Emit | None = None, console: Console | None = None, title: str = ""
 ) -> Iterator[Callable[[Event], None]]:
     """The right view for where standard output goes, for as long as a run lasts."""
     console = console or Console()
-    if as_json:
-        yield json_lines
+    if emit:
+        yield json_events(emit)
     elif console.is_terminal and not console.is_dumb_terminal:
         with Terminal(console, title) as terminal:
             yield terminal

@@ -35,14 +35,11 @@ from fedlora.lowrank import (
     subtract,
     truncate,
 )
-from fedlora.methods import METHODS
+from fedlora.methods import METHODS, ONE_SHOT
 from fedlora.methods.rule import Rule
 from fedlora.partition import natural
 from fedlora.state import ServerState, Start
 from fedlora.sums import WeightedSum
-
-ONE_SHOT = tuple(name for name, rule in METHODS.items() if rule.one_shot)
-"""Rules that can combine adapters without a shared start."""
 
 
 @dataclass(frozen=True)

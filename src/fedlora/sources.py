@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from fedlora.arguments import parse_overrides
 from fedlora.demo import CONFIG as EMBEDDED_CONFIG
 from fedlora.demo import EMBEDDED
 from fedlora.errors import InputError
@@ -86,37 +87,6 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
-    """`--key value ...` as flat keys; several values make a list, none means true.
-
-    Raises:
-        InputError: a value without a key, or a key given twice.
-    """
-    out: dict[str, Any] = {}
-    key, values = "", list[str]()
-
-    def close() -> None:
-        if key:
-            if key in out:
-                raise InputError(f"--{key} is given twice")
-            plain = [None if v.lower() in ("none", "null") else v for v in values]
-            out[key] = True if not plain else plain[0] if len(plain) == 1 else plain
-
-    for token in tokens:
-        if token.startswith("--") and len(token) > 2:
-            close()
-            key, _, value = token[2:].partition("=")
-            key, values = key.replace("-", "_"), [value] if value or "=" in token else []
-            if not key:
-                raise InputError(f"{token!r}: expected --key value")
-        elif not key:
-            raise InputError(f"{token!r}: expected --key value; the configuration file comes first")
-        else:
-            values.append(token)
-    close()
-    return out
-
-
 def settings(arguments: Sequence[str], default: str | None) -> dict[str, Any]:
     """Flat keys from `[CONFIG] [--key value ...]`."""
     source = default
@@ -131,29 +101,3 @@ def settings(arguments: Sequence[str], default: str | None) -> dict[str, Any]:
     if source is not None:
         base = read_yaml(EMBEDDED_CONFIG if source == EMBEDDED else source)
     return layered(base, overrides)
-
-
-def take_flag(arguments: list[str], flag: str) -> bool:
-    """Whether `flag` stands among the arguments; it is taken out of them."""
-    found = flag in arguments
-    if found:
-        arguments.remove(flag)
-    return found
-
-
-def take_value(arguments: list[str], flag: str, what: str) -> str | None:
-    """The value after `flag`, or None; both are taken out of the arguments.
-
-    Raises:
-        InputError: the flag has no value; `what` says what to give.
-    """
-    for i, token in enumerate(arguments):
-        if token == flag or token.startswith(f"{flag}="):
-            value = token[len(flag) + 1 :]
-            del arguments[i]
-            if not value and i < len(arguments) and not arguments[i].startswith("--"):
-                value = arguments.pop(i)
-            if not value:
-                raise InputError(f"{flag}: give {what}")
-            return value
-    return None

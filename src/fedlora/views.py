@@ -7,7 +7,7 @@ fedlora run --dry_run    show_plan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -238,28 +238,46 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def token_lengths(data: FederatedData) -> tuple[list[int], int]:
+    """Tokens of every client's rows, ascending, and how many tokens a loss is taken on."""
+    rows = [row for part in data.clients for row in (*part.train, *part.eval)]
+    learnt = 0 if data.label_names else labelled(rows)
+    return sorted(len(row["input_ids"]) for row in rows), learnt
+
+
+def quantiles(lengths: list[int]) -> list[int]:
+    """Least, median, 95% and most."""
+    last = len(lengths) - 1
+    return [lengths[min(last, int(q * len(lengths)))] for q in (0.0, 0.5, 0.95, 1.0)]
+
+
+def first_samples(data: FederatedData, number: int) -> list[tuple[int, Tokens]]:
+    """Every client's first row, every client's second ..., by client."""
+    turns = zip_longest(*(part.train for part in data.clients))
+    found = ((k, row) for turn in turns for k, row in enumerate(turn) if row is not None)
+    return sorted(islice(found, number), key=lambda pair: pair[0])
+
+
 def show_samples(
     data: FederatedData, tokenizer: Any, config: Config, number: int, console: Console
 ) -> None:
     """Lengths and losses of the whole data set, and its first samples token by token."""
-    rows = [row for part in data.clients for row in (*part.train, *part.eval)]
-    lengths = sorted(len(row["input_ids"]) for row in rows)
+    lengths, learnt = token_lengths(data)
     tokens = sum(lengths)
     _say(
         console,
-        f"template {data.template}: {len(rows):,} rows of {len(data.clients)} clients, "
+        f"template {data.template}: {len(lengths):,} rows of {len(data.clients)} clients, "
         f"{len(data.eval):,} to evaluate on",
     )
-    at = [lengths[min(len(lengths) - 1, int(q * len(lengths)))] for q in (0.0, 0.5, 0.95)]
+    at = quantiles(lengths)
     cut = sum(length == config.max_length for length in lengths)
     _say(
         console,
-        f"tokens of a row: least {at[0]}, median {at[1]}, 95% {at[2]}, most {lengths[-1]}; {cut:,} "
+        f"tokens of a row: least {at[0]}, median {at[1]}, 95% {at[2]}, most {at[3]}; {cut:,} "
         f"reach max_length {config.max_length}",
     )
     if not data.label_names:
-        share = labelled(rows) / tokens
-        _say(console, f"a loss is taken on {share:.1%} of {tokens:,} tokens")
+        _say(console, f"a loss is taken on {learnt / tokens:.1%} of {tokens:,} tokens")
     for why, count in data.dropped.items():
         _say(console, dropped_line(count, why))
     for line in (*data.taken, *data.notes):
@@ -267,11 +285,7 @@ def show_samples(
     if not data.label_names:
         console.print(Text("\n[learnt] tokens stand in brackets, the others are context"))
     console.print()
-    # In turn: every client's first row, every client's second ...
-    turns = zip_longest(*(part.train for part in data.clients))
-    found = ((k, row) for turn in turns for k, row in enumerate(turn) if row is not None)
-    chosen = sorted(islice(found, number), key=lambda pair: pair[0])
-    for client, row in chosen:
+    for client, row in first_samples(data, number):
         _show_row(row, f"client {client}", data, tokenizer, console)
 
 
@@ -292,19 +306,28 @@ def _show_row(
 
 def tokens_text(ids: Sequence[int], learnt: Sequence[bool], tokenizer: Any) -> Text:
     """Tokens as text, learnt ones green and in brackets, so that it reads without colours too."""
-    out, pending = Text(), list[int]()
-    for i, (token, learn) in enumerate(zip(ids, learnt, strict=True)):
-        pending.append(token)
-        piece = _piece(tokenizer, pending)
-        if piece.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(ids):
-            continue  # a part of a character; it is whole with the tokens that follow
-        pending = []
+    out = Text()
+    for i, (piece, learn) in enumerate(token_pieces(ids, learnt, tokenizer)):
         shown = piece.replace("\n", "\\n\n")
         if learn:
             out.append(f"[{shown}]", style="bold green")
         else:
             out.append(shown, style="dim" if i % 2 else "")
     return out
+
+
+def token_pieces(
+    ids: Sequence[int], learnt: Sequence[bool], tokenizer: Any
+) -> Iterator[tuple[str, bool]]:
+    """The text of one token, or of several that make a character, and whether it is learnt."""
+    pending = list[int]()
+    for i, (token, learn) in enumerate(zip(ids, learnt, strict=True)):
+        pending.append(token)
+        piece = _piece(tokenizer, pending)
+        if piece.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(ids):
+            continue  # a part of a character; it is whole with the tokens that follow
+        pending = []
+        yield piece, learn
 
 
 def _piece(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -317,6 +340,55 @@ def _piece(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 # --- what a run would do ---
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """What a client would do in a round.
+
+    Args:
+        client: its number.
+        rank: of its adapter.
+        scale: of the adapter, `alpha / r` or `alpha / sqrt(r)`.
+        rows, tokens: to train on.
+        steps: of a round.
+        parameters: trained, and sent as float32.
+    """
+
+    client: int
+    rank: int
+    scale: float
+    rows: int
+    tokens: int
+    steps: int
+    parameters: int
+
+    @property
+    def bytes_up(self) -> int:
+        """Of a round, to the server."""
+        return 4 * self.parameters
+
+
+def client_plans(session: Session) -> list[ClientPlan]:
+    """What every client would do, from the shapes of the model and the tokenised data."""
+    spec, plans = session.federation, []
+    dense = sum(p.numel() for p in session.base.dense.values())
+    for client, part in enumerate(session.data.clients):
+        own, rank = session.config.of_client(client), spec.ranks[client]
+        asked = spec.trained_by(client)
+        shapes = [s for n, s in spec.shapes.items() if asked is None or n in asked]
+        plans.append(
+            ClientPlan(
+                client,
+                rank,
+                scaling(own.alpha(rank), rank, own.use_rslora),
+                len(part.train),
+                sum(len(row["input_ids"]) for row in part.train),
+                budget_of(own).steps(len(part.train)) if part.train else 0,
+                sum(rank * (m + n) for m, n in shapes) + dense,
+            )
+        )
+    return plans
 
 
 def show_plan(session: Session, console: Console) -> None:
@@ -346,20 +418,16 @@ def show_plan(session: Session, console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("client", "rank", "scale", "rows", "tokens", "steps a round", "trained", "up"):
         table.add_column(name, justify="right")
-    for client, part in enumerate(data.clients):
-        own, rank = config.of_client(client), spec.ranks[client]
-        asked = spec.trained_by(client)
-        shapes = [s for n, s in spec.shapes.items() if asked is None or n in asked]
-        size = sum(rank * (m + n) for m, n in shapes) + dense
+    for plan in client_plans(session):
         table.add_row(
-            str(client),
-            str(rank),
-            f"{scaling(own.alpha(rank), rank, own.use_rslora):g}",
-            f"{len(part.train):,}",
-            f"{sum(len(row['input_ids']) for row in part.train):,}",
-            f"{budget_of(own).steps(len(part.train)):,}" if part.train else "-",
-            _count(size),
-            human_bytes(4 * size),
+            str(plan.client),
+            str(plan.rank),
+            f"{plan.scale:g}",
+            f"{plan.rows:,}",
+            f"{plan.tokens:,}",
+            f"{plan.steps:,}" if plan.rows else "-",
+            _count(plan.parameters),
+            human_bytes(plan.bytes_up),
         )
     console.print(table)
     assert not isinstance(config.client_overrides, str)

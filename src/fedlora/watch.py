@@ -1,42 +1,24 @@
-"""`fedlora watch`: a run that goes on elsewhere, seen from the files in its directory."""
+"""A run that goes on elsewhere, seen from the files in its directory."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.text import Text
 
 from fedlora.checkpoint import CONFIG, FINAL, METRICS, read_metrics
 from fedlora.console import human_bytes
 from fedlora.errors import InputError
 from fedlora.progress import HEARTBEAT, read_progress
-from fedlora.sources import read_yaml, take_flag, take_value
-
-HELP = """\
-fedlora watch DIR [--once] [--interval SECONDS]
-
-Looks at the run in DIR while it goes on elsewhere: rounds and the time left, what every client is
-doing, the loss within rounds and the evaluation over them, bytes. It reads the run's files and
-nothing else, so that it neither slows a run down nor stops it; Ctrl-C leaves the view. It ends with
-the run. Where the output is no terminal it writes a line per round instead.
-
-  --once              the state now, then exit
-  --interval SECONDS  between two looks (1)
-
-Examples:
-  fedlora watch out
-  ssh gpu-box fedlora watch --once runs/long
-"""
+from fedlora.sources import read_yaml
 
 Line = dict[str, Any]
 _STALE = 12 * HEARTBEAT  # seconds without a sign of life
@@ -247,7 +229,8 @@ def sparkline(points: Sequence[tuple[float, float]], width: int) -> str:
     return "".join("▁▂▃▄▅▆▇█"[min(int(step * 8), 7)] for step in steps)
 
 
-def _figure(name: str, value: float) -> str:
+def figure(name: str, value: float) -> str:
+    """A measure as a person reads it: shares in percent."""
     return f"{value:.1%}" if name in _SHARES else f"{value:.4g}"
 
 
@@ -379,7 +362,7 @@ def _series(look: Look, width: int) -> list[Text]:
     out = []
     for label, name, points in rows:
         if points:
-            first, last = (_figure(name, points[i][1]) for i in (0, -1))
+            first, last = (figure(name, points[i][1]) for i in (0, -1))
             line = sparkline(points, min(max(width - 36, 8), 60)) if len(points) > 1 else ""
             ends = (f"{first:>7} ", (line, "cyan"), f" {last}") if line else (f"{last:>7}",)
             out.append(Text.assemble(f"{label:<17.17} ", *ends))
@@ -409,88 +392,3 @@ def view(look: Look, width: int, height: int) -> Group:
     # Its command has to stay whole, so that it can be copied.
     wrapped = Text("\n".join(end), style="green" if look.ended else "yellow", overflow="fold")
     return Group(*upper[:2], *([wrapped] if end else []), *upper[2:], Text(""), *rows, *lower)
-
-
-# --- the verb ---
-
-
-def _told(look: Look, line: Line) -> str:
-    """A round as a line of a log."""
-    found = (line.get("evaluation") or {}).items()
-    figures = [f"{name} {_figure(name, x)}" for name, x in found if isinstance(x, int | float)]
-    sizes = [f"{way} {human_bytes(line[f'bytes_{way}'])}" for way in ("up", "down")]
-    seconds = f"{sum(line.get('seconds', {}).values()):.1f} s"
-    return f"round {line['round']} of {look.num_rounds}: {', '.join([*figures, *sizes, seconds])}"
-
-
-def _tell(reader: Reader, interval: float, console: Console) -> None:
-    """Lines for a log: the state now, then what changes."""
-    told: int | None = None
-    waiting = False
-    while True:
-        look = reader.look()
-        if look is None:
-            if not waiting:
-                print(f"waiting for {reader.path}: no run there yet", flush=True)
-            waiting = True
-        elif told is None:
-            console.print(view(look, console.width, 40), soft_wrap=True)
-        else:
-            for line in look.rounds:
-                if line["round"] > told:
-                    print(_told(look, line), flush=True)
-            if not look.alive:
-                print(status(look), flush=True)
-        if look is not None:
-            told = look.finished
-            if not look.alive:
-                return
-        time.sleep(interval)
-
-
-def _show(reader: Reader, interval: float, console: Console) -> None:
-    """The whole terminal, until the run is over; then its last state stays."""
-    look: Look | None = None
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        while look is None or look.alive:
-            look = reader.look()
-            if look is None:
-                shown: Text | Group = Text(f"waiting for {reader.path}: no run there yet (Ctrl-C)")
-            else:
-                shown = view(look, *console.size)
-            live.update(shown, refresh=True)
-            if look is None or look.alive:
-                time.sleep(interval)
-    console.print(view(look, console.width, 40))
-
-
-def verb(arguments: list[str]) -> int:
-    """`fedlora watch`."""
-    once = take_flag(arguments, "--once")
-    text = take_value(arguments, "--interval", "seconds between two looks") or "1"
-    try:
-        interval = float(text)
-    except ValueError:
-        raise InputError(f"--interval {text}: expected seconds") from None
-    if not 0 < interval < float("inf"):
-        raise InputError(f"--interval {text}: expected seconds, more than 0")
-    if len(arguments) != 1 or arguments[0].startswith("--"):
-        raise InputError("watch: give the output directory of one run; see fedlora watch --help")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # terminals without block characters
-    console, reader = Console(highlight=False), Reader(arguments[0])
-    if once:
-        look = reader.look()
-        if look is None:
-            raise InputError(f"{reader.path}: no run there; give the output directory of a run")
-        console.print(view(look, console.width, 60))
-        return 0
-    try:
-        if console.is_terminal and not console.is_dumb_terminal:
-            _show(reader, interval, console)
-        else:
-            _tell(reader, interval, console)
-    except KeyboardInterrupt:
-        pass  # leaving a view is no failure
-    return 0

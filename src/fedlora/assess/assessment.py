@@ -31,6 +31,7 @@ from fedlora.assess.subject import BASE, Subject, find_subject
 from fedlora.data import FederatedData
 from fedlora.errors import FedloraError, InputError
 from fedlora.evaluate import evaluate
+from fedlora.json_lines import Emit
 from fedlora.setup import resolve_paths, tokenized
 
 
@@ -87,8 +88,13 @@ class Options:
         return not (self.tasks or self.mmlu_file or self.mt_bench_file)
 
 
-def assess(options: Options, console: Console | None = None) -> Results:
+def assess(options: Options, console: Console | None = None, emit: Emit | None = None) -> Results:
     """Measure, keep, show.
+
+    Args:
+        options: what to measure.
+        console: where tables go.
+        emit: writes JSON in their place.
 
     Raises:
         InputError: what is asked for cannot be done, and what to do.
@@ -97,14 +103,17 @@ def assess(options: Options, console: Console | None = None) -> Results:
     console = console or Console()
     subject = find_subject(options.loading)
     _check(subject, options)
-    results = open_results(subject, options.output_dir)
+    results = open_results(subject, options.output_dir, emit)
     for note in subject.notes:
         print(f"note: {note}", file=sys.stderr)
     work = _Work(subject, options, results, console)
     problem = work.all()
-    console.print()
-    show(results, options.tasks, console)
-    if results.found:
+    if emit:
+        emit({"event": "end", "results": len(results.found), "output_dir": str(results.where)})
+    else:
+        console.print()
+        show(results, options.tasks, console)
+    if results.found and not emit:
         where = f"results: {results.where}/"
         if results.logged and subject.run:
             where += f", and eval lines in {subject.run / 'metrics.jsonl'}"

@@ -1,15 +1,17 @@
-"""The verb `fedlora eval`."""
+"""`fedlora eval`: benchmarks, held-out rows and forgetting, of a run's models and the base."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from fedlora.assess.options import LOADING, Given
+from fedlora.arguments import TRUTH, Option, Syntax
+from fedlora.assess.options import LOADING, MODEL_OR_RUN, MODELS, Given
 from fedlora.errors import InputError
+from fedlora.json_lines import Emit
 
 HELP = """\
-fedlora eval MODEL_OR_RUN [--key value ...]
+fedlora eval MODEL_OR_RUN [--key value ...] [--json]
 
 Measures a run's global model, the base beside it, and clients' own models. MODEL_OR_RUN is a run's
 directory (finished or not), its round-N/ or final/, any PEFT directory, a model directory, a hub
@@ -49,6 +51,8 @@ that was kept (save_client_models), each client's beside the global one on the c
                            as in a configuration; without them the run's own
   --output_dir DIR         results go there; without it to RUN/eval and the run's metrics.jsonl, or
                            to ./eval for what is no run
+  --json                   one JSON object for each model and measure (eval: name, model, scores),
+                           as it is found; then end, with output_dir
 
 Harness and judge need the extra: pip install 'fedlora[eval]'
 
@@ -60,35 +64,38 @@ Examples:
       --mt_bench_references gpt-4.jsonl --judge_url https://api.openai.com/v1 --judge_model gpt-4
 """
 
-KNOWN = (
-    "tasks",
-    "include_path",
-    "num_fewshot",
-    "apply_chat_template",
-    "mmlu_file",
-    "mmlu_dev_file",
-    "mt_bench_file",
-    "mt_bench_references",
-    "judge_url",
-    "judge_model",
-    "judge_key",
-    "judge_timeout",
-    "judge_threads",
-    "max_new_tokens",
-    "general_file",
-    "general_length",
-    "held_out",
-    "models",
-    "limit",
-    "batch_size",
-    "output_dir",
-    *LOADING,
+SYNTAX = Syntax(
+    {
+        "tasks": Option("tasks of lm-evaluation-harness", many=True),
+        "include_path": Option("tasks of your own", path="directory"),
+        "num_fewshot": Option("worked examples in the prompt"),
+        "apply_chat_template": Option("put requests as chats", flag=True),
+        "mmlu_file": Option("questions of MMLU", path="file"),
+        "mmlu_dev_file": Option("worked examples for them", path="file"),
+        "mt_bench_file": Option("questions of MT-bench", path="file"),
+        "mt_bench_references": Option("reference answers", path="file"),
+        "judge_url": Option("an OpenAI-compatible endpoint"),
+        "judge_model": Option("the judge's model"),
+        "judge_key": Option("its key"),
+        "judge_timeout": Option("seconds for one judgement"),
+        "judge_threads": Option("judgements at once"),
+        "max_new_tokens": Option("longest answer"),
+        "general_file": Option("text to measure forgetting on", path="file"),
+        "general_length": Option("tokens of a window"),
+        "held_out": Option("the run's own rows, or not", values=TRUTH),
+        "models": Option("which models", many=True, values=MODELS),
+        "limit": Option("items of each task, or a share"),
+        "batch_size": Option("rows at once"),
+        "output_dir": Option("where results go", path="directory"),
+        **LOADING,
+    },
+    MODEL_OR_RUN,
 )
 
 
-def verb(arguments: list[str]) -> int:
+def verb(arguments: list[str], emit: Emit | None = None) -> int:
     """`fedlora eval`."""
-    given = Given("eval", arguments, KNOWN)
+    given = Given("eval", arguments, SYNTAX.options)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars, before it is imported
     from fedlora.console import quiet_libraries
@@ -129,5 +136,5 @@ def verb(arguments: list[str]) -> int:
         held_out=given.truth("held_out"),
         output_dir=given.text("output_dir"),
     )
-    assess(options)
+    assess(options, emit=emit)
     return 0

@@ -1,12 +1,14 @@
-"""The verb `fedlora generate`."""
+"""`fedlora generate`: answers of a run's models and the base."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.assess.options import LOADING, Given
+from fedlora.arguments import Option, Syntax
+from fedlora.assess.options import LOADING, MODEL_OR_RUN, MODELS, Given
 from fedlora.errors import InputError
+from fedlora.json_lines import Emit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from fedlora.assess.subject import Subject
 
 HELP = """\
-fedlora generate MODEL_OR_RUN [--prompt TEXT ...] [--prompts_file F] [--key value ...]
+fedlora generate MODEL_OR_RUN [--prompt TEXT ...] [--prompts_file F] [--key value ...] [--json]
 
 Answers prompts with a run's global model, the base beside it. MODEL_OR_RUN is a run's directory
 (finished or not), its round-N/ or final/, any PEFT directory, a model directory, a hub name, or
@@ -32,6 +34,7 @@ rows are asked, and their references shown.
   --max_new_tokens N     longest answer (128)
   --raw                  take prompts as they are
   --output F.jsonl       keep prompts and answers
+  --json                 the same lines on standard output: prompt, reference, answers by model
   --batch_size N         prompts at once (8)
   --base, --dtype, --use_cpu or --device cpu|cuda, --num_threads, --chat_template_path,
   --trust_remote_code    as with fedlora eval
@@ -41,23 +44,26 @@ Examples:
   fedlora generate out --prompts_file questions.txt --model base global client-3 --output said.jsonl
 """
 
-KNOWN = (
-    "prompt",
-    "prompts_file",
-    "model",
-    "max_new_tokens",
-    "raw",
-    "output",
-    "batch_size",
-    *LOADING,
+SYNTAX = Syntax(
+    {
+        "prompt": Option("prompts", many=True),
+        "prompts_file": Option("a prompt on each line, or rows", path="file"),
+        "model": Option("which models", many=True, values=MODELS),
+        "max_new_tokens": Option("longest answer"),
+        "raw": Option("take prompts as they are", flag=True),
+        "output": Option("where prompts and answers are kept", path="file"),
+        "batch_size": Option("prompts at once"),
+        **LOADING,
+    },
+    MODEL_OR_RUN,
 )
 SAMPLES = 3
 """Held-out rows asked where no prompt is given."""
 
 
-def verb(arguments: list[str]) -> int:
+def verb(arguments: list[str], emit: Emit | None = None) -> int:
     """`fedlora generate`."""
-    given = Given("generate", arguments, KNOWN)
+    given = Given("generate", arguments, SYNTAX.options)
     from fedlora.console import quiet_libraries
 
     quiet_libraries()
@@ -102,7 +108,12 @@ def verb(arguments: list[str]) -> int:
                 context=models.context,
                 batch_size=batch_size,
             )
-    _show(prompts, said, console)
+    records = _records(prompts, said)
+    if emit:
+        for record in records:
+            emit({"event": "answer", **record})
+    else:
+        _show(prompts, said, console)
     if any(cut):
         console.print(
             f"{sum(cut)} of {len(cut)} prompts did not fit beside an answer into the context of "
@@ -110,7 +121,7 @@ def verb(arguments: list[str]) -> int:
             highlight=False,
         )
     if output:
-        _write(output, prompts, said)
+        _write(output, records)
         console.print(f"answers: {output}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -150,16 +161,24 @@ def _check_output(output: str | None) -> None:
         raise InputError(f"--output: {output}: there is no such directory")
 
 
-def _write(output: str, prompts: list[Prompt], said: dict[str, list[str]]) -> None:
+def _records(prompts: list[Prompt], said: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """What was asked and answered, as it is kept."""
+    records = []
+    for i, prompt in enumerate(prompts):
+        record: dict[str, Any] = {"prompt": prompt.shown}
+        if prompt.reference is not None:
+            record["reference"] = prompt.reference
+        record["answers"] = {name: texts[i] for name, texts in said.items()}
+        records.append(record)
+    return records
+
+
+def _write(output: str, records: list[dict[str, Any]]) -> None:
     import json
 
     try:
         with Path(output).open("w", encoding="utf-8") as out:
-            for i, prompt in enumerate(prompts):
-                record: dict[str, Any] = {"prompt": prompt.shown}
-                if prompt.reference is not None:
-                    record["reference"] = prompt.reference
-                record["answers"] = {name: texts[i] for name, texts in said.items()}
+            for record in records:
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(f"--output: {output}: cannot be written: {error.strerror}") from None

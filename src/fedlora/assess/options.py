@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora.arguments import TRUTH, Option, parse_overrides
 from fedlora.complaints import nearest
 from fedlora.errors import InputError
-from fedlora.sources import parse_overrides
 
+MODELS = ("base", "global", "clients", "all", "adapter")
+"""Beside `client-0`, `client-1` ..."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -39,16 +41,21 @@ class Loading:
     trust_remote_code: bool | None = None
 
 
-LOADING = (
-    "base",
-    "round",
-    "dtype",
-    "device",
-    "use_cpu",
-    "num_threads",
-    "chat_template_path",
-    "trust_remote_code",
+MODEL_OR_RUN = Option(
+    "a run, a PEFT or model directory, a hub name, or embedded",
+    values=("embedded",),
+    path="directory",
 )
+LOADING = {
+    "base": Option("another base model", path="directory"),
+    "round": Option("a round of the run"),
+    "dtype": Option("of the base", values=DTYPES),
+    "device": Option("where to compute", values=("cpu", "cuda")),
+    "use_cpu": Option("stay on the CPU", values=TRUTH),
+    "num_threads": Option("of torch"),
+    "chat_template_path": Option("another chat template", path="file"),
+    "trust_remote_code": Option("run code that comes with the model", values=TRUTH),
+}
 """Keys both verbs take."""
 
 
@@ -64,7 +71,7 @@ class Given:
         InputError: no model, an unknown key, one given twice.
     """
 
-    def __init__(self, verb: str, arguments: Sequence[str], known: Sequence[str]) -> None:
+    def __init__(self, verb: str, arguments: Sequence[str], known: Mapping[str, Option]) -> None:
         if not arguments or arguments[0].startswith("--"):
             raise InputError(
                 f"{verb}: name a run's directory, a PEFT or model directory, a hub name or "

@@ -20,6 +20,7 @@ from fedlora import __version__
 from fedlora.assess.subject import BASE, Subject
 from fedlora.checkpoint import RunDirectory, append_eval
 from fedlora.errors import InputError
+from fedlora.json_lines import Emit, finite
 
 EVAL = "eval"
 HELD_OUT, GENERAL, MMLU, MT_BENCH, TASK = "held_out", "general", "mmlu", "mt_bench", "lm_eval:"
@@ -36,11 +37,13 @@ class Results:
         subject: what is evaluated.
         where: the directory of results.
         logged: they are the run's: a line in its `metrics.jsonl` for each.
+        emit: told each of them as JSON, where a program looks on.
     """
 
     subject: Subject
     where: Path
     logged: bool
+    emit: Emit | None = None
     found: dict[tuple[str, str], Scores] = field(default_factory=dict)
 
     def place(self, model: str) -> Path:
@@ -88,6 +91,8 @@ class Results:
             raise InputError(f"{place}: cannot be written to: {error.strerror}") from None
         if self.logged and self.subject.run:
             append_eval(self.subject.run, line)
+        if self.emit:
+            self.emit(line)
         self.found[name, model] = scores
 
     def of(self, name: str) -> dict[str, Scores]:
@@ -95,40 +100,31 @@ class Results:
         return {model: x for (what, model), x in self.found.items() if what == name}
 
 
-def open_results(subject: Subject, output_dir: str | None) -> Results:
+def open_results(subject: Subject, output_dir: str | None, emit: Emit | None = None) -> Results:
     """Where results go: the run's `eval/`, `output_dir`, or `eval/NAME` here.
 
     Raises:
         InputError: another process is writing to the run, which is not to be waited for.
     """
     if output_dir is not None:
-        return Results(subject, Path(output_dir), False)
+        return Results(subject, Path(output_dir), False, emit)
     if subject.run is None:
         parts = [x for x in Path(subject.name).parts[-2:] if x not in (".", "..", os.sep)]
         name = re.sub(r"[^\w.-]+", "-", "-".join(parts)) or "model"
-        return Results(subject, Path(EVAL) / name, False)
+        return Results(subject, Path(EVAL) / name, False, emit)
     try:
         RunDirectory(subject.run).close()
     except InputError as error:
         raise InputError(
             f"{error}; --output_dir DIR keeps the results elsewhere, and out of the run's log"
         ) from None
-    return Results(subject, subject.run / EVAL, True)
+    return Results(subject, subject.run / EVAL, True, emit)
 
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinities become null."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- tables ---

@@ -42,4 +42,7 @@ METHODS: dict[str, Rule] = {
     "lora_fair": lora_fair.RULE,  # Bian et al., ICCV 2025, arXiv 2411.14961
 }
 
-__all__ = ["METHODS", "Rule"]
+ONE_SHOT = tuple(name for name, rule in METHODS.items() if rule.one_shot)
+"""Rules that can combine adapters without a shared start."""
+
+__all__ = ["METHODS", "ONE_SHOT", "Rule"]

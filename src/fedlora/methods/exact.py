@@ -19,7 +19,7 @@ Exact when: always, for every mix of ranks, participation, `start_fraction` and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fedlora.lowrank import (
     Adapter,
@@ -38,7 +38,16 @@ from fedlora.lowrank import (
     subtract,
     total_norm,
 )
-from fedlora.methods.rule import TRAINING, Fresh, Prepared, Rule, Shapes, change, fill
+from fedlora.methods.rule import (
+    Fresh,
+    Prepared,
+    Rule,
+    Shapes,
+    bounded,
+    change,
+    check_bounds,
+    fill,
+)
 from fedlora.state import Aggregate, Encoded, ServerState, Start
 
 
@@ -52,14 +61,11 @@ class Options:
         max_rank: send at most this rank of the global update (none: all of it).
     """
 
-    start_fraction: float = field(default=0.75, metadata=TRAINING)
-    max_rank: int | None = field(default=None, metadata=TRAINING)
+    start_fraction: float = bounded(0.75, training=True, ge=0, le=1)
+    max_rank: int | None = bounded(None, training=True, ge=1)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.start_fraction <= 1.0:
-            raise ValueError(f"start_fraction: {self.start_fraction} must lie between 0 and 1")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"max_rank: {self.max_rank} must be at least 1")
+        check_bounds(self)
 
 
 def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:

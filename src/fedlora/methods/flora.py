@@ -12,12 +12,21 @@ Exact when: always, for every mix of ranks.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from fedlora.lowrank import Adapter, Deltas
-from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fresh_start, whole
+from fedlora.methods.rule import (
+    Fresh,
+    Prepared,
+    Rule,
+    Shapes,
+    bounded,
+    change,
+    check_bounds,
+    fresh_start,
+    whole,
+)
 from fedlora.state import Aggregate, Encoded, ServerState, Start
 
 
@@ -30,13 +39,10 @@ class Options:
             paper's section 4.3); none: the shares of the rows.
     """
 
-    scaling_factor: float | None = None
+    scaling_factor: float | None = bounded(None, gt=0)
 
     def __post_init__(self) -> None:
-        if self.scaling_factor is not None and not 0 < self.scaling_factor < math.inf:
-            raise ValueError(
-                f"scaling_factor: {self.scaling_factor} must be greater than 0, and finite"
-            )
+        check_bounds(self)
 
 
 def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from fedlora.lowrank import Delta, LowRank, each, truncate
 from fedlora.methods import flora
-from fedlora.methods.rule import Rule, whole
+from fedlora.methods.rule import Rule, bounded, check_bounds, whole
 from fedlora.state import Aggregate, Encoded, ServerState
 
 
@@ -29,13 +29,10 @@ class Options:
         energy_threshold: tau, the share of the squared singular values that is kept; 1 keeps all.
     """
 
-    energy_threshold: float = 0.9
+    energy_threshold: float = bounded(0.9, gt=0, le=1)
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.energy_threshold <= 1.0:
-            raise ValueError(
-                f"energy_threshold: {self.energy_threshold} must be above 0 and at most 1"
-            )
+        check_bounds(self)
 
 
 def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:

@@ -18,16 +18,16 @@ and B.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from fedlora.lowrank import Adapter, LowRank, norm
 from fedlora.methods.rule import (
-    TRAINING,
     Rule,
     Training,
+    bounded,
+    check_bounds,
     cut_to_rank,
     padded_change,
     prefix_start,
@@ -46,14 +46,11 @@ class Options:
         rank_decay: gamma, the share of a rank that is no tail; 1 switches pruning off.
     """
 
-    rank_penalty: float = field(default=1e-3, metadata=TRAINING)
-    rank_decay: float = field(default=0.99, metadata=TRAINING)
+    rank_penalty: float = bounded(1e-3, training=True, ge=0)
+    rank_decay: float = bounded(0.99, training=True, gt=0, le=1)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.rank_penalty < math.inf:
-            raise ValueError(f"rank_penalty: {self.rank_penalty} must be at least 0, and finite")
-        if not 0.0 < self.rank_decay <= 1.0:
-            raise ValueError(f"rank_decay: {self.rank_decay} must be above 0 and at most 1")
+        check_bounds(self)
 
 
 def _training(options: Options) -> Training:

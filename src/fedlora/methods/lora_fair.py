@@ -15,7 +15,6 @@ a matrix with A's row space can be.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,8 @@ from fedlora.methods.fedex import encode_both
 from fedlora.methods.rule import (
     Rule,
     add_factors,
+    bounded,
+    check_bounds,
     prefix_start,
     prepare_as_is,
     shared_initial,
@@ -41,13 +42,10 @@ class Options:
         correction_penalty: lambda, which keeps the correction of B small.
     """
 
-    correction_penalty: float = 0.01
+    correction_penalty: float = bounded(0.01, ge=0)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.correction_penalty < math.inf:
-            raise ValueError(
-                f"correction_penalty: {self.correction_penalty} must be at least 0, and finite"
-            )
+        check_bounds(self)
 
 
 def _times(x: Delta, right: torch.Tensor) -> torch.Tensor:

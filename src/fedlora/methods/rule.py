@@ -13,8 +13,9 @@ element by element, `products` as matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -30,8 +31,40 @@ Fresh = Callable[[str, int], Tensor]
 """`(module, rank) -> A (rank, n)`, LoRA's random initialisation."""
 
 
-TRAINING = {"training": True}
-"""Metadata of an option that acts on what clients are sent or how they train, not on the sum."""
+def bounded(default: Any, *, training: bool = False, **bounds: float) -> Any:
+    """A field of a rule's options.
+
+    Args:
+        default: its value where none is given; None may then be given too.
+        training: it acts on what clients are sent or how they train, not on the sum.
+        bounds: `ge`, `gt` and `le`, as pydantic calls them. A number is always finite.
+    """
+    return field(default=default, metadata={"training": training, "bounds": bounds})
+
+
+def check_bounds(options: Any) -> None:
+    """Hold a rule's options against their bounds.
+
+    Raises:
+        ValueError: which option lies outside, and where it has to lie.
+    """
+    for f in fields(options):
+        value, bounds = getattr(options, f.name), f.metadata.get("bounds", {})
+        ge, gt, le = (bounds.get(name) for name in ("ge", "gt", "le"))
+        if value is None or (
+            math.isfinite(value)
+            and (ge is None or value >= ge)
+            and (gt is None or value > gt)
+            and (le is None or value <= le)
+        ):
+            continue
+        if le is None:
+            finite = "" if isinstance(value, int) else ", and finite"
+            where = f"at least {ge}{finite}" if gt is None else f"greater than {gt}{finite}"
+        else:
+            where = f"above {gt} and at most {le}" if ge is None else f"between {ge} and {le}"
+        verb = "lie" if where.startswith("between") else "be"
+        raise ValueError(f"{f.name}: {value} must {verb} {where}")
 
 
 @dataclass(frozen=True)
@@ -124,8 +157,8 @@ class Rule:
         server_momentum: whether a server momentum has a meaning: not where the factors that are
             trained, or the directions they belong to, are other ones in every round.
         one_shot: whether it can combine adapters that were trained apart, without a shared start.
-        options: a frozen dataclass of the rule's own configuration keys; its `__post_init__`
-            raises ValueError on an impossible value.
+        options: a frozen dataclass of the rule's own configuration keys, `bounded` where not every
+            value is possible; its `__post_init__` is `check_bounds`.
     """
 
     name: str

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fedlora.arguments import Option, Syntax, take
 from fedlora.errors import InputError
-from fedlora.sources import take_value
+from fedlora.json_lines import Emit
 
 FORMATS = ("html", "png", "pdf")
 
 HELP = """\
-fedlora report RUN [RUN ...] [--output report.html] [--format html,png,pdf]
+fedlora report RUN [RUN ...] [--output report.html] [--format html,png,pdf] [--json]
 
 Makes one page of runs: what was run, who held what, quality by round, every client before and
 after, aggregation error by layer, singular values of the global update, bytes against their bounds,
@@ -29,6 +30,7 @@ what is missing. Numbers are those of metrics.jsonl to six significant digits.
   --format LIST       one or more of html, png, pdf, separated by commas; without it, the ending of
                       --output. All are named after --output: report.html, report.pdf with a page
                       per figure, and a PNG per figure, such as report-quality.png
+  --json              one JSON object: the files written, and each run with what is wrong with it
 
 Figures: data, quality, clients, error, spectrum, bytes, seconds, privacy; those of which the runs
 have numbers.
@@ -40,14 +42,23 @@ Examples:
 """
 
 
-def verb(arguments: list[str]) -> int:
+SYNTAX = Syntax(
+    {
+        "output": Option("the file to write, such as report.html", path="file"),
+        "format": Option(f"one or more of {','.join(FORMATS)}", values=FORMATS),
+    },
+    Option("output directories of runs", many=True, path="directory"),
+)
+
+
+def verb(arguments: list[str], emit: Emit | None = None) -> int:
     """`fedlora report`.
 
     Raises:
         InputError: no run, an unknown option, or a file that cannot be written.
     """
-    output = take_value(arguments, "--output", "the file to write, such as report.html")
-    named = take_value(arguments, "--format", f"one or more of {','.join(FORMATS)}")
+    own = take(arguments, SYNTAX)
+    output, named = own["output"], own["format"]
     for argument in arguments:
         if argument.startswith("-"):
             raise InputError(f"{argument}: report has no such option; see fedlora report --help")
@@ -75,6 +86,10 @@ def verb(arguments: list[str]) -> int:
         from fedlora.report.figures import draw
 
         written += draw(collected, file, formats)
+    if emit:
+        told = [{"name": x.name, "path": str(x.path), "problems": x.problems} for x in runs]
+        emit({"event": "report", "written": [str(path) for path in written], "runs": told})
+        return 0
     for run in runs:
         for problem in run.problems:
             print(f"{run.name}: {problem}")

@@ -334,6 +334,38 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+# --- JSON ---
+
+
+def table_record(table: Table) -> dict[str, Any]:
+    """A table as a program reads it; shares are not in %."""
+    part, rows = table.part, []
+    for row in table.rows:
+        mean, sd = mean_and_sd(row.values)
+        x = row.difference
+        against = {"mean": x.mean, "low": x.low, "high": x.high, "seeds": x.seeds} if x else None
+        rows.append(
+            {
+                "cell": list(row.cell),
+                part.compare: row.label,
+                "mean": mean,
+                "sd": sd,
+                "values": {str(seed): row.outcomes[seed].value for seed in sorted(row.outcomes)},
+                "difference": against,
+                "verdict": x.verdict(table.greater) if x else None,
+            }
+        )
+    return {
+        "part": part.name,
+        "title": part.title,
+        "metric": part.metric,
+        "compare": part.compare,
+        "reference": part.reference,
+        "rows": rows,
+        "missing": dict(table.missing),
+    }
+
+
 # --- CSV ---
 
 

@@ -1,19 +1,21 @@
-"""`fedlora study`."""
+"""`fedlora study`: a grid of runs, and tables with intervals."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from fedlora.arguments import Option, Syntax, parse_overrides, take
 from fedlora.errors import InputError
-from fedlora.sources import parse_overrides, take_flag, take_value
+from fedlora.json_lines import Emit
 from fedlora.study.plan import Planned, Study, load_study, shipped
 
 HELP = """\
 fedlora study STUDY [--size SIZE] [--output_dir DIR] [--seeds N ...] [--part NAME ...]
-              [--where AXIS=VALUE ...] [--processes N] [--dry_run] [--key value ...]
+              [--where AXIS=VALUE ...] [--processes N] [--dry_run] [--key value ...] [--json]
 
 Makes a grid of runs, several at a time, and one page of tables: mean and spread over seeds, and the
 paired difference to a reference with its 95% interval. What is complete is kept, so the same
@@ -35,6 +37,8 @@ Each has the sizes `embedded` (minutes to hours on two cores, no network) and `g
   --processes N       runs at a time; otherwise one for each core (one on a GPU), fewer where memory
                       does not hold them
   --dry_run           list the runs
+  --json              one JSON object when a run starts, ends a round, is done, fails or was kept;
+                      then a table for each part, and end. With --dry_run one object, study
   --key value         a configuration key for every run, over all others
 
 Examples:
@@ -44,39 +48,55 @@ Examples:
 """
 
 
-def verb(arguments: list[str]) -> int:
+SYNTAX = Syntax(
+    {
+        "size": Option("the name of a size"),
+        "output_dir": Option("where tables and runs go", path="directory"),
+        "seeds": Option("seeds", many=True),
+        "part": Option("tables", many=True),
+        "where": Option("AXIS=VALUE", many=True),
+        "processes": Option("runs at a time"),
+        "dry_run": Option("list the runs", flag=True),
+    },
+    Option("a study or its file", values=tuple(shipped()), path="file"),
+    keys=True,
+)
+
+
+def verb(arguments: list[str], emit: Emit | None = None) -> int:
     """Run or go on with a study and write its tables."""
     if not arguments or arguments[0].startswith("--"):
         raise InputError(f"study: give a file or one of {', '.join(shipped())}")
     name, rest = arguments[0], arguments[1:]
-    dry = take_flag(rest, "--dry_run") or take_flag(rest, "--dry-run")
-    size = take_value(rest, "--size", "the name of a size")
+    own = take(rest, SYNTAX)
     given = parse_overrides(rest)
     where = _where(given.pop("where", None))
     only = [str(x) for x in _list(given.pop("part", None))]
     seeds = [_whole("seeds", x, 0) for x in _list(given.pop("seeds", None))]
-    processes = given.pop("processes", None)
+    processes, output = own["processes"], own["output_dir"]
     number = None if processes is None else _whole("processes", processes, 1)
-    output = given.pop("output_dir", None)
     study = load_study(
-        name, size=size, seeds=seeds or None, only=only, where=where, overrides=given
+        name, size=own["size"], seeds=seeds or None, only=only, where=where, overrides=given
     )
     directory = Path(str(output or f"study-{study.name}-{study.size}"))
     if directory.is_file():
         raise InputError(f"--output_dir {directory}: is a file")
-    if dry:
-        _list_runs(study)
+    if own["dry_run"]:
+        if emit:
+            emit({"event": "study", "study": study.name, "size": study.size, **_runs(study)})
+        else:
+            _list_runs(study)
         return 0
-    return _run(study, directory, number)
+    return _run(study, directory, number, emit)
 
 
-def _run(study: Study, directory: Path, processes: int | None) -> int:
+def _run(study: Study, directory: Path, processes: int | None, emit: Emit | None) -> int:
     import torch
 
     from fedlora.console import quiet_libraries
     from fedlora.study.execute import check_kept, execute
     from fedlora.study.show import Progress, show_tables
-    from fedlora.study.tables import tables
+    from fedlora.study.tables import table_record, tables
 
     quiet_libraries()
     runs = directory / "runs"
@@ -84,11 +104,17 @@ def _run(study: Study, directory: Path, processes: int | None) -> int:
     gpu = torch.cuda.is_available() and not all(r.keys.get("use_cpu") for r in study.runs)
     began = time.perf_counter()
     try:
-        with Progress(study) as progress:
-            failed = execute(study.runs, runs, processes=processes, gpu=gpu, told=progress)
+        with nullcontext(_teller(emit)) if emit else Progress(study) as told:
+            failed = execute(study.runs, runs, processes=processes, gpu=gpu, told=told)
     finally:  # what there is by now is worth a table, whatever ended the study
         if runs.is_dir():
             _write(study, directory, runs)
+    if emit:
+        for table in tables(study, runs):
+            emit({"event": "table", **table_record(table)})
+        seconds = time.perf_counter() - began
+        emit({"event": "end", "seconds": seconds, "output_dir": str(directory), "failed": failed})
+        return 1 if failed else 0
     show_tables(tables(study, runs))
     print(
         f"{time.perf_counter() - began:.0f} s; {directory}/table.md, runs.csv, summary.csv. "
@@ -97,6 +123,25 @@ def _run(study: Study, directory: Path, processes: int | None) -> int:
     for run, why in failed.items():
         print(f"failed: {run}: {why}")
     return 1 if failed else 0
+
+
+def _teller(emit: Emit) -> Callable[[str, Planned, Mapping[str, Any]], None]:
+    """What happens to runs, as lines of JSON."""
+
+    def told(what: str, run: Planned, message: Mapping[str, Any]) -> None:
+        emit({"event": what, "run": run.directory, **_labels(run), **message})
+
+    return told
+
+
+def _labels(run: Planned) -> dict[str, Any]:
+    return {"part": run.part, "labels": dict(run.labels), "seed": run.seed}
+
+
+def _runs(study: Study) -> dict[str, Any]:
+    """The runs of a study, as a program reads them."""
+    parts = {p.name: {"title": p.title, "left_out": list(p.left_out)} for p in study.parts}
+    return {"parts": parts, "runs": [{"run": r.directory, **_labels(r)} for r in study.runs]}
 
 
 def _write(study: Study, directory: Path, runs: Path) -> None:

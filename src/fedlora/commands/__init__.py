@@ -1,0 +1,24 @@
+"""A room for each verb of the command line: its help, what it takes, and its function.
+
+Each has `HELP`, `SYNTAX` and `verb(arguments, emit)`, which gives the exit code. `emit` writes a
+line of JSON, and is None where a person looks on.
+"""
+
+from __future__ import annotations
+
+VERBS = {
+    "run": "fedlora.commands.run",
+    "partition": "fedlora.commands.partition",
+    "data": "fedlora.commands.data",
+    "aggregate": "fedlora.commands.aggregate",
+    "config": "fedlora.commands.config",
+    "demo": "fedlora.commands.demo",
+    "watch": "fedlora.commands.watch",
+    "report": "fedlora.report.verb",
+    "eval": "fedlora.assess.eval_verb",
+    "generate": "fedlora.assess.generate_verb",
+    "study": "fedlora.study.verb",
+    "doctor": "fedlora.commands.doctor",
+    "completion": "fedlora.commands.completion",
+}
+"""Every verb's module, which is imported when it is used."""

@@ -1,0 +1,136 @@
+"""`fedlora aggregate`: PEFT adapters of any ranks become one."""
+
+from __future__ import annotations
+
+import textwrap
+import warnings
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
+
+from fedlora.arguments import Option, Syntax, parse_overrides
+from fedlora.console import quiet_libraries
+from fedlora.errors import InputError
+from fedlora.json_lines import Emit
+from fedlora.methods import METHODS, ONE_SHOT
+
+if TYPE_CHECKING:
+    from fedlora.merging import Aggregated
+
+HELP = """\
+fedlora aggregate DIR [DIR ...] --output DIR [--weights W ...] [--method METHOD]
+                  [--rank R | --energy E] [--same_base] [--option value ...] [--json]
+
+Combines PEFT LoRA directories of one base model, of whatever ranks, alphas and target modules, into
+one: by default exactly their weighted sum. No base model is loaded. Ends with a table: the rank of
+every layer in each adapter and in the result, and the relative error against the weighted sum.
+
+  --weights 0.5 0.3 0.2   one for each adapter, normalised; without it all alike
+  --method METHOD         METHODS_HERE
+  --rank R                keep at most R singular directions of each layer
+  --energy 0.99           keep the fewest that hold this share of the squared singular values
+  --same_base             bases under different names or paths are one: no warning
+  --json                  one JSON object: adapters, their weights, rank and error of every layer
+
+A classifier's rows are matched by the label names in a config.json beside each adapter (or in the
+base's, where that is here): another order is sorted out, and the result has all labels.
+
+Example:
+  fedlora aggregate hospital-a/ hospital-b/ --weights 3 1 --energy 0.99 --output both/
+
+In Python:
+  from fedlora import aggregate, load_adapter, save_adapter
+  save_adapter("both", aggregate([load_adapter("hospital-a"), load_adapter("hospital-b")], [3, 1]))
+""".replace("METHODS_HERE", f"\n{' ' * 26}".join(textwrap.wrap(", ".join(ONE_SHOT), 70)))
+SYNTAX = Syntax(
+    {
+        "output": Option("a new directory", path="directory"),
+        "weights": Option("one for each adapter", many=True),
+        "method": Option("how they are combined", values=ONE_SHOT),
+        "rank": Option("singular directions of each layer, at most"),
+        "energy": Option("share of the squared singular values to keep"),
+        "same_base": Option("bases under different names or paths are one", flag=True),
+        **{
+            field.name: Option(f"of {name}")
+            for name in ONE_SHOT
+            for field in fields(METHODS[name].options)
+        },
+    },
+    Option("PEFT directories", many=True, path="directory"),
+)
+
+
+def verb(arguments: list[str], emit: Emit | None = None) -> int:
+    """`fedlora aggregate`."""
+    first = next((i for i, x in enumerate(arguments) if x.startswith("--")), len(arguments))
+    paths, given = arguments[:first], parse_overrides(arguments[first:])
+    output = given.pop("output", None)
+    if not paths or not isinstance(output, str):
+        raise InputError("aggregate: give PEFT directories and --output DIR, a new directory")
+    quiet_libraries()
+    from rich.console import Console
+
+    from fedlora.adapters import load_adapter
+    from fedlora.merging import aggregate, check_options, check_output, save_adapter
+    from fedlora.views import show_layers
+
+    check_output(output)
+    weights = given.pop("weights", None)
+    if weights is True:
+        raise InputError("--weights: give one for each adapter")
+    weights = weights if isinstance(weights, list) or weights is None else [weights]
+    same_base = given.pop("same_base", False)
+    if not isinstance(same_base, bool):
+        if str(same_base).lower() not in ("true", "false"):
+            raise InputError(f"--same_base: is given alone, without {same_base}")
+        same_base = str(same_base).lower() == "true"
+    method = given.pop("method", "exact")
+    keys: dict[str, Any] = {"method": method if isinstance(method, str) else "(none given)"}
+    check_options(keys["method"], [key for key in given if key not in ("rank", "energy")])
+    for key, value in given.items():
+        if value is True:
+            raise InputError(f"--{key}: give a number")
+        keys[key] = None if value is None else number(key, value)
+    whole = keys.get("rank")
+    if whole is not None and not float(whole).is_integer():
+        raise InputError(f"rank: {whole} is no whole number")
+    keys["rank"] = None if whole is None else int(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they stand below the table
+        merged = aggregate(
+            [load_adapter(path) for path in paths],
+            None if weights is None else [number("weights", w) for w in weights],
+            same_base=same_base,
+            **keys,
+        )
+    save_adapter(output, merged)
+    if emit:
+        emit(_result(merged, paths, output))
+        return 0
+    show_layers(merged, paths, Console())
+    print(f"written and read back: {output}")
+    return 0
+
+
+def _result(merged: Aggregated, paths: list[str], output: str) -> dict[str, Any]:
+    """What became of every layer, as a program reads it."""
+    weighted = zip(paths, merged.weights, strict=True)
+    return {
+        "event": "aggregate",
+        "adapters": [{"path": path, "weight": weight} for path, weight in weighted],
+        "layers": {name: asdict(layer) for name, layer in merged.layers.items()},
+        "saved_whole": list(merged.dense),
+        "notes": list(merged.notes),
+        "output": output,
+    }
+
+
+def number(key: str, text: Any) -> float:
+    """A number from the command line.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{key}: {text!r} is no number") from None

@@ -1,0 +1,494 @@
+"""`fedlora doctor`: is this machine ready for a run, and what to do where it is not.
+
+Libraries are tried in a process of their own: one that is broken, whatever way it fails, is a line
+here and no traceback. Nothing in this module imports any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
+
+from fedlora import __version__
+from fedlora.arguments import Option, Syntax, take
+from fedlora.errors import InputError
+from fedlora.json_lines import Emit
+
+HELP = """\
+fedlora doctor [--output_dir DIR] [--json]
+
+Says whether this machine is ready for a run, a line for each thing that a run needs: Python, the
+libraries and their versions, the device, memory, the disk under the output and the caches, cores,
+threads and load, offline mode, extras. Each is ok, a warning or a problem, the latter two with what
+to do. It reads no model and no data.
+
+  --output_dir DIR   where a run would be written (the current directory)
+  --json             one JSON object: ok, and checks (name, state, found, remedy)
+
+Exit code 1 if a problem prevents a run, otherwise 0.
+"""
+SYNTAX = Syntax({"output_dir": Option("where a run would be written", path="directory")})
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Args:
+        name: what.
+        state: `ok`, `warning` (a run works, perhaps slowly or in part) or `problem` (it does not).
+        found: what there is.
+        remedy: what to do; "" where all is well.
+    """
+
+    name: str
+    state: str
+    found: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the checks look at.
+
+    Args:
+        output_dir: where a run would be written.
+        probed: library -> what importing and trying it said, see `probe`.
+    """
+
+    output_dir: Path
+    probed: Mapping[str, Mapping[str, Any]]
+
+
+# --- the libraries, each tried in another process ---
+
+_PROBE = """
+import json, sys
+def say(name, work):
+    sys.stdout.flush()
+    print(json.dumps({"trying": name}), file=out, flush=True)
+    try:
+        found = work()
+    except BaseException as error:
+        text = str(error).strip().splitlines()
+        found = {"error": f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")}
+    print(json.dumps({"name": name, **found}), file=out, flush=True)
+def torch():
+    import torch
+    import torch.nn
+    (torch.ones(8, 8) @ torch.ones(8, 8)).sum().item()
+    return {"threads": torch.get_num_threads(), "cuda_build": torch.version.cuda,
+            "hip_build": getattr(torch.version, "hip", None)}
+def cuda():
+    import torch
+    if not torch.cuda.is_available():
+        return {"there": False}
+    x = torch.ones(256, 256, device="cuda")
+    (x @ x).sum().item()
+    free, total = torch.cuda.mem_get_info()
+    return {"there": True, "device": torch.cuda.get_device_name(), "free": free, "total": total,
+            "devices": torch.cuda.device_count()}
+def mps():
+    import torch
+    return {"there": bool(torch.backends.mps.is_available())}
+def transformers():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return {}
+def peft():
+    from peft import PeftModel
+    return {}
+def datasets():
+    import datasets
+    return {"cache": str(datasets.config.HF_DATASETS_CACHE)}
+def hub():
+    from huggingface_hub import constants
+    return {"home": constants.HF_HOME, "cache": constants.HF_HUB_CACHE,
+            "offline": constants.HF_HUB_OFFLINE}
+out, sys.stdout = sys.stdout, sys.stderr
+for work in (torch, cuda, mps, hub, transformers, peft, datasets):
+    if work.__name__ not in sys.argv[1:]:
+        say(work.__name__, work)
+"""
+_PROBED = ("torch", "cuda", "mps", "hub", "transformers", "peft", "datasets")
+SECONDS = 300
+"""That the libraries may take to load; a cold network disk is slow."""
+
+
+def probe(seconds: float = SECONDS) -> dict[str, dict[str, Any]]:
+    """What each library says when it is imported and tried, or `error`.
+
+    A library that takes the process down with it (a crash in native code) has that as its error,
+    and the others are tried again without it.
+    """
+    out: dict[str, dict[str, Any]] = {}
+    while missing := [name for name in _PROBED if name not in out]:
+        text, error = _run_probe(list(out), seconds)
+        trying = missing[0]
+        for line in text.splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            trying = found.get("trying", "")
+            if "name" in found:
+                out[found.pop("name")] = found
+        if trying:
+            out[trying] = {"error": error}
+    return out
+
+
+def _run_probe(known: Sequence[str], seconds: float) -> tuple[str, str]:
+    """What the process said, and how it ended where it did not end well."""
+    command = [sys.executable, "-P", "-c", _PROBE, *known]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout or b""
+        return said.decode() if isinstance(said, bytes) else said, f"took over {seconds:.0f} s"
+    except OSError as error:
+        return "", str(error)
+    if done.returncode < 0:
+        return done.stdout, f"the process crashed (signal {-done.returncode})"
+    return done.stdout, f"the process ended with code {done.returncode}"
+
+
+# --- the checks ---
+
+
+def _python(machine: Machine) -> Iterator[Check]:
+    found = f"{platform.python_version()} ({sys.executable})"
+    try:
+        wanted = metadata.metadata("fedlora")["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        yield Check("Python", OK, found)
+        yield Check("fedlora", WARNING, f"{__version__}, not installed", "pip install .")
+        return
+    fits = not wanted or Requirement(f"python{wanted}").specifier.contains(
+        platform.python_version(), prereleases=True
+    )
+    remedy = "" if fits else f"make a virtual environment with Python {wanted}"
+    yield Check("Python", OK if fits else PROBLEM, found, remedy)
+    yield Check("fedlora", OK, __version__)
+
+
+def requirements(extra: str = "") -> list[Requirement]:
+    """What the installed package declares that it needs, or needs for an extra."""
+    try:
+        declared = metadata.requires("fedlora") or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = [Requirement(line) for line in declared]
+    if not extra:
+        return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [
+        r
+        for r in found
+        if r.marker and not r.marker.evaluate({"extra": ""}) and r.marker.evaluate({"extra": extra})
+    ]
+
+
+def shortfall(requirement: Requirement) -> str | None:
+    """What is wrong with the installed version of a package; None: it is there and fits."""
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    try:
+        fits = requirement.specifier.contains(version, prereleases=True)
+    except InvalidVersion:
+        return None  # a build of somebody's own, which only they can judge
+    return None if fits else f"{version}, not {requirement.specifier}"
+
+
+_TRIED = ("torch", "transformers", "peft", "datasets")
+
+
+def _libraries(machine: Machine) -> Iterator[Check]:
+    others = []
+    for requirement in requirements():
+        wrong = shortfall(requirement)
+        if requirement.name in _TRIED:
+            continue
+        if wrong:
+            remedy = f"pip install '{requirement.name}{requirement.specifier}'"
+            yield Check(requirement.name, PROBLEM, wrong, remedy)
+        else:
+            others.append(requirement.name)
+    declared = {r.name: r for r in requirements()}
+    for name in _TRIED:
+        wanted = declared.get(name, Requirement(name))
+        wrong, error = shortfall(wanted), machine.probed[name].get("error")
+        remedy = f"pip install '{name}{wanted.specifier}'"
+        if wrong:
+            yield Check(name, PROBLEM, wrong, remedy)
+        elif error:
+            again = f"pip install --force-reinstall '{name}{wanted.specifier}'"
+            if name != "torch" and "error" in machine.probed["torch"]:
+                again = "mend torch first"
+            yield Check(name, PROBLEM, f"{metadata.version(name)}, does not work: {error}", again)
+        else:
+            yield Check(name, OK, metadata.version(name))
+    if others:
+        yield Check("other libraries", OK, f"{len(others)} as declared")
+
+
+def _device(machine: Machine) -> Iterator[Check]:
+    torch, cuda, mps = (machine.probed[name] for name in ("torch", "cuda", "mps"))
+    if "error" in torch:
+        return  # said already
+    if "error" in cuda:
+        remedy = "see nvidia-smi; --use_cpu runs without the GPU"
+        yield Check("device", PROBLEM, f"the GPU does not work: {cuda['error']}", remedy)
+    elif cuda["there"]:
+        free, total = cuda["free"], cuda["total"]
+        more = f", the first of {cuda['devices']}" if cuda["devices"] > 1 else ""
+        found = f"{cuda['device']}{more}, {_gib(free)} of {_gib(total)} free"
+        if free < total / 4:
+            remedy = "see nvidia-smi for who uses it; CUDA_VISIBLE_DEVICES chooses another"
+            yield Check("device", WARNING, found, remedy)
+        else:
+            yield Check("device", OK, found)
+    elif torch["cuda_build"] or torch["hip_build"]:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = "CPU; this torch is built for a GPU, and finds none"
+        if hidden is not None:
+            found += f" (CUDA_VISIBLE_DEVICES={hidden})"
+        yield Check("device", WARNING, found, "see nvidia-smi: is there a GPU, and its driver?")
+    elif shutil.which("nvidia-smi") and _runs("nvidia-smi", "-L"):
+        found = "CPU; there is a GPU, and this torch is built without CUDA"
+        remedy = "install torch as https://pytorch.org/get-started/locally says"
+        yield Check("device", WARNING, found, remedy)
+    else:
+        found = "CPU" + ("; Apple's GPU is not used" if mps.get("there") else "")
+        yield Check("device", OK, found)
+
+
+def _runs(*command: str) -> bool:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.returncode == 0 and bool(done.stdout.strip())
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def memory() -> tuple[int, int] | None:
+    """Bytes free and in all, within a container's limit; None: the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        free, total = found["MemAvailable"], found["MemTotal"]
+    except (OSError, ValueError, KeyError, IndexError):
+        try:
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+        return total, total
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most = int(Path(folder, limit).read_text())
+            now = int(Path(folder, used).read_text())
+        except (OSError, ValueError):
+            continue
+        if most < total:
+            return max(0, min(free, most - now)), most
+    return free, total
+
+
+def _memory(machine: Machine) -> Iterator[Check]:
+    found = memory()
+    if found is None:
+        return
+    free, total = found
+    text = f"{_gib(free)} of {_gib(total)} free"
+    if free < GIB:
+        remedy = "end other programs; the libraries alone take about 1 GiB"
+        yield Check("memory", WARNING, text, remedy)
+    else:
+        yield Check("memory", OK, text)
+
+
+def _disk(machine: Machine) -> Iterator[Check]:
+    probed = machine.probed
+    default = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    places = [("output", machine.output_dir, "give another --output_dir")]
+    hub = Path(probed["hub"].get("cache") or os.environ.get("HF_HUB_CACHE") or default / "hub")
+    places.append(("cache of models", hub, "set HF_HOME or HF_HUB_CACHE to another place"))
+    data = probed["datasets"].get("cache") or os.environ.get("HF_DATASETS_CACHE")
+    remedy = "set HF_HOME or HF_DATASETS_CACHE to another place"
+    places.append(("cache of data", Path(data or default / "datasets"), remedy))
+    try:
+        places.append(("temporary files", Path(tempfile.gettempdir()), "set TMPDIR"))
+    except OSError as error:
+        yield Check("temporary files", PROBLEM, str(error), "set TMPDIR to a writable directory")
+    for name, path, remedy in places:
+        yield _place(name, path, remedy)
+
+
+def _place(name: str, path: Path, remedy: str) -> Check:
+    """Whether files can be made at a path, or where it would come to be, and the room there."""
+    there = path.expanduser().absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".fedlora-doctor-") as file:
+            file.write(b"x")
+            file.flush()
+        free = shutil.disk_usage(there).free
+    except OSError as error:
+        where = str(path) if there == path.expanduser().absolute() else f"{path} (in {there})"
+        return Check(name, PROBLEM, f"{where} cannot be written: {error.strerror}", remedy)
+    found = f"{path}, {_gib(free)} free"
+    if free < GIB / 4:
+        return Check(name, PROBLEM, found, f"free some space, or {remedy}")
+    if free < 5 * GIB:
+        return Check(name, WARNING, found, f"models are large: free some space, or {remedy}")
+    return Check(name, OK, found)
+
+
+def cores() -> float:
+    """Processors this process may use: its affinity and its container's share."""
+    try:
+        number = float(len(os.sched_getaffinity(0)))
+    except AttributeError:  # macOS
+        number = float(os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(number, int(quota) / int(period))
+    except (OSError, ValueError):
+        return number
+
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def _cores(machine: Machine) -> Iterator[Check]:
+    number, threads = cores(), machine.probed["torch"].get("threads")
+    given = [f"{k}={os.environ[k]}" for k in _THREADS if os.environ.get(k)]
+    found = f"{number:g}" + (f", torch takes {threads} threads" if threads else "")
+    found += f" ({', '.join(given)})" if given else ""
+    if threads and threads > max(number, 1):
+        remedy = f"--num_threads {max(1, int(number))}: more threads than cores wait for each other"
+        yield Check("cores", WARNING, found, remedy)
+    else:
+        yield Check("cores", OK, found)
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return
+    found = f"{load:.1f} processes over the last minute, {number:g} cores"
+    if load > 0.6 * number:
+        remedy = (
+            "the machine is busy: threads that wait for a core slow a run down many times; wait, "
+            "or give --num_threads 1"
+        )
+        yield Check("load", WARNING, found, remedy)
+    else:
+        yield Check("load", OK, found)
+
+
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+def _network(machine: Machine) -> Iterator[Check]:
+    given = [f"{key}={os.environ[key]}" for key in _OFFLINE if os.environ.get(key)]
+    if machine.probed["hub"].get("offline"):
+        remedy = "unset it to fetch models and data by their hub names; what is cached is found"
+        yield Check("hub", WARNING, f"offline ({', '.join(given)})", remedy)
+    else:
+        yield Check("hub", OK, "online" + (f" ({', '.join(given)})" if given else ""))
+
+
+EXTRAS = {"eval": "fedlora eval --tasks, and its judge", "trackers": "report_to"}
+
+
+def _extras(machine: Machine) -> Iterator[Check]:
+    for extra, purpose in EXTRAS.items():
+        wrong = {r.name: shortfall(r) for r in requirements(extra)}
+        missing = [f"{name} {why}" for name, why in wrong.items() if why]
+        name = f"extra {extra}"
+        if missing:
+            remedy = f"pip install 'fedlora[{extra}]' for {purpose}"
+            yield Check(name, WARNING, ", ".join(missing), remedy)
+        elif wrong:
+            yield Check(name, OK, ", ".join(wrong))
+
+
+CHECKS: Sequence[Callable[[Machine], Iterator[Check]]] = (
+    _python,
+    _libraries,
+    _device,
+    _cores,
+    _memory,
+    _disk,
+    _network,
+    _extras,
+)
+"""In the order they are shown. A new one is a function here."""
+
+
+def examine(machine: Machine) -> list[Check]:
+    """All checks; one that fails itself is a line too."""
+    out: list[Check] = []
+    for check in CHECKS:
+        try:
+            out += check(machine)
+        except Exception as error:
+            name = check.__name__.removeprefix("_")
+            out.append(Check(name, WARNING, f"could not be looked at: {error}", "report this"))
+    return out
+
+
+def verb(arguments: list[str], emit: Emit | None = None) -> int:
+    """`fedlora doctor`."""
+    own = take(arguments, SYNTAX)
+    if arguments:
+        raise InputError(f"{arguments[0]}: doctor has no such option; see fedlora doctor --help")
+    checks = examine(Machine(Path(own["output_dir"] or "."), probe()))
+    ready = all(check.state != PROBLEM for check in checks)
+    if emit:
+        emit({"event": "doctor", "ok": ready, "checks": [asdict(check) for check in checks]})
+    else:
+        _show(checks)
+    return 0 if ready else 1
+
+
+_COLOURS = {OK: 32, WARNING: 33, PROBLEM: 31}
+
+
+def _show(checks: Sequence[Check]) -> None:
+    """A line for each; without a library, which may be what is broken."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        state = f"{check.state:<8}"
+        if coloured:
+            state = f"\x1b[{_COLOURS[check.state]}m{state}\x1b[0m"
+        print(f"{state}{check.name:<{width}}  {check.found}")
+        if check.remedy:
+            print(f"{'':8}{'':{width}}  -> {check.remedy}")
+    counts = {state: sum(c.state == state for c in checks) for state in (PROBLEM, WARNING)}
+    said = [f"{n} {state}{'s' * (n > 1)}" for state, n in counts.items() if n]
+    print(f"\n{', '.join(said) or 'ready'}")
