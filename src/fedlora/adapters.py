@@ -1,4 +1,4 @@
-"""The PEFT boundary: target modules by name, and adapters as PEFT directories.
+"""Reads and writes PEFT adapter directories, and finds target modules by their names.
 
 Alpha, rsLoRA, `rank_pattern`, `alpha_pattern`, Conv1D layers and PEFT's key names are known here
 and nowhere else; everything past this line sees `LowRank` updates with the scale folded into `B`.

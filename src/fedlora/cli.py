@@ -1,4 +1,4 @@
-"""The command `fedlora`: a thin skin over the functions a Python user calls."""
+"""Reads the command `fedlora` and calls the functions that a Python user calls too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `fedlora eval`."""
+"""Runs the verb `fedlora eval`."""
 
 from __future__ import annotations
 

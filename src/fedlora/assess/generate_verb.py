@@ -1,4 +1,4 @@
-"""The verb `fedlora generate`."""
+"""Runs the verb `fedlora generate`."""
 
 from __future__ import annotations
 

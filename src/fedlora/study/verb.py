@@ -1,4 +1,4 @@
-"""`fedlora study`."""
+"""Runs the verb `fedlora study`."""
 
 from __future__ import annotations
 
