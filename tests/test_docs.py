@@ -303,6 +303,24 @@ def test_the_guide_to_python_runs_as_written(
     assert names["model"].peft_config["default"].base_model_name_or_path == str(tiny_llama)
 
 
+@pytest.mark.usefixtures("three_sites")
+def test_the_python_of_the_readme_runs_as_written(tiny_llama: Path) -> None:
+    """What it shows of loading and merging is what the guides show, which is run above."""
+    guides = [
+        block for name in ("simulate", "merge") for block in blocks(DOCS / f"guides/{name}.md")
+    ]
+    loading, merging, running = blocks(REPOSITORY / "README.md", "python")
+    assert loading in guides
+    assert merging in guides
+    names: dict[str, Any] = {}
+    run_python(running.text, names, path__or__hub_name=tiny_llama)
+    assert [line["round"] for line in names["result"].metrics if line["event"] == "round"] == [
+        1,
+        2,
+        3,
+    ]
+
+
 def test_a_classifier_is_loaded_as_written(three_sites: Path, tiny_llama: Path) -> None:
     rows = [{"text": f"word {i}", "label": ["no", "yes"][i % 2]} for i in range(24)]
     write_jsonl(three_sites / "all.jsonl", rows)
