@@ -240,7 +240,8 @@ def _room(name: str) -> str:
     module = where / "__init__.py" if package else where.with_suffix(".py")
     line = first_line(module) if (PACKAGE / module).is_file() else ""
     shown = f"{where.as_posix()}/" if package else module.as_posix()
-    return f"<div><code>{shown}</code> <span>{html.escape(line, quote=False)}</span></div>"
+    said = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(line, quote=False))
+    return f"<div><b>{shown}</b> <span>{said}</span></div>"
 
 
 # --- Python ---
@@ -276,7 +277,7 @@ def results() -> str:
     out = []
     for path in sorted((ROOT / RESULTS).glob("*.md")):
         title = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        out.append(f"- [{title}](../results/{path.name})\n")
+        out.append(f"- [{title}](../results/{path.name}) (`{path.name}`)\n")
     return "\n" + "".join(out)
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,6 +26,7 @@ import fedlora
 from conftest import REPOSITORY, write_jsonl
 from fedlora import METHODS, Config
 from fedlora.cli import ELSEWHERE, VERBS, main
+from fedlora.errors import InputError
 from fedlora.sources import parse_overrides, rule_keys
 from test_methods_doc import from_file
 
@@ -160,7 +162,7 @@ def test_the_examples_page_has_every_example() -> None:
 
 def test_the_figure_has_every_layer_in_order() -> None:
     figure = PAGES.house()
-    drawn = re.findall(r"<code>([^<]+)</code> <span>([^<]+)</span>", figure)
+    drawn = re.findall(r"<b>([^<]+)</b> <span>(.*?)</span>", figure)
     assert [name for name, _ in drawn][:2] == ["cli.py", "engines/"]
     assert all(line for _, line in drawn)
 
@@ -175,7 +177,7 @@ def test_one_contract_of_many_rooms_is_drawn_too() -> None:
         "layers": ["cli", "engines", "(federation) | methods : data", "lowrank"],
     }
     rows = re.findall(r"<li>(.*)</li>", PAGES.drawn(contract))
-    rooms = [re.findall(r"<code>([^<]+)</code>", row) for row in rows]
+    rooms = [re.findall(r"<b>([^<]+)</b>", row) for row in rows]
     assert rooms == [
         ["cli.py"],
         ["engines/"],
@@ -446,3 +448,38 @@ def test_nothing_is_left_to_be_filled_in(site: Path) -> None:
     assert all(f'id="{key}"' in text for key in Config.model_fields if key != "method_options")
     assert "ValueError" in (site / "reference" / "algebra.html").read_text()
     assert 'class="house"' in (site / "design.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_site_reads_and_searches_from_the_disk(site: Path, tmp_path: Path) -> None:
+    """In a real browser: nothing is asked of a network, no page is wider than a phone."""
+    picture = from_file("report_picture", REPOSITORY / "scripts" / "report_picture.py")
+    try:
+        browser = picture.chromium(str(tmp_path / "profile"))
+    except InputError as error:
+        pytest.skip(str(error))
+    asked = "return performance.getEntriesByType('resource').map(entry => entry.name)"
+    try:
+        size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        for page in site.rglob("*.html"):
+            browser.get(page.as_uri())
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+            assert {address.partition(":")[0] for address in browser.execute_script(asked)} <= {
+                "file",
+                "data",
+            }
+        browser.get((site / "guides" / "data.html").as_uri())
+        browser.execute_script("document.querySelector('#__search').click()")
+        box = browser.find_element("css selector", ".md-search__input")
+        browser.execute_script("arguments[0].focus()", box)
+        box.send_keys("proximal_mu")
+        for _ in range(300):
+            found = browser.find_elements("css selector", ".md-search-result__link")
+            if found:
+                break
+            time.sleep(0.1)
+        links = [link.get_attribute("href") for link in found]
+        assert any("reference/configuration.html" in str(link) for link in links), links
+    finally:
+        browser.quit()
