@@ -53,6 +53,13 @@ lint: $(STAMP) ## check style, formatting, types and the import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.PHONY: docs
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: export HF_HUB_OFFLINE := 1
+docs: $(STAMP) ## build the documentation into build/docs, without a network
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "built: build/docs/index.html"
+
 .PHONY: format
 format: $(STAMP) ## format the code and fix what can be fixed automatically
 	$(BIN)/ruff check --fix-only

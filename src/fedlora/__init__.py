@@ -1,4 +1,4 @@
-"""fedlora: federated fine-tuning of language models with LoRA adapters of different rank.
+"""Fine-tunes language models by federated LoRA, with adapters of different rank.
 
     import fedlora
     result = fedlora.run(fedlora.Config(num_rounds=3, ...))

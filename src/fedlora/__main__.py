@@ -1,4 +1,4 @@
-"""`python -m fedlora`."""
+"""Runs the command line when the package is called as `python -m fedlora`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Ways to trade time, memory and start-up of local training that a user switches on."""
+"""Switches on what trades time, memory and start-up of local training for one another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PEFT boundary: target modules by name, and adapters as PEFT directories.
+"""Reads and writes PEFT adapter directories, and finds target modules by their names.
 
 Alpha, rsLoRA, `rank_pattern`, `alpha_pattern` and Conv1D layers are known here, PEFT's key names in
 `adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with

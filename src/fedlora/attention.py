@@ -1,4 +1,4 @@
-"""Attention over samples that lie one after the other without padding, each isolated from others.
+"""Computes attention over samples that lie side by side without padding, each by itself.
 
     o_t = sum_{u <= t, u in the same sample} softmax_u(c q_t k_u) v_u
 

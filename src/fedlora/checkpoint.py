@@ -1,4 +1,4 @@
-"""A run's directory: what is written when, and how it is trusted again.
+"""Writes a run's directory safely, and checks it before a run goes on from it.
 
     config.yaml      the resolved configuration; appears together with the directory
     metrics.jsonl    one line per event, only ever appended to

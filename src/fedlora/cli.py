@@ -1,4 +1,4 @@
-"""The command `fedlora`: it finds the verb, runs it, and says what went wrong."""
+"""Reads the command `fedlora` and calls the functions that a Python user calls too."""
 
 from __future__ import annotations
 

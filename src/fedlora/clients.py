@@ -1,4 +1,4 @@
-"""What is a client's own: its rank, its target modules, its settings."""
+"""Finds what each client has of its own: its rank, target modules and settings."""
 
 from __future__ import annotations
 

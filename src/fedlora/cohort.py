@@ -1,4 +1,4 @@
-"""Many clients' local steps in one pass over the shared frozen base: who trains with whom.
+"""Trains several clients in one pass over the frozen base, and decides who trains with whom.
 
 How many clients share a pass is decided once, from what a client's largest micro-batch keeps for
 its backward pass and what memory there is (`automatic_size`), and halved when memory runs out.

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words a person can act on."""
+"""Says what is wrong with a configuration, in words that a person can act on."""
 
 from __future__ import annotations
 

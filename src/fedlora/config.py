@@ -1,4 +1,4 @@
-"""One typed, flat configuration: YAML file first, command line over it.
+"""Declares every configuration key with its type, default and limits.
 
 Names are those of transformers, PEFT and TRL where they have one. An aggregation rule's own options
 (`start_fraction`, `max_rank` ...) are written as flat keys too; the rule defines them.

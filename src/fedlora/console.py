@@ -1,4 +1,4 @@
-"""What a person sees: bars and a table in a terminal, plain lines elsewhere, JSON for machines.
+"""Shows a run to a person: bars in a terminal, plain lines elsewhere, JSON for programs.
 
 Each is a function of the events a run reports (`fedlora.engines.local.Report`).
 """

@@ -1,4 +1,4 @@
-"""Data: loaded, divided among clients, turned into tokens."""
+"""Loads the data, divides it among the clients, and turns it into tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two ways a run can fail that are not bugs."""
+"""Defines the errors that a user can mend and that are no bugs."""
 
 from __future__ import annotations
 

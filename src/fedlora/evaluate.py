@@ -1,4 +1,4 @@
-"""How good a model is on held-out rows.
+"""Measures how good a model is on held-out rows.
 
 Language models: loss, perplexity, token accuracy, exact match. Classifiers: loss, accuracy, F1.
 """

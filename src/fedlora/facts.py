@@ -1,4 +1,4 @@
-"""What was run, on what and with what: the first line of `metrics.jsonl`."""
+"""Describes what was run, on what and with what, in the first line of `metrics.jsonl`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The federated round as a state machine: plan, accept, commit.
+"""Runs the rounds of the server as a state machine: plan, accept, commit.
 
     broadcasts = server.plan()                 # {client: Broadcast} of the next round
     server.accept(update)                      # once per client that answers, in any order

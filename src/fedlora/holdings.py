@@ -1,4 +1,4 @@
-"""Who holds what: how many rows of each value of a column every client has."""
+"""Counts how many rows of each value of a column every client holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose rows are whose in a pass, and each client's own stream of dropout.
+"""Says which rows of a pass belong to which client, and draws each client's dropout.
 
 Several clients share one forward and backward pass: their samples lie one client after the other,
 so that every layer's input has a run of tokens, or of samples, for each of them. Where in a tensor

@@ -1,4 +1,4 @@
-"""A linear layer and the low-rank terms of one client or several beside it, with their gradients.
+"""Computes a linear layer and the low-rank terms of its clients, with their gradients.
 
     y = x W^T + b + x A_s^T B_s^T + (rows of client k) s_k (x * keep / (1 - p)) A_k^T B_k^T
                                                      + x A_k0^T B_k0^T

@@ -1,4 +1,4 @@
-"""Loading what Hugging Face users bring: configuration, tokenizer, causal model or classifier."""
+"""Loads the configuration, the tokenizer and the model that a Hugging Face user brings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank updates of a weight matrix and their algebra.
+"""Adds, compares and shortens low-rank updates of a weight matrix.
 
 A LoRA adapter changes a weight `W (m x n)` by `dW = B @ A` with `B (m, r)` and `A (r, n)`; here the
 LoRA scaling is already folded into `B`. Sums, norms and truncations of such updates never need the

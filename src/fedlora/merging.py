@@ -1,4 +1,4 @@
-"""Adapters that were trained apart become one: `fedlora aggregate`, and `aggregate` in Python.
+"""Combines adapters that were trained apart into one, for `fedlora aggregate` and in Python.
 
 Any rule that needs no shared start does it, by the same `encode` and `finish` as in a federation.
 Memory stays near the size of the adapters: no base model, and no m x n matrix unless the factors of

@@ -1,4 +1,4 @@
-"""The base model: loaded once, frozen, and wrapped so that adapters come and go.
+"""Holds the frozen base model, loaded once and wrapped so that adapters can come and go.
 
 Every target module is wrapped in an `AdapterLayer` once. What lies frozen beside the adapters and
 the adapters of one client, or of several that train in one pass, are loaded into the layers; the

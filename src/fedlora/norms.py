@@ -1,4 +1,4 @@
-"""RMSNorm with a gradient written out: a third of the passes over memory that autograd makes.
+"""Computes RMSNorm and its gradient in a third of the passes over memory that autograd makes.
 
     y = w x r,   r = (mean(x^2) + eps)^(-1/2)
     dx = r (w g) - x r^3 mean(w g x)

@@ -1,4 +1,4 @@
-"""Who holds which rows: one data set divided among clients, as arrays of row numbers.
+"""Divides one data set among clients, as arrays of row numbers.
 
 Every function gives each row to exactly one client, depends on its arguments and the generator
 alone, and returns ascending row numbers, one array per client.

@@ -1,4 +1,4 @@
-"""Forward and backward passes that compute nothing that is not needed.
+"""Runs forward and backward passes that compute nothing that is not needed.
 
 Samples lie one after the other without padding (`attention.py` keeps them apart), the output head
 runs on the labelled tokens alone and in chunks, and several clients share one pass. Whether an

@@ -1,4 +1,4 @@
-"""Which dtype the frozen base is held in, decided by a quick measurement where it is left open."""
+"""Decides by a quick measurement whether the base is held in bfloat16 or float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`progress.json`: what goes on in a run now, for whoever looks at its directory.
+"""Writes `progress.json`, which tells whoever looks what is going on in a run now.
 
     pid, host          the process that writes, and where it runs
     started, updated   unix time; `updated` goes on every few seconds while the process lives

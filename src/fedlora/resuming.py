@@ -1,4 +1,4 @@
-"""Going on with a run: its configuration is the one it began with."""
+"""Checks that a run goes on with the configuration it began with."""
 
 from __future__ import annotations
 

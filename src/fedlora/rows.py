@@ -1,4 +1,4 @@
-"""Raw rows: JSON lists, JSON lines, CSV, Parquet, and data sets of the hub."""
+"""Reads rows from JSON, JSON lines, CSV and Parquet files, and from data sets of the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every random draw of a run, by what it is for.
+"""Draws every random number of a run from a stream that is named after its purpose.
 
 A draw depends on `(seed, round, client, purpose)` and on nothing else: not on the order in which
 clients are trained, not on how often a run was interrupted.

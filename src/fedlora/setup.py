@@ -1,4 +1,4 @@
-"""From a configuration to everything a run needs: model, data, ranks, resolved settings."""
+"""Makes everything a run needs from its configuration: model, data, ranks, settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedlora demo`: two methods over seeds and every client alone, one table, one picture."""
+"""Runs `fedlora demo`: two methods over seeds and every client alone, one table and one picture."""
 
 from __future__ import annotations
 

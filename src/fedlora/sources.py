@@ -1,4 +1,4 @@
-"""Where configuration keys come from: YAML files, then the command line over them."""
+"""Reads configuration keys from YAML files and from the command line, which goes over them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Updates that have to wait for their turn, on the disk.
+"""Keeps updates that have to wait for their turn on the disk.
 
 Updates are folded in client order. One that comes before those of lower clients waits; with a
 directory to spool to, its tensors wait there, and the server's memory does not grow with their

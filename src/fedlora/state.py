@@ -1,4 +1,4 @@
-"""What travels between server and clients, and what the server remembers.
+"""Defines what travels between the server and the clients, and what the server remembers.
 
 The global model is `W_0 + base_delta + adapter`. All values are immutable: a round makes new ones.
 """

@@ -1,4 +1,4 @@
-"""Weighted sums of updates, folded one at a time, the server's step, and what became of it.
+"""Sums weighted updates one at a time, takes the server's step, and measures what became of it.
 
 Memory is that of the sum: factors are collected while they are the smaller form, from then on every
 term is added to one matrix in place. No term is held after it was folded into a matrix.

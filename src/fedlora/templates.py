@@ -1,4 +1,4 @@
-"""Templates: how a row becomes a prompt and a completion, a conversation, or a text to classify."""
+"""Turns a row into a prompt and a completion, a conversation, or a text to classify."""
 
 from __future__ import annotations
 

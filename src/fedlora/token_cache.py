@@ -1,4 +1,4 @@
-"""Tokens kept in the user's cache directory, so that no later run has to make them again.
+"""Keeps tokens in the user's cache directory, so that no later run has to make them again.
 
 Rows are known by what their template made of them, not by where they stand: runs that divide the
 same rows in other ways find the same file. The files lie beside those of `datasets`

@@ -1,4 +1,4 @@
-"""Rows as tokens, and which of them a loss is taken on.
+"""Turns rows into tokens, and marks those that a loss is taken on.
 
 A tokenised row is `{"input_ids": [...], "labels": [...]}`, as transformers' Trainer takes it;
 labels are -100 where no loss is taken. A classifier's row is `{"input_ids": [...], "label": id}`,

@@ -1,4 +1,4 @@
-"""`report_to`: a run's figures in TensorBoard, Weights & Biases and Trackio, and `progress.json`.
+"""Reports a run's figures to TensorBoard, Weights & Biases and Trackio (`report_to`).
 
 Series by round: `eval/*` (the global evaluation), `general/*` (held-out general text), `privacy/*`,
 `train/*` (loss, aggregation error, norm of the update, bytes ...), `seconds/*`, and for each client

@@ -1,4 +1,4 @@
-"""Local steps of one client or of several in one pass: AdamW on the adapters, the base frozen.
+"""Trains the adapters of one client or several by AdamW, with the base frozen.
 
 The arithmetic is that of transformers' Trainer: the loss of a step is the mean over all labelled
 tokens of its micro-batches, gradients are clipped by their global norm, the schedule is one of

@@ -1,4 +1,4 @@
-"""Looking before running: who holds what, what is learnt, what a run would do.
+"""Shows before a run who holds what, what is learnt, and what the run would do.
 
 fedlora partition    show_partition, draw_partition
 fedlora data         show_samples

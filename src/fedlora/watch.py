@@ -1,4 +1,4 @@
-"""A run that goes on elsewhere, seen from the files in its directory."""
+"""Shows a run that goes on elsewhere from the files in its directory: `fedlora watch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A site: a resident base model and the data of one client or several; messages in, messages out.
+"""Answers a server's messages for a site that holds a base model and its clients' data.
 
 The same worker serves every client of a simulation in one process, and one client of a deployment.
 """

@@ -1,4 +1,4 @@
-"""How a model is asked: in the form it was trained on."""
+"""Puts a prompt into the form that a model was trained on, and generates its answer."""
 
 from __future__ import annotations
 

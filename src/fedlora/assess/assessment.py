@@ -1,4 +1,4 @@
-"""`fedlora eval`: every measure that is asked for, on every model that is asked for."""
+"""Takes every measure that `fedlora eval` is asked for, on every model it is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedlora eval`: benchmarks, held-out rows and forgetting, of a run's models and the base."""
+"""Runs the verb `fedlora eval`."""
 
 from __future__ import annotations
 

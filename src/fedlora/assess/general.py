@@ -1,4 +1,4 @@
-"""Forgetting: how much worse a tuned model predicts general text than its base does."""
+"""Measures forgetting: how much worse a tuned model predicts general text than its base."""
 
 from __future__ import annotations
 

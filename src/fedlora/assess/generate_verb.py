@@ -1,4 +1,4 @@
-"""`fedlora generate`: answers of a run's models and the base."""
+"""Runs the verb `fedlora generate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (the extra `eval`) on models that are loaded already."""
+"""Runs lm-evaluation-harness (the extra `eval`) on models that are loaded already."""
 
 from __future__ import annotations
 

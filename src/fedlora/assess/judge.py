@@ -1,4 +1,4 @@
-"""A language model as the judge of answers, at any OpenAI-compatible endpoint.
+"""Asks a language model at any OpenAI-compatible endpoint to grade answers.
 
 Single-answer grading of MT-bench (arXiv 2306.05685): the judge sees a question and the answer, and
 the reference answer where there is one, and ends with `Rating: [[x]]`, x from 1 to 10. What it is

@@ -1,4 +1,4 @@
-"""Numbers of every labelled token, row by row."""
+"""Computes the log-likelihood of every labelled token, row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MMLU (arXiv 2009.03300) from a local file, by the log-likelihood of the options' letters.
+"""Scores MMLU (arXiv 2009.03300) from a local file by the log-likelihood of the options' letters.
 
 The prompt is the usual one, as the public harness has it:
 

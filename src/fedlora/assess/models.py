@@ -1,4 +1,4 @@
-"""One base and all wanted adapters on it, loaded as a user of the results loads them."""
+"""Loads one base and all wanted adapters on it, as a user of the results would."""
 
 from __future__ import annotations
 

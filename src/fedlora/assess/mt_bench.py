@@ -1,4 +1,4 @@
-"""MT-bench (arXiv 2306.05685): answers to two-turn questions, graded by a judge.
+"""Answers MT-bench's two-turn questions (arXiv 2306.05685) and has them graded by a judge.
 
 Both turns are answered greedily; the judge grades each turn from 1 to 10 (`judge.py`). A model's
 score is the mean over all turns. Answers and judgements are kept as they come; what was answered

@@ -1,4 +1,4 @@
-"""What is asked for on the command line of `fedlora eval` and `fedlora generate`."""
+"""Reads the command lines of `fedlora eval` and `fedlora generate`."""
 
 from __future__ import annotations
 

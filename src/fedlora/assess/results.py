@@ -1,4 +1,4 @@
-"""What an evaluation found: files, the run's log, tables."""
+"""Writes what an evaluation found to files, to the run's log and into tables."""
 
 from __future__ import annotations
 

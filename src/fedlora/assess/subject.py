@@ -1,4 +1,4 @@
-"""What is evaluated: a run, an adapter or a model, and where its parts lie."""
+"""Finds out what is to be evaluated, a run, an adapter or a model, and where its parts lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded experiment: ten string skills and a tiny causal language model.
+"""Ships the embedded experiment: ten string skills and a tiny causal language model.
 
 Everything needed for a real federated fine-tuning run ships inside the package, so the demo and
 the tests work without a network. `BASE_DIR` is a Hugging Face model directory (a Llama of about

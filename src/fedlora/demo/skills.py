@@ -1,4 +1,4 @@
-"""Ten string skills as prompt/completion rows, in a symbolic form and in words.
+"""Makes prompts and answers of ten string skills, in a symbolic form and in words.
 
 The symbolic form (``reverse abc>`` -> ``cba``) is what the embedded base model is trained on, half
 of the time with random words next to the keyword. The instruction form (``write backwards abc>`` ->

@@ -1,1 +1,1 @@
-"""What carries messages between server and clients: one process (`local`), later real networks."""
+"""Carries messages between the server and the clients, today within one process."""

@@ -1,4 +1,4 @@
-"""The federation in one process: the reference every other engine is compared with."""
+"""Runs a whole federation in one process, the reference for every other engine."""
 
 from __future__ import annotations
 

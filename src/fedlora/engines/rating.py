@@ -1,4 +1,4 @@
-"""What is measured between the rounds of a run: the global model, and the clients' own."""
+"""Evaluates the global model and the clients' own models between the rounds of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The aggregation rules, each in a file of its own.
+"""Collects the aggregation rules, each of which is a file of its own.
 
 Adding one is a new file with a `RULE` and a line in this table.
 """

@@ -1,4 +1,4 @@
-"""The default: exact for every mix of ranks, without a reset.
+"""Adds what every client learnt to a global update that is kept whole (the default).
 
 The global update S is kept whole. Everyone is sent S (or `S_hat`, its best approximation of rank
 `max_rank`) and client k splits it at its own rank into what it trains and what lies frozen beside:

@@ -1,4 +1,4 @@
-"""FedEx-LoRA: average the factors, merge what the average misses.
+"""Averages A and B, and merges into the base what the average misses (FedEx-LoRA).
 
     A = sum_k p_k A_k        B = sum_k p_k s_k B_k        merged: sum_k p_k s_k B_k A_k - B A
 

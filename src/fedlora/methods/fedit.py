@@ -1,4 +1,4 @@
-"""FedIT: average the factors.
+"""Averages A and B separately (FedIT).
 
     A = sum_k p_k A_k        B = sum_k p_k s_k B_k
 

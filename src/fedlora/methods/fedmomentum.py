@@ -1,4 +1,4 @@
-"""FedMomentum: the leading directions of the sum are trained on, the others are merged.
+"""Hands on the leading directions of the sum and merges the others (FedMomentum).
 
     S = adapter + sum_k p_k (s_k B_k A_k - start_k) = U diag(s) V^T
     next adapter: the first r directions, balanced        merged: the others

@@ -1,4 +1,4 @@
-"""FedSA-LoRA: A is shared and averaged, every client keeps its own B.
+"""Averages A, while every client keeps a B of its own (FedSA-LoRA).
 
     A = sum_k p_k A_k        B_k stays with client k and is trained on in its next round
 

@@ -1,4 +1,4 @@
-"""FedSVD: train B under an orthonormal A, which each round takes from the global product.
+"""Averages B under an orthonormal A that each round takes from the global product (FedSVD).
 
     B = sum_k p_k s_k B_k        B A = U diag(s) V^T        next: A = V^T, B = U diag(s)
 

@@ -1,4 +1,4 @@
-"""FFA-LoRA: A is frozen, B is averaged.
+"""Freezes one A that all clients share, and averages B (FFA-LoRA).
 
     A: one random draw, the same for all, never trained        B = sum_k p_k s_k B_k
 

@@ -1,4 +1,4 @@
-"""FlexLoRA: sum the products, hand every client the leading directions its rank affords.
+"""Sums products, and hands every client the directions that its rank affords (FlexLoRA).
 
     S' = sum_k p_k s_k B_k A_k = U diag(s) V^T
     start_k = U[:, :r_k] diag(s[:r_k]) V[:, :r_k]^T

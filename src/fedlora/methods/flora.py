@@ -1,4 +1,4 @@
-"""FLoRA: stack the adapters, merge the stack, start afresh.
+"""Stacks all adapters and merges the stack into the base; clients start afresh (FLoRA).
 
     B = [p_1 s_1 B_1 | ... | p_K s_K B_K]      A = [A_1; ...; A_K]      B A = sum_k p_k s_k B_k A_k
 

@@ -1,4 +1,4 @@
-"""FLoRIST: stack all adapters, keep the singular directions that hold most of the energy.
+"""Stacks all adapters and merges the directions that hold most of the energy (FLoRIST).
 
     dW = sum_k p_k (s_k B_k A_k - start_k) = U S V^T
     merged: the fewest leading directions p with  sum_(i <= p) S_i^2 >= tau sum_i S_i^2

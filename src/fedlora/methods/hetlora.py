@@ -1,4 +1,4 @@
-"""HetLoRA: zero-padded factors, weighted by the norm of B A; ranks prune themselves.
+"""Averages padded factors, weighted by the norm of B A, and prunes ranks (HetLoRA).
 
     w_k = p_k ||s_k B_k A_k||_F        A = sum_k w_k pad(A_k) / sum_k w_k        B alike
 

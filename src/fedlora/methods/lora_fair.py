@@ -1,4 +1,4 @@
-"""LoRA-FAIR: average the factors, correct the mean of B towards the mean of the products.
+"""Averages A and B, and corrects B towards the mean of the products (LoRA-FAIR).
 
     A = sum_k p_k A_k        B = sum_k p_k s_k B_k        W = sum_k p_k s_k B_k A_k
     D = argmin_D ||W - (B + D) A||_F^2 + lambda ||D||_F^2 = (W - B A) A^T (A A^T + lambda I)^-1

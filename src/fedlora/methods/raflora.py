@@ -1,4 +1,4 @@
-"""raFLoRA: sum the products partition by partition, each weighted over the clients that have it.
+"""Sums products partition by partition of the rank, each over those who train it (raFLoRA).
 
 The distinct ranks of the federation, r_1 < r_2 < ..., cut the directions into partitions
 `h = [r_(h-1), r_h)`. Only clients of rank r_h or more train partition h:

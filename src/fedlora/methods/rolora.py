@@ -1,4 +1,4 @@
-"""RoLoRA: train and average B in odd rounds, A in even ones.
+"""Trains and averages B in odd rounds and A in even ones (RoLoRA).
 
     odd rounds   A frozen:  B = sum_k p_k s_k B_k
     even rounds  B frozen:  A = sum_k p_k A_k

@@ -1,4 +1,4 @@
-"""The shape of an aggregation rule, and the pieces several rules share.
+"""Defines what an aggregation rule is, and holds the pieces that several rules share.
 
 A rule is pure functions. With `p_k` the weights, renormalised over the clients that counted,
 

@@ -1,4 +1,4 @@
-"""Zero-padding: average factors of different rank, padded to the largest.
+"""Averages A and B after padding them with zeros to the largest rank (zero-padding).
 
     A = sum_k p_k pad(A_k)        B = sum_k p_k s_k pad(B_k)        pad: (r_k, n) -> (r_max, n)
 

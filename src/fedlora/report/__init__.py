@@ -1,4 +1,4 @@
-"""`fedlora report`: runs become one page, or pictures for a paper.
+"""Turns runs into one page, or into pictures for a paper: `fedlora report`.
 
 reading     a run's directory, whatever of it is there
 spectrum    singular values of the saved global update

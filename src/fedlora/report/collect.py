@@ -1,4 +1,4 @@
-"""All numbers of a report, from the lines that runs wrote; the page and the pictures draw these."""
+"""Gathers all numbers of a report from what the runs wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's plots as pictures for a paper: PNG, or PDF with a page per figure."""
+"""Draws the report's plots for a paper, as PNG files or as a PDF with a page per figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a model, where, and how it is drawn by round."""
+"""Lists what can be measured of a model, and how each measure is drawn by round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: data, plotting library, style and script."""
+"""Builds one HTML file that has the data, the plotting library, the style and the script in it."""
 
 from __future__ import annotations
 

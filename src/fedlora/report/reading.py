@@ -1,4 +1,4 @@
-"""A run's directory as it is found: whole, unfinished, damaged, or from an older version.
+"""Reads a run's directory as it is: whole, unfinished, damaged, or from an older version.
 
 Nothing here raises over what one run lacks: it is said in `Run.problems`, and the rest is used.
 """

@@ -1,4 +1,4 @@
-"""Runs that differ by their seed alone make one series: a mean, and a band around it."""
+"""Joins runs that differ by their seed alone into one series with a mean and a band around it."""
 
 from __future__ import annotations
 

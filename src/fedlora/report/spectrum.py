@@ -1,4 +1,4 @@
-"""Singular values of the global update that a run saved, layer by layer."""
+"""Computes the singular values of the global update that a run saved, layer by layer."""
 
 from __future__ import annotations
 

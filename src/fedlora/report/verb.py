@@ -1,4 +1,4 @@
-"""`fedlora report`: what is asked for, and what is written."""
+"""Reads the command line of `fedlora report` and writes the files it asks for."""
 
 from __future__ import annotations
 

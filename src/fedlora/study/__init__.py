@@ -1,1 +1,1 @@
-"""Grids of runs with one table out: `fedlora study`."""
+"""Makes grids of runs and one page of tables from them: `fedlora study`."""

@@ -1,4 +1,4 @@
-"""AdaLoRA as local training: a client's rank is divided among its layers by importance.
+"""Trains a client by AdaLoRA, which divides its rank among layers by their importance.
 
 AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512) trains `dW = P diag(e) Q` with an orthogonality
 penalty on P and Q, and sets the least important e to zero. PEFT's own implementation trains here,

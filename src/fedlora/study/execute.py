@@ -1,4 +1,4 @@
-"""Several runs at a time, within the cores and the memory there are; what is complete is kept."""
+"""Makes several runs at a time, within the cores and the memory there are, and keeps them."""
 
 from __future__ import annotations
 

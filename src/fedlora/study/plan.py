@@ -1,4 +1,4 @@
-"""A study's file, and the runs it stands for.
+"""Reads a study's file and lists the runs that it stands for.
 
     question: what the study asks
     metric: exact_match            # of the last round's evaluation

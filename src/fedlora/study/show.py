@@ -1,4 +1,4 @@
-"""What a person sees of a study: a line per run while it goes on, the tables at the end."""
+"""Shows a person how a study goes on, a line per run, and its tables at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means, spreads and paired 95% intervals across seeds."""
+"""Computes means, spreads and paired 95% intervals across seeds."""
 
 from __future__ import annotations
 

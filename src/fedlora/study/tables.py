@@ -1,4 +1,4 @@
-"""From the runs of a study to its tables: Markdown for people, CSV for programs."""
+"""Makes a study's tables from its runs: Markdown for people, CSV for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local training other than fedlora's own, by name: a study's `trainer`."""
+"""Names the kinds of local training, other than fedlora's own, that a study may use."""
 
 from __future__ import annotations
 

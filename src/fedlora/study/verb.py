@@ -1,4 +1,4 @@
-"""`fedlora study`: a grid of runs, and tables with intervals."""
+"""Runs the verb `fedlora study`."""
 
 from __future__ import annotations
 

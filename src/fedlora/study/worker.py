@@ -1,4 +1,4 @@
-"""A process that makes one run after another for `fedlora study`.
+"""Makes one run after another in a process of its own, for `fedlora study`.
 
     python -m fedlora.study.worker
 
