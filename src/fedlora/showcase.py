@@ -34,7 +34,7 @@ SEEDS = (0, 1, 2)
 """Another seed is another division of the data, initialisation and order of batches; what one of
 them shows of two methods is chance."""
 ROUNDS = 4
-"""Of the embedded default's five: three seeds then take two cores as long as one took with five."""
+"""Of the embedded default's five: three seeds of both methods then take two cores some minutes."""
 FIXED = ("method", "eval_rounds", "eval_exact_match", "early_stopping_patience")
 
 
