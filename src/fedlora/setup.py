@@ -12,7 +12,7 @@ import torch
 
 from fedlora import threads
 from fedlora.acceleration import accelerate
-from fedlora.adapters import load_adapter
+from fedlora.adapters import CONFIG_NAME, load_adapter
 from fedlora.assess.general import windows
 from fedlora.clients import (
     check_overrides,
@@ -183,11 +183,11 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     """
     config = resolve_paths(config)
     open_threads = config.num_threads is None
-    number, crowded, busy = _threads(config, weights)
-    torch.set_num_threads(number)
+    taken, crowded, busy = _threads(config, weights)
+    torch.set_num_threads(taken)
     check_trackers(config)
     if config.init_adapter:
-        check_place("init_adapter", config.init_adapter, hub=False)
+        check_place("init_adapter", config.init_adapter, holds=CONFIG_NAME)
     raw = load_rows(config)
     source, tokenizer, data = tokenized(config, raw)
     config, choices = _with_dtype(config, source)
@@ -237,7 +237,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     )
     resolved = settled_overrides(config, ranks).model_copy(
         update={
-            "num_threads": number,
+            "num_threads": taken,
             "use_cpu": base.device.type != "cuda",
             "num_clients": number,
             "template": data.template,
