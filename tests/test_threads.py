@@ -66,6 +66,8 @@ def keys(small_run: dict[str, Any]) -> dict[str, Any]:
         **small_run,
         "num_threads": None,
         "num_rounds": 4,
+        "max_steps": 1,
+        "eval_file": None,
         "dtype": "float32",
         "eval_exact_match": False,
         "use_cpu": True,

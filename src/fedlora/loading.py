@@ -354,13 +354,13 @@ def greedy(model: Any) -> Any:
     return GenerationConfig(**{name: getattr(own, name, None) for name in names})
 
 
-def check_place(key: str, name: str, hub: bool = True) -> None:
+def check_place(key: str, name: str, holds: str | None = None) -> None:
     """Refuse what can only be a path and is no directory, and so is no name on the hub.
 
     Args:
         key: of the configuration.
         name: its value.
-        hub: whether a name such as `owner/model` may be one on the hub.
+        holds: the file it must hold, where it is a directory and never a name on the hub.
 
     Raises:
         InputError: that there is no such directory, and what is near.
@@ -372,9 +372,10 @@ def check_place(key: str, name: str, hub: bool = True) -> None:
         if key == "chat_template_path":
             return
         raise InputError(f"{key}: {name} is a file; give the directory that it lies in")
-    if hub and re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name, re.ASCII):
+    if holds is None and re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name, re.ASCII):
         return
-    raise InputError(f"{key}: {name}: there is no such directory{_near(path)}")
+    lacks = f"holds no {holds}: " if holds else ""
+    raise InputError(f"{key}: {name}: {lacks}there is no such directory{_near(path)}")
 
 
 def _near(path: Path) -> str:

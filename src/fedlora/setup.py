@@ -11,6 +11,7 @@ import torch
 
 from fedlora import threads
 from fedlora.acceleration import accelerate
+from fedlora.adapters import CONFIG_NAME
 from fedlora.assess.general import windows
 from fedlora.clients import (
     check_overrides,
@@ -193,7 +194,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     torch.set_num_threads(num_threads)
     check_trackers(config)
     if config.init_adapter:
-        check_place("init_adapter", config.init_adapter, hub=False)
+        check_place("init_adapter", config.init_adapter, holds=CONFIG_NAME)
     raw = load_rows(config)
     source, tokenizer, data = tokenized(config, raw)
     config, choices = _with_dtype(config, source)
