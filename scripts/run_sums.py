@@ -23,7 +23,7 @@ import fedlora
 MIXED, EQUAL = [16, 8, 4, 2], [8, 8, 8, 8]
 
 
-class BrokenOff(Exception):
+class BrokenOffError(Exception):
     """Stands for whatever ends a run half way."""
 
 
@@ -59,11 +59,11 @@ def sums(method: str, output_dir: Path) -> dict[str, str]:
 
     def break_off(result: Any) -> None:
         if result.record.round == 2:
-            raise BrokenOff
+            raise BrokenOffError
 
     try:
         fedlora.run(settings(method, output_dir), callbacks=[break_off])
-    except BrokenOff:
+    except BrokenOffError:
         final = fedlora.run(resume=output_dir).final_dir
     else:
         raise AssertionError("the run was not broken off")
