@@ -11,7 +11,6 @@ import torch
 
 from fedlora import threads
 from fedlora.acceleration import accelerate
-from fedlora.adapters import CONFIG_NAME
 from fedlora.assess.general import windows
 from fedlora.clients import (
     check_overrides,
@@ -49,6 +48,7 @@ from fedlora.lowrank import LowRank
 from fedlora.methods import METHODS
 from fedlora.model import BaseModel
 from fedlora.passes import passes_of
+from fedlora.peft_files import CONFIG_NAME
 from fedlora.precision import settled_dtype
 from fedlora.starting import from_adapter, init_notes
 from fedlora.state import ServerState
