@@ -487,6 +487,34 @@ def test_targets_that_peft_refuses_are_refused_before_training(
         fedlora.run(fedlora.Config(**keys))
 
 
+def test_layers_that_peft_passes_by_are_left_out(data: Path, tmp_path: Path) -> None:
+    """PEFT takes the `gate_proj` of DeepSeek's dense layers for one of its fused experts."""
+    config = hf.DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4},
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=16,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    path = save_model(tmp_path / "deepseek", config, hf.AutoModelForCausalLM)
+    trained = train_federation(keys_of(path, data, tmp_path / "out", False))
+    theirs = by_peft(trained)
+    assert_same_logits(trained.ours().model, theirs)
+    assert (logits(theirs) - logits(by_peft(trained, adapter=False))).abs().max() > 1e-2
+    assert not [name for name in trained.result.adapter if name.endswith("gate_proj")]
+    assert any("leaves out" in w and "gate_proj" in w for w in trained.warnings)
+    keys = keys_of(path, data, tmp_path / "named", False, lora_target_modules=["gate_proj"])
+    with pytest.raises(fedlora.InputError, match=r"gate_proj .*fused expert weights"):
+        fedlora.run(fedlora.Config(**keys))
+
+
 # --- target modules of single clients ---
 
 

@@ -161,7 +161,8 @@ def find_targets(
             + f"; it has {_candidates(free)}"
         )
     _refuse_bypassed(model, chosen)
-    unfit = why_unfit(model, chosen)
+    unfit = _lost_by_peft(model, chosen)
+    unfit |= why_unfit(model, {n: m for n, m in chosen.items() if n not in unfit})
     if unfit and (target_modules != "all-linear" or len(unfit) == len(chosen)):
         name, why = next(iter(unfit.items()))
         raise InputError(
@@ -197,6 +198,37 @@ def _refuse_bypassed(model: nn.Module, chosen: Mapping[str, Any]) -> None:
             f"lora_target_modules: {kind} reads the weight of out_proj past an adapter, and PEFT "
             f"loads none there; name others: {', '.join(sorted(ends - {'out_proj'}))}"
         )
+
+
+def _lost_by_peft(model: nn.Module, chosen: Mapping[str, Any]) -> dict[str, str]:
+    """Layers that PEFT passes by without a word, whatever an adapter's configuration says of them.
+
+    In some mixtures of experts it takes the ends of names (`gate_proj` of DeepSeek V3) for those of
+    expert weights that transformers has fused since, and so never reaches the layers beside the
+    experts that end alike. It goes by ends alone, so one name of each is tried.
+    """
+    try:
+        from peft.tuners.tuners_utils import check_target_module_exists
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a version that does not rename
+        return {}
+    from peft import LoraConfig
+
+    lost = set()
+    for end, name in {name.rpartition(".")[2]: name for name in chosen}.items():
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+            found = bool(check_target_module_exists(config, name))
+        except ValueError:  # it wants other expert weights beside this one
+            found = False
+        if not found:
+            lost.add(end)
+    return {
+        name: "has a name that PEFT takes for fused expert weights in this architecture"
+        for name in chosen
+        if name.rpartition(".")[2] in lost
+    }
 
 
 def _inside(name: str, modules: Sequence[str]) -> bool:
