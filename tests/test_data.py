@@ -677,7 +677,7 @@ def test_columns_that_are_not_used_are_named_once(tokenizer: Any, tmp_path: Path
     row = {"instruction": "a", "output": "b", "system": "s", "history": [], "id": 1, "topic": "x"}
     write_jsonl(tmp_path / "x.jsonl", [row] * 4)
     config = config_of(tmp_path / "x.jsonl", max_length=500)
-    assert load_data(config, tokenizer).notes == ("columns not used: id, topic",)
+    assert load_data(config, tokenizer).taken == ("columns not used: id, topic",)
     by_topic = config_of(
         tmp_path / "x.jsonl",
         num_clients=None,
@@ -685,7 +685,7 @@ def test_columns_that_are_not_used_are_named_once(tokenizer: Any, tmp_path: Path
         partition_column="topic",
         max_length=500,
     )
-    assert load_data(by_topic, tokenizer).notes == ("columns not used: id",)
+    assert load_data(by_topic, tokenizer).taken == ("columns not used: id",)
 
 
 def test_labels_that_differ_by_white_space_get_a_note(tokenizer: Any, tmp_path: Path) -> None:

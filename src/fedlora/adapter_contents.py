@@ -1,5 +1,4 @@
-"""What a PEFT directory holds beside plain LoRA factors: what is carried along, and what is not and
-why."""
+"""Sorts what a PEFT directory holds beside plain LoRA factors: what goes along, and what cannot and why."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What a key of a PEFT state dict names, however the model was wrapped when it was saved, and which
-names of several adapters are one module.
+"""Tells what a key of a PEFT state dict names, however the model was wrapped when it was saved.
+
+It also tells which names of several adapters are one module.
 
 `torch.compile`, DDP, FSDP, checkpointing and trainers put parts of their own into names; a state
 dict that was saved raw has the adapter's name in them; and transformers has renamed modules, which

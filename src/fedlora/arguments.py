@@ -1,4 +1,4 @@
-"""What stands on a command line: a verb's options, and configuration keys.
+"""Reads what stands on a command line: a verb's options, and configuration keys.
 
 A verb says in its `SYNTAX` what it takes. The parser, the shell completion and the tests of the
 help texts read it from there. Nothing here imports torch.

@@ -1,4 +1,4 @@
-"""Base models that adapters name: which of them are one, and what is known of them from disk."""
+"""Tells which base models that adapters name are one, and what is known of them from disk."""
 
 from __future__ import annotations
 

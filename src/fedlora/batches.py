@@ -1,4 +1,4 @@
-"""Tokenised rows as tensors, and the cross-entropy of their labels."""
+"""Makes tensors of tokenised rows, and the cross-entropy of their labels."""
 
 from __future__ import annotations
 

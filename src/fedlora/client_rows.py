@@ -1,4 +1,4 @@
-"""Where the clients' rows lie in what a module gets, found out by running the model.
+"""Finds out by running the model where the clients' rows lie in what a module gets.
 
 Rows are `(1, tokens, width)` in most modules, but norms of queries and keys get
 `(1, heads, tokens, d)` or `(1, tokens, heads, d)`, routers `(tokens, width)`, a classifier's head

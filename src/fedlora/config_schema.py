@@ -1,4 +1,4 @@
-"""The JSON Schema of a configuration, from which editors complete and check YAML files."""
+"""Makes the JSON Schema of a configuration, from which editors complete and check YAML files."""
 
 from __future__ import annotations
 

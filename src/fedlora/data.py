@@ -108,8 +108,8 @@ class FederatedData:
         dropped: why rows were left out -> how many.
         fingerprint: of all tokens, to recognise other data on resume.
         label_names: a classifier's labels in the order of their ids.
-        taken: how many rows of how many were drawn, in words.
-        notes: what else the user should know of the data.
+        taken: how many rows of how many were drawn and which columns are not, in words.
+        notes: what the user should be warned of.
     """
 
     clients: tuple[ClientData, ...]
@@ -436,7 +436,8 @@ def load_data(
         for client, part in enumerate(parts)
         if not part.train and client not in useless
     ]
-    notes += [*unused(config, raw, template), *alike(label_names)]
+    notes += alike(label_names)
+    said = (*said, *unused(config, raw, template))
     return FederatedData(
         tuple(parts),
         held_out,

@@ -1,4 +1,4 @@
-"""What a user should know of the data: dropped rows, clients left out, columns not used."""
+"""Says what a user should know of the data: dropped rows, clients left out, columns not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy answers: where they stop, and none of them disturbed by the batch it is generated in."""
+"""Generates greedy answers: where they stop, and none disturbed by the batch it is generated in."""
 
 from __future__ import annotations
 

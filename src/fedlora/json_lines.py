@@ -1,4 +1,4 @@
-"""JSON for programs: one object a line on standard output, and nothing else there."""
+"""Writes JSON for programs: one object a line on standard output, and nothing else there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the layers of a model do, found out by running them: which of them can carry an adapter.
+"""Finds out by running a model's layers which of them can carry an adapter.
 
 An adapter is added to what a layer gives, `y + x A^T B^T`. That needs a layer that makes one
 tensor `(..., m)` of one tensor `(..., n)`, and a model that uses the layer by calling it. Routers

@@ -1,4 +1,4 @@
-"""Messages: the turns of a conversation as chat templates take them, whoever wrote them down."""
+"""Brings the turns of a conversation into the form of chat templates, whoever wrote them down."""
 
 from __future__ import annotations
 

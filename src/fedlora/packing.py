@@ -1,4 +1,4 @@
-"""Whether a model's samples can lie side by side without padding: found out, not looked up.
+"""Finds out whether a model's samples can lie side by side without padding.
 
 The judge is the model's own forward pass of every sample alone. Both are computed in float64 by the
 model's own modules (`wide.py`), so that a difference is an error and not rounding, whatever the

@@ -1,4 +1,4 @@
-"""The files of a PEFT directory: what is in them, or why they cannot be used."""
+"""Reads and writes the files of a PEFT directory, or says why they cannot be used."""
 
 from __future__ import annotations
 

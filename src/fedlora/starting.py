@@ -1,4 +1,4 @@
-"""What a run starts from where `init_adapter` names a PEFT directory."""
+"""Reads what a run starts from where `init_adapter` names a PEFT directory."""
 
 from __future__ import annotations
 

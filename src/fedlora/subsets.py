@@ -1,4 +1,4 @@
-"""`max_train_samples` and `max_eval_samples`: which rows are taken, drawn by the seed."""
+"""Draws by the seed which rows `max_train_samples` and `max_eval_samples` take."""
 
 from __future__ import annotations
 

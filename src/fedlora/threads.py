@@ -1,4 +1,4 @@
-"""How many threads torch gets on a machine that others use too.
+"""Decides how many threads torch gets on a machine that others use too.
 
 torch's threads wait for each other by spinning. Beside one busy process on two cores a round on two
 threads takes up to twenty times as long as on one, so a run takes no more threads than there are

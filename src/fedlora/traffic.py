@@ -1,4 +1,4 @@
-"""What has to be transferred to a client at the beginning of a round, in bytes.
+"""Counts what has to be transferred to a client at the beginning of a round, in bytes.
 
 A client can make for itself what the seed gives (LoRA's initial A, a B of zeros) and keeps what it
 was sent. All else counts in the round in which it is sent.

@@ -1,4 +1,4 @@
-"""Whose text is whose in a rendered conversation.
+"""Tells whose text is whose in a rendered conversation.
 
 A chat template is a loop over messages. It is compiled once more with a mark where an iteration
 begins and ends, so that one rendering of the whole conversation says which characters were written

@@ -1,4 +1,4 @@
-"""A model's own forward pass in a wider dtype, and its state put back afterwards.
+"""Runs a model's own forward pass in a wider dtype, and puts its state back afterwards.
 
 Two ways to compute one thing differ by rounding; in float64 a difference that counts stands out,
 whatever the dtype of the weights.

@@ -1,4 +1,4 @@
-"""Runs the verb `fedlora eval`."""
+"""Runs `fedlora eval`: benchmarks, held-out rows and forgetting of a run's models and the base."""
 
 from __future__ import annotations
 

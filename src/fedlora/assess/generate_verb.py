@@ -1,4 +1,4 @@
-"""Runs the verb `fedlora generate`."""
+"""Runs `fedlora generate`: answers of a run's models and the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A room for each verb of the command line: its help, what it takes, and its function.
+"""Holds a room for each verb of the command line: its help, what it takes, and its function.
 
 Each has `HELP`, `SYNTAX` and `verb(arguments, emit)`, which gives the exit code. `emit` writes a
 line of JSON, and is None where a person looks on.

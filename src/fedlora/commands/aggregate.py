@@ -1,4 +1,4 @@
-"""`fedlora aggregate`: PEFT adapters of any ranks become one."""
+"""Runs `fedlora aggregate`: PEFT adapters of any ranks become one."""
 
 from __future__ import annotations
 

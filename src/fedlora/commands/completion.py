@@ -1,4 +1,4 @@
-"""`fedlora completion`: what a shell completes, as a script that needs no Python when it runs.
+"""Runs `fedlora completion`: what a shell completes, as a script that needs no Python when it runs.
 
 The script is made from what every verb says it takes (`SYNTAX`) and from the schema of a
 configuration, and holds all of it: pressing the tab key starts no process.

@@ -1,4 +1,4 @@
-"""`fedlora config`: every key, its value and what it does; or their JSON Schema."""
+"""Runs `fedlora config`: every key, its value and what it does; or their JSON Schema."""
 
 from __future__ import annotations
 

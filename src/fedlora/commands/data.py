@@ -1,4 +1,4 @@
-"""`fedlora data`: the data as a model reads it, and which of its tokens are learnt."""
+"""Runs `fedlora data`: the data as a model reads it, and which of its tokens are learnt."""
 
 from __future__ import annotations
 

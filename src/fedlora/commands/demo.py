@@ -1,4 +1,4 @@
-"""`fedlora demo`: two methods over seeds and every client alone, on the embedded default."""
+"""Runs `fedlora demo`: two methods over seeds and every client alone, on the embedded default."""
 
 from __future__ import annotations
 

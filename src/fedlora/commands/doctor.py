@@ -1,4 +1,4 @@
-"""`fedlora doctor`: is this machine ready for a run, and what to do where it is not.
+"""Runs `fedlora doctor`: is this machine ready for a run, and what to do where it is not.
 
 Libraries are tried in a process of their own: one that is broken, whatever way it fails, is a line
 here and no traceback. Nothing in this module imports any of them.

@@ -1,4 +1,4 @@
-"""`fedlora partition`: who holds what."""
+"""Runs `fedlora partition`: who holds what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedlora run`: a federation from beginning to end, and `--dry_run`, which only checks it."""
+"""Runs `fedlora run`: a federation from beginning to end, and `--dry_run`, which only checks it."""
 
 from __future__ import annotations
 

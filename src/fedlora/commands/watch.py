@@ -1,4 +1,4 @@
-"""`fedlora watch`: look at a run that goes on elsewhere."""
+"""Runs `fedlora watch`: look at a run that goes on elsewhere."""
 
 from __future__ import annotations
 

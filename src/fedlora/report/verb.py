@@ -1,4 +1,4 @@
-"""Reads the command line of `fedlora report` and writes the files it asks for."""
+"""Runs `fedlora report`: runs become one page, or pictures for a paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the verb `fedlora study`."""
+"""Runs `fedlora study`: a grid of runs, and one table with intervals."""
 
 from __future__ import annotations
 
