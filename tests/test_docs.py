@@ -164,7 +164,7 @@ def test_the_examples_page_has_every_example() -> None:
 def test_the_figure_has_every_layer_in_order() -> None:
     figure = PAGES.house()
     drawn = re.findall(r"<b>([^<]+)</b> <span>(.*?)</span>", figure)
-    assert [name for name, _ in drawn][:2] == ["cli.py", "engines/"]
+    assert [name for name, _ in drawn][:2] == ["cli.py", "commands/"]
     assert all(line for _, line in drawn)
 
 

@@ -1,4 +1,4 @@
-"""Sorts what a PEFT directory holds beside plain LoRA factors: what goes along, and what cannot and why."""
+"""Sorts what a PEFT directory holds beside plain LoRA factors: what goes along, and what not."""
 
 from __future__ import annotations
 

@@ -175,12 +175,12 @@ class Layout:
 
     @contextmanager
     def seeded(self, seeds: Sequence[int]) -> Iterator[None]:
-        """Draw dropout from a stream of each client's own, not from torch's."""
-        self._seeds = seeds
+        """Draw dropout from a stream of each client's own, not from torch's; a pass begins."""
+        before, self._seeds, self._drawn = self._drawn, seeds, {}
         try:
             yield
         finally:
-            self._seeds = None
+            self._seeds, self._drawn = None, before
 
     def number(self, unit: str) -> int:
         """Tokens, or samples, of what runs now; 0: it is not known."""

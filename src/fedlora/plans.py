@@ -1,4 +1,4 @@
-"""Decides which rows share a pass: those that a model can run together, up to a number of tokens."""
+"""Decides which rows share a pass: those a model can run together, up to a number of tokens."""
 
 from __future__ import annotations
 
