@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -185,6 +186,24 @@ def test_the_readmes_recipe_works_on_the_result(tmp_path: Path) -> None:
     # What was loaded keeps its labels when it is saved.
     save_adapter(tmp_path / "again", load_adapter(tmp_path / "out"))
     assert labels_of(tmp_path / "again") == ["no", "yes", "maybe"]
+
+
+def test_layers_before_the_head_that_peft_trains_too_are_averaged(tmp_path: Path) -> None:
+    """PEFT matches `classifier` by the end of names, so DistilBERT's `pre_classifier` is trained."""
+    names = ["no", "yes"]
+    paths = [saved(tmp_path / str(seed), "distilbert", names, seed) for seed in (1, 2)]
+    tensors = [load_file(path / "adapter_model.safetensors") for path in paths]
+    key = "base_model.model.pre_classifier.weight"
+    tensors[1][key] = tensors[1][key] + 0.5
+    save_file(tensors[1], paths[1] / "adapter_model.safetensors")
+    save_adapter(tmp_path / "out", aggregate([load_adapter(path) for path in paths], [3, 1]))
+    model = PeftModel.from_pretrained(classifier("distilbert", names), tmp_path / "out")
+    found = dict(model.named_parameters())
+    for layer in ("pre_classifier", "classifier"):
+        for end in ("weight", "bias"):
+            one, other = (t[f"base_model.model.{layer}.{end}"].double() for t in tensors)
+            own = found[f"base_model.model.{layer}.modules_to_save.default.{end}"]
+            torch.testing.assert_close(own.double(), 0.75 * one + 0.25 * other, rtol=0, atol=1e-6)
 
 
 def test_names_may_come_from_the_base(tmp_path: Path) -> None:

@@ -332,6 +332,7 @@ def holds(dense: Mapping[str, Tensor], module: str) -> bool:
 
 
 def saved_whole(parameter: str, modules: Sequence[str]) -> bool:
-    """Whether a parameter lies in one of PEFT's `modules_to_save`: full names, or ends of them."""
-    owner = f".{parameter.rpartition('.')[0]}."
-    return any(f".{module}." in owner for module in modules)
+    """Whether a parameter lies in one of PEFT's `modules_to_save`, by which PEFT finds all modules
+    whose full names end in these letters: `classifier` is DistilBERT's `pre_classifier` too."""
+    owner = f"{parameter.rpartition('.')[0]}."
+    return any(f"{module}." in owner for module in modules)
