@@ -435,3 +435,28 @@ def test_a_causal_model_loads_as_before(tiny_llama: Path, tmp_path: Path) -> Non
     path = saved(tmp_path / "a", AutoModelForCausalLM.from_pretrained(tiny_llama), 1)
     out = aggregate([load_adapter(path)] * 2)
     assert out.deltas.keys() == load_adapter(path).deltas.keys()
+
+
+def test_a_part_that_a_wrapper_put_into_a_layer_is_not_another_module(
+    tmp_path: Path, cli: Any
+) -> None:
+    """Known wrappers are taken out of names; of an unknown one is asked, and nothing halved."""
+    one, other = (saved(tmp_path / str(seed), llama(), seed) for seed in (1, 2))
+    wanted = aggregate([load_adapter(one), load_adapter(other)])
+    tensors = load_file(other / WEIGHTS_NAME)
+
+    def rename(part: str) -> None:
+        renamed = {re.sub(r"(layers\.\d+)", rf"\1.{part}", key): t for key, t in tensors.items()}
+        save_file(renamed, other / WEIGHTS_NAME)
+
+    rename("_fpw_module")
+    found = aggregate([load_adapter(one), load_adapter(other)])
+    assert found.deltas.keys() == wanted.deltas.keys()
+    for name, x in wanted.deltas.items():
+        assert torch.equal(found.deltas[name].B @ found.deltas[name].A, x.B @ x.A)
+    rename("inner")
+    for method in ("exact", "fedit", "flexlora"):
+        with pytest.raises(InputError, match=r"layers\.0\.inner\.self_attn.* one module under two"):
+            aggregate([load_adapter(one), load_adapter(other)], method=method)
+    done = cli(one, other, "--output", tmp_path / "out")
+    refused(done, "look like one module under two names", tmp_path / "out")

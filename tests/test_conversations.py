@@ -291,6 +291,43 @@ def test_sharegpts_function_calls() -> None:
     assert learnt(tokenizer, found)[0] == "no JSON<|im_end|>"
 
 
+def test_content_in_parts_is_their_text() -> None:
+    """As OpenAI writes it, in every role; what is no text drops the row."""
+
+    def parts(*texts: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": text} for text in texts]
+
+    tokenizer = of_text(CHATML)
+    talk = [
+        {"role": "system", "content": parts("Be ", "kind.")},
+        {"role": "user", "content": parts("Hi", " there")},
+        {"role": "assistant", "content": parts("Hel", "lo")},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": parts("Bye")},
+    ]
+    texts = ["Be kind.", "Hi there", "Hello", "And?", "Bye"]
+    plain = [{**turn, "content": text} for turn, text in zip(talk, texts, strict=True)]
+    wanted = tokenize({"messages": plain}, TEMPLATES["chat"], tokenizer, 999, True)
+    assert tokenize({"messages": talk}, TEMPLATES["chat"], tokenizer, 999, True) == wanted
+    talk[1]["content"] = [*parts("Hi"), {"type": "image", "text": None}]
+    with pytest.raises(UnusableRowError, match="a part that is no text: image"):
+        tokenize({"messages": talk}, TEMPLATES["chat"], tokenizer, 999, True)
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_turns_may_be_given_as_json_text(column: str) -> None:
+    """As a CSV file holds them."""
+    keys = ("role", "content") if column == "messages" else ("from", "value")
+    said = [("user", "Hi"), ("assistant", "Hello"), ("user", "Rain?"), ("assistant", "No.")]
+    talk = [dict(zip(keys, turn, strict=True)) for turn in said]
+    tokenizer = of_text(CHATML)
+    wanted = tokenize({column: talk}, TEMPLATES["chat"], tokenizer, 999, True)
+    row = {column: json.dumps(talk)}
+    assert tokenize(row, TEMPLATES["chat"], tokenizer, 999, True) == wanted
+    with pytest.raises(fedlora.InputError, match="chat is no JSON"):
+        tokenize({column: "[{"}, TEMPLATES["chat"], tokenizer, 999, True)
+
+
 def test_a_system_column_is_the_first_turn() -> None:
     tokenizer = with_chat(byte_level(["<|im_start|>", "<|im_end|>"]), CHATML)
     spoken = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]

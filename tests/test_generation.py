@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,51 @@ def test_an_answer_is_the_same_in_every_batch(name: str, tmp_path: Path) -> None
     assert generate(model, tokenizer, prompts, 8) == wanted
     if name in FREE:  # and those that can be padded still are
         assert batching(model, tokenizer, 14) == PADDED
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 30,
+        "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 5.0, 8.0],
+    },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_answers_beside_longer_prompts_keep_their_rotary_factors(name: str, tmp_path: Path) -> None:
+    """Whether a batch, or what was answered before it, is beyond the limit moves no answer."""
+    save_tokenizer(tmp_path)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+    torch.manual_seed(1)
+    longest = 128 if name == "longrope" else 30
+    config = hf.LlamaConfig(**HEADS, max_position_embeddings=longest, rope_parameters=ROPES[name])
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    source = torch.Generator().manual_seed(3)
+    prompts = [
+        torch.randint(4, 100, (n,), generator=source).tolist()
+        for n in (5, 17, 28, 3, 20, 9, 40, 60)
+    ]
+    wanted = []
+    for prompt in prompts:
+        fresh = copy.deepcopy(model)
+        ids = torch.tensor([prompt])
+        out = fresh.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=2,
+        )[0, len(prompt) :].tolist()
+        out = out[: out.index(2)] if 2 in out else out
+        wanted.append(tokenizer.decode(out, skip_special_tokens=True).strip())
+    # Short prompts are asked first, so that it is not the batch tried that decides.
+    for part in (slice(0, 2), slice(0, 3), slice(3, 7), slice(0, 8), slice(5, 7)):
+        assert generate(model, tokenizer, prompts[part], 12) == wanted[part], part
+    assert batching(model, tokenizer, 8) == PADDED

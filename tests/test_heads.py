@@ -189,7 +189,7 @@ def test_the_readmes_recipe_works_on_the_result(tmp_path: Path) -> None:
 
 
 def test_layers_before_the_head_that_peft_trains_too_are_averaged(tmp_path: Path) -> None:
-    """PEFT matches `classifier` by the end of names, so DistilBERT's `pre_classifier` is trained."""
+    """PEFT takes `classifier` for the end of names: DistilBERT's `pre_classifier` is trained."""
     names = ["no", "yes"]
     paths = [saved(tmp_path / str(seed), "distilbert", names, seed) for seed in (1, 2)]
     tensors = [load_file(path / "adapter_model.safetensors") for path in paths]

@@ -19,7 +19,13 @@ from typing import Any
 from fedlora.errors import InputError
 
 PREFIX = "base_model.model."
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_WRAPPERS = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_fpw_module",  # FSDP of PyTorch 1
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+)
 _LORA = re.compile(
     r"^(.+)\.lora_(?P<part>[A-Za-z_]+)(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?"
     r"(?:\.(?P<end>weight|bias))?$"
@@ -137,8 +143,9 @@ def _may_be_one(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def find_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[Twin]:
-    """Pairs of names that look like one module: the same path from the layer's number on, the same
-    shape, and no adapter that has both ways to its layers.
+    """Pairs of names that look like one module: the same path from the layer's number on (but for
+    one part that a wrapper may have put there), the same shape, and no adapter that has both ways
+    to its layers.
 
     Args:
         named: for each adapter, name -> shape.
@@ -149,7 +156,7 @@ def find_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[Twin]:
         for name, shape in names.items():
             way, tail = _split(name)
             groups.setdefault((shape, tail if way else tail[-1:]), {})[name] = None
-    out = []
+    out = [Twin(one, other) for one, other in _wrapped_twins(named)]
     for group in groups.values():
         for one, other in combinations(group, 2):
             a, b = _split(one)[0], _split(other)[0]
@@ -160,6 +167,22 @@ def find_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[Twin]:
                     out.append(Twin(one, other))
             elif _may_be_one(a, b) and not any({a, b} <= have for have in ways):
                 out.append(Twin(one, other))
+    return out
+
+
+def _wrapped_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[tuple[str, str]]:
+    """Pairs of names of layers of which one has a part more within the layer, as of a wrapper, and
+    no adapter has both."""
+    every = {name: shape for names in named for name, shape in names.items()}
+    out = []
+    for longer, shape in every.items():
+        way, tail = _split(longer)
+        for at in range(1, len(tail) - 1):
+            rest = (*way, *tail[:at], *tail[at + 1 :])
+            shorter = ".".join(rest)
+            both = any(longer in names and shorter in names for names in named)
+            if every.get(shorter) == shape and not (tail[at].isdecimal() or both):
+                out.append((shorter, longer))
     return out
 
 

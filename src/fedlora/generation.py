@@ -157,7 +157,7 @@ def _generated(
 ) -> list[list[int]]:
     """The tokens that follow each prompt."""
     out: dict[int, list[int]] = {}
-    for group in _groups(model, tokenizer, prompts):
+    for group in _groups(model, tokenizer, prompts, max_new_tokens):
         ids, mask = _left_padded([prompts[i] for i in group], tokenizer.pad_token_id)
         stops = frozenset.intersection(*(ends[i].ids for i in group))
         found = _run(
@@ -225,12 +225,16 @@ _SHORT, _STEPS = 3, 3
 _known: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
-def _groups(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _groups(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
     """Prompts that are answered together: all, those of one length, or each alone."""
     everybody = list(range(len(prompts)))
     if len(prompts) == 1:
         return [everybody]
-    how = batching(model, tokenizer, max(len(prompt) for prompt in prompts))
+    # With their answers: rotary factors may change (longrope) where the longest of them gets to.
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    how = batching(model, tokenizer, longest)
     if how == ALONE:
         return [[i] for i in everybody]
     lengths = sorted({len(prompt) for prompt in prompts})
@@ -240,7 +244,7 @@ def _groups(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]]) -> lis
 
 
 def batching(model: Any, tokenizer: Any, longest: int) -> str:
-    """In which batches prompts of up to so many tokens are answered as they are alone.
+    """In which batches prompts and answers of up to so many tokens are what they are alone.
 
     Recurrent models read what is padded, others count positions from it or lose what lies behind a
     window, and some (RWKV) mix the states of a batch. It is found out once.
@@ -248,14 +252,18 @@ def batching(model: Any, tokenizer: Any, longest: int) -> str:
     Returns:
         `PADDED`: of any lengths, padded on the left; `EQUAL`: of one length; `ALONE`: in none.
     """
-    size = max(8, 1 << (longest - 1).bit_length())  # one trial for all lengths up to it
     known = _known.setdefault(model, {})
-    if size not in known:
+    size = max(8, 1 << (longest - 1).bit_length())  # one trial for all lengths up to it
+    for length in (size, longest):  # the first may be beyond the model's positions
+        if length in known:
+            return known[length]
         try:
-            known[size] = _try(model, tokenizer, max(longest, 2))
+            known[length] = _try(model, tokenizer, max(length - _STEPS, 2))
         except Exception:  # whatever an architecture stumbles over, it answers one prompt
-            known[size] = ALONE
-    return known[size]
+            continue
+        return known[length]
+    known[longest] = ALONE
+    return ALONE
 
 
 @torch.no_grad()

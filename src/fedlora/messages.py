@@ -50,7 +50,12 @@ LOSS_KEYS = ("weight", "train", "training")
 
 
 def messages_of(turns: Any) -> tuple[list[dict[str, Any]], list[bool]]:
-    """Turns as transformers takes them, and of each whether it is left out of the loss."""
+    """Turns as transformers takes them, and of each whether it is left out of the loss.
+
+    A list of them may be given as JSON text, as CSV files and flat columns hold it.
+    """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = json_of("chat", turns)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise InputError(
             f"template: chat needs a list of turns, each with role and content (or from and "
@@ -85,9 +90,25 @@ def _message(turn: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     _set_calls(message)
     if "tool_calls" not in message or message["role"] != "assistant":
         message.setdefault("content", "")
+    if isinstance(message.get("content"), list):
+        message["content"] = _text_of(message["content"])
     if not isinstance(message.get("content", ""), str):
         raise UnusableRowError("a turn's content is not text")
     return message, message["role"] == "assistant" and _is_left_out(turn)
+
+
+def _text_of(parts: list[Any]) -> str:
+    """Content in OpenAI's parts (`{"type": "text", "text": ...}`) as one text.
+
+    Raises:
+        UnusableRowError: a part is no text, but a picture.
+    """
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    for part, text in zip(parts, texts, strict=True):
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise UnusableRowError(f"a turn's content has a part that is no text: {kind}")
+    return "".join(map(str, texts))
 
 
 def without_empty(value: Any) -> Any:
