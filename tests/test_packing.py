@@ -470,19 +470,20 @@ def base_of(model: Any) -> BaseModel:
     return attach(model, None, find_targets(model, "all-linear", "it", None, [], "CAUSAL_LM"))
 
 
+def adapter_of(base: BaseModel, client: int) -> dict[str, LowRank]:
+    fresh = fresh_factors(7, 0, client, Purpose.CLIENT_INIT, base.targets.shapes)
+    source = torch.Generator().manual_seed(client)
+    return {
+        n: LowRank(fresh(n, 2), 0.05 * torch.randn(m, 2, generator=source))
+        for n, (m, _) in base.targets.shapes.items()
+    }
+
+
 def ends(base: BaseModel, data: Sequence[Sequence[Tokens]], groups: Sequence[Sequence[int]]) -> Any:
     """Each client's trained factors as one vector, and its losses."""
     out: dict[int, Any] = {}
     for group in groups:
-        seats = []
-        for k in group:
-            fresh = fresh_factors(7, 0, k, Purpose.CLIENT_INIT, base.targets.shapes)
-            source = torch.Generator().manual_seed(k)
-            adapter = {
-                n: LowRank(fresh(n, 2), 0.05 * torch.randn(m, 2, generator=source))
-                for n, (m, _) in base.targets.shapes.items()
-            }
-            seats.append(Seat(adapter, scale=2.0, dropout=0.2))
+        seats = [Seat(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group]
         base.seat([], seats)
         budgets = [
             Budget(client=k, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, seed=3)
@@ -517,6 +518,39 @@ def test_together_is_alone(case: str) -> None:
     for (x, loss), (y, other) in zip(ends(base, data, [[0, 1, 2]]), one, strict=True):
         assert float((x - y).norm()) <= 1e-5 * float(y.norm())
         assert loss == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_modules_trained_whole_beside_rows_that_run_padded(name: str) -> None:
+    """Rows longer than a packed pass may be run client by client, each by its own copy."""
+    model = built(name, {**SIZES, "reach_of_it": 45})
+    model.config.use_cache = False
+    whole = [n for n, m in model.named_modules() if n.endswith("norm") and len([*m.parameters()])]
+    targets = find_targets(model, "all-linear", "it", None, whole, "CAUSAL_LM")
+    base = attach(model, None, targets)
+    passes = passes_of(base.model)
+    assert passes.joint
+    assert passes.longest == 45
+    data = [rows_of([10, 50, 33, 28, 60, 7], seed=k) for k in range(3)]
+    start, dense = base.read_dense(), []
+    for groups in ([[0], [1], [2]], [[0, 1, 2]]):
+        found: dict[int, Any] = {}
+        for group in groups:
+            seats = [Seat(adapter_of(base, k), dropout=0.2, dense=start) for k in group]
+            base.seat([], seats)
+            budgets = [
+                Budget(client=k, per_device_train_batch_size=4, max_steps=3, learning_rate=2e-3)
+                for k in group
+            ]
+            train_cohort(base, [data[k] for k in group], budgets)
+            found |= {k: base.read_dense(place) for place, k in enumerate(group)}
+        dense.append(found)
+    one, all_ = dense
+    for k in range(3):
+        for key, value in one[k].items():
+            moved = float((value - start[key]).norm())
+            assert moved > 0
+            assert float((all_[k][key] - value).norm()) <= 1e-3 * moved, key
 
 
 def test_what_cannot_be_packed_trains_one_client_at_a_time() -> None:

@@ -72,6 +72,9 @@ class FullModule:
                 return out
             finally:
                 layout.whole -= 1
+        if layout.sole is not None:
+            with _swapped(self.module, self.copies[layout.sole]):
+                return self.forward(*given, **named)
         leaves, tree = tree_flatten((given, named))
         forms = self.inputs.get(kinds_of(leaves))
         unit = next((form.unit for form in forms or () if form is not None), None)

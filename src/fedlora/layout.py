@@ -219,6 +219,11 @@ class Layout:
         return self._places.setdefault(module, len(self._places))
 
     @property
+    def sole(self) -> int | None:
+        """The client that all rows belong to; None: they are of all clients of the pass."""
+        return self._only
+
+    @property
     def streams(self) -> bool:
         """Whether every client has a stream of its own."""
         return self._seeds is not None
