@@ -59,6 +59,17 @@ def material() -> Path:
     return MATERIAL
 
 
+LLAMA: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""The sizes of a small Llama with grouped-query attention."""
+
+
 def save_tokenizer(path: Path) -> None:
     """A character-level tokenizer over printable ASCII."""
     from tokenizers import Tokenizer, decoders, models
@@ -86,12 +97,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **LLAMA,
             max_position_embeddings=128,
             bos_token_id=1,
             eos_token_id=2,

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import fedlora
+from conftest import LLAMA
 from fedlora import InputError, aggregate, load_adapter, save_adapter
 from fedlora.adapters import CONFIG_NAME, WEIGHTS_NAME
 from test_merging import change_config, cli, logits, older_format, randomise, refused
@@ -34,17 +35,7 @@ def base(path: Path, tied: bool = False, size: int = 100) -> Any:
     """A Llama on disk, with its vocabulary resized after loading where asked to."""
     if not path.exists():
         torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=100,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                tie_word_embeddings=tied,
-            )
-        ).save_pretrained(path)
+        LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied)).save_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     if size != 100:
         torch.manual_seed(5)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from conftest import LLAMA
 from fedlora import InputError, aggregate, load_adapter
 from fedlora.bases import base_name, common_base, same_name
 from test_merging import change_config, cli, made, pair, peft_effect, refused, same_effect, weighted
@@ -117,14 +118,7 @@ def test_other_shapes_are_refused_whatever_is_said(tmp_path: Path) -> None:
 def llama(path: Path, seed: int = 0, shards: bool = False, dtype: Any = torch.float32) -> str:
     """A random base on this machine."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = LlamaConfig(**LLAMA)
     model = LlamaForCausalLM(config).to(dtype)
     model.save_pretrained(path, max_shard_size="20KB" if shards else "1GB")
     return str(path)

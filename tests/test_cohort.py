@@ -22,6 +22,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from conftest import LLAMA
 from fedlora.adapters import find_targets
 from fedlora.batches import labelled
 from fedlora.cohort import automatic_size, largest_need, memory_available, train_cohort
@@ -40,12 +41,7 @@ def llama(dropout: float = 0.0) -> Any:
     """Grouped-query attention; its attention's dropout if asked."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            **LLAMA,
             max_position_embeddings=128,
             pad_token_id=0,
             attention_dropout=dropout,

@@ -328,6 +328,21 @@ def test_turns_may_be_given_as_json_text(column: str) -> None:
         tokenize({column: "[{"}, TEMPLATES["chat"], tokenizer, 999, True)
 
 
+@pytest.mark.parametrize(
+    ("spoken", "text"), [("role", "value"), ("role", "content"), ("from", "value")]
+)
+@pytest.mark.parametrize("speakers", [("human", "gpt"), ("user", "assistant"), ("user", "model")])
+def test_speakers_have_many_names(spoken: str, text: str, speakers: tuple[str, str]) -> None:
+    tokenizer, said = of_text(CHATML), ["Hi", "Hello", "Rain?", "No."]
+    usual = [
+        {"role": role, "content": x}
+        for role, x in zip(["user", "assistant"] * 2, said, strict=True)
+    ]
+    wanted = tokenize({"messages": usual}, TEMPLATES["chat"], tokenizer, 999, True)
+    talk = [{spoken: who, text: x} for who, x in zip(speakers * 2, said, strict=True)]
+    assert tokenize({"messages": talk}, TEMPLATES["chat"], tokenizer, 999, True) == wanted
+
+
 def test_a_system_column_is_the_first_turn() -> None:
     tokenizer = with_chat(byte_level(["<|im_start|>", "<|im_end|>"]), CHATML)
     spoken = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
@@ -347,8 +362,9 @@ def test_a_system_column_is_the_first_turn() -> None:
 # --- turns left out of the loss ---
 
 OFF = ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"train": "false"})
+OFF += ({"loss": False},)
 ON = ({"weight": 1}, {"weight": 1.0}, {"train": True}, {"training": True}, {"weight": None})
-ON += ({"weight": float("nan")},)
+ON += ({"weight": float("nan")}, {"loss": True})
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, "qwen3", "glm4moe", "llama3_1"])

@@ -776,3 +776,5 @@ def test_a_data_set_that_was_saved_to_disk(tokenizer: Any, tmp_path: Path) -> No
             read_hub(str(tmp_path / name), None, split)
     with pytest.raises(fedlora.InputError, match=r"is no file; .* is given as dataset_name"):
         read_rows(tmp_path / "all")
+    with pytest.raises(fedlora.InputError, match=r"dataset_config: .* has no configurations"):
+        read_hub(str(tmp_path / "all"), "main", "train")

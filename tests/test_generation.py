@@ -179,34 +179,44 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+def decided(config: Any) -> Any:
+    """A random model with weights so large that its answers are no matter of rounding."""
+    torch.manual_seed(1)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
+
+
+def random_prompts(*lengths: int) -> list[list[int]]:
+    source = torch.Generator().manual_seed(3)
+    return [torch.randint(4, 100, (n,), generator=source).tolist() for n in lengths]
+
+
+def alone(model: Any, tokenizer: Any, prompt: list[int], number: int) -> str:
+    """The answer of transformers' own generation to one prompt."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=number,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=2,
+    )[0, len(prompt) :].tolist()
+    out = out[: out.index(2)] if 2 in out else out
+    return str(tokenizer.decode(out, skip_special_tokens=True)).strip()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_an_answer_is_the_same_in_every_batch(name: str, tmp_path: Path) -> None:
     """The oracle is transformers' own generation after one prompt alone."""
     save_tokenizer(tmp_path)
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
-    torch.manual_seed(1)
-    model = hf.AutoModelForCausalLM.from_config(MODELS[name]()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    source = torch.Generator().manual_seed(3)
-    prompts = [
-        torch.randint(4, 100, (n,), generator=source).tolist() for n in (5, 3, 14, 9, 5, 3, 11)
-    ]
-    wanted = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=8,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=2,
-        )[0, len(prompt) :].tolist()
-        out = out[: out.index(2)] if 2 in out else out
-        wanted.append(tokenizer.decode(out, skip_special_tokens=True).strip())
+    model, prompts = decided(MODELS[name]()), random_prompts(5, 3, 14, 9, 5, 3, 11)
+    wanted = [alone(model, tokenizer, prompt, 8) for prompt in prompts]
     assert len(set(wanted)) > 2
     assert generate(model, tokenizer, prompts, 8) == wanted
     if name in FREE:  # and those that can be padded still are
@@ -228,33 +238,12 @@ def test_answers_beside_longer_prompts_keep_their_rotary_factors(name: str, tmp_
     """Whether a batch, or what was answered before it, is beyond the limit moves no answer."""
     save_tokenizer(tmp_path)
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
-    torch.manual_seed(1)
     longest = 128 if name == "longrope" else 30
-    config = hf.LlamaConfig(**HEADS, max_position_embeddings=longest, rope_parameters=ROPES[name])
-    model = hf.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    source = torch.Generator().manual_seed(3)
-    prompts = [
-        torch.randint(4, 100, (n,), generator=source).tolist()
-        for n in (5, 17, 28, 3, 20, 9, 40, 60)
-    ]
-    wanted = []
-    for prompt in prompts:
-        fresh = copy.deepcopy(model)
-        ids = torch.tensor([prompt])
-        out = fresh.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=12,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=2,
-        )[0, len(prompt) :].tolist()
-        out = out[: out.index(2)] if 2 in out else out
-        wanted.append(tokenizer.decode(out, skip_special_tokens=True).strip())
+    model = decided(
+        hf.LlamaConfig(**HEADS, max_position_embeddings=longest, rope_parameters=ROPES[name])
+    )
+    prompts = random_prompts(5, 17, 28, 3, 20, 9, 40, 60)
+    wanted = [alone(copy.deepcopy(model), tokenizer, prompt, 12) for prompt in prompts]
     # Short prompts are asked first, so that it is not the batch tried that decides.
     for part in (slice(0, 2), slice(0, 3), slice(3, 7), slice(0, 8), slice(5, 7)):
         assert generate(model, tokenizer, prompts[part], 12) == wanted[part], part

@@ -56,7 +56,7 @@ Forms = dict[Kinds, tuple[Form | None, ...]]
 
 
 def find_rows(
-    model: Any,
+    draw: Callable[[Sequence[int], int], list[Tokens]],
     full: Sequence[FullModule],
     others: Sequence[nn.Module],
     run: Callable[[Sequence[Tokens]], object],
@@ -64,7 +64,7 @@ def find_rows(
     """Find out where the clients' rows lie, and tell the modules trained whole.
 
     Args:
-        model: the model.
+        draw: gives random rows of so many tokens, by a seed.
         full: its modules trained whole; their `inputs` and `outputs` are set.
         others: modules of one input that have to know.
         run: a pass of the model over rows, in evaluation mode, without gradients.
@@ -73,10 +73,10 @@ def find_rows(
         Whether it is known of all that ran, and of each of the others its forms by the number of
         axes.
     """
-    first, second = _random(model, LENGTHS[0], 0), _random(model, LENGTHS[1], 1)
+    first, second = draw(LENGTHS[0], 0), draw(LENGTHS[1], 1)
     third = [
         changed if i in CHANGED else row
-        for i, (row, changed) in enumerate(zip(second, _random(model, LENGTHS[1], 2), strict=True))
+        for i, (row, changed) in enumerate(zip(second, draw(LENGTHS[1], 2), strict=True))
     ]
     watched: list[Watched] = [*full, *others]
     passes = [_recorded(watched, partial(run, rows)) for rows in (first, second, third)]
@@ -98,18 +98,6 @@ def find_rows(
                 if form is not None and axes is not None:
                     single[module][axes] = form
     return known, single
-
-
-def _random(model: Any, lengths: Sequence[int], seed: int) -> list[Tokens]:
-    """Rows for a language model and for a classifier, without padding tokens."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-    source = torch.Generator().manual_seed(seed)
-    draws = [torch.randint(vocabulary, (n,), generator=source).tolist() for n in lengths]
-    rows = [[i if i != padding else (i + 1) % vocabulary for i in ids] for ids in draws]
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        return [{"input_ids": ids, "label": 0} for ids in rows]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
 def _recorded(watched: Sequence[Watched], run: Callable[[], object]) -> dict[Watched, _Calls]:

@@ -20,6 +20,7 @@ ROLES = {
     "chatgpt": "assistant",
     "bard": "assistant",
     "bing": "assistant",
+    "model": "assistant",
     "assistant": "assistant",
     "function_call": "assistant",
     "system": "system",
@@ -28,6 +29,8 @@ ROLES = {
     "function_response": "tool",
 }
 """ShareGPT's names for who speaks (`from`), and the roles of chat templates."""
+SPEAKERS = ("human", "gpt", "chatgpt", "bard", "bing", "model")
+"""Those of them that are no template's own roles, and so are translated in `role` too."""
 
 
 def json_of(column: str, text: str) -> Any:
@@ -45,8 +48,8 @@ def says(message: Mapping[str, Any]) -> bool:
     )
 
 
-LOSS_KEYS = ("weight", "train", "training")
-"""What says of a turn whether a loss is taken on it: OpenAI's name, and axolotl's."""
+LOSS_KEYS = ("weight", "train", "training", "loss")
+"""What says of a turn whether a loss is taken on it: OpenAI's name, axolotl's two, ms-swift's."""
 
 
 def messages_of(turns: Any) -> tuple[list[dict[str, Any]], list[bool]]:
@@ -80,6 +83,10 @@ def _message(turn: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             message = _function_call(message)
     elif "role" in turn:
         message = {key: value for key, value in turn.items() if key not in LOSS_KEYS}
+        if message["role"] in SPEAKERS:
+            message["role"] = ROLES[message["role"]]
+        if "content" not in given and "value" in message:
+            message["content"] = message.pop("value")
     else:
         raise InputError(
             f"template: chat needs role and content (or from and value) in every turn; got "

@@ -133,12 +133,14 @@ def _of_transformers(model: Any) -> bool:
 # --- what is tried ---
 
 
-def some_rows(model: Any, padding: int, classifier: bool) -> list[Tokens]:
-    """Random samples of `LENGTHS` tokens, all of them learnt; none is padding."""
+def some_rows(
+    model: Any, padding: int, classifier: bool, lengths: Sequence[int] = LENGTHS, seed: int = 0
+) -> list[Tokens]:
+    """Random samples of so many tokens, all of them learnt; none is padding."""
     vocabulary = _vocabulary(model)
-    source = torch.Generator().manual_seed(0)
+    source = torch.Generator().manual_seed(seed)
     rows: list[Tokens] = []
-    for length in LENGTHS:
+    for length in lengths:
         ids = torch.randint(vocabulary, (length,), generator=source).tolist()
         ids = [i if i != padding else (i + 1) % vocabulary for i in ids]
         if classifier:

@@ -453,7 +453,8 @@ class Passes:
         model.eval()
         with self.layout.without_clients(), torch.no_grad():
             others = [*layers, *self._dropouts]
-            known, forms = find_rows(model, full_modules_of(model), others, run)
+            draw = partial(packing.some_rows, model, self.padding, self.classifier)
+            known, forms = find_rows(draw, full_modules_of(model), others, run)
         model.train(training)
         for layer in layers:
             layer.forms = forms[layer]

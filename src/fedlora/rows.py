@@ -231,6 +231,11 @@ def read_hub(name: str, configuration: str | None, split: str) -> Rows:
     from datasets import ClassLabel, get_dataset_split_names, load_dataset
 
     saved = _is_saved(Path(name))
+    if saved and configuration is not None:
+        raise InputError(
+            f"dataset_config: {name} was written by save_to_disk and has no configurations, got "
+            f"{configuration!r}; leave it out"
+        )
     try:
         found = _saved(name, split) if saved else load_dataset(name, configuration, split=split)
     except Exception as error:

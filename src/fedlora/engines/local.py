@@ -32,6 +32,7 @@ from fedlora.engines.rating import Rating
 from fedlora.errors import CheckpointError, InputError
 from fedlora.facts import begin_line, config_file
 from fedlora.federation import Server, global_delta
+from fedlora.json_lines import finite
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
 from fedlora.resuming import as_it_began, refuse_complete
@@ -183,7 +184,7 @@ class _Run:
     ) -> None:
         self.session, self.config, self.directory = session, session.config, directory
         self.callbacks = callbacks
-        self.report: Report = lambda event: report(_finite(event))
+        self.report: Report = lambda event: report(finite(event))
         self.log: list[dict[str, Any]] = []
         self.models: dict[int, tuple[Deltas, Mapping[str, Tensor]]] = {}
         self.best = _Best()
@@ -286,7 +287,7 @@ class _Run:
         self.log.append(facts)
         self.directory.append(facts)
         line: dict[str, Any] = {"event": "start", "round": 0, **self._evaluate()}
-        self._log(_finite(line))
+        self._log(finite(line))
         self._judge(line)
         return self._rounds()
 
@@ -347,7 +348,7 @@ class _Run:
         self._judge(line)
         if self.threads.number != self.config.num_threads:
             line["num_threads"] = self.threads.number
-        line = _finite(line)
+        line = finite(line)
         crowded = self.threads.look()  # before the state is saved: a resumed run goes on with it
         self._save(line)
         if crowded:
@@ -475,15 +476,6 @@ class _Run:
             self.best = _Best(line["round"], value)
         else:
             self.best = replace(self.best, evaluations_since=self.best.evaluations_since + 1)
-
-
-def _finite(value: Any) -> Any:
-    """The value as JSON can hold it: NaN and infinities become null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(record: RoundRecord) -> dict[str, Any]:
