@@ -374,6 +374,21 @@ def test_judging_changes_nothing() -> None:
     assert model.model.rotary_emb.max_seq_len_cached == 256
 
 
+def test_a_leak_smaller_than_any_rounding_is_found() -> None:
+    """It would be no error in the logits, yet one client's rows would get to another's."""
+
+    def mixes(_: Any, __: Any, out: Tensor) -> Tensor:
+        return out + 1e-12 * out.mean(1, keepdim=True)
+
+    def drops(_: Any, __: Any, out: Tensor) -> Tensor:  # as much, and nobody else's
+        return out * (1 + 1e-12)
+
+    for hook, packed in ((drops, True), (mixes, False)):
+        model = built("llama", SIZES)
+        model.model.layers[0].mlp.register_forward_hook(hook)
+        assert passes_of(model).packed is packed
+
+
 # --- arithmetic in a wider dtype ---
 
 
