@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -516,6 +517,36 @@ def test_rows_that_are_all_dropped(tokenizer: Any, tmp_path: Path) -> None:
     good = {**config.flat(), "train_file": str(site / "s0.jsonl"), "num_clients": 1}
     with pytest.raises(InputError, match=r"^the evaluation data: all 3 rows are dropped: cut to"):
         load_data(Config(**{**good, "eval_file": str(site / "s1.jsonl")}), tokenizer)
+
+
+def test_a_file_whose_rows_all_lack_a_column_is_a_client_left_out(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "s0.jsonl", rows(3))
+    write_jsonl(tmp_path / "s1.jsonl", [{"prompt": None, "completion": "y"}] * 2)
+    config = Config(train_file=str(tmp_path / "s*.jsonl"))
+    data = load_data(config, tokenizer)
+    why = "client 1 (s1.jsonl): all 2 rows are dropped: it has no prompt"
+    assert [len(part.train) for part in data.clients] == [3, 0]
+    assert data.notes[0] == f"1 of 2 clients takes no part: {why}"
+    with pytest.raises(InputError, match=re.escape(why) + r"\. Mend them"):
+        load_data(Config(**{**config.flat(), "strict_clients": True}), tokenizer)
+    # One row among others is a mistake in the file.
+    write_jsonl(tmp_path / "s1.jsonl", [*rows(2), {"prompt": None, "completion": "y"}])
+    with pytest.raises(InputError, match=r"s1.jsonl, row 3 has no prompt"):
+        load_data(config, tokenizer)
+
+
+def test_a_classifier_goes_on_without_a_file_that_has_no_labels(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    labelled = [{"text": f"row {i}", "label": "ab"[i % 2]} for i in range(4)]
+    write_jsonl(tmp_path / "s0.jsonl", labelled)
+    write_jsonl(tmp_path / "s1.jsonl", [{**row, "label": None} for row in labelled])
+    config = Config(train_file=str(tmp_path / "s*.jsonl"), label_column_name="label")
+    data = load_data(config, tokenizer)
+    assert [len(part.train) for part in data.clients] == [4, 0]
+    assert data.label_names == ("a", "b")
 
 
 def test_rows_that_are_dropped_for_several_reasons(tokenizer: Any, tmp_path: Path) -> None:

@@ -386,7 +386,10 @@ def test_every_template_token_by_token(
         (shared(("human", "hi"), ("gpt", "")), "no assistant turn to learn"),
         (shared(("human", "hi"), ("narrator", "hello")), "unknown speaker 'narrator'"),
         ({"messages": turns("hi", "")}, "no assistant turn to learn"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content is not text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "a part that is no text: im",
+        ),
     ],
 )
 def test_conversations_that_teach_nothing(row: dict[str, Any], reason: str, letters: Any) -> None:

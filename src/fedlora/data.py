@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -63,12 +63,17 @@ class RawData:
         """All clients' rows."""
         return [row for rows in self.clients for row in rows]
 
-    def located(self) -> list[tuple[str, Row]]:
-        """All clients' rows with where they stand: in the data set, or in a client's own file."""
+    def located(self, but: Container[int] = ()) -> list[tuple[str, Row]]:
+        """The clients' rows with where they stand: in the data set, or in a client's own file.
+
+        Args:
+            but: clients whose own files are left out.
+        """
         if self.numbers is None:
             return [
-                (f"{name}, {place}", row)
-                for name, rows in zip(self.names, self.clients, strict=True)
+                (f"{self.names[client]}, {place}", row)
+                for client, rows in enumerate(self.clients)
+                if client not in but
                 for place, row in numbered(rows)
             ]
         pairs = zip(self.numbers, self.clients, strict=True)
@@ -311,7 +316,8 @@ def template_of(config: Config, raw: RawData, classify: bool) -> Template:
             f"it has {', '.join(there)}"
         )
     used = [*(name for names in template.columns for name in names), *template.optional]
-    both = ((raw.located(), "the training data"), (numbered(raw.eval), "the evaluation data"))
+    in_use = raw.located(without_column(raw, template))
+    both = ((in_use, "the training data"), (numbered(raw.eval), "the evaluation data"))
     for located, what in both:
         for place, row in located:
             for names in template.columns:
@@ -324,10 +330,26 @@ def template_of(config: Config, raw: RawData, classify: bool) -> Template:
     return template
 
 
-def _rendered(place: str, row: Row, template: Template) -> Rendered | str:
+def without_column(raw: RawData, template: Template) -> dict[int, str]:
+    """Clients whose own file holds a column that the template needs in none of its rows, and why.
+
+    One such row among others is a mistake in a file, and refused; a whole file of them is a
+    client that cannot take part, as one whose rows are all too long.
+    """
+    if raw.numbers is not None:
+        return {}
+    found = {}
+    for client, rows in enumerate(raw.clients):
+        for names in template.columns:
+            if rows and all(is_null(row.get(name)) for row in rows for name in names):
+                found[client] = f"it has no {' or '.join(names)}"
+    return found
+
+
+def _rendered(place: str, row: Row, template: Template, empty: str = "") -> Rendered | str:
     """A row as its template reads it, or why it is dropped; a complaint names the row."""
     try:
-        return render(row, template)
+        return empty or render(row, template)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
 
@@ -339,7 +361,7 @@ def find_labels(config: Config, raw: RawData, template: Template) -> list[str]:
         InputError: only one value, one for almost every row, or one that `label_names` lacks.
     """
     column = template.columns[-1][0]
-    found = Counter(label_of(row, column) for row in raw.train)
+    found = Counter(label_of(row, column) for _, row in raw.located(without_column(raw, template)))
     everything = found + Counter(label_of(row, column) for row in raw.eval)
     if len(found) < 2:
         raise InputError(
@@ -389,8 +411,9 @@ def load_data(
     if classify and not label_names:
         label_names = find_labels(config, raw, template)
     taken = subsets(config, [len(rows) for rows in raw.clients], len(raw.eval))
+    empty = without_column(raw, template)
     wanted = [
-        _rendered(raw.place(client, i), raw.clients[client][i], template)
+        _rendered(raw.place(client, i), raw.clients[client][i], template, empty.get(client, ""))
         for client, rows in enumerate(taken.clients)
         for i in rows
     ]
