@@ -66,10 +66,13 @@ def a_round(method: str, round: int, modules: int, shape: list[int]) -> dict[str
     """One round of the server: plan, ten updates, commit. The clients' own work is not counted."""
     import torch
 
-    from fedlora.federation import Federation, Server, client_start, initial_state
+    from fedlora.federation.exchange import client_start
+    from fedlora.federation.messages import ClientUpdate
+    from fedlora.federation.participants import Federation
+    from fedlora.federation.server import Server, initial_state
     from fedlora.lowrank import LowRank
     from fedlora.methods import METHODS
-    from fedlora.state import ClientUpdate, ServerState
+    from fedlora.methods.values import ServerState
 
     m, n = shape
     shapes = {f"layer{i}": (m, n) for i in range(modules)}

@@ -18,9 +18,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def embedded_run(overrides: Mapping[str, Any]) -> dict[int, float]:
     """The embedded default with other keys; exact match (share) by evaluated round."""
     import fedlora
-    from fedlora.console import quiet_libraries
-    from fedlora.demo import CONFIG
-    from fedlora.sources import layered, read_yaml
+    from fedlora.commands.console import quiet_libraries
+    from fedlora.config.sources import layered, read_yaml
+    from fedlora.embedded import CONFIG
 
     quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
@@ -32,11 +32,11 @@ def embedded_run(overrides: Mapping[str, Any]) -> dict[int, float]:
 def alone_run(overrides: Mapping[str, Any], client: int) -> dict[int, float]:
     """One client of the embedded default by itself; exact match by evaluated round."""
     import fedlora
-    from fedlora.console import quiet_libraries
-    from fedlora.demo import CONFIG
+    from fedlora.commands.console import quiet_libraries
+    from fedlora.config.sources import layered, read_yaml
+    from fedlora.embedded import CONFIG
     from fedlora.engines.local import run_session
-    from fedlora.setup import alone, assemble
-    from fedlora.sources import layered, read_yaml
+    from fedlora.runs.session import alone, assemble
 
     quiet_libraries()
     values = layered(read_yaml(CONFIG), {"num_threads": 1, **overrides})

@@ -36,10 +36,12 @@ def traffic(
     """Bytes up and down of all clients over the rounds."""
     import torch
 
-    from fedlora.federation import Federation, Server, client_start, initial_state
+    from fedlora.federation.exchange import client_start
+    from fedlora.federation.messages import ClientUpdate
+    from fedlora.federation.participants import Federation
+    from fedlora.federation.server import Server, initial_state
     from fedlora.lowrank import LowRank
     from fedlora.methods import METHODS as RULES
-    from fedlora.state import ClientUpdate
 
     rule = RULES[method]
     options = rule.options()

@@ -25,9 +25,9 @@ SCHEDULES = {"5 x 20": (5, 20), "34 x 3": (34, 3)}
 def one(method: str, ranks: str, schedule: str, seed: int) -> dict[str, Any]:
     """A run's last exact match, mean aggregation error, and bytes."""
     import fedlora
-    from fedlora.console import quiet_libraries
-    from fedlora.demo import CONFIG
-    from fedlora.sources import layered, read_yaml
+    from fedlora.commands.console import quiet_libraries
+    from fedlora.config.sources import layered, read_yaml
+    from fedlora.embedded import CONFIG
 
     quiet_libraries()
     rounds, steps = SCHEDULES[schedule]

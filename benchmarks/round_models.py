@@ -84,9 +84,9 @@ def prepare(name: str, scratch: Path, rounds: int, steps: int, dtype: str, threa
         rounds, steps, dtype, threads: of every case (threads 0: torch's own choice).
     """
     from fedlora import Config
-    from fedlora.demo import CONFIG
-    from fedlora.setup import assemble, model_source
-    from fedlora.sources import layered, read_yaml
+    from fedlora.config.sources import layered, read_yaml
+    from fedlora.embedded import CONFIG
+    from fedlora.runs.session import assemble, model_source
 
     setting = SETTINGS[name]
     scratch.mkdir(parents=True)
@@ -268,7 +268,7 @@ def _synthetic(scratch: Path, setting: Setting) -> dict[str, Any]:
 
 def _long_rows(scratch: Path, session: Any, max_length: int) -> None:
     """Files `long_K.jsonl` of rows that fill `max_length`, so that every batch is as large."""
-    from fedlora.templates import TEMPLATES
+    from fedlora.data.templates import TEMPLATES
 
     tokenizer, render = session.base.tokenizer, TEMPLATES["alpaca"].render
     found: list[str] = []

@@ -45,29 +45,29 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads)
-    from transformers.utils import logging
-
     import fedlora.attention
     import fedlora.passes
-    from fedlora.acceleration import accelerate
-    from fedlora.cohort import train_cohort
-    from fedlora.config import Config
+    from transformers.utils import logging
+
+    from fedlora.client.cohort import train_cohort
+    from fedlora.client.trainer import Budget
+    from fedlora.config.config import Config
     from fedlora.lowrank import LowRank
-    from fedlora.model import Seat
+    from fedlora.model.acceleration import accelerate
+    from fedlora.model.lora_layer import Seat
+    from fedlora.runs.session import assemble
     from fedlora.seeds import Purpose, fresh_factors
-    from fedlora.setup import assemble
-    from fedlora.train import Budget
 
     logging.set_verbosity_error()
     if case.get("kernel"):
-        fedlora.attention.LONGEST_PRODUCT = 0
+        fedlora.model.packed_attention.LONGEST_PRODUCT = 0
     if case.get("norm"):
-        fedlora.passes.fast_norm = lambda module: None  # type: ignore[assignment]
+        fedlora.model.passes.fast_norm = lambda module: None  # type: ignore[assignment]
     keys = json.loads(spec.read_text())["config"]
     keys |= {"dtype": case.get("dtype", "float32"), "cohort_size": 1, "num_threads": threads}
     session = assemble(Config(**keys))
     base, ranks = session.base, session.federation.ranks
-    passes = fedlora.passes.passes_of(base.model)
+    passes = fedlora.model.passes.passes_of(base.model)
     if case.get("padded"):
         passes.packed = passes.joint = False
     accelerate(

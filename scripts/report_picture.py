@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedlora.arguments import take_value
+from fedlora.config.arguments import take_value
 from fedlora.errors import FedloraError, InputError
 
 SIZE = (1240, 860)
@@ -27,8 +27,8 @@ SEEDS = (42, 43)
 def make_runs(root: Path) -> list[str]:
     """Runs of the embedded default below `root`."""
     import fedlora
-    from fedlora.demo import CONFIG
-    from fedlora.sources import layered, read_yaml
+    from fedlora.config.sources import layered, read_yaml
+    from fedlora.embedded import CONFIG
 
     out = []
     for method in METHODS:
@@ -99,7 +99,7 @@ def picture(page: Path, output: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Write the picture; exit code 2 for what a user can mend."""
-    from fedlora.report.verb import verb
+    from fedlora.commands.report.verb import verb
 
     try:
         output = Path(take_value(arguments, "--output", "the picture to write") or _default())

@@ -1,4 +1,4 @@
-"""Train the embedded base model of `fedlora.demo` from nothing.
+"""Train the embedded base model of `fedlora.embedded` from nothing.
 
 Writes a Hugging Face directory (a tiny Llama and a character-level tokenizer) and prints the exact
 match on held-out prompts. Needs neither a network nor a GPU. Two runs with the same arguments on
@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedlora.demo import BASE_DIR
-from fedlora.demo.skills import SKILLS, instructions, symbolic
+from fedlora.embedded import BASE_DIR
+from fedlora.embedded.skills import SKILLS, instructions, symbolic
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 PRINTABLE = "".join(chr(code) for code in range(32, 127))

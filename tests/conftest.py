@@ -136,8 +136,8 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_base(name: str, *, target_modules: Any, weights: bool = True, **keys: Any) -> Any:
     """A causal model with adapter layers, as a run loads it."""
-    from fedlora.config import Config
-    from fedlora.loading import find_source, load_model, load_tokenizer
+    from fedlora.config.config import Config
+    from fedlora.model.loading import find_source, load_model, load_tokenizer
 
     config = Config(model_name_or_path=name, lora_target_modules=target_modules, **keys)
     source = find_source(name)
@@ -147,7 +147,7 @@ def load_base(name: str, *, target_modules: Any, weights: bool = True, **keys: A
 
 def give(layer: Any, frozen: Any, adapter: Any, scale: float = 1.0, dropout: float = 0.0) -> None:
     """One client's adapter into a single layer, and what lies frozen beside it."""
-    from fedlora.model import Seat
+    from fedlora.model.lora_layer import Seat
 
     layer.freeze(frozen)
     layer.seat("it", [] if adapter is None else [Seat({"it": adapter}, {}, scale, dropout)])

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from fedlora.adapters import Targets, write_adapter
+from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.lowrank import LowRank
+from fedlora.model.targets import Targets
 
 SKILLS = ("reverse", "repeat", "rotate", "sort", "upper", "vowels")
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.federation import Federation, Server, client_start, global_delta, initial_state
+from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
+from fedlora.federation.participants import Federation
+from fedlora.federation.records import RoundRecord
+from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import Adapter, Delta, Deltas, Dense, LowRank, prefix
 from fedlora.methods import METHODS
-from fedlora.methods.rule import Rule, Training
-from fedlora.state import Broadcast, ClientState, ClientUpdate, RoundRecord, ServerState, Start
+from fedlora.methods.rule import Rule
+from fedlora.methods.values import ServerState, Start, Training
 
 F64 = torch.float64
 

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 import fedlora
-from fedlora.acceleration import accelerate
-from fedlora.config import Config
+from fedlora.config.config import Config
 from fedlora.errors import InputError
-from fedlora.norms import fast_norm
-from fedlora.passes import passes_of
-from fedlora.precision import settled_dtype
+from fedlora.model.acceleration import accelerate
+from fedlora.model.dtype import settled_dtype
+from fedlora.model.passes import passes_of
+from fedlora.model.rms_norm import fast_norm
 from test_cohort import RANKS, TOGETHER, base_of, budgets_of, close, rows_of, seats_of, trained
 
 
@@ -143,7 +143,7 @@ def test_the_dtype_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return LlamaForCausalLM.config_class(hidden_size=width)
 
     times = {torch.float32: 3.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr("fedlora.precision._seconds", lambda width, dtype: times[dtype])
+    monkeypatch.setattr("fedlora.model.dtype._seconds", lambda width, dtype: times[dtype])
     cpu = torch.device("cpu")
     assert settled_dtype(config(768), cpu) == (
         torch.bfloat16,
@@ -159,7 +159,7 @@ def test_the_dtype_found_is_that_of_the_run(
     small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = torch.bfloat16, "so it was measured"
-    monkeypatch.setattr("fedlora.setup.settled_dtype", lambda config, device: found)
+    monkeypatch.setattr("fedlora.runs.session.settled_dtype", lambda config, device: found)
     events: list[Any] = []
 
     def stop(_: Any) -> None:
@@ -170,5 +170,7 @@ def test_the_dtype_found_is_that_of_the_run(
     assert "base in bfloat16: so it was measured" in events[0]["choices"]
     assert "dtype: bfloat16" in (Path(small_run["output_dir"]) / "config.yaml").read_text()
     # And a resumed run does not measure again.
-    monkeypatch.setattr("fedlora.setup.settled_dtype", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "fedlora.runs.session.settled_dtype", lambda *_: pytest.fail("measured again")
+    )
     fedlora.run(resume=small_run["output_dir"])

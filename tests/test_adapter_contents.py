@@ -24,7 +24,7 @@ from transformers import (
 import fedlora
 from conftest import LLAMA
 from fedlora import InputError, aggregate, load_adapter, save_adapter
-from fedlora.adapters import CONFIG_NAME, WEIGHTS_NAME
+from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME
 from test_merging import change_config, cli, logits, older_format, randomise, refused
 
 __all__ = ["cli"]

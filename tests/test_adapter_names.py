@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from fedlora import InputError, aggregate, load_adapter, save_adapter
-from fedlora.adapter_names import Twin, documented, find_twins, read_keys, unwrapped
-from fedlora.adapters import CONFIG_NAME, WEIGHTS_NAME
+from fedlora.adapters.names import Twin, documented, find_twins, read_keys, unwrapped
+from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME
 from test_merging import change_config, cli, peft_effect, randomise, refused, same_effect, weighted
 
 __all__ = ["cli"]

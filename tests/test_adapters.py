@@ -18,19 +18,17 @@ from transformers import AutoModelForCausalLM
 
 import fedlora
 from conftest import load_base
-from fedlora.adapters import (
+from fedlora.adapters.saved_adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    Targets,
-    find_targets,
-    is_conv1d,
     load_adapter,
     save_tensors,
-    scaling,
     write_adapter,
 )
 from fedlora.errors import CheckpointError
-from fedlora.lowrank import Delta, Dense, LowRank, to_dense
+from fedlora.lowrank import Delta, Dense, LowRank, scaling, to_dense
+from fedlora.model.layers import is_conv1d
+from fedlora.model.targets import Targets, find_targets
 
 LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -189,7 +187,7 @@ def test_the_same_update_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) 
 def test_a_write_that_does_not_read_back_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedlora.peft_files.load_file", lambda path: {"x": torch.zeros(2)})
+    monkeypatch.setattr("fedlora.adapters.peft_files.load_file", lambda path: {"x": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="differs from what was written"):
         save_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
 

@@ -16,16 +16,18 @@ from torch import Tensor
 
 import fedlora
 from conftest import load_base, rows, save_tokenizer, write_jsonl
-from fedlora.evaluate import evaluate
-from fedlora.federation import Server, client_start, global_delta
+from fedlora.client.evaluate import evaluate
+from fedlora.client.trainer import train
+from fedlora.client.worker import Worker
+from fedlora.config.sources import read_yaml
+from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.messages import ClientUpdate
+from fedlora.federation.server import Server
 from fedlora.lowrank import LowRank, add_all, prefix, to_dense
 from fedlora.methods import METHODS
-from fedlora.model import BaseModel
-from fedlora.setup import Session, assemble, starting_state
-from fedlora.sources import read_yaml
-from fedlora.state import ClientUpdate, ServerState
-from fedlora.train import train
-from fedlora.worker import Worker
+from fedlora.methods.values import ServerState
+from fedlora.model.base import BaseModel
+from fedlora.runs.session import Session, assemble, starting_state
 
 COMMON: dict[str, Any] = {
     "vocab_size": 100,

@@ -16,24 +16,27 @@ from scipy.stats import ttest_rel
 
 import fedlora
 from conftest import rows, write_jsonl
-from fedlora.assess.asking import Asker, answers, conversation_form, read_prompts
-from fedlora.assess.assessment import Options, assess
-from fedlora.assess.eval_verb import HELP
-from fedlora.assess.eval_verb import verb as eval_verb
-from fedlora.assess.general import Losses, forgetting, measured, windows
-from fedlora.assess.generate_verb import verb as generate_verb
-from fedlora.assess.models import load_models, tokenizer_of
-from fedlora.assess.options import Given, Loading, first
-from fedlora.assess.subject import find_subject
-from fedlora.checkpoint import RunDirectory, append_eval, read_metrics
-from fedlora.cli import main
-from fedlora.config import Config
-from fedlora.demo import BASE_DIR, CONFIG
+from fedlora.client.evaluate import evaluate
+from fedlora.commands.cli import main
+from fedlora.commands.eval.asking import Asker, answers, conversation_form, read_prompts
+from fedlora.commands.eval.assessment import Options, assess
+from fedlora.commands.eval.general import Losses, forgetting, measured
+from fedlora.commands.eval.models import load_models, tokenizer_of
+from fedlora.commands.eval.options import Given, Loading, first
+from fedlora.commands.eval.subject import find_subject
+from fedlora.commands.eval.verb import HELP
+from fedlora.commands.eval.verb import verb as eval_verb
+from fedlora.commands.generate import verb as generate_verb
+from fedlora.config.config import Config
+from fedlora.config.sources import layered, read_yaml
+from fedlora.data.general_text import windows
+from fedlora.data.templates import TEMPLATES
+from fedlora.data.tokenize import IGNORE, tokenize
+from fedlora.embedded import BASE_DIR, CONFIG
 from fedlora.errors import InputError
-from fedlora.evaluate import evaluate
-from fedlora.sources import layered, read_yaml, rule_keys
-from fedlora.templates import TEMPLATES
-from fedlora.tokens import IGNORE, tokenize
+from fedlora.methods import rule_keys
+from fedlora.runs.directory import RunDirectory, append_eval
+from fedlora.runs.metrics_log import read_metrics
 
 GENERAL = "sort abc>abc reverse abc>cba upper abc>ABC double ab>aabb " * 20
 
@@ -550,7 +553,7 @@ def test_a_prompt_too_long_loses_its_beginning(tiny_gpt2: Path) -> None:
 
 
 def test_results_hold_no_infinity(run: Path) -> None:
-    from fedlora.assess.results import open_results
+    from fedlora.commands.eval.results import open_results
 
     results = open_results(find_subject(Loading(str(run))), None)
     results.record("lm_eval:a/b", "base", {"x": math.inf}, {"y": math.nan}, [{"z": math.inf}])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fedlora.commands.eval.verb import verb
 from scipy.stats import binomtest
 
 from conftest import write_jsonl
-from fedlora.adapters import find_targets, write_adapter
-from fedlora.assess.eval_verb import verb
-from fedlora.assess.harness import Harness, task_scores
-from fedlora.assess.mmlu import (
+from fedlora.adapters.saved_adapter import write_adapter
+from fedlora.commands.eval.harness import Harness, task_scores
+from fedlora.commands.eval.mmlu import (
     Item,
     accuracy,
     guess,
@@ -25,11 +25,12 @@ from fedlora.assess.mmlu import (
     scores,
     shots,
 )
-from fedlora.assess.models import Models, load_models
-from fedlora.assess.options import Loading
-from fedlora.assess.subject import find_subject
+from fedlora.commands.eval.models import Models, load_models
+from fedlora.commands.eval.options import Loading
+from fedlora.commands.eval.subject import find_subject
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
+from fedlora.model.targets import find_targets
 
 HUB = [
     {

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import LLAMA
 from fedlora import InputError, aggregate, load_adapter
-from fedlora.bases import base_name, common_base, same_name
+from fedlora.adapters.bases import base_name, common_base, same_name
 from test_merging import change_config, cli, made, pair, peft_effect, refused, same_effect, weighted
 
 __all__ = ["cli", "pair"]

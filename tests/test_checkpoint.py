@@ -11,21 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapters import Targets, load_adapter
-from fedlora.checkpoint import (
+from fedlora.adapters.saved_adapter import load_adapter
+from fedlora.errors import CheckpointError, FedloraError, InputError
+from fedlora.lowrank import Delta, Dense, LowRank, prefix, to_dense
+from fedlora.methods.values import Encoded, ServerState
+from fedlora.model.targets import Targets
+from fedlora.runs.directory import (
     RunDirectory,
     check_free,
     load_round,
-    read_metrics,
-    settled,
-    state_from_tensors,
-    state_to_tensors,
     verify,
     write_errors_are_explained,
 )
-from fedlora.errors import CheckpointError, FedloraError, InputError
-from fedlora.lowrank import Delta, Dense, LowRank, prefix, to_dense
-from fedlora.state import Encoded, ServerState
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.state_file import settled, state_from_tensors, state_to_tensors
 
 TARGETS = Targets(
     {"b.up": (6, 4), "a.down": (4, 6)}, ["up", "down"], False, "tiny", modules_to_save=("head",)
@@ -333,7 +332,7 @@ def test_no_half_written_round_has_a_name(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fedlora.checkpoint.save_tensors", full)
+    monkeypatch.setattr("fedlora.runs.directory.save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         save(run, 1)
     assert run.rounds() == []

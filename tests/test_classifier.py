@@ -28,14 +28,14 @@ from torch import Tensor
 
 import fedlora
 from conftest import rows, save_tokenizer, write_jsonl
-from fedlora.adapters import load_adapter, unfold
-from fedlora.evaluate import evaluate, scores
-from fedlora.federation import global_delta
-from fedlora.lowrank import to_dense
+from fedlora.adapters.saved_adapter import load_adapter
+from fedlora.client.evaluate import evaluate, scores
+from fedlora.client.trainer import Budget
+from fedlora.federation.exchange import global_delta
+from fedlora.lowrank import to_dense, unfold
 from fedlora.methods import METHODS
-from fedlora.model import BaseModel
-from fedlora.setup import Session, assemble
-from fedlora.train import Budget
+from fedlora.model.base import BaseModel
+from fedlora.runs.session import Session, assemble
 from test_architectures import (
     COMMON,
     DISTILBERT,
@@ -678,8 +678,9 @@ def test_an_accumulated_step_is_that_of_the_whole_batch(
 
 def gradients(base: BaseModel, data: Any) -> tuple[float, float]:
     """The norms of the adapter's and of the head's gradient in the first step of `CLIPPED`."""
-    from fedlora.batches import collate, summed_loss
-    from fedlora.train import batches
+    from fedlora.client.trainer import batches
+    from fedlora.model.batches import collate
+    from fedlora.model.loss import summed_loss
 
     base.load([], start_of(base), SCALE)
     micro = next(iter(batches(data, CLIPPED, 1)))

@@ -21,11 +21,11 @@ import pytest
 import yaml
 
 import fedlora
-from fedlora.checkpoint import read_metrics
-from fedlora.cli import VERBS, main
-from fedlora.config import Config
-from fedlora.demo import CONFIG
-from fedlora.sources import read_yaml
+from fedlora.commands.cli import VERBS, main
+from fedlora.config.config import Config
+from fedlora.config.sources import read_yaml
+from fedlora.embedded import CONFIG
+from fedlora.runs.metrics_log import read_metrics
 
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
 
@@ -348,7 +348,7 @@ def test_bad_input(
     """Exit code 2, one clear line on standard error, nothing written."""
     prepare(site, tiny_llama)
     # Whether or not the package's own base is there: a base that is not.
-    monkeypatch.setattr("fedlora.setup.BASE_DIR", site / "empty")
+    monkeypatch.setattr("fedlora.runs.session.BASE_DIR", site / "empty")
     before = files(site), sorted(site.rglob("*"))
     assert main(shlex.split(line.format(sites=site_files, base=""))) == 2
     captured = capfd.readouterr()
@@ -457,8 +457,8 @@ def interrupt(*_: object, **__: object) -> None:
     [
         ("fedlora.commands.run.quiet_libraries", ["run", "my.yaml"]),
         ("fedlora.engines.local.assemble", ["run", "my.yaml"]),
-        ("fedlora.sources.read_yaml", ["config", "my.yaml"]),
-        ("fedlora.showcase.demo", ["demo"]),
+        ("fedlora.config.sources.read_yaml", ["config", "my.yaml"]),
+        ("fedlora.commands.demo.showcase.demo", ["demo"]),
     ],
 )
 def test_interrupted_before_anything_is_written(

@@ -11,17 +11,18 @@ import torch
 import transformers as hf
 
 import fedlora
-from fedlora.acceleration import accelerate
-from fedlora.adapters import find_targets
-from fedlora.cohort import train_cohort
-from fedlora.config import Config
-from fedlora.layout import Layout
+from fedlora.client.cohort import train_cohort
+from fedlora.client.trainer import Budget
+from fedlora.config.config import Config
+from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.lowrank import LowRank
-from fedlora.model import BaseModel, Seat, attach
-from fedlora.passes import passes_of
+from fedlora.model.acceleration import accelerate
+from fedlora.model.base import BaseModel, attach
+from fedlora.model.client_rows import Layout
+from fedlora.model.lora_layer import Seat
+from fedlora.model.passes import passes_of
+from fedlora.model.targets import find_targets
 from fedlora.seeds import Purpose, fresh_factors
-from fedlora.tokens import IGNORE, Tokens
-from fedlora.train import Budget
 
 COMMON: dict[str, Any] = {
     "vocab_size": 60,
@@ -258,7 +259,7 @@ def test_a_heads_dropout_does_not_depend_on_its_chunks(
     base = attach(model, None, find_targets(model, targets, "it", None, whole, "CAUSAL_LM"))
     assert passes_of(base.model).joint
     data = [rows_of([90, 80, 70 + 9 * k, 30], k) for k in range(3)]
-    monkeypatch.setattr("fedlora.layout.BLOCK", 32)
+    monkeypatch.setattr("fedlora.model.client_rows.BLOCK", 32)
     drawn = list[torch.Tensor]()
     keep = Layout.keep
 
@@ -267,7 +268,7 @@ def test_a_heads_dropout_does_not_depend_on_its_chunks(
         return drawn[-1]
 
     alone = trained(base, data, [[0], [1], [2]], dropout=0.3)
-    monkeypatch.setattr("fedlora.passes.CHUNK_NUMBERS", 64 * 60)
+    monkeypatch.setattr("fedlora.model.passes.CHUNK_NUMBERS", 64 * 60)
     assert_alike(trained(base, data, [[0, 1, 2]], dropout=0.3), alone, base.read_dense())
     monkeypatch.setattr(Layout, "keep", keeping)
     one = trained(base, data[:1], [[0]], dropout=0.3)
@@ -324,7 +325,7 @@ def test_rows_that_surprise_train_alone(
     def nothing(model: Any, full: Any, others: Any, run: Any) -> Any:
         return True, {module: {} for module in others}
 
-    monkeypatch.setattr("fedlora.passes.find_rows", nothing)
+    monkeypatch.setattr("fedlora.model.passes.find_rows", nothing)
     ends = []
     for size in (1, 4):
         out = str(tmp_path / f"{size}")

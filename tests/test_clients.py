@@ -14,20 +14,20 @@ import yaml
 import fedlora
 from conftest import load_base
 from fedlora import Config
-from fedlora.checkpoint import read_metrics
-from fedlora.cli import main
-from fedlora.clients import (
+from fedlora.client.trainer import Budget
+from fedlora.commands.cli import main
+from fedlora.config.clients import (
     check_overrides,
     client_modules,
     client_ranks,
     settled_overrides,
     with_overrides_read,
 )
-from fedlora.config import CLIENT_KEYS
+from fedlora.config.config import CLIENT_KEYS
+from fedlora.config.sources import read_yaml
 from fedlora.errors import InputError
-from fedlora.setup import assemble, resolve_paths
-from fedlora.sources import read_yaml
-from fedlora.train import Budget
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.session import assemble, resolve_paths
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -269,7 +269,7 @@ def test_settled_ranks_stand_in_one_place() -> None:
 def modules(tiny_llama: Path, own: Any, run: Any = "all-linear") -> dict[int, frozenset[str]]:
     base = load_base(str(tiny_llama), target_modules=run, weights=False)
     config = with_own({1: {"lora_target_modules": own}}, lora_target_modules=run)
-    return client_modules(config, base.targets)
+    return client_modules(config, base.targets.shapes)
 
 
 def test_target_modules_of_a_client(tiny_llama: Path) -> None:

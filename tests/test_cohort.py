@@ -23,16 +23,18 @@ from transformers import (
 )
 
 from conftest import LLAMA
-from fedlora.adapters import find_targets
-from fedlora.batches import labelled
-from fedlora.cohort import automatic_size, largest_need, memory_available, train_cohort
-from fedlora.layout import LayoutError
+from fedlora.client.cohort import train_cohort
+from fedlora.client.memory import automatic_size, largest_need, memory_available
+from fedlora.client.trainer import Budget, train
+from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.lowrank import Adapter, Deltas, Dense, LowRank, add, prefix, scale, to_dense
-from fedlora.model import BaseModel, Seat, attach
-from fedlora.passes import passes_of
+from fedlora.model.base import BaseModel, attach
+from fedlora.model.batches import labelled
+from fedlora.model.client_rows import LayoutError
+from fedlora.model.lora_layer import Seat
+from fedlora.model.passes import passes_of
+from fedlora.model.targets import find_targets
 from fedlora.seeds import Purpose, fresh_factors
-from fedlora.tokens import IGNORE, Tokens
-from fedlora.train import Budget, train
 
 RANKS = (6, 3, 1, 4)
 
@@ -489,7 +491,7 @@ def test_the_head_in_chunks_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch)
     base = base_of("llama")
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
     whole = trained(base, seats_of(base), data, budgets_of(), TOGETHER)
-    monkeypatch.setattr("fedlora.passes.CHUNK_NUMBERS", 64 * 100)
+    monkeypatch.setattr("fedlora.model.passes.CHUNK_NUMBERS", 64 * 100)
     assert max(labelled(rows) for rows in data) > 64
     close(trained(base, seats_of(base), data, budgets_of(), TOGETHER), whole, 1e-5)
 
@@ -501,7 +503,7 @@ def test_both_ways_to_compute_attention_agree(
 ) -> None:
     """Products for short samples, torch's kernel for long ones; PyTorch's padded pass decides."""
     base = base_of(name)
-    monkeypatch.setattr("fedlora.attention.LONGEST_PRODUCT", longest)
+    monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
     rows = rows_of(name, 9, 1)
     gradients: list[Mapping[str, Tensor]] = []
     passes = passes_of(base.model)
@@ -533,7 +535,7 @@ def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [r for r in rows_of("llama", 9, 1) if len(r["input_ids"]) > 12]
     assert rows
     for longest in (512, 0):
-        monkeypatch.setattr("fedlora.attention.LONGEST_PRODUCT", longest)
+        monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
         passes = passes_of(model)
         assert passes.packed
         with torch.inference_mode():
@@ -565,7 +567,7 @@ def test_padding_is_reported(name: str) -> None:
 
 
 def test_the_loss_and_its_gradient_are_those_of_pytorch() -> None:
-    from fedlora.batches import CrossEntropy
+    from fedlora.model.loss import CrossEntropy
 
     source = torch.Generator().manual_seed(0)
     logits = 30 * torch.randn(7, 11, generator=source)

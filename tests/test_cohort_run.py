@@ -16,18 +16,19 @@ from safetensors.torch import load_file
 import fedlora
 from conftest import save_tokenizer
 from fedlora import Config
-from fedlora.adapters import WEIGHTS_NAME
-from fedlora.checkpoint import read_metrics
-from fedlora.cli import main
+from fedlora.adapters.saved_adapter import WEIGHTS_NAME
+from fedlora.client.trainer import Budget, train
+from fedlora.commands.cli import main
+from fedlora.data.tokenize import Tokens
 from fedlora.engines.local import Result
 from fedlora.errors import InputError
-from fedlora.layout import Layout
 from fedlora.methods import METHODS
-from fedlora.model import AdapterLayer, BaseModel
-from fedlora.passes import Passes
-from fedlora.setup import assemble
-from fedlora.tokens import Tokens
-from fedlora.train import Budget, train
+from fedlora.model.base import BaseModel
+from fedlora.model.client_rows import Layout
+from fedlora.model.lora_layer import AdapterLayer
+from fedlora.model.passes import Passes
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.session import assemble
 from test_architectures import COMMON, DISTILBERT, GPT2, GROUPED, keys_of, save_model
 from test_classifier import STILL
 from test_classifier import data as data
@@ -65,13 +66,13 @@ def plain(small_run: dict[str, Any]) -> dict[str, Any]:
 def cohorts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     """The round and the clients of every pass that is begun."""
     found: list[tuple[int, list[int]]] = []
-    original = fedlora.worker.train_cohort
+    original = fedlora.client.worker.train_cohort
 
     def noting(base: BaseModel, rows: Any, budgets: Sequence[Budget]) -> list[dict[str, Any]]:
         found.append((budgets[0].round, [budget.client for budget in budgets]))
         return original(base, rows, budgets)
 
-    monkeypatch.setattr("fedlora.worker.train_cohort", noting)
+    monkeypatch.setattr("fedlora.client.worker.train_cohort", noting)
     return found
 
 
@@ -196,7 +197,7 @@ def test_the_size_is_decided_once(
     cohorts: list[tuple[int, list[int]]],
 ) -> None:
     """It is written down, and a resumed run goes on with it, whatever would be found by then."""
-    monkeypatch.setattr("fedlora.setup.automatic_size", lambda *_: 2)
+    monkeypatch.setattr("fedlora.runs.session.automatic_size", lambda *_: 2)
     whole = run(keys, "whole").output_dir
     assert config_of(whole)["cohort_size"] == 2
     assert config_of(whole)["cohort_memory"] is None
@@ -205,7 +206,7 @@ def test_the_size_is_decided_once(
         run(keys, callbacks=[stop_after(1)])
     out = Path(keys["output_dir"])
     cohorts.clear()
-    monkeypatch.setattr("fedlora.setup.automatic_size", lambda *_: 3)
+    monkeypatch.setattr("fedlora.runs.session.automatic_size", lambda *_: 3)
     fedlora.run(Config(**keys), resume=out)
     assert [len(clients) for _, clients in cohorts] == [2, 1] * 2
     assert config_of(out) == {**config_of(whole), "output_dir": str(out)}
@@ -284,7 +285,7 @@ Limit = Callable[..., list[list[int]]]
 @pytest.fixture
 def limited(monkeypatch: pytest.MonkeyPatch) -> Limit:
     """Makes passes of more than so many clients fail; gives all that are tried from then on."""
-    original = fedlora.worker.train_cohort
+    original = fedlora.client.worker.train_cohort
 
     def limit(number: int, error: Exception, midway: bool = False) -> list[list[int]]:
         tried: list[list[int]] = []
@@ -297,7 +298,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Limit:
                 original(base, rows, budgets)
             raise error
 
-        monkeypatch.setattr("fedlora.worker.train_cohort", failing)
+        monkeypatch.setattr("fedlora.client.worker.train_cohort", failing)
         return tried
 
     return limit
@@ -355,7 +356,7 @@ def test_a_size_that_was_halved_never_grows(
     plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it was the first clients that were large."""
-    original, tried = fedlora.worker.train_cohort, list[list[int]]()
+    original, tried = fedlora.client.worker.train_cohort, list[list[int]]()
 
     def failing(base: BaseModel, rows: Any, budgets: Sequence[Budget]) -> list[dict[str, Any]]:
         clients = [budget.client for budget in budgets]
@@ -364,7 +365,7 @@ def test_a_size_that_was_halved_never_grows(
             raise ERRORS["GPU"]
         return original(base, rows, budgets)
 
-    monkeypatch.setattr("fedlora.worker.train_cohort", failing)
+    monkeypatch.setattr("fedlora.client.worker.train_cohort", failing)
     files = str(Path(plain["train_file"]).parent)
     values = {
         **plain,

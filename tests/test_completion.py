@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.cli import main
 from fedlora.commands import VERBS
+from fedlora.commands.cli import main
 from fedlora.commands.completion import EVERY_VERB, SHELLS, bash, fish, known_verbs, zsh
-from fedlora.config import Config
-from fedlora.methods import METHODS
-from fedlora.sources import rule_keys
+from fedlora.config.config import Config
+from fedlora.methods import METHODS, rule_keys
 
 KNOWN = known_verbs()
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here")

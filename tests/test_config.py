@@ -12,12 +12,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.arguments import parse_overrides
-from fedlora.config import Config
-from fedlora.demo import CONFIG
+from fedlora.config.arguments import parse_overrides
+from fedlora.config.config import Config
+from fedlora.config.sources import layered, read_yaml
+from fedlora.embedded import CONFIG
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
-from fedlora.sources import layered, read_yaml
 
 # --- the command line's keys ---
 

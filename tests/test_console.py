@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.console import PlainLines, Terminal, human_bytes, json_events, per_class, reporter
-from fedlora.json_lines import only_json
+from fedlora.commands.console import PlainLines, Terminal, json_events, per_class, reporter
+from fedlora.commands.json_lines import only_json
+from fedlora.text import human_bytes
 
 Event = dict[str, Any]
 

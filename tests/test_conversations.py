@@ -9,8 +9,8 @@ import pytest
 
 import chat_templates
 import fedlora
-from fedlora.templates import TEMPLATES, UnusableRowError
-from fedlora.tokens import IGNORE, tokenize
+from fedlora.data.templates import TEMPLATES, UnusableRowError
+from fedlora.data.tokenize import IGNORE, tokenize
 from test_tokens import (
     CHATML,
     MARKED_CHATML,

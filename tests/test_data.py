@@ -14,11 +14,11 @@ import pytest
 import fedlora
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.data import FederatedData, RawData, load_data
-from fedlora.data import load_rows as load_raw
-from fedlora.rows import read_hub, read_rows
-from fedlora.templates import TEMPLATES, UnusableRowError, choose_template
-from fedlora.tokens import IGNORE, tokenize
+from fedlora.data.datasets import FederatedData, RawData, load_data
+from fedlora.data.datasets import load_rows as load_raw
+from fedlora.data.rows import read_hub, read_rows
+from fedlora.data.templates import TEMPLATES, UnusableRowError, choose_template
+from fedlora.data.tokenize import IGNORE, tokenize
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0be\x1cf"
 """What str.splitlines takes for ends of lines, and JSON does not."""

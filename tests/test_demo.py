@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 from scipy.stats import ttest_rel
 
-from fedlora import showcase
-from fedlora.checkpoint import read_metrics
-from fedlora.cli import main
-from fedlora.config import Config
-from fedlora.demo import CONFIG
-from fedlora.report.reading import read_run
-from fedlora.report.series import group
-from fedlora.setup import alone, assemble
-from fedlora.sources import read_yaml
+from fedlora.commands.cli import main
+from fedlora.commands.demo import showcase
+from fedlora.commands.report.reading import read_run
+from fedlora.commands.report.series import group
+from fedlora.config.config import Config
+from fedlora.config.sources import read_yaml
+from fedlora.embedded import CONFIG
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.session import alone, assemble
 
 SHORT = {
     "num_rounds": "1",

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.demo import BASE_DIR, instructions
-from fedlora.demo.skills import SKILLS, Split, split_of, symbolic
+from fedlora.embedded import BASE_DIR, instructions
+from fedlora.embedded.skills import SKILLS, Split, split_of, symbolic
 
 # Worked out by hand, one line per skill, with the corner cases of each.
 EXPECTED = {
@@ -89,7 +89,7 @@ def test_rows_depend_on_the_arguments_alone(make: Any) -> None:
 
 
 def test_rows_do_not_depend_on_the_salt_of_the_builtin_hash() -> None:
-    code = "from fedlora.demo import instructions; print(instructions(40, 7, 'eval'))"
+    code = "from fedlora.embedded import instructions; print(instructions(40, 7, 'eval'))"
     printed = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -175,7 +175,7 @@ def test_arguments_out_of_range_are_refused(make: Any, arguments: tuple[Any, ...
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, fedlora.demo; "
+        "import sys, fedlora.embedded; "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run(

@@ -25,10 +25,11 @@ import yaml
 import fedlora
 from conftest import REPOSITORY, write_jsonl
 from fedlora import METHODS, Config
-from fedlora.cli import main
 from fedlora.commands import VERBS
+from fedlora.commands.cli import main
+from fedlora.config.sources import parse_overrides
 from fedlora.errors import InputError
-from fedlora.sources import parse_overrides, rule_keys
+from fedlora.methods import rule_keys
 from test_methods_doc import from_file
 
 DOCS = REPOSITORY / "docs"
@@ -248,7 +249,7 @@ def test_commands_name_what_there_is(page: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
 def test_settings_on_the_pages_are_possible(page: Path, tmp_path: Path) -> None:
-    from fedlora.study.plan import load_study
+    from fedlora.commands.study.plan import load_study
 
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block.text)

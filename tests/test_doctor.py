@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fedlora.cli import main
 from fedlora.commands import doctor
+from fedlora.commands.cli import main
 from fedlora.commands.doctor import OK, PROBLEM, WARNING, Check, Machine, examine
 
 WELL: dict[str, dict[str, Any]] = {

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from conftest import load_base, rows
-from fedlora.evaluate import evaluate, has_prompts, references_fit
-from fedlora.generation import generate
+from fedlora.client.evaluate import evaluate, has_prompts, references_fit
+from fedlora.client.generation import generate
+from fedlora.data.templates import TEMPLATES
+from fedlora.data.tokenize import IGNORE, Tokens, tokenize
 from fedlora.lowrank import LowRank
-from fedlora.model import BaseModel
-from fedlora.templates import TEMPLATES
-from fedlora.tokens import IGNORE, Tokens, tokenize
+from fedlora.model.base import BaseModel
 
 
 @pytest.fixture(params=["tiny_llama", "tiny_gpt2"])

@@ -13,8 +13,8 @@ import torch
 
 import fedlora
 from conftest import REPOSITORY, write_jsonl
-from fedlora.cli import main
-from fedlora.sources import layered, read_yaml
+from fedlora.commands.cli import main
+from fedlora.config.sources import layered, read_yaml
 
 EXAMPLES = REPOSITORY / "examples"
 SHORT = {"num_rounds": 1, "max_steps": 2, "max_train_samples": 40, "max_eval_samples": 16}

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.errors import InputError
-from fedlora.federation import Federation, Server, global_delta
+from fedlora.federation.exchange import global_delta
+from fedlora.federation.messages import ClientUpdate
+from fedlora.federation.participants import Federation
+from fedlora.federation.server import Server
 from fedlora.lowrank import Delta, Dense, LowRank, nbytes
 from fedlora.methods import METHODS
+from fedlora.methods.values import ServerState
 from fedlora.seeds import SERVER, Purpose, fresh_factors
-from fedlora.state import ClientUpdate, ServerState
 from simulated import (
     F64,
     SHAPES,

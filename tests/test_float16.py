@@ -7,12 +7,13 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from fedlora.adapters import find_targets
-from fedlora.cohort import train_cohort
+from fedlora.client.cohort import train_cohort
+from fedlora.client.trainer import Budget
+from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import LowRank
-from fedlora.model import BaseModel, Seat, attach
-from fedlora.tokens import Tokens
-from fedlora.train import Budget
+from fedlora.model.base import BaseModel, attach
+from fedlora.model.lora_layer import Seat
+from fedlora.model.targets import find_targets
 
 RATE = 1e3
 
@@ -50,7 +51,7 @@ def change_of(
     for _ in range(clients):
         drawn = [torch.randint(3, 3000, (30,), generator=source).tolist() for _ in range(6)]
         rows.append([{"input_ids": ids, "labels": ids} for ids in drawn])
-    monkeypatch.setattr("fedlora.train.labelled", lambda rows: tokens)
+    monkeypatch.setattr("fedlora.client.trainer.labelled", lambda rows: tokens)
     adapter = {
         name: LowRank(
             torch.randn(4, n, generator=source) / n**0.5, 0.1 * torch.randn(m, 4, generator=source)
@@ -87,8 +88,8 @@ def test_gradients_are_those_of_float32(tokens: int, monkeypatch: pytest.MonkeyP
 
 def test_what_overflows_is_computed_again_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = change_of(base_of(torch.float16), 2**14, 2, monkeypatch)
-    monkeypatch.setattr("fedlora.train.FLOAT16_SCALE", 2.0**18)
+    monkeypatch.setattr("fedlora.client.trainer.FLOAT16_SCALE", 2.0**18)
     again = change_of(base_of(torch.float16), 2**14, 2, monkeypatch)
     assert float((again - plain).norm()) <= 1e-2 * float(plain.norm())
-    monkeypatch.setattr("fedlora.train.FLOAT16_LEAST", 2.0**18 + 1)  # it did overflow
+    monkeypatch.setattr("fedlora.client.trainer.FLOAT16_LEAST", 2.0**18 + 1)  # it did overflow
     assert not change_of(base_of(torch.float16), 2**14, 2, monkeypatch).isfinite().all()

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.adapters import CONFIG_NAME, WEIGHTS_NAME, load_adapter
-from fedlora.cli import main
+from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter
+from fedlora.commands.cli import main
 from fedlora.errors import FedloraError
 
 CONFIG: dict[str, Any] = {

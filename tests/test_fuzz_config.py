@@ -13,12 +13,17 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from fedlora.cli import main
-from fedlora.clients import check_overrides, client_ranks, settled_overrides, with_overrides_read
-from fedlora.config import CLIENT_KEYS, Config
+from fedlora.commands.cli import main
+from fedlora.config.clients import (
+    check_overrides,
+    client_ranks,
+    settled_overrides,
+    with_overrides_read,
+)
+from fedlora.config.config import CLIENT_KEYS, Config
+from fedlora.config.sources import layered, parse_overrides, read_yaml
 from fedlora.errors import InputError
-from fedlora.methods import METHODS
-from fedlora.sources import layered, parse_overrides, read_yaml, rule_keys
+from fedlora.methods import METHODS, rule_keys
 
 KEYS = [*Config.model_fields, *sorted(rule_keys()), "lora_rank", "", " ", "é", "0", "__class__"]
 FEW = settings(

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from fedlora import Config, InputError
-from fedlora.data import load_data
-from fedlora.messages import UnusableRowError
-from fedlora.rows import loads
-from fedlora.templates import TEMPLATES
-from fedlora.tokens import tokenize
+from fedlora.data.chat_messages import UnusableRowError
+from fedlora.data.datasets import load_data
+from fedlora.data.rows import loads
+from fedlora.data.templates import TEMPLATES
+from fedlora.data.tokenize import tokenize
 from test_tokens import CHATML, MARKED_CHATML, byte_level, of_model, with_chat
 
 FUZZ = settings(

@@ -12,10 +12,10 @@ import torch
 import transformers as hf
 
 from conftest import save_tokenizer
-from fedlora.evaluate import evaluate, references_fit
-from fedlora.generation import EQUAL, PADDED, batching, generate, turns_of
-from fedlora.templates import TEMPLATES
-from fedlora.tokens import IGNORE, Tokens, tokenize
+from fedlora.client.evaluate import evaluate, references_fit
+from fedlora.client.generation import EQUAL, PADDED, batching, generate, turns_of
+from fedlora.data.templates import TEMPLATES
+from fedlora.data.tokenize import IGNORE, Tokens, tokenize
 
 TURN = "{% for m in messages %}"
 CHATML = (

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fedlora.cohort import automatic_size, largest_need, memory_available
+from fedlora.client.memory import automatic_size, largest_need, memory_available
 from fedlora.lowrank import LowRank, refactor, to_dense
-from fedlora.passes import passes_of
+from fedlora.model.passes import passes_of
 from test_cohort import (
     ALONE,
     MODELS,

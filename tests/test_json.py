@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from fedlora.checkpoint import read_metrics
-from fedlora.cli import main
 from fedlora.commands import VERBS
-from fedlora.config import Config
-from fedlora.data import load_rows
-from fedlora.json_lines import only_json
+from fedlora.commands.cli import main
+from fedlora.commands.json_lines import only_json
+from fedlora.config.config import Config
+from fedlora.data.datasets import load_rows
+from fedlora.runs.metrics_log import read_metrics
 
 Told = Callable[..., list[dict[str, Any]]]
 
@@ -188,7 +188,7 @@ def test_watch_waits_and_then_tells(
             (here / "hidden").rename(here / "out")
 
     main(["run", "my.yaml", "--output_dir", "hidden"])
-    monkeypatch.setattr("fedlora.commands.watch.time.sleep", sleep)
+    monkeypatch.setattr("fedlora.commands.watch.verb.time.sleep", sleep)
     first, second = told("watch out")
     assert first == {"event": "waiting", "path": "out"}
     assert second["ended"]

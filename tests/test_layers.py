@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 import fedlora
 from conftest import give, load_base, rows, save_tokenizer, write_jsonl
-from fedlora import adapters, checks, layers, loading
+from fedlora.adapters import saved_adapter as adapters
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank, to_dense
-from fedlora.model import AdapterLayer
+from fedlora.model import checks, layers, loading
+from fedlora.model.lora_layer import AdapterLayer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 100,

@@ -22,7 +22,6 @@ from fedlora.lowrank import (
     inner,
     nbytes,
     norm,
-    one_thread,
     prefix,
     refactor,
     scale,
@@ -33,6 +32,7 @@ from fedlora.lowrank import (
     total_norm,
     truncate,
 )
+from fedlora.threads import one_thread
 
 law = settings(max_examples=80, deadline=None, derandomize=True)
 

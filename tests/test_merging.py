@@ -42,11 +42,12 @@ from transformers import (
 
 import fedlora
 from fedlora import InputError, aggregate, load_adapter, save_adapter
-from fedlora.adapters import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, is_conv1d
-from fedlora.cli import main
+from fedlora.adapters.aggregate import ONE_SHOT
+from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter
+from fedlora.commands.cli import main
 from fedlora.lowrank import LowRank, to_dense, total_norm
-from fedlora.merging import ONE_SHOT
 from fedlora.methods import METHODS
+from fedlora.model.layers import is_conv1d
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -1309,7 +1310,7 @@ def test_a_damaged_write_is_an_error(
         save_file(tensors, path, **keys)
         flip_a_byte(Path(path))
 
-    monkeypatch.setattr("fedlora.peft_files.save_file", spoiled)
+    monkeypatch.setattr("fedlora.adapters.peft_files.save_file", spoiled)
     done = cli(*pair, "--output", tmp_path / "out")
     refused(done, "what was read back differs from what was written")
     with pytest.raises(fedlora.CheckpointError, match="read back"):

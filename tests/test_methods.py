@@ -17,13 +17,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.adapters import fold, scaling
 from fedlora.errors import InputError
-from fedlora.federation import Server, global_delta
-from fedlora.lowrank import Delta, Deltas, Dense, LowRank, add_all, prefix, refactor, scale_all
+from fedlora.federation.exchange import global_delta
+from fedlora.federation.server import Server
+from fedlora.lowrank import (
+    Delta,
+    Deltas,
+    Dense,
+    LowRank,
+    add_all,
+    fold,
+    prefix,
+    refactor,
+    scale_all,
+    scaling,
+)
 from fedlora.methods import METHODS, exact
-from fedlora.methods.rule import Rule, as_usual, padded_change
-from fedlora.state import Encoded, ServerState
+from fedlora.methods.rule import Rule, as_usual
+from fedlora.methods.shared import padded_change
+from fedlora.methods.values import Encoded, ServerState
 from simulated import (
     F64,
     SHAPES,

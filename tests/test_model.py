@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 import fedlora
 from conftest import give, load_base
-from fedlora.adapters import unfold
-from fedlora.lowrank import Delta, Dense, LowRank, to_dense
-from fedlora.model import AdapterLayer, BaseModel, weights_fingerprint
+from fedlora.lowrank import Delta, Dense, LowRank, to_dense, unfold
+from fedlora.model.base import BaseModel
+from fedlora.model.fingerprint import weights_fingerprint
+from fedlora.model.lora_layer import AdapterLayer
 
 
 def lowrank(m: int, n: int, rank: int, seed: int, size: float = 0.3) -> LowRank:

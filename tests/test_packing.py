@@ -11,19 +11,20 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from fedlora.adapters import find_targets
-from fedlora.batches import collate, labelled
-from fedlora.cohort import train_cohort
+from fedlora.client.cohort import train_cohort
+from fedlora.client.trainer import Budget
+from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
-from fedlora.layout import LayoutError
 from fedlora.lowrank import LowRank
-from fedlora.model import BaseModel, Seat, attach
-from fedlora.passes import Passes, passes_of
-from fedlora.plans import planned
+from fedlora.model.base import BaseModel, attach
+from fedlora.model.batches import collate, labelled
+from fedlora.model.client_rows import LayoutError
+from fedlora.model.lora_layer import Seat
+from fedlora.model.passes import Passes, passes_of
+from fedlora.model.plans import planned
+from fedlora.model.targets import find_targets
+from fedlora.model.wide import widely
 from fedlora.seeds import Purpose, fresh_factors
-from fedlora.tokens import Tokens
-from fedlora.train import Budget
-from fedlora.wide import widely
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -129,7 +130,7 @@ def test_a_window_longer_than_what_was_tried_is_kept(
     case: tuple[str, dict[str, Any], bool], longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, config, classify = case
-    monkeypatch.setattr("fedlora.attention.LONGEST_PRODUCT", longest)
+    monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
     model = built(name, config, classify)
     assert passes_of(model).packed
     rows = rows_of([70, 7, 60, 100, 41], classify)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.data import RawData, load_data, load_rows
+from fedlora.data.datasets import RawData, load_data, load_rows
+from fedlora.data.partition import Indices, by_column, dirichlet, few_labels, iid, quantity
 from fedlora.errors import InputError
-from fedlora.partition import Indices, by_column, dirichlet, few_labels, iid, natural, quantity
+from fedlora.text import natural
 
 law = settings(max_examples=80, deadline=None, derandomize=True)
 

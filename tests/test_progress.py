@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fedlora import progress as module
-from fedlora.progress import PROGRESS, Progress, read_progress
+from fedlora.runs import progress as module
+from fedlora.runs.progress import PROGRESS, Progress, read_progress
 
 Event = dict[str, Any]
 

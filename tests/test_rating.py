@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import fedlora
-from fedlora.adapters import load_adapter
-from fedlora.checkpoint import read_metrics
-from fedlora.demo import BASE_DIR, CONFIG
+from fedlora.adapters.saved_adapter import load_adapter
+from fedlora.config.sources import layered, read_yaml
+from fedlora.embedded import BASE_DIR, CONFIG
 from fedlora.errors import InputError
 from fedlora.lowrank import to_dense
-from fedlora.sources import layered, read_yaml
+from fedlora.runs.metrics_log import read_metrics
 
 KEYS = {
     "num_rounds": 2,
@@ -68,8 +68,8 @@ def test_what_is_saved_is_what_was_evaluated(made: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fedlora.evaluate import evaluate
-    from fedlora.setup import assemble
+    from fedlora.client.evaluate import evaluate
+    from fedlora.runs.session import assemble
 
     session = assemble(fedlora.Config(**read_yaml(made / "config.yaml")))
     line = next(x for x in read_metrics(made) if x["event"] == "round" and x["round"] == 2)
@@ -144,7 +144,7 @@ def test_general_text_is_evaluated_in_every_round(tmp_path: Path) -> None:
     # The base's, by transformers' own loss over the same windows.
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
     model = AutoModelForCausalLM.from_pretrained(BASE_DIR, dtype=torch.float32)
-    from fedlora.assess.general import windows
+    from fedlora.data.general_text import windows
 
     total, count = 0.0, 0
     for row in windows(tokenizer, tmp_path / "general.txt", 64, 20):
@@ -161,7 +161,7 @@ def test_where_clients_have_models_of_their_own_these_are_what_forgets(tmp_path:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fedlora.assess.general import windows
+    from fedlora.data.general_text import windows
 
     (tmp_path / "general.txt").write_text("once upon a time there was a house by the sea. " * 30)
     text = str(tmp_path / "general.txt")
@@ -189,8 +189,8 @@ def test_where_clients_have_models_of_their_own_these_are_what_forgets(tmp_path:
     assert all(abs(loss - losses[0]) > 1e-4 for loss in losses[1:])
 
     # fedlora eval measures them too, and refuses what is no model of anybody.
-    from fedlora.assess.assessment import Options, assess
-    from fedlora.assess.options import Loading
+    from fedlora.commands.eval.assessment import Options, assess
+    from fedlora.commands.eval.options import Loading
 
     def forgotten(what: Path, **keys: Any) -> Any:
         return assess(Options(Loading(str(what), **keys), general_file=Path(text), held_out=False))

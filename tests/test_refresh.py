@@ -6,15 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora import lowrank, sums
-from fedlora.federation import Federation, Server, client_start, initial_state
+from fedlora import lowrank
+from fedlora.federation.aggregation_error import moved
+from fedlora.federation.aggregators import mean as sums
+from fedlora.federation.aggregators.mean import Total
+from fedlora.federation.exchange import client_start
+from fedlora.federation.messages import ClientUpdate
+from fedlora.federation.participants import Federation
+from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import (
     Delta,
     Dense,
     LowRank,
     add,
     balance,
-    each,
     gathered,
     leading,
     norm,
@@ -25,8 +30,8 @@ from fedlora.lowrank import (
     to_dense,
 )
 from fedlora.methods import METHODS
-from fedlora.state import ClientUpdate, ServerState
-from fedlora.sums import Total, moved
+from fedlora.methods.values import ServerState
+from fedlora.threads import each
 
 M, N, RANK = 260, 210, 6  # 4 * (6 + 32) < 210: large enough not to be decomposed
 

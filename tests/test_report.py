@@ -13,19 +13,19 @@ import pytest
 import torch
 
 import fedlora
-from fedlora import demo
-from fedlora.adapters import write_adapter
-from fedlora.checkpoint import AS_WRITTEN
-from fedlora.cli import main
+from fedlora import embedded as demo
+from fedlora.adapters.saved_adapter import write_adapter
+from fedlora.commands.cli import main
+from fedlora.commands.report.collect import Collected, collect
+from fedlora.commands.report.page import data_of, render, rounded
+from fedlora.commands.report.reading import find_runs, names_of, read_run
+from fedlora.commands.report.series import group
+from fedlora.commands.report.spectrum import EXACT_UP_TO, KEPT, read_spectrum
+from fedlora.commands.report.verb import verb
+from fedlora.config.sources import layered, read_yaml
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
-from fedlora.report.collect import Collected, collect
-from fedlora.report.page import data_of, render, rounded
-from fedlora.report.reading import find_runs, names_of, read_run
-from fedlora.report.series import group
-from fedlora.report.spectrum import EXACT_UP_TO, KEPT, read_spectrum
-from fedlora.report.verb import verb
-from fedlora.sources import layered, read_yaml
+from fedlora.runs.file_names import AS_WRITTEN
 from report_runs import lines_of, targets_of, update, write_run
 
 
@@ -239,7 +239,7 @@ def test_clients_alone_are_named_and_repeated_over_seeds(
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:
     from fedlora.engines.local import run_session
-    from fedlora.setup import alone, assemble
+    from fedlora.runs.session import alone, assemble
 
     for seed in (1, 2):
         keys = {**small_run, "num_rounds": 1, "max_steps": 1, "seed": seed}
@@ -308,7 +308,7 @@ def test_a_first_round_that_dwarfs_the_rest_makes_the_scale_logarithmic(
     assert next(x["log"] for x in pages if x["measure"] == "perplexity") is log
     if len(values) == 1:
         return
-    from fedlora.report.figures import quality
+    from fedlora.commands.report.figures import quality
 
     axes = {x.get_title().partition(",")[0]: x for x in quality(data).axes}
     assert axes["Perplexity"].get_yscale() == ("log" if log else "linear")

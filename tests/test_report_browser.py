@@ -39,7 +39,7 @@ ONE_RUN = (
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one.html, many.html, big.html, old.html, empty.html, labels.html."""
-    from fedlora.report.verb import verb
+    from fedlora.commands.report.verb import verb
 
     root = tmp_path_factory.mktemp("pages")
     write_run(root / "one", lines_of())

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import fedlora
 import fedlora.methods
-from fedlora.checkpoint import read_metrics, verify
-from fedlora.cli import main
-from fedlora.engines import rating
+from fedlora.client.trainer import train
+from fedlora.commands.cli import main
 from fedlora.errors import CheckpointError, FedloraError, InputError
-from fedlora.train import train
+from fedlora.runs import evaluation as rating
+from fedlora.runs.directory import verify
+from fedlora.runs.metrics_log import read_metrics
 
 METHODS = ("exact", "flora")
 ROUNDS = 3

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.data import find_labels, load_data, load_rows, template_of
+from fedlora.data.datasets import find_labels, load_data, load_rows, template_of
+from fedlora.data.rows import ENDINGS, check_column, columns_of, numbered, read_hub, read_rows
 from fedlora.errors import InputError
-from fedlora.rows import ENDINGS, check_column, columns_of, numbered, read_hub, read_rows
-from fedlora.setup import tokenized
+from fedlora.runs.session import tokenized
 
 ROWS: list[dict[str, Any]] = [
     {"text": "plain", "number": 7, "share": 0.5, "yes": True},

@@ -20,25 +20,28 @@ import fedlora
 import test_resume
 from conftest import rows, save_tokenizer, write_jsonl
 from fedlora import Config
-from fedlora.checkpoint import read_metrics
-from fedlora.cli import main
-from fedlora.data import load_data
-from fedlora.demo import BASE_DIR
-from fedlora.demo import CONFIG as EMBEDDED_CONFIG
-from fedlora.engines import rating
+from fedlora.client.trainer import Budget, train
+from fedlora.client.worker import Worker
+from fedlora.commands.cli import main
+from fedlora.config.sources import read_yaml
+from fedlora.data.datasets import load_data
+from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.embedded import BASE_DIR
+from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.engines.local import Result
 from fedlora.errors import InputError
-from fedlora.federation import Server, client_start, global_delta
+from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.server import Server
 from fedlora.lowrank import Adapter, LowRank, norm, prefix, scale, subtract, to_dense, total_norm
 from fedlora.methods import METHODS
-from fedlora.methods.rule import prefix_start
-from fedlora.model import AdapterLayer, BaseModel
-from fedlora.setup import assemble
-from fedlora.sources import read_yaml
-from fedlora.state import Broadcast, ClientUpdate, ServerState
-from fedlora.tokens import IGNORE, Tokens
-from fedlora.train import Budget, train
-from fedlora.worker import Worker
+from fedlora.methods.shared import prefix_start
+from fedlora.methods.values import ServerState
+from fedlora.model.base import BaseModel
+from fedlora.model.lora_layer import AdapterLayer
+from fedlora.runs import evaluation as rating
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.session import assemble
 from test_resume import Driver, begin, course, whole_lines
 
 driver = test_resume.driver

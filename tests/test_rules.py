@@ -24,19 +24,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from conftest import give, load_base
-from fedlora.adapters import find_targets, fold, load_adapter, scaling, write_adapter
-from fedlora.config import Config
-from fedlora.data import ClientData
+from fedlora.adapters.aggregate import aggregate
+from fedlora.adapters.saved_adapter import load_adapter, write_adapter
+from fedlora.client.trainer import Budget, tail_penalty, train
+from fedlora.client.worker import Worker
+from fedlora.config.config import Config
+from fedlora.data.datasets import ClientData
 from fedlora.errors import InputError
-from fedlora.federation import Federation, Server, client_start, global_delta, initial_state
-from fedlora.lowrank import Delta, Deltas, Dense, LowRank
-from fedlora.merging import aggregate
+from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.messages import ClientState, ClientUpdate
+from fedlora.federation.participants import Federation
+from fedlora.federation.records import RoundRecord
+from fedlora.federation.server import Server, initial_state
+from fedlora.lowrank import Delta, Deltas, Dense, LowRank, fold, scaling
 from fedlora.methods import METHODS
-from fedlora.methods.rule import Training
-from fedlora.model import AdapterLayer
-from fedlora.state import ClientState, ClientUpdate, RoundRecord, ServerState, Start
-from fedlora.train import Budget, tail_penalty, train
-from fedlora.worker import Worker
+from fedlora.methods.values import ServerState, Start, Training
+from fedlora.model.lora_layer import AdapterLayer
+from fedlora.model.targets import find_targets
 
 Matrix = NDArray[np.float64]
 Pair = tuple[Matrix, Matrix]

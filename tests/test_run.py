@@ -17,22 +17,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fedlora
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.adapters import WEIGHTS_NAME, write_adapter
-from fedlora.checkpoint import read_metrics
-from fedlora.data import load_data
+from fedlora.adapters.saved_adapter import WEIGHTS_NAME, write_adapter
+from fedlora.client.evaluate import evaluate
+from fedlora.client.generation import generate
+from fedlora.client.trainer import Budget, train
+from fedlora.client.worker import Worker
+from fedlora.data.datasets import load_data
+from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.engines.local import Result, RoundResult
 from fedlora.errors import InputError
-from fedlora.evaluate import evaluate
-from fedlora.federation import Server, client_start, global_delta, initial_state
-from fedlora.generation import generate
+from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.messages import ClientUpdate
+from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import total_norm
 from fedlora.methods import METHODS
-from fedlora.model import AdapterLayer
-from fedlora.setup import Session, assemble
-from fedlora.state import ClientUpdate
-from fedlora.tokens import IGNORE, Tokens
-from fedlora.train import Budget, train
-from fedlora.worker import Worker
+from fedlora.model.lora_layer import AdapterLayer
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.session import Session, assemble
 
 
 @pytest.mark.parametrize("method", ["fedit", "zero_pad", "flora", "exact"])

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY
-from fedlora.cli import main
-from fedlora.config import CLIENT_KEYS, Config
-from fedlora.config_schema import config_schema
-from fedlora.demo import CONFIG
+from fedlora.commands.cli import main
+from fedlora.config.config import CLIENT_KEYS, Config
+from fedlora.config.schema import config_schema
+from fedlora.embedded import CONFIG
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 

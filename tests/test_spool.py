@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import FedloraError
-from fedlora.federation import Server
+from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.records import RoundRecord
+from fedlora.federation.server import Server
+from fedlora.federation.spool import Waiting, settled
 from fedlora.lowrank import Deltas, Dense, LowRank
 from fedlora.methods import METHODS
-from fedlora.spool import Waiting, settled
-from fedlora.state import Broadcast, ClientUpdate, RoundRecord, ServerState
+from fedlora.methods.values import ServerState
 from simulated import SHAPES, random_adapter, ranks_for, serve, train
 
 

@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
-from fedlora.checkpoint import read_metrics
-from fedlora.cli import main
-from fedlora.study.execute import execute, threads_and_processes
-from fedlora.study.plan import load_study, shipped
-from fedlora.study.statistics import mean_and_sd, paired
-from fedlora.study.tables import over_cells, tables
+from fedlora.commands.cli import main
+from fedlora.commands.study.execute import execute, threads_and_processes
+from fedlora.commands.study.plan import load_study, shipped
+from fedlora.commands.study.statistics import mean_and_sd, paired
+from fedlora.commands.study.tables import over_cells, tables
+from fedlora.runs.metrics_log import read_metrics
 
 SHORT = ["--num_rounds", "1", "--max_steps", "1", "--max_eval_samples", "8", "--processes", "1"]
 SHORT += ["--num_threads", "1"]  # beside other tests
@@ -275,7 +275,9 @@ def test_what_is_complete_is_not_run_again(
 ) -> None:
     runs = made / "out" / "runs"
     before = {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
-    monkeypatch.setattr("fedlora.study.execute._new_worker", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(
+        "fedlora.commands.study.execute._new_worker", lambda *_: pytest.fail("ran again")
+    )
     path = str(made / "mine.yaml")
     assert main(["study", path, "--output_dir", str(made / "out")]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
@@ -319,8 +321,8 @@ def test_adalora_counts_tokens_and_weighs_losses_as_our_own_training_does(
 ) -> None:
     """Rows of 4 to 13 letters: a step's loss is a mean over tokens, however it is accumulated."""
     import fedlora
-    from fedlora.study.adalora import train_adalora
-    from fedlora.train import train
+    from fedlora.client.trainer import train
+    from fedlora.commands.study.adalora import train_adalora
 
     tokens, first = {}, {}
     keys = {**small_run, "method": "flora", "num_rounds": 1, "max_steps": 7}
@@ -415,7 +417,7 @@ def test_a_run_whose_process_dies_does_not_stop_the_others(
         return [
             int(pid)
             for pid in listed
-            if "fedlora.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
+            if "fedlora.commands.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
         ]
 
     failed = execute(found.runs, tmp_path / "runs", processes=1, gpu=False, told=told)
@@ -479,6 +481,6 @@ def test_no_process_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
 
 def alive(pid: int) -> bool:
     try:
-        return "fedlora.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
+        return "fedlora.commands.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return False

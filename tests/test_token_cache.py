@@ -18,11 +18,12 @@ from safetensors.numpy import load, save
 
 import fedlora
 from conftest import rows, write_jsonl
-from fedlora import Config, token_cache
-from fedlora.data import FederatedData, load_data
-from fedlora.templates import Chat, Classified
-from fedlora.token_cache import tokens_of
-from fedlora.tokens import Outcome, tokenize_all
+from fedlora import Config
+from fedlora.data import token_cache
+from fedlora.data.datasets import FederatedData, load_data
+from fedlora.data.templates import Chat, Classified
+from fedlora.data.token_cache import tokens_of
+from fedlora.data.tokenize import Outcome, tokenize_all
 
 BARE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 MARKED = (
@@ -362,7 +363,7 @@ def test_caching_turned_off(tokenizer: Any, kept: Path) -> None:
 def test_the_directory_is_that_of_datasets(variables: dict[str, str], tmp_path: Path) -> None:
     """Whether or not it was imported before."""
     code = (
-        "from fedlora.token_cache import _directory; import sys; a = _directory();"
+        "from fedlora.data.token_cache import _directory; import sys; a = _directory();"
         "assert 'datasets' not in sys.modules; import datasets; assert a == _directory();"
         "print(a.relative_to(sys.argv[1]))"
     )
@@ -530,6 +531,6 @@ def test_texts_together_give_the_tokens_of_each(
 
     values: list[Any] = [(f"{i}>" * (i % 3), "x" * (i % 7)) for i in range(40)]
     wanted = [tokenize_all([row], tokenizer, 10, completion_only)[0] for row in values]
-    monkeypatch.setattr(fedlora.tokens, "_BATCH", 6)
+    monkeypatch.setattr(fedlora.data.tokenize, "_BATCH", 6)
     found = tokenize_all(values, tokenizer, 10, completion_only, threads=threads)
     assert json.dumps(found) == json.dumps(wanted)

@@ -14,9 +14,8 @@ import pytest
 import fedlora
 from conftest import write_jsonl
 from fedlora import Config
-from fedlora.data import FederatedData, load_data
-from fedlora.loading import find_source, load_tokenizer
-from fedlora.templates import (
+from fedlora.data.datasets import FederatedData, load_data
+from fedlora.data.templates import (
     TEMPLATES,
     Classified,
     Template,
@@ -25,7 +24,8 @@ from fedlora.templates import (
     classification,
     custom,
 )
-from fedlora.tokens import IGNORE, Tokens, tokenize
+from fedlora.data.tokenize import IGNORE, Tokens, tokenize
+from fedlora.model.loading import find_source, load_tokenizer
 
 Written = Sequence[tuple[str, bool]]
 """A text in pieces, each learnt or not."""

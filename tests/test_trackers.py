@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fedlora import trackers
-from fedlora.config import Config
+from fedlora.config.config import Config
 from fedlora.errors import InputError
-from fedlora.progress import read_progress
-from fedlora.trackers import check_trackers, longest, observers, round_values
+from fedlora.runs import trackers
+from fedlora.runs.progress import read_progress
+from fedlora.runs.trackers import check_trackers, longest, observers, round_values
 
 Event = dict[str, Any]
 Series = dict[int, float]

@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
 
 from conftest import load_base, rows
-from fedlora.adapters import unfold
-from fedlora.batches import collate, labelled, summed_loss
-from fedlora.lowrank import LowRank
-from fedlora.model import BaseModel
-from fedlora.passes import passes_of
+from fedlora.client.trainer import Budget, batches, schedule, train
+from fedlora.data.templates import TEMPLATES
+from fedlora.data.tokenize import IGNORE, Tokens, tokenize
+from fedlora.lowrank import LowRank, unfold
+from fedlora.model.base import BaseModel
+from fedlora.model.batches import collate, labelled
+from fedlora.model.loss import summed_loss
+from fedlora.model.passes import passes_of
 from fedlora.seeds import Purpose, fresh_factors, generator
-from fedlora.templates import TEMPLATES
-from fedlora.tokens import IGNORE, Tokens, tokenize
-from fedlora.train import Budget, batches, schedule, train
 
 SCALE, RANK = 2.0, 4
 

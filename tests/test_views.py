@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 
 import fedlora
 from conftest import rows, write_jsonl
-from fedlora.cli import main
-from fedlora.config import Config
-from fedlora.console import human_bytes
-from fedlora.data import load_rows
-from fedlora.sources import read_yaml
-from fedlora.views import _cells
+from fedlora.commands.cli import main
+from fedlora.commands.views import _cells
+from fedlora.config.config import Config
+from fedlora.config.sources import read_yaml
+from fedlora.data.datasets import load_rows
+from fedlora.text import human_bytes
 
 FEDLORA = str(Path(sys.executable).parent / "fedlora")
 SITES = "site_0.jsonl site_1.jsonl site_2.jsonl site_3.jsonl"

@@ -24,9 +24,18 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fedlora.cli import main
-from fedlora.progress import PROGRESS
-from fedlora.watch import Look, Reader, clients, duration, sparkline, status, time_left, view
+from fedlora.commands.cli import main
+from fedlora.commands.watch.view import (
+    Look,
+    Reader,
+    clients,
+    duration,
+    sparkline,
+    status,
+    time_left,
+    view,
+)
+from fedlora.runs.progress import PROGRESS
 
 Line = dict[str, Any]
 

@@ -66,9 +66,9 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
         shipped = set(archive.namelist())
 
     assert "fedlora/py.typed" in shipped
-    assert "fedlora/demo/config.yaml" in shipped
-    assert "fedlora/demo/base/config.json" in shipped
-    assert any(Path(name).match("fedlora/demo/base/*.safetensors") for name in shipped)
+    assert "fedlora/embedded/config.yaml" in shipped
+    assert "fedlora/embedded/base/config.json" in shipped
+    assert any(Path(name).match("fedlora/embedded/base/*.safetensors") for name in shipped)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in shipped)
     data = [BASE, PACKAGE / "report" / "page", PACKAGE / "report" / "vendor"]
     data.append(PACKAGE / "study" / "studies")

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedlora.adapters import SavedAdapter, load_adapter
-    from fedlora.config import Config
+    from fedlora.adapters.aggregate import aggregate, save_adapter
+    from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
+    from fedlora.client.trainer import Budget
+    from fedlora.config.config import Config
     from fedlora.engines.local import Result, RoundResult, run
     from fedlora.errors import CheckpointError, FedloraError, InputError
     from fedlora.lowrank import Dense, LowRank
-    from fedlora.merging import aggregate, save_adapter
     from fedlora.methods import METHODS
-    from fedlora.train import Budget
 
 _HOMES = {
-    "Budget": "train",
+    "Budget": "client.trainer",
     "CheckpointError": "errors",
-    "Config": "config",
+    "Config": "config.config",
     "Dense": "lowrank",
     "FedloraError": "errors",
     "InputError": "errors",
@@ -34,11 +34,11 @@ _HOMES = {
     "METHODS": "methods",
     "Result": "engines.local",
     "RoundResult": "engines.local",
-    "SavedAdapter": "adapters",
-    "aggregate": "merging",
-    "load_adapter": "adapters",
+    "SavedAdapter": "adapters.saved_adapter",
+    "aggregate": "adapters.aggregate",
+    "load_adapter": "adapters.saved_adapter",
     "run": "engines.local",
-    "save_adapter": "merging",
+    "save_adapter": "adapters.aggregate",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from fedlora.cli import main
+from fedlora.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,14 +14,13 @@ Arithmetic is done in float32 or better: half precision inputs are widened, floa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from fedlora.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -91,51 +90,13 @@ class Dense:
 Delta = LowRank | Dense
 """An update of one target module, in whichever form is smaller."""
 
+
 Adapter = Mapping[str, LowRank]
 """Target module name -> its update, always as factors."""
 
+
 Deltas = Mapping[str, Delta]
 """Target module name -> its update, in either form."""
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
-
-_outside: list[int] = []
-"""How many threads torch had where `one_thread` was entered; `each` may use as many."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: on two, beside a busy core, a small SVD is a hundred times slower."""
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    _outside.append(before)
-    try:
-        yield
-    finally:
-        _outside.pop()
-        torch.set_num_threads(before)
-
-
-def each(function: Callable[[_In], _Out], modules: Mapping[str, _In]) -> dict[str, _Out]:
-    """`function` of every module's value, as many at a time as torch may use threads.
-
-    Every module is worked on by one thread, so the number of threads changes no bit.
-    """
-    threads = min(max(torch.get_num_threads(), *_outside, 1), len(modules))
-    if threads <= 1:
-        with one_thread():
-            return {name: function(x) for name, x in modules.items()}
-    with one_thread(), ThreadPoolExecutor(threads, initializer=_use_one_thread) as pool:
-        return dict(zip(modules, pool.map(function, modules.values()), strict=True))
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)  # OpenMP keeps the number of each thread apart
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -426,3 +387,23 @@ def factor_bytes(deltas: Deltas, factors: str = "AB") -> int:
 def nbytes(deltas: Deltas) -> int:
     """Bytes of all updates together."""
     return sum(x.nbytes for x in deltas.values())
+
+
+def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    """LoRA's scale `s`: `alpha / r`, or `alpha / sqrt(r)` for rsLoRA (arXiv 2312.03732)."""
+    return alpha / (rank**0.5 if use_rslora else rank)
+
+
+def fold(a: Tensor, b: Tensor, scale: float) -> LowRank:
+    """LoRA's trained `A (r, n)`, `B (m, r)` as an update: `dW = s B A`. Copies, in float32."""
+    return LowRank(a.detach().float().clone(), b.detach().float() * scale)
+
+
+def unfold(x: LowRank, scale: float) -> tuple[Tensor, Tensor]:
+    """An update as the `A`, `B` that LoRA trains under scale s: `B / s`. Copies."""
+    return x.A.detach().clone(), x.B.detach() / scale
+
+
+def wide(value: Tensor) -> Tensor:
+    """At least float32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

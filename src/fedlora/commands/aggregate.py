@@ -7,14 +7,14 @@ import warnings
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from fedlora.arguments import Option, Syntax, parse_overrides
-from fedlora.console import quiet_libraries
+from fedlora.commands.console import quiet_libraries
+from fedlora.commands.json_lines import Emit
+from fedlora.config.arguments import Option, Syntax, parse_overrides
 from fedlora.errors import InputError
-from fedlora.json_lines import Emit
 from fedlora.methods import METHODS, ONE_SHOT
 
 if TYPE_CHECKING:
-    from fedlora.merging import Aggregated
+    from fedlora.adapters.aggregate import Aggregated
 
 HELP = """\
 fedlora aggregate DIR [DIR ...] --output DIR [--weights W ...] [--method METHOD]
@@ -69,9 +69,9 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.adapters import load_adapter
-    from fedlora.merging import aggregate, check_options, check_output, save_adapter
-    from fedlora.views import show_layers
+    from fedlora.adapters.aggregate import aggregate, check_options, check_output, save_adapter
+    from fedlora.adapters.saved_adapter import load_adapter
+    from fedlora.commands.views import show_layers
 
     check_output(output)
     weights = given.pop("weights", None)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from fedlora.arguments import TRUTH, Option, Syntax
 from fedlora.commands import VERBS
-from fedlora.config_schema import config_schema
+from fedlora.commands.json_lines import Emit
+from fedlora.config.arguments import TRUTH, Option, Syntax
+from fedlora.config.schema import config_schema
 from fedlora.errors import InputError
-from fedlora.json_lines import Emit
 
 SHELLS = ("bash", "zsh", "fish")
 

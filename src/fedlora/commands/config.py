@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from fedlora.arguments import CONFIGURATION, Option, Syntax, take
-from fedlora.config import Config
-from fedlora.config_schema import config_schema
+from fedlora.commands.json_lines import Emit
+from fedlora.config.arguments import CONFIGURATION, Option, Syntax, take
+from fedlora.config.config import Config
+from fedlora.config.schema import config_schema
+from fedlora.config.sources import settings
 from fedlora.errors import InputError
-from fedlora.json_lines import Emit
-from fedlora.sources import settings
 
 HELP = """\
 fedlora config [CONFIG.yaml | embedded] [--key value ...] [--json]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedlora.arguments import CONFIGURATION, Option, Syntax, take
-from fedlora.config import Config
-from fedlora.console import quiet_libraries
-from fedlora.demo import EMBEDDED
+from fedlora.commands.console import quiet_libraries
+from fedlora.commands.json_lines import Emit
+from fedlora.config.arguments import CONFIGURATION, Option, Syntax, take
+from fedlora.config.config import Config
+from fedlora.config.sources import settings
+from fedlora.embedded import EMBEDDED
 from fedlora.errors import InputError
-from fedlora.json_lines import Emit
-from fedlora.sources import settings
 
 if TYPE_CHECKING:
-    from fedlora.data import FederatedData
+    from fedlora.data.datasets import FederatedData
 
 HELP = """\
 fedlora data [CONFIG.yaml] [--key value ...] [--show N] [--json]
@@ -44,8 +44,8 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.setup import resolve_paths, tokenized
-    from fedlora.views import show_samples
+    from fedlora.commands.views import show_samples
+    from fedlora.runs.session import resolve_paths, tokenized
 
     config = resolve_paths(Config(**settings(arguments, EMBEDDED)))
     _, tokenizer, data = tokenized(config)
@@ -58,8 +58,8 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
 def _described(data: FederatedData, tokenizer: Any, config: Config, number: int) -> dict[str, Any]:
     """The data as a program reads them; tokens are pieces of text."""
-    from fedlora.tokens import IGNORE
-    from fedlora.views import first_samples, quantiles, token_lengths, token_pieces
+    from fedlora.commands.views import first_samples, quantiles, token_lengths, token_pieces
+    from fedlora.data.tokenize import IGNORE
 
     lengths, learnt = token_lengths(data)
     samples = []

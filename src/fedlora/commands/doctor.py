@@ -23,9 +23,9 @@ from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
 from fedlora import __version__
-from fedlora.arguments import Option, Syntax, take
+from fedlora.commands.json_lines import Emit
+from fedlora.config.arguments import Option, Syntax, take
 from fedlora.errors import InputError
-from fedlora.json_lines import Emit
 
 HELP = """\
 fedlora doctor [--output_dir DIR] [--json]

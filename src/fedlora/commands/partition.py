@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.arguments import CONFIGURATION, Option, Syntax, take
-from fedlora.config import Config
-from fedlora.console import quiet_libraries
-from fedlora.demo import EMBEDDED
-from fedlora.json_lines import Emit
-from fedlora.sources import settings
+from fedlora.commands.console import quiet_libraries
+from fedlora.commands.json_lines import Emit
+from fedlora.config.arguments import CONFIGURATION, Option, Syntax, take
+from fedlora.config.config import Config
+from fedlora.config.sources import settings
+from fedlora.embedded import EMBEDDED
 
 if TYPE_CHECKING:
-    from fedlora.views import Division
+    from fedlora.commands.views import Division
 
 HELP = """\
 fedlora partition [CONFIG.yaml] [--key value ...] [--by COLUMN] [--output FILE] [--json]
@@ -52,10 +52,10 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.clients import check_overrides, client_ranks
-    from fedlora.data import load_rows
-    from fedlora.setup import resolve_paths
-    from fedlora.views import check_picture, divide, draw_partition, show_partition
+    from fedlora.commands.views import check_picture, divide, draw_partition, show_partition
+    from fedlora.config.clients import check_overrides, client_ranks
+    from fedlora.data.datasets import load_rows
+    from fedlora.runs.session import resolve_paths
 
     picture = check_picture(output) if output else None
     config = resolve_paths(Config(**settings(arguments, EMBEDDED)))

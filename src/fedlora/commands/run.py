@@ -9,17 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.arguments import CONFIGURATION, Option, Syntax, take
-from fedlora.config import Config
-from fedlora.console import quiet_libraries
-from fedlora.demo import EMBEDDED
+from fedlora.commands.console import quiet_libraries
+from fedlora.commands.json_lines import Emit
+from fedlora.config.arguments import CONFIGURATION, Option, Syntax, take
+from fedlora.config.config import Config
+from fedlora.config.sources import settings
+from fedlora.embedded import EMBEDDED
 from fedlora.errors import InputError
-from fedlora.json_lines import Emit
 from fedlora.methods import METHODS
-from fedlora.sources import settings
 
 if TYPE_CHECKING:
-    from fedlora.setup import Session
+    from fedlora.runs.session import Session
 
 
 def _methods() -> str:
@@ -78,7 +78,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
             raise InputError("--dry_run checks a run that has not begun; leave --resume out")
         return _dry_run(arguments, emit)
     quiet_libraries()
-    from fedlora.console import per_class, reporter
+    from fedlora.commands.console import per_class, reporter
     from fedlora.engines.local import run
 
     config: Config | None = None
@@ -119,9 +119,9 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 def _dry_run(arguments: list[str], emit: Emit | None) -> int:
     from rich.console import Console
 
-    from fedlora.checkpoint import check_free
-    from fedlora.setup import assemble
-    from fedlora.views import show_plan
+    from fedlora.commands.views import show_plan
+    from fedlora.runs.directory import check_free
+    from fedlora.runs.session import assemble
 
     quiet_libraries()
     config = Config(**settings(arguments, EMBEDDED))
@@ -136,7 +136,7 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
 
 def _plan(session: Session) -> dict[str, Any]:
     """What a run would do, as a program reads it."""
-    from fedlora.views import client_plans
+    from fedlora.commands.views import client_plans
 
     base, data, spec = session.base, session.data, session.federation
     clients = []

@@ -15,34 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapters import SavedAdapter, load_adapter, write_adapter
-from fedlora.checkpoint import (
+from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter, write_adapter
+from fedlora.client.cohort import Cohorts
+from fedlora.client.trainer import StepCallback, TrainFunction, name_of_trainer, train
+from fedlora.client.worker import Worker
+from fedlora.config.config import Config
+from fedlora.config.sources import read_yaml
+from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
+from fedlora.errors import CheckpointError, InputError
+from fedlora.federation.exchange import global_delta
+from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
+from fedlora.federation.records import RoundRecord
+from fedlora.federation.server import Server
+from fedlora.lowrank import Deltas, add_all
+from fedlora.methods import METHODS
+from fedlora.methods.values import ServerState
+from fedlora.runs.directory import (
     RunDirectory,
     Saved,
     check_free,
-    read_metrics,
-    settled,
     verify,
     write_errors_are_explained,
 )
-from fedlora.cohort import Cohorts
-from fedlora.config import Config
-from fedlora.demo import CONFIG as EMBEDDED_CONFIG
-from fedlora.engines.rating import Rating
-from fedlora.errors import CheckpointError, InputError
-from fedlora.facts import begin_line, config_file
-from fedlora.federation import Server, global_delta
-from fedlora.json_lines import finite
-from fedlora.lowrank import Deltas, add_all
-from fedlora.methods import METHODS
-from fedlora.resuming import as_it_began, refuse_complete
-from fedlora.setup import Session, assemble, starting_state
-from fedlora.sources import read_yaml
-from fedlora.state import Broadcast, ClientState, ClientUpdate, RoundRecord, ServerState
+from fedlora.runs.evaluation import Rating
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.resume import as_it_began, refuse_complete
+from fedlora.runs.run_header import begin_line, config_file
+from fedlora.runs.session import Session, assemble, starting_state
+from fedlora.runs.state_file import settled
+from fedlora.runs.trackers import observers
+from fedlora.text import finite
 from fedlora.threads import Watcher
-from fedlora.trackers import observers
-from fedlora.train import StepCallback, TrainFunction, train
-from fedlora.worker import Worker
 
 Event = Mapping[str, Any]
 Report = Callable[[Event], None]
@@ -241,9 +244,10 @@ class _Run:
 
     def _identity(self) -> dict[str, str]:
         """What must be the same for a run to go on, beside its configuration."""
-        function = self.worker.train_function
-        name = getattr(function, "__qualname__", type(function).__qualname__)
-        return {**self.session.fingerprints, "train_function": f"{function.__module__}.{name}"}
+        return {
+            **self.session.fingerprints,
+            "train_function": name_of_trainer(self.worker.train_function),
+        }
 
     def _restore(self, saved: Saved) -> None:
         self.server.state = saved.state

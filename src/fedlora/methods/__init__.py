@@ -5,6 +5,8 @@ Adding one is a new file with a `RULE` and a line in this table.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from fedlora.methods import (
     exact,
     fedex,
@@ -45,4 +47,10 @@ METHODS: dict[str, Rule] = {
 ONE_SHOT = tuple(name for name, rule in METHODS.items() if rule.one_shot)
 """Rules that can combine adapters without a shared start."""
 
-__all__ = ["METHODS", "ONE_SHOT", "Rule"]
+
+def rule_keys() -> set[str]:
+    """The names of all options that any rule has."""
+    return {f.name for rule in METHODS.values() for f in fields(rule.options)}
+
+
+__all__ = ["METHODS", "ONE_SHOT", "Rule", "rule_keys"]

@@ -29,7 +29,6 @@ from fedlora.lowrank import (
     add,
     balance,
     compact,
-    each,
     leading,
     norm,
     prefix,
@@ -38,17 +37,10 @@ from fedlora.lowrank import (
     subtract,
     total_norm,
 )
-from fedlora.methods.rule import (
-    Fresh,
-    Prepared,
-    Rule,
-    Shapes,
-    bounded,
-    change,
-    check_bounds,
-    fill,
-)
-from fedlora.state import Aggregate, Encoded, ServerState, Start
+from fedlora.methods.rule import Fresh, Rule, Shapes, bounded, check_bounds
+from fedlora.methods.shared import change, fill
+from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
+from fedlora.threads import each
 
 
 @dataclass(frozen=True)

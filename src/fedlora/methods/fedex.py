@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedlora.lowrank import Adapter, add_all, compact, each, scale_all
-from fedlora.methods.rule import (
-    Rule,
+from fedlora.lowrank import Adapter, add_all, compact, scale_all
+from fedlora.methods.rule import Rule
+from fedlora.methods.shared import (
     add_factors,
     change,
     change_of_factors,
@@ -28,7 +28,8 @@ from fedlora.methods.rule import (
     whole,
     whole_start,
 )
-from fedlora.state import Aggregate, Encoded, ServerState, Start
+from fedlora.methods.values import Aggregate, Encoded, ServerState, Start
+from fedlora.threads import each
 
 
 def encode_both(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:

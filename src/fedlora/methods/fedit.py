@@ -13,8 +13,8 @@ Exact when all clients end with the same A, or all with the same B (one client, 
 
 from __future__ import annotations
 
-from fedlora.methods.rule import (
-    Rule,
+from fedlora.methods.rule import Rule
+from fedlora.methods.shared import (
     add_factors,
     padded_change,
     prefix_start,

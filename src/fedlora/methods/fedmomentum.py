@@ -23,14 +23,15 @@ from fedlora.lowrank import (
     add_all,
     balance,
     compact,
-    each,
     leading,
     prefix,
     subtract,
     suffix,
 )
-from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, fill, whole
-from fedlora.state import Aggregate, Encoded, ServerState, Start
+from fedlora.methods.rule import Fresh, Rule, Shapes
+from fedlora.methods.shared import change, fill, whole
+from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
+from fedlora.threads import each
 
 
 def _split(deltas: Deltas, rank: int) -> Aggregate:

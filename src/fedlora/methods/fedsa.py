@@ -13,9 +13,8 @@ Exact when: never asked: the rule makes a model for every client, and no global 
 
 from __future__ import annotations
 
-from fedlora.methods.rule import (
-    Rule,
-    Training,
+from fedlora.methods.rule import Rule
+from fedlora.methods.shared import (
     add_factors,
     padded_change,
     prefix_start,
@@ -23,6 +22,7 @@ from fedlora.methods.rule import (
     shared_initial,
     whole,
 )
+from fedlora.methods.values import Training
 
 RULE = Rule(
     name="fedsa",

@@ -18,12 +18,9 @@ from typing import Any
 
 import torch
 
-from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, one_thread
-from fedlora.methods.rule import (
-    Fresh,
-    Rule,
-    Shapes,
-    Training,
+from fedlora.lowrank import Adapter, Delta, Deltas, LowRank
+from fedlora.methods.rule import Fresh, Rule, Shapes
+from fedlora.methods.shared import (
     add_factors,
     padded_change,
     prefix_start,
@@ -31,7 +28,8 @@ from fedlora.methods.rule import (
     shared_initial,
     whole,
 )
-from fedlora.state import Aggregate, Encoded, ServerState
+from fedlora.methods.values import Aggregate, Encoded, ServerState, Training
+from fedlora.threads import one_thread
 
 
 def orthonormal(x: LowRank) -> LowRank:

@@ -17,9 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from fedlora.lowrank import Adapter
-from fedlora.methods.rule import (
-    Rule,
-    Training,
+from fedlora.methods.rule import Rule
+from fedlora.methods.shared import (
     add_factors,
     change_of_factors,
     cut_to_rank,
@@ -27,7 +26,7 @@ from fedlora.methods.rule import (
     prepare_as_is,
     shared_initial,
 )
-from fedlora.state import Encoded, ServerState, Start
+from fedlora.methods.values import Encoded, ServerState, Start, Training
 
 
 def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:

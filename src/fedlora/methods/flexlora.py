@@ -25,14 +25,15 @@ from fedlora.lowrank import (
     add,
     balance,
     compact,
-    each,
     leading,
     prefix,
     stacked,
     subtract,
 )
-from fedlora.methods.rule import Fresh, Prepared, Rule, Shapes, change, cut_to_rank, fill
-from fedlora.state import Aggregate, Encoded, ServerState, Start
+from fedlora.methods.rule import Fresh, Rule, Shapes
+from fedlora.methods.shared import change, cut_to_rank, fill
+from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
+from fedlora.threads import each
 
 
 def global_sum(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:

@@ -16,18 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.lowrank import Adapter, Deltas
-from fedlora.methods.rule import (
-    Fresh,
-    Prepared,
-    Rule,
-    Shapes,
-    bounded,
-    change,
-    check_bounds,
-    fresh_start,
-    whole,
-)
-from fedlora.state import Aggregate, Encoded, ServerState, Start
+from fedlora.methods.rule import Fresh, Rule, Shapes, bounded, check_bounds
+from fedlora.methods.shared import change, fresh_start, whole
+from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
 
 
 @dataclass(frozen=True)

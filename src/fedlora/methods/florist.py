@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedlora.lowrank import Delta, LowRank, each, truncate
+from fedlora.lowrank import Delta, LowRank, truncate
 from fedlora.methods import flora
-from fedlora.methods.rule import Rule, bounded, check_bounds, whole
-from fedlora.state import Aggregate, Encoded, ServerState
+from fedlora.methods.rule import Rule, bounded, check_bounds
+from fedlora.methods.shared import whole
+from fedlora.methods.values import Aggregate, Encoded, ServerState
+from fedlora.threads import each
 
 
 @dataclass(frozen=True)

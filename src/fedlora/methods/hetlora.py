@@ -23,18 +23,15 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.lowrank import Adapter, LowRank, norm
-from fedlora.methods.rule import (
-    Rule,
-    Training,
-    bounded,
-    check_bounds,
+from fedlora.methods.rule import Rule, bounded, check_bounds
+from fedlora.methods.shared import (
     cut_to_rank,
     padded_change,
     prefix_start,
     prepare_as_is,
     shared_initial,
 )
-from fedlora.state import Aggregate, Encoded, ServerState, Start
+from fedlora.methods.values import Aggregate, Encoded, ServerState, Start, Training
 
 
 @dataclass(frozen=True)

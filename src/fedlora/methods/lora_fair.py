@@ -19,19 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.lowrank import Delta, LowRank, add, one_thread
+from fedlora.lowrank import Delta, LowRank, add
 from fedlora.methods.fedex import encode_both
-from fedlora.methods.rule import (
-    Rule,
-    add_factors,
-    bounded,
-    check_bounds,
-    prefix_start,
-    prepare_as_is,
-    shared_initial,
-    whole,
-)
-from fedlora.state import Aggregate, Encoded, ServerState
+from fedlora.methods.rule import Rule, bounded, check_bounds
+from fedlora.methods.shared import add_factors, prefix_start, prepare_as_is, shared_initial, whole
+from fedlora.methods.values import Aggregate, Encoded, ServerState
+from fedlora.threads import one_thread
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
-from fedlora.lowrank import Adapter, Delta, LowRank, add, compact, each, leading, scale
+from fedlora.lowrank import Adapter, Delta, LowRank, add, compact, leading, scale
 from fedlora.methods.flexlora import global_sum, leading_directions, top_start
-from fedlora.methods.rule import Rule, cut_to_rank
-from fedlora.state import Aggregate, Encoded, ServerState, Start
+from fedlora.methods.rule import Rule
+from fedlora.methods.shared import cut_to_rank
+from fedlora.methods.values import Aggregate, Encoded, ServerState, Start
+from fedlora.threads import each
 
 
 def partitions(state: ServerState) -> list[tuple[int, int]]:

@@ -14,9 +14,8 @@ Exact when: always (all clients have one rank).
 
 from __future__ import annotations
 
-from fedlora.methods.rule import (
-    Rule,
-    Training,
+from fedlora.methods.rule import Rule
+from fedlora.methods.shared import (
     add_factors,
     padded_change,
     prefix_start,
@@ -24,6 +23,7 @@ from fedlora.methods.rule import (
     shared_initial,
     whole,
 )
+from fedlora.methods.values import Training
 
 _TRAINING = Training(trains=("B", "A"))
 

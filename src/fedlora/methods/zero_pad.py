@@ -10,8 +10,8 @@ Exact when all ranks are equal and all clients end with the same A, or all with 
 
 from __future__ import annotations
 
-from fedlora.methods.rule import (
-    Rule,
+from fedlora.methods.rule import Rule
+from fedlora.methods.shared import (
     add_factors,
     cut_to_rank,
     padded_change,

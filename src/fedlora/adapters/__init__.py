@@ -1,0 +1,1 @@
+"""Reads, combines and writes PEFT adapters on disk."""

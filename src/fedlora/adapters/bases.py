@@ -1,0 +1,240 @@
+"""Tells which base models that adapters name are one, and what is known of them from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from fedlora.adapters.peft_files import MODEL_CONFIG_NAME, read_json
+from fedlora.errors import InputError
+
+_SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)/snapshots/([^/]+)$")
+_QUANTISED = re.compile(r"(4|8)-?bit|gptq|awq|gguf|fp8|int(4|8)", re.IGNORECASE)
+_SAMPLE = 4096
+"""Bytes read of each of the base's tensors to tell bases apart."""
+
+
+def base_name(config: Mapping[str, Any]) -> str:
+    """The base an adapter names, as short as it means the same: no slash at the end, and the hub's
+    name for a directory of the hub's cache."""
+    name = str(config.get("base_model_name_or_path") or "").strip()
+    plain = name.replace("\\", "/") if re.match(r"^[A-Za-z]:\\", name) else name
+    plain = plain.rstrip("/") or plain
+    if found := _SNAPSHOT.search(plain):
+        return f"{found[1]}/{found[2]}"
+    return plain
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two names certainly mean one base: equal, or a name without its organisation, which
+    is the hub's old one for the same model. No name says nothing."""
+    if one == other or not one or not other:
+        return True
+    ends = one.rpartition("/")[2] == other.rpartition("/")[2]
+    return (ends and (("/" in one) != ("/" in other))) or _same_place(one, other)
+
+
+def _same_place(one: str, other: str) -> bool:
+    try:
+        return Path(one).is_dir() and Path(one).resolve() == Path(other).resolve()
+    except (OSError, ValueError):
+        return False
+
+
+def common_base(names: Sequence[str]) -> str | None:
+    """The name to write: one of the hub rather than a path, of the unquantised model, with its
+    organisation; the first of those."""
+
+    def rank(name: str) -> tuple[bool, bool, bool, int]:
+        hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+        hub = hub and not _is_here(name)
+        return (not hub, bool(_QUANTISED.search(name)), "/" not in name, names.index(name))
+
+    return min((name for name in names if name), key=rank, default=None)
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def check_bases(configs: Sequence[Mapping[str, Any]], same_base: bool) -> list[str]:
+    """What there is to say about bases that are named differently: nothing where they are one or
+    the user says so.
+
+    Args:
+        configs: contents of each `adapter_config.json`.
+        same_base: the user says that they are one.
+
+    Raises:
+        InputError: both are on this machine and are not the same.
+    """
+    if same_base:
+        return []
+    notes = []
+    names = list(dict.fromkeys(name for c in configs if (name := base_name(c))))
+    different: list[str] = []
+    for one, other in combinations(names, 2):
+        if same_name(one, other):
+            continue
+        equal = _equal_weights(one, other)
+        if equal is False:
+            raise InputError(
+                f"base_model_name_or_path: {one} and {other}: both are here, and they are "
+                "different models; adapters of different bases cannot be combined. Give "
+                "--same_base (same_base=True) if you know better"
+            )
+        if equal is None:
+            different = different or [one, other]
+            different += [name for name in (one, other) if name not in different]
+    if different:
+        notes.append(
+            f"base_model_name_or_path: {', '.join(different)}: the adapters name their base "
+            "differently; their shapes agree, and whether it is one model is not written in them. "
+            "--same_base (same_base=True) says that it is"
+        )
+    revisions = list(dict.fromkeys(str(c["revision"]) for c in configs if c.get("revision")))
+    if len(revisions) > 1:
+        notes.append(
+            f"revision: {', '.join(revisions)}: the adapters were trained on different revisions "
+            "of their base; --same_base (same_base=True) says that its weights are the same"
+        )
+    return notes
+
+
+# --- what is on this machine ---
+
+
+def base_directory(name: str, revision: str | None = None) -> Path | None:
+    """Where a base's files lie on this machine: its directory, or the hub's cache."""
+    try:
+        if name and Path(name).is_dir():
+            return Path(name)
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, MODEL_CONFIG_NAME, revision=revision)
+        return Path(found).parent if isinstance(found, str) else None
+    except Exception:  # no name of the hub
+        return None
+
+
+def base_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The base's own `config.json`, where it is on this machine."""
+    for name in (str(config.get("base_model_name_or_path") or ""), base_name(config)):
+        revision = config.get("revision")
+        where = base_directory(name, revision if isinstance(revision, str) else None)
+        if where is not None:
+            try:
+                return read_json(where / MODEL_CONFIG_NAME)
+            except (InputError, FileNotFoundError):
+                continue
+    return None
+
+
+def _equal_weights(one: str, other: str) -> bool | None:
+    """Whether two bases have the same weights, by samples of each tensor; None: unknown."""
+    first, second = (base_directory(name) for name in (one, other))
+    if first is None or second is None:
+        return None
+    a, b = _samples(first), _samples(second)
+    common = [name for name in a if name in b and a[name][0] == b[name][0]]
+    if not common:
+        return None
+    return all(a[name] == b[name] for name in common)
+
+
+def _samples(path: Path) -> dict[str, tuple[str, str]]:
+    """Of each tensor in a directory's safetensors files: dtype and shape, digest of its start."""
+    out = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            for name, kind, raw in _tensors_of(file):
+                out[name] = kind, hashlib.sha256(raw).hexdigest()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return out
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, str, bytes]]:
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(min(size, 100_000_000)))
+        for name, about in header.items():
+            if name != "__metadata__":
+                start, end = about["data_offsets"]
+                opened.seek(8 + size + start)
+                kind = f"{about['dtype']} {about['shape']}"
+                yield name, kind, opened.read(min(_SAMPLE, end - start))
+
+
+# --- its architecture ---
+
+
+def architectures(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> list[str]:
+    """Names of the classes an adapter may have been trained with, the likeliest first."""
+    mapping = config.get("auto_mapping")
+    own = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    listed = model_config.get("architectures")
+    known = [x for x in [own, *(listed if isinstance(listed, list) else [])] if isinstance(x, str)]
+    return [*known, *_AUTO.get(str(config.get("task_type")), _UNSAID)]
+
+
+_UNSAID = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
+_AUTO: dict[str, tuple[str, ...]] = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification",),
+    "TOKEN_CLS": ("AutoModelForTokenClassification",),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM",),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering",),
+    "FEATURE_EXTRACTION": ("AutoModel",),
+}
+
+
+def skeletons(
+    config: Mapping[str, Any], model_config: Mapping[str, Any] | None, only_renamed: bool = False
+) -> Iterator[Any]:
+    """Models without weights that an adapter may have been trained on, the likeliest first.
+
+    Args:
+        config: of the adapter.
+        model_config: of the model; None: from `auto_mapping` alone, with the library's defaults.
+        only_renamed: none where transformers has not renamed modules of this architecture.
+    """
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    found = dict(model_config or {})
+    kind = found.get("model_type")
+    mapping = config.get("auto_mapping")
+    if not kind and isinstance(mapping, Mapping):
+        parts = str(mapping.get("parent_library")).split(".")
+        kind = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else None
+    for name in architectures(config, found):
+        if only_renamed and not _has_renamings(str(kind), name):
+            continue
+        try:
+            own = AutoConfig.for_model(
+                str(kind), **{k: v for k, v in found.items() if k != "model_type"}
+            )
+            with torch.device("meta"):
+                kind_of = getattr(transformers, name)
+                yield kind_of.from_config(own) if name.startswith("AutoModel") else kind_of(own)
+        except Exception:  # no class of this library, or one that wants more than a configuration
+            continue
+
+
+def _has_renamings(kind: str, name: str) -> bool:
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        return any(get_checkpoint_conversion_mapping(x) is not None for x in (kind, name))
+    except Exception:
+        return False

@@ -1,0 +1,215 @@
+"""Reads and writes PEFT adapter directories, and finds target modules by their names.
+
+Alpha, rsLoRA, `rank_pattern`, `alpha_pattern` and Conv1D layers are known here, PEFT's key names in
+`adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with
+the scale folded into `B`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters.contents import check_plain, sort_weights, why_other_rank
+from fedlora.adapters.names import PREFIX
+from fedlora.adapters.peft_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_adapter_config,
+    read_model_config,
+    read_weights,
+    save_tensors,
+)
+from fedlora.errors import InputError
+from fedlora.lowrank import Delta, Deltas, Dense, LowRank, fold, scaling
+from fedlora.model.targets import Targets
+
+
+def as_factors(x: Delta) -> LowRank:
+    """What PEFT can hold: factors of rank at least 1, in float32.
+
+    A dense update is its own factor beside an identity: as large as its singular factors would be,
+    without their rounding.
+    """
+    m, n = x.shape
+    if isinstance(x, Dense):
+        w = x.W.float()
+        x = LowRank(torch.eye(n), w) if n <= m else LowRank(w, torch.eye(m))
+    if x.rank == 0:
+        return LowRank(x.A.new_zeros(1, n).float(), x.B.new_zeros(m, 1).float())
+    return LowRank(x.A.float().contiguous(), x.B.float().contiguous())
+
+
+def write_adapter(
+    path: Path,
+    deltas: Deltas,
+    targets: Targets,
+    dense: Mapping[str, Tensor] | None = None,
+    base: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an update as a PEFT adapter directory, with `alpha = r`, hence scale 1, everywhere.
+
+    `dense` holds the parameters of `modules_to_save` by their full names, `base` weights of the
+    base that are to lie beside them.
+
+    Modules of `targets` that `deltas` does not name get a zero adapter of rank 1. The files are
+    read back and compared before this returns. The same update gives the same bytes.
+
+    Raises:
+        CheckpointError: what was read back is not what was written.
+        OSError: the files cannot be written.
+    """
+    from peft import LoraConfig
+
+    factors = {}
+    for name, (m, n) in targets.shapes.items():
+        x = deltas.get(name)
+        factors[name] = as_factors(
+            x if x is not None else LowRank(torch.zeros(0, n), torch.zeros(m, 0))
+        )
+    ranks = {name: x.rank for name, x in factors.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT matches the ends of names; ^ keeps a name that is another's end to itself.
+    pattern = {
+        f"^{name}" if any(other.endswith(f".{name}") for other in ranks) else name: rank
+        for name, rank in ranks.items()
+        if rank != common
+    }
+    config = LoraConfig(
+        r=common,
+        lora_alpha=common,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=list(targets.names),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=targets.fan_in_fan_out,
+        base_model_name_or_path=targets.model_name,
+        revision=targets.revision,
+        task_type=targets.task_type,
+        modules_to_save=list(targets.modules_to_save) or None,
+        inference_mode=True,
+    ).to_dict()
+    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    tensors = {}
+    for name, x in factors.items():
+        kind, end = ("embedding_", "") if name in targets.embeddings else ("", ".weight")
+        tensors[f"{PREFIX}{name}.lora_{kind}A{end}"] = x.A
+        tensors[f"{PREFIX}{name}.lora_{kind}B{end}"] = x.B
+    for name, value in (dense or {}).items():
+        tensors[f"{PREFIX}{name}"] = _apart(value)
+    for name, value in (base or {}).items():
+        owner, _, end = name.rpartition(".")
+        under = f"{owner}.base_layer.{end}" if owner in factors else name
+        tensors[f"{PREFIX}{under}"] = _apart(value)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+    if targets.model_config is not None:
+        (path / "config.json").write_text(targets.model_config)
+    save_tensors(path / WEIGHTS_NAME, tensors)
+
+
+def _apart(value: Tensor) -> Tensor:
+    """A tensor with memory of its own: tied weights share theirs, which a file cannot."""
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a PEFT LoRA directory holds.
+
+    Args:
+        deltas: target module -> its update, scale folded into `B`, in float32. Of an embedding
+            (see `embeddings`) it is the transpose of what its table `(tokens, width)` changes by.
+        dense: parameters of `modules_to_save`, by their full names.
+        config: the contents of `adapter_config.json`.
+        base: weights of the base that lie in the directory too (embeddings that were resized, the
+            weight under an adapter of the output layer), by their names in the base.
+        embeddings: the target modules that are embeddings.
+        fingerprints: weights of the base that a raw state dict repeats, by a digest.
+        model_config: the model's own `config.json`, where it lies beside the adapter.
+        source: the directory.
+    """
+
+    deltas: dict[str, LowRank]
+    dense: dict[str, Tensor]
+    config: Mapping[str, Any]
+    base: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+    embeddings: frozenset[str] = field(default=frozenset(), kw_only=True)
+    fingerprints: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    model_config: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    source: str = field(default="", kw_only=True)
+
+
+def load_adapter(path: str | Path) -> SavedAdapter:
+    """Read a PEFT LoRA directory.
+
+    AdaLoRA's triplets `B diag(E) A` are read too, `E` folded into `A`. State dicts that were saved
+    raw, or from a wrapped or compiled model, are read as what PEFT would have saved.
+
+    Args:
+        path: a directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`,
+            through a weights-only load).
+
+    Raises:
+        InputError: no such directory, not a plain LoRA adapter, or factors that do not fit.
+    """
+    path = Path(path)
+    config = read_adapter_config(path)
+    check_plain(path, config)
+    held = sort_weights(path, config, read_weights(path))
+    deltas = {name: _folded(path, name, pair, config) for name, pair in held.factors.items()}
+    return SavedAdapter(
+        deltas,
+        held.dense,
+        config,
+        base=held.base,
+        embeddings=held.embeddings,
+        fingerprints=held.fingerprints,
+        model_config=read_model_config(path),
+        source=str(path),
+    )
+
+
+def _folded(
+    path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> LowRank:
+    """The factors of a module as an update, by the rank and alpha that its configuration says."""
+    a, b = parts["A"], parts["B"]
+    rank = a.shape[0]
+    if config.get("peft_type") == "ADALORA":
+        # PEFT's AdaLoRA layer: dW = s / (init_r + 1e-5) B diag(E) A, with s = alpha.
+        init = config.get("init_r") or config["r"]
+        alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else init
+        update = fold(a.float() * parts["E"].float(), b, alpha / (init + 1e-5))
+    else:
+        said = _by_pattern(path, config, "rank_pattern", name, config["r"])
+        if said != rank:
+            raise InputError(
+                f"{path}: {name} has rank {rank}, its configuration says {said}"
+                + why_other_rank(name, rank, said, config)
+            )
+        alpha = _by_pattern(path, config, "alpha_pattern", name, config["lora_alpha"])
+        update = fold(a, b, scaling(alpha, rank, bool(config.get("use_rslora"))))
+    if not torch.isfinite(update.B).all() or not torch.isfinite(update.A).all():
+        raise InputError(f"{path}: the factors of {name} times its scale are too large for float32")
+    return update
+
+
+def _by_pattern(path: Path, config: Mapping[str, Any], key: str, name: str, default: float) -> Any:
+    """What PEFT takes for a module from `rank_pattern` or `alpha_pattern`."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get(key) or {}
+    try:
+        return patterns.get(get_pattern_key(list(patterns), name), default)
+    except re.error as error:
+        raise InputError(f"{path / CONFIG_NAME}: {key}: no regular expression: {error}") from None

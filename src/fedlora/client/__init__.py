@@ -1,0 +1,1 @@
+"""Trains and evaluates on a client's own rows."""

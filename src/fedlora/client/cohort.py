@@ -1,0 +1,88 @@
+"""Trains several clients in one pass over the frozen base, and decides who trains with whom.
+
+How many clients share a pass is decided once, from what a client's largest micro-batch keeps for
+its backward pass and what memory there is (`automatic_size`), and halved when memory runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from fedlora.client.trainer import Budget, Trainee, train_together
+from fedlora.data.tokenize import Tokens
+from fedlora.model.base import BaseModel
+
+ENOUGH_TOKENS = {"cpu": 2**12, "cuda": 2**16}
+"""Tokens of a pass beyond which more clients in it make it no faster."""
+
+
+def train_cohort(
+    base: BaseModel, rows: Sequence[Sequence[Tokens]], budgets: Sequence[Budget]
+) -> list[dict[str, Any]]:
+    """Train the clients in the seats of a model (`BaseModel.seat`) together.
+
+    Args:
+        base: with as many seats as there are clients.
+        rows: each client's tokenised rows.
+        budgets: each client's budget.
+
+    Returns:
+        Each client's metrics, as `train` gives them.
+    """
+    trainees = [
+        Trainee(base.parameters_of(k), rows[k], budget, base.terms_of(k))
+        for k, budget in enumerate(budgets)
+    ]
+    return train_together(base.model, trainees)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+Asked = TypeVar("Asked")
+
+
+Answer = TypeVar("Answer")
+
+
+class Cohorts:
+    """How many clients share a pass in a run, and what happens when memory runs out.
+
+    Args:
+        size: clients of a pass; halved when memory does not hold them.
+        warn: told when it is.
+    """
+
+    def __init__(self, size: int, warn: Callable[[str], None]) -> None:
+        self.size, self.warn = size, warn
+
+    def train(
+        self, clients: Sequence[Asked], handle: Callable[[Sequence[Asked]], list[Answer]]
+    ) -> list[Answer]:
+        """What `handle` makes of these clients, together or in smaller groups, in their order.
+
+        Training depends on what a client was sent alone, so a pass that failed can be repeated.
+        """
+        answers, waiting = list[Answer](), clients
+        while waiting:
+            part = waiting[: self.size]
+            try:
+                answers += handle(part)
+                waiting = waiting[len(part) :]
+                continue
+            except Exception as error:
+                if not out_of_memory(error) or len(part) == 1:
+                    raise
+            # Beyond the handler, where the failed pass is no longer held.
+            self.size = half = (len(part) + 1) // 2
+            self.warn(f"memory ran out with {len(part)} clients in one pass; going on with {half}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return answers

@@ -1,0 +1,318 @@
+"""Generates greedy answers: where they stop, and none disturbed by the batch it is generated in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fedlora.data.tokenize import IGNORE, Tokens
+
+_MARK = "\ue000\uf8ff\ue001"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer.
+
+    Args:
+        ids: tokens that do: end of text, the special token with which the template ends a turn.
+        text: the end of a turn that is written in ordinary tokens (`<|im_end|>` with a tokenizer
+            that has no such token); empty: there is none.
+    """
+
+    ids: frozenset[int]
+    text: str = ""
+
+
+def ends_of(model: Any, tokenizer: Any) -> Ends:
+    """What ends an answer: the model's end-of-text tokens, and its chat template's turn end."""
+    own = getattr(model.generation_config, "eos_token_id", None)  # some models have several
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    end = _turn_end(tokenizer)
+    found = list(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else []
+    plain = tokenizer.decode(found, skip_special_tokens=True).strip()
+    special = [i for i in found if i in _specials(tokenizer)]
+    return Ends(frozenset({*ids, *special[:1]} if not plain else ids), plain)
+
+
+def _turn_end(tokenizer: Any) -> str:
+    """What the chat template writes behind the last answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # whatever a template asks for that is not here, answers end without it
+        return ""
+    return text.partition(_MARK)[2].strip()
+
+
+def _specials(tokenizer: Any) -> set[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+
+# --- what is asked ---
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer that stands in the data.
+
+    Args:
+        prompt: all tokens before it.
+        reference: its tokens, with the end of the turn where that is learnt.
+    """
+
+    prompt: Sequence[int]
+    reference: Sequence[int]
+
+
+def turns_of(row: Tokens) -> list[Turn]:
+    """Every learnt run of tokens of a row, after what stands before it in the row."""
+    ids, labels, out = row["input_ids"], row["labels"], []
+    learnt = [label != IGNORE for label in labels]
+    begins = [i for i, x in enumerate(learnt) if x and not (i and learnt[i - 1])]
+    for begin in begins:
+        end = next((i for i in range(begin, len(ids)) if not learnt[i]), len(ids))
+        out.append(Turn(ids[:begin], ids[begin:end]))
+    return out
+
+
+def exact_matches(
+    model: Any, tokenizer: Any, turns: Sequence[Turn], batch_size: int, max_new_tokens: int
+) -> int:
+    """How many turns are answered with the text of their reference, white space at its ends aside.
+
+    An answer is what stands before the end of the turn. Where the reference has no end (the
+    template does not learn one, the row was cut), it is as many tokens as the reference has.
+    """
+    ends, specials = ends_of(model, tokenizer), _specials(tokenizer)
+    ordered = sorted(turns, key=lambda turn: len(turn.prompt))
+    right = 0
+    for at in range(0, len(ordered), batch_size):
+        part = ordered[at : at + batch_size]
+        own = [_ends_of_reference(turn.reference, ends, tokenizer, specials) for turn in part]
+        prompts = [turn.prompt for turn in part]
+        found = _generated(model, tokenizer, prompts, max_new_tokens, [x for x, _ in own])
+        for turn, (mine, ended), ids in zip(part, own, found, strict=True):
+            said = ids if ended else ids[: len(turn.reference)]
+            right += _text(said, mine, tokenizer) == _text(turn.reference, mine, tokenizer)
+    return right
+
+
+def _ends_of_reference(
+    reference: Sequence[int], ends: Ends, tokenizer: Any, specials: Collection[int]
+) -> tuple[Ends, bool]:
+    """What ends the answer to this turn, and whether the reference has an end.
+
+    A special token within the answer (a thought's end, a call's) does not end it.
+    """
+    inside = len(reference)
+    while inside and (
+        reference[inside - 1] in specials or not tokenizer.decode([reference[inside - 1]]).strip()
+    ):
+        inside -= 1
+    closing = [i for i in reference[inside:] if i in specials]
+    ids = {*ends.ids, *closing[:1]} - set(reference[:inside])
+    text = tokenizer.decode(list(reference), skip_special_tokens=True).rstrip()
+    written = bool(ends.text) and text.endswith(ends.text)
+    return Ends(frozenset(ids), ends.text if written else ""), bool(closing) or written
+
+
+def _text(ids: Sequence[int], ends: Ends, tokenizer: Any) -> str:
+    """What stands before the end."""
+    cut = next((n for n, i in enumerate(ids) if i in ends.ids), len(ids))
+    text = str(tokenizer.decode(list(ids[:cut]), skip_special_tokens=True))
+    return (text.partition(ends.text)[0] if ends.text else text).strip()
+
+
+# --- generation ---
+
+
+def generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to tokenised prompts, each to the end of its turn.
+
+    Prompts of several lengths are padded on the left, unless that disturbs this model, see
+    `batching`.
+    """
+    ends = ends_of(model, tokenizer)
+    found = _generated(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
+    return [_text(ids, ends, tokenizer) for ids in found]
+
+
+def _generated(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Sequence[Ends],
+) -> list[list[int]]:
+    """The tokens that follow each prompt."""
+    out: dict[int, list[int]] = {}
+    for group in _groups(model, tokenizer, prompts, max_new_tokens):
+        ids, mask = _left_padded([prompts[i] for i in group], tokenizer.pad_token_id)
+        stops = frozenset.intersection(*(ends[i].ids for i in group))
+        found = _run(
+            model,
+            ids,
+            mask,
+            tokenizer.pad_token_id,
+            max_new_tokens,
+            eos_token_id=sorted(stops) or NEVER,
+            stopping_criteria=[_stop_at([ends[i] for i in group], ids.shape[1], tokenizer)],
+        )
+        out |= dict(zip(group, found[:, ids.shape[1] :].tolist(), strict=True))
+    return [out[i] for i in range(len(prompts))]
+
+
+def _run(
+    model: Any, ids: Tensor, mask: Tensor, padding: int, max_new_tokens: int, **keys: Any
+) -> Any:
+    device = next(model.parameters()).device
+    return model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=padding,
+        **keys,
+    )
+
+
+def _stop_at(ends: Sequence[Ends], begin: int, tokenizer: Any) -> Callable[..., Tensor]:
+    """Says of each row whether it has come to its own end."""
+
+    def stop(ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        done = []
+        for row, end in zip(ids[:, begin:].tolist(), ends, strict=True):
+            ended = bool(row) and row[-1] in end.ids
+            if end.text and not ended:  # no token is shorter than a byte
+                tail = row[-4 * len(end.text) - 4 :]
+                ended = end.text in tokenizer.decode(tail, skip_special_tokens=True)
+            done.append(ended)
+        return torch.tensor(done, device=ids.device)
+
+    return stop
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], filling: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, `(prompts, longest)`."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), filling, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[i, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+# --- who can be answered in one batch ---
+
+PADDED, EQUAL, ALONE = "padded", "equal", "alone"
+NEVER = 2**31 - 1
+"""A token that no model has: answers go on to their limit."""
+_SHORT, _STEPS = 3, 3
+_known: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
+
+
+def _groups(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Prompts that are answered together: all, those of one length, or each alone."""
+    everybody = list(range(len(prompts)))
+    if len(prompts) == 1:
+        return [everybody]
+    # With their answers: rotary factors may change (longrope) where the longest of them gets to.
+    longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+    how = batching(model, tokenizer, longest)
+    if how == ALONE:
+        return [[i] for i in everybody]
+    lengths = sorted({len(prompt) for prompt in prompts})
+    if how == PADDED or len(lengths) == 1:
+        return [everybody]
+    return [[i for i in everybody if len(prompts[i]) == n] for n in lengths]
+
+
+def batching(model: Any, tokenizer: Any, longest: int) -> str:
+    """In which batches prompts and answers of up to so many tokens are what they are alone.
+
+    Recurrent models read what is padded, others count positions from it or lose what lies behind a
+    window, and some (RWKV) mix the states of a batch. It is found out once.
+
+    Returns:
+        `PADDED`: of any lengths, padded on the left; `EQUAL`: of one length; `ALONE`: in none.
+    """
+    known = _known.setdefault(model, {})
+    size = max(8, 1 << (longest - 1).bit_length())  # one trial for all lengths up to it
+    for length in (size, longest):  # the first may be beyond the model's positions
+        if length in known:
+            return known[length]
+        try:
+            known[length] = _try(model, tokenizer, max(length - _STEPS, 2))
+        except Exception:  # whatever an architecture stumbles over, it answers one prompt
+            continue
+        return known[length]
+    known[longest] = ALONE
+    return ALONE
+
+
+@torch.no_grad()
+def _try(model: Any, tokenizer: Any, longest: int) -> str:
+    source = torch.Generator().manual_seed(0)
+    vocabulary, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+
+    def drawn(number: int) -> list[int]:
+        ids = torch.randint(vocabulary, (number,), generator=source).tolist()
+        return [i if i != padding else (i + 1) % vocabulary for i in ids]
+
+    short, long, beside = drawn(min(_SHORT, longest - 1)), drawn(longest), drawn(longest)
+    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    leak, rounding = (1e-5, 1e-3) if wide else (1e-2, 5e-2)
+
+    def logits(*prompts: list[int]) -> list[tuple[Tensor, int]]:
+        return _logits(model, *_left_padded(prompts, padding), padding)
+
+    if not _alike(logits(long, beside), logits(long), rounding):
+        return ALONE
+    ids, mask = _left_padded([short, long], padding)
+    other = torch.where(mask.bool(), ids, torch.tensor([beside, beside]))
+    one, two = (_logits(model, x, mask, padding) for x in (ids, other))
+    # What stands in the padding must not matter, and how much there is must not either.
+    free = _alike(one, two, leak) and _alike(one, logits(short), rounding)
+    return PADDED if free else EQUAL
+
+
+def _logits(model: Any, ids: Tensor, mask: Tensor, padding: int) -> list[tuple[Tensor, int]]:
+    """The first row's logits of a few steps, and the token that follows each."""
+    out = _run(
+        model,
+        ids,
+        mask,
+        padding,
+        _STEPS,
+        eos_token_id=NEVER,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return [(x[0].double(), int(x[0].argmax())) for x in out.logits]
+
+
+def _alike(
+    one: Sequence[tuple[Tensor, int]], other: Sequence[tuple[Tensor, int]], bound: float
+) -> bool:
+    for (x, token), (y, same) in zip(one, other, strict=True):
+        if float((x - y).abs().max()) > bound * float((y - y.mean()).abs().max()):
+            return False
+        if token != same:  # by rounding; what follows is another text
+            return True
+    return True

@@ -1,0 +1,285 @@
+"""Finds out what is to be evaluated, a run, an adapter or a model, and where its parts lie."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedlora.adapters.peft_files import CONFIG_NAME, OLDER_NAME, WEIGHTS_NAME, read_adapter_config
+from fedlora.commands.eval.options import Loading
+from fedlora.config.config import Config
+from fedlora.config.sources import read_yaml
+from fedlora.embedded import BASE_DIR, EMBEDDED
+from fedlora.errors import CheckpointError, InputError
+from fedlora.methods import METHODS
+from fedlora.model.loading import Source
+from fedlora.runs.directory import verify
+from fedlora.runs.file_names import CONFIG, FINAL, METRICS
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.session import model_source
+from fedlora.text import natural
+
+BASE, GLOBAL, ADAPTER = "base", "global", "adapter"
+_ROUND = re.compile(r"^round-(\d+)$")
+_CLIENT = re.compile(r"^client-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Args:
+        name: as the user names it.
+        config: the run's, or one made of the options.
+        source: the base model.
+        adapters: model name (global, client-K, adapter) -> its PEFT directory.
+        run: the run that results belong to; None: they go to a directory of their own.
+        round: the round of the run's global model.
+        of_a_run: `config` is a run's, so its template and its rows are known.
+        tokenizer: a directory with a tokenizer of its own; None: the configuration's.
+        notes: what the user should know.
+    """
+
+    name: str
+    config: Config
+    source: Source
+    adapters: Mapping[str, Path]
+    run: Path | None = None
+    round: int = 0
+    of_a_run: bool = False
+    tokenizer: Path | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def models(self) -> list[str]:
+        """All there are: the base first, clients last."""
+        return [BASE, *self.adapters]
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients' own models."""
+        return [name for name in self.adapters if _CLIENT.match(name)]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it guesses labels instead of writing text."""
+        return self.config.lora_task_type == "SEQ_CLS" or self.source.classifier
+
+    def chosen(self, wanted: tuple[str, ...], default: list[str]) -> list[str]:
+        """Model names as asked for (`clients`: all of them), in the order they are asked for.
+
+        Raises:
+            InputError: there is no such model here.
+        """
+        out: list[str] = []
+        for name in wanted:
+            if name == "clients" and self.clients:
+                out += self.clients
+            elif name == "all":
+                out += self.models
+            elif name in self.models:
+                out.append(name)
+            else:
+                raise InputError(_no_such_model(name, self))
+        return list(dict.fromkeys(out)) or default
+
+    def fingerprint(self, model: str) -> str:
+        """Of what decides a model's answers: the base's name and the adapter's bytes."""
+        digest = hashlib.sha256(f"{self.source.name}|{self.source.revision}".encode())
+        digest.update(self.config.dtype.encode())
+        if model != BASE:
+            for name in (CONFIG_NAME, WEIGHTS_NAME, OLDER_NAME):
+                if (path := self.adapters[model] / name).is_file():
+                    with path.open("rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+
+def _no_such_model(name: str, subject: Subject) -> str:
+    message = f"{name}: no such model of {subject.name}; there are {', '.join(subject.models)}"
+    if (_CLIENT.match(name) or name == "clients") and not subject.clients:
+        message += (
+            "; clients' own models are kept with save_client_models: true, or by method fedsa"
+        )
+    elif name == GLOBAL and subject.run and subject.clients:
+        message += "; this method makes a model for every client and no global one"
+    return message
+
+
+def find_subject(loading: Loading) -> Subject:
+    """Find out what the user names; no weights are read.
+
+    Raises:
+        InputError: there is no such thing, or the base model cannot be found.
+    """
+    name, path = loading.what, Path(loading.what)
+    if name == EMBEDDED:
+        return _model(loading)
+    if (path / CONFIG).is_file():
+        return _run(path, loading)
+    if path.is_dir():
+        if (path / CONFIG_NAME).is_file() or _clients_in(path):
+            return _adapters(path, loading)
+        if (path / "config.json").is_file():
+            return _model(loading)
+        raise InputError(
+            f"{name}: holds no run ({CONFIG}), no adapter ({CONFIG_NAME}) and no model "
+            "(config.json)"
+        )
+    if path.exists():
+        raise InputError(f"{name}: is a file; name a directory, a hub name or embedded")
+    if name.startswith((".", os.sep, "~")) or name.count("/") > 1:
+        raise InputError(f"{name}: no such directory")
+    return _model(loading)
+
+
+def _with(config: Config, loading: Loading, base: str | None) -> Config:
+    """The configuration with what the command line says over it."""
+    given = {
+        "model_name_or_path": base,
+        "dtype": loading.dtype,
+        "use_cpu": loading.use_cpu,
+        "num_threads": loading.num_threads,
+        "chat_template_path": loading.chat_template_path,
+        "trust_remote_code": loading.trust_remote_code,
+    }
+    return config.model_copy(update={key: x for key, x in given.items() if x is not None})
+
+
+def _model(loading: Loading) -> Subject:
+    if loading.base:
+        raise InputError(f"--base: {loading.what} is a model itself; --base belongs to an adapter")
+    if loading.round is not None:
+        raise InputError(f"--round: {loading.what} is a model, and no run with rounds")
+    config = _with(Config(), loading, loading.what)
+    try:
+        source = model_source(config)
+    except InputError as error:
+        if Path(loading.what).is_dir():
+            raise
+        why = str(error).removeprefix(f"model_name_or_path: {loading.what}: ")
+        raise InputError(f"{loading.what}: no directory here, and as a hub name: {why}") from None
+    return Subject(loading.what, config, source, {})
+
+
+# --- runs ---
+
+
+def _run(path: Path, loading: Loading) -> Subject:
+    config = _with(Config(**read_yaml(path / CONFIG)), loading, loading.base)
+    notes: list[str] = []
+    final, lines = path / FINAL, read_metrics(path) if (path / METRICS).is_file() else []
+    ends = [line["final"] for line in lines if line["event"] == "end"]
+    saved = _saved_rounds(path)
+    number, where = loading.round, final
+    if final.is_dir() and number in (None, *ends[-1:]):
+        number = ends[-1] if ends else max(saved, default=0)
+    elif number is not None:
+        if number not in saved:
+            raise InputError(
+                f"--round {number}: {path} holds no round-{number} (any more); there are "
+                + (", ".join(map(str, saved)) or "none")
+                + "; save_total_limit decides how many are kept"
+            )
+        where = path / f"round-{number}"
+        _trusted(where)
+    else:
+        number = _newest(path, saved, notes)
+        where = path / f"round-{number}"
+        notes.append(f"the run is not complete; this is its state after round {number}")
+    whole = (where / CONFIG_NAME).is_file() and not _is_personal(config)
+    adapters = ({GLOBAL: where} if whole else {}) | _clients_in(where)
+    return Subject(
+        str(path),
+        config,
+        model_source(config),
+        adapters,
+        run=path,
+        round=number,
+        of_a_run=True,
+        notes=tuple(notes),
+    )
+
+
+def _is_personal(config: Config) -> bool:
+    """Whether clients keep a part of the model: what the server has is then no model of anybody."""
+    return bool(METHODS[config.method].training(config.rule_options()).keeps)
+
+
+def _saved_rounds(path: Path) -> list[int]:
+    found = (_ROUND.match(part.name) for part in path.iterdir() if part.is_dir())
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def _trusted(path: Path) -> None:
+    try:
+        verify(path)
+    except CheckpointError as error:
+        raise InputError(f"{error}; choose another --round") from None
+
+
+def _newest(path: Path, saved: list[int], notes: list[str]) -> int:
+    """The newest round that is whole."""
+    for number in reversed(saved):
+        try:
+            verify(path / f"round-{number}")
+        except CheckpointError as error:
+            notes.append(str(error))
+        else:
+            return number
+    raise InputError(f"{path}: the run has no whole round yet; wait for the first one")
+
+
+def _clients_in(path: Path) -> dict[str, Path]:
+    names = sorted((p.name for p in path.iterdir() if _CLIENT.match(p.name)), key=natural)
+    return {name: path / name for name in names if (path / name / CONFIG_NAME).is_file()}
+
+
+# --- adapters ---
+
+
+def _adapters(path: Path, loading: Loading) -> Subject:
+    if loading.round is not None:
+        raise InputError(f"--round: {path} is one adapter; name the run's directory instead")
+    run = _run_around(path)
+    own = Config(**read_yaml(run / CONFIG)) if run else Config()
+    adapters = {ADAPTER: path} if (path / CONFIG_NAME).is_file() else {}
+    if run and _is_personal(own) and not _CLIENT.match(path.name):
+        adapters = {}
+    adapters |= _clients_in(path)
+    if not adapters:
+        raise InputError(
+            f"{path}: method {own.method} makes a model for every client, and what the server "
+            f"holds after a round is no model of anybody; name {run}, whose final/ has the "
+            "clients' models"
+        )
+    saved = read_adapter_config(next(iter(adapters.values())))
+    base = loading.base or (None if run else str(saved.get("base_model_name_or_path") or ""))
+    if base == "":
+        raise InputError(
+            f"{path / CONFIG_NAME}: names no base model (base_model_name_or_path); give --base"
+        )
+    config = _with(own, loading, base)
+    if saved.get("task_type") == "SEQ_CLS":
+        config = config.model_copy(update={"lora_task_type": "SEQ_CLS"})
+    if not run and not loading.base and saved.get("revision"):
+        config = config.model_copy(update={"model_revision": saved["revision"]})
+    if config.model_name_or_path == str(BASE_DIR):
+        config = config.model_copy(update={"model_name_or_path": EMBEDDED})
+    try:
+        source = model_source(config)
+    except InputError as error:
+        raise InputError(f"{error}; --base names another base model") from None
+    tokenizer = path if (path / "tokenizer_config.json").is_file() else None
+    return Subject(
+        str(path), config, source, adapters, of_a_run=run is not None, tokenizer=tokenizer
+    )
+
+
+def _run_around(path: Path) -> Path | None:
+    """The run whose `round-N`, `final` or `final/client-K` this is."""
+    return next((p for p in list(path.resolve().parents)[:2] if (p / CONFIG).is_file()), None)

@@ -1,0 +1,210 @@
+"""Makes several runs at a time, within the cores and the memory there are, and keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.commands.study.plan import Planned
+from fedlora.errors import InputError
+from fedlora.runs.file_names import CONFIG, FINAL
+
+Told = Callable[[str, Planned, Mapping[str, Any]], None]
+"""Told `(what, run, message)`: what is start, round, done, failed, or kept (done before)."""
+
+_FIRST_NEED = 2 * 2**30
+"""Bytes a run is taken to need at least; the libraries alone take a part of it."""
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[str]
+    run: Planned | None = None
+
+
+def threads_and_processes(processes: int | None, gpu: bool) -> tuple[int, int]:
+    """Threads of a process, and how many processes: together no more than there are cores.
+
+    Args:
+        processes: as asked for; None: one on a GPU, else one for each core.
+        gpu: whether runs use one.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    number = processes or (1 if gpu else cores or 1)
+    return max(1, (cores or 1) // number), number
+
+
+def check_kept(runs: Sequence[Planned], directory: Path) -> None:
+    """Refuse to mix runs of other settings into a study's table.
+
+    Raises:
+        InputError: a run in the directory was made with settings other than those of today.
+    """
+    from fedlora.runs.resume import as_it_began
+
+    for planned in runs:
+        path = directory / planned.directory
+        if planned.alone is None and (path / CONFIG).is_file():
+            try:
+                as_it_began(path, planned.config(path))
+            except InputError as error:
+                raise InputError(
+                    f"{path}: made with other settings than this study has now; remove it, or give "
+                    f"another --output_dir\n{error}"
+                ) from None
+
+
+def execute(
+    runs: Sequence[Planned],
+    directory: Path,
+    *,
+    processes: int | None,
+    gpu: bool,
+    told: Told,
+    small: bool = False,
+) -> dict[str, str]:
+    """Make all runs that are not complete, each in its own directory.
+
+    Args:
+        runs: in the order they are started.
+        directory: of the runs' directories.
+        processes: how many at a time; None: as `threads_and_processes` says. The first run has
+            a round to itself, which shows what memory it takes; the others start where the
+            machine's free memory holds as much.
+        gpu: whether runs use one.
+        told: about what happens.
+        small: a run is known to need little memory, so none has to show it first.
+
+    Returns:
+        Directory name -> why this run failed. The others are complete.
+    """
+    waiting, seen, failed = list[Planned](), set[str](), dict[str, str]()
+    for run in runs:
+        if run.directory in seen:
+            continue
+        seen.add(run.directory)
+        if (directory / run.directory / FINAL).is_dir():
+            told("kept", run, {})
+        else:
+            waiting.append(run)
+    threads, most = threads_and_processes(processes, gpu)
+    answers: queue.Queue[tuple[_Worker, dict[str, Any]]] = queue.Queue()
+    workers: list[_Worker] = []
+    need, known = _FIRST_NEED, small
+    try:
+        while waiting or any(worker.run for worker in workers):
+            while waiting and _may_start(workers, most if known else 1, need):
+                worker = next((w for w in workers if w.run is None), None)
+                if worker is None:
+                    worker = _new_worker(threads, directory, answers)
+                    workers.append(worker)
+                _send(worker, waiting.pop(0), directory, threads)
+                assert worker.run is not None
+                told("start", worker.run, {})
+            worker, message = answers.get()
+            planned = worker.run
+            if planned is None:
+                continue  # the end of a worker that had nothing to do
+            if "peak" in message:  # one run shows what the others need beside it
+                need, known = max(need, int(message["peak"])), True
+            if "round" in message:
+                told("round", planned, message)
+                continue
+            worker.run, known = None, True
+            if message.get("done"):
+                told("done", planned, message)
+                continue
+            why = message.get("failed") or _end_of(worker.process, directory)
+            failed[planned.directory] = why
+            told("failed", planned, {"failed": why})
+            if "failed" not in message:
+                workers.remove(worker)
+    finally:
+        _stop(workers)
+    return failed
+
+
+def _end_of(process: subprocess.Popen[str], directory: Path) -> str:
+    """How a process ended that did not say so itself."""
+    code = process.wait()
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    return f"its process {how}; see {directory / 'worker.log'}"
+
+
+def _may_start(workers: Sequence[_Worker], most: int, need: int) -> bool:
+    import torch
+
+    from fedlora.client.memory import memory_available
+
+    busy = sum(worker.run is not None for worker in workers)
+    if busy == 0:
+        return True
+    if busy >= most:
+        return False
+    if any(worker.run is None for worker in workers):
+        return True  # an idle process holds its memory already
+    return memory_available(torch.device("cpu")) > need * 5 // 4
+
+
+def _new_worker(
+    threads: int, directory: Path, answers: queue.Queue[tuple[_Worker, dict[str, Any]]]
+) -> _Worker:
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "worker.log").open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fedlora.commands.study.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **counts},
+            start_new_session=True,  # Ctrl-C reaches us alone; we tell them
+        )
+    worker = _Worker(process)
+
+    def listen() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            answers.put((worker, json.loads(line)))
+        answers.put((worker, {}))
+
+    threading.Thread(target=listen, daemon=True).start()
+    return worker
+
+
+def _send(worker: _Worker, planned: Planned, directory: Path, threads: int) -> None:
+    worker.run = planned
+    job = {
+        "path": str(directory / planned.directory),
+        "keys": {"num_threads": threads, **planned.keys, "seed": planned.seed},
+        "alone": planned.alone,
+        "trainer": planned.trainer,
+    }
+    assert worker.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # its end is told by its output, like any other
+        worker.process.stdin.write(json.dumps(job) + "\n")
+        worker.process.stdin.flush()
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        if worker.run is not None:
+            worker.process.terminate()
+        elif worker.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                worker.process.stdin.close()
+    for worker in workers:
+        try:
+            worker.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()

@@ -1,0 +1,1 @@
+"""Holds the configuration: keys, YAML files, the command line, single clients."""

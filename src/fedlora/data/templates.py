@@ -1,0 +1,373 @@
+"""Turns a row into a prompt and a completion, a conversation, or a text to classify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from fedlora.data.chat_messages import UnusableRowError, json_of, messages_of, says, without_empty
+from fedlora.data.rows import Row, is_null, is_text, no_text
+from fedlora.errors import InputError
+
+BUILT_IN_CHAT = {"vicuna": Path(__file__).parent / "chat_templates" / "vicuna.jinja"}
+"""Chat templates of the package, for tokenizers that have none."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation for the tokenizer's chat template.
+
+    Args:
+        messages: `{"role": ..., "content": ...}`, as transformers takes them.
+        prompt: how many of them, from the first, are the prompt; None: every assistant turn is
+            learnt.
+        extra: `tools` and `chat_template_kwargs` of the row, for the chat template.
+        left_out: which of the assistant's turns no loss is taken on (`weight: 0`).
+    """
+
+    messages: list[dict[str, Any]]
+    prompt: int | None = None
+    extra: Mapping[str, Any] | None = None
+    left_out: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A text, or a pair, and its label."""
+
+    texts: tuple[str, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Prompts and completions by turns: all completions are learnt.
+
+    Args:
+        pairs: `(prompt, completion)`, the earliest first.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+Rendered = tuple[str, str] | Turns | Chat | Classified
+"""`(prompt, completion)`, several of them, a conversation, or a text with its label."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a row is read.
+
+    Args:
+        name: what `template:` says.
+        columns: each entry is a tuple of alternatives, one of which a row must have.
+        render: `row -> Rendered`; raises `UnusableRowError`.
+        optional: columns the data must have, but a row may leave empty.
+        further: columns that are read where the data has them.
+    """
+
+    name: str
+    columns: tuple[tuple[str, ...], ...]
+    render: Callable[[Row], Rendered]
+    optional: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> list[str]:
+        """All columns that a row may be read from."""
+        of_columns = (name for names in self.columns for name in names)
+        return [*of_columns, *self.optional, *self.further]
+
+    def missing(self, columns: Sequence[str]) -> list[str]:
+        """What the data lacks for it."""
+        absent = [" or ".join(names) for names in self.columns if not set(names) & set(columns)]
+        return absent + [name for name in self.optional if name not in columns]
+
+
+def _text(row: Row, *names: str) -> str:
+    """The first of these columns that is not empty, as text.
+
+    Raises:
+        InputError: it holds a list or an object.
+    """
+    for name in names:
+        if not is_null(value := row.get(name)):
+            if not is_text(value):
+                raise InputError(no_text(name, value))
+            return str(value)
+    return ""
+
+
+def _alpaca(row: Row) -> tuple[str, str] | Turns:
+    context = _text(row, "input", "context").strip()
+    instruction = f"### Instruction:\n{_text(row, 'instruction')}"
+    if context:
+        lead = (
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+        )
+        middle = f"{instruction}\n\n### Input:\n{context}"
+    else:
+        lead = (
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n"
+        )
+        middle = instruction
+    if system := _text(row, "system").strip():
+        lead = f"{system}\n\n{lead}"
+    pairs = [(f"### Instruction:\n{asked}", answer) for asked, answer in _history(row)]
+    pairs.append((middle, _text(row, "output", "response")))
+    begins = [lead, *["\n\n"] * (len(pairs) - 1)]
+    turns = [
+        (f"{begin}{asked}\n\n### Response:\n", answer)
+        for begin, (asked, answer) in zip(begins, pairs, strict=True)
+    ]
+    return Turns(tuple(turns)) if turns[1:] else turns[0]
+
+
+def _history(row: Row) -> list[tuple[str, str]]:
+    """Earlier turns, as LLaMA-Factory has them: a list of instructions and responses."""
+    history = row.get("history")
+    if is_null(history):
+        return []
+    if isinstance(history, str):  # of a CSV file
+        history = json_of("history", history)
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(is_text(value) and not is_null(value) for value in pair)
+        for pair in history
+    ):
+        raise InputError(
+            "the column history holds no list of [instruction, response] pairs: "
+            f"{repr(history)[:60]}; mend it, or rename the column if it is something else"
+        )
+    return [(str(asked), str(answer)) for asked, answer in history]
+
+
+def _chat(row: Row) -> Chat:
+    column = "conversations" if is_null(row.get("messages")) else "messages"
+    messages, left_out = messages_of(row[column])
+    system = _text(row, "system").strip()
+    if system and not any(message["role"] == "system" for message in messages[:1]):
+        messages = [{"role": "system", "content": system}, *messages]
+        left_out = [False, *left_out]
+    if column == "conversations":
+        # ShareGPT's conversations may begin in the middle; what answers nothing is left out.
+        first = int(bool(messages) and messages[0]["role"] == "system")
+        while messages[first:] and messages[first]["role"] == "assistant":
+            del messages[first], left_out[first]
+    return _learnable(Chat(messages, None, _extra(row), _numbers(left_out)))
+
+
+def _numbers(left_out: Sequence[bool]) -> frozenset[int]:
+    return frozenset(i for i, left in enumerate(left_out) if left)
+
+
+def _learnable(chat: Chat) -> Chat:
+    """The conversation, if a turn of the assistant's is to be learnt in it.
+
+    Raises:
+        UnusableRowError: there is none.
+    """
+    said = [
+        i
+        for i, message in enumerate(chat.messages)
+        if i >= (chat.prompt or 0) and message["role"] == "assistant" and says(message)
+    ]
+    if chat.prompt is None and not said:
+        raise UnusableRowError("no assistant turn to learn")
+    if said and chat.left_out.issuperset(said):
+        raise UnusableRowError("no assistant turn to learn: all have weight 0")
+    return chat
+
+
+def _extra(row: Row) -> dict[str, Any]:
+    settings = row.get("chat_template_kwargs")
+    if isinstance(settings, str) and settings.strip():
+        settings = json_of("chat_template_kwargs", settings)
+    settings = {} if is_null(settings) or settings == "" else settings
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+        raise InputError(
+            f"template: chat_template_kwargs is no object with names: {repr(settings)[:60]}"
+        )
+    extra = without_empty(settings)
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():  # as TRL takes them: columns cannot hold all
+        tools = json_of("tools", tools)
+    if is_null(tools) or not tools or tools == "":
+        return dict(extra)
+    tools = [tools] if isinstance(tools, Mapping) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise InputError(f"template: tools is no list of functions: {repr(tools)[:60]}")
+    return {**extra, "tools": [without_empty(tool) for tool in tools]}
+
+
+def _prompt_completion(row: Row) -> tuple[str, str] | Chat:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        (before, out), (after, out_after) = messages_of(prompt), messages_of(completion)
+        left_out = _numbers([*out, *out_after])
+        return _learnable(Chat([*before, *after], len(before), _extra(row), left_out))
+    return _text(row, "prompt"), _text(row, "completion")
+
+
+TEMPLATES = {
+    t.name: t
+    for t in (
+        Template(
+            "alpaca",
+            (("instruction",), ("output", "response")),
+            _alpaca,
+            further=("input", "context", "system", "history"),
+        ),
+        Template(
+            "chat",
+            (("messages", "conversations"),),
+            _chat,
+            further=("system", "tools", "chat_template_kwargs"),
+        ),
+        Template(
+            "prompt_completion",
+            (("prompt",), ("completion",)),
+            _prompt_completion,
+            further=("tools", "chat_template_kwargs"),
+        ),
+        Template("text", (("text",),), lambda row: ("", _text(row, "text"))),
+    )
+}
+
+
+def custom(prompt: str, completion: str) -> Template:
+    """A user's own template: `{column}` stands for a column, `{{` and `}}` for braces.
+
+    A prompt's column may be empty in a row, a completion's may not.
+
+    Raises:
+        InputError: unbalanced braces, or more than a column's name between them.
+    """
+    before = _parse("prompt_template", prompt)
+    after = _parse("completion_template", completion)
+    names = [name for _, name in after if name is not None]
+    if not names:
+        raise InputError(f"completion_template: {completion!r} names no {{column}} to learn")
+
+    def render(row: Row) -> tuple[str, str]:
+        return _fill(before, row), _fill(after, row)
+
+    optional = tuple(name for _, name in before if name is not None and name not in names)
+    columns = tuple((name,) for name in names)
+    return Template("custom", columns, render, optional)
+
+
+def _parse(key: str, text: str) -> list[tuple[str, str | None]]:
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        raise InputError(
+            f"{key}: {text!r}: {error}; write {{column}}, and {{{{ or }}}} for braces themselves"
+        ) from None
+    for _, name, form, conversion in parts:
+        if name == "" or form or conversion:
+            raise InputError(f"{key}: {text!r}: expected a column's name alone between braces")
+    return [(literal, name) for literal, name, _, _ in parts]
+
+
+def _fill(parts: Sequence[tuple[str, str | None]], row: Row) -> str:
+    return "".join(literal + ("" if name is None else _text(row, name)) for literal, name in parts)
+
+
+TEXT_COLUMNS = (
+    ("text",),
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+)
+"""Columns of a classifier's text by which it is recognised: those of GLUE and common data sets."""
+LABEL_COLUMNS = ("label", "labels")
+
+
+def classification(
+    texts: Sequence[str] | None, label: str | None, columns: Sequence[str]
+) -> Template:
+    """The template of a classifier: one text column or a pair, and a label.
+
+    Raises:
+        InputError: the columns are not there; the message lists those present.
+    """
+    there = ", ".join(columns)
+    if texts is None:
+        texts = next((t for t in TEXT_COLUMNS if set(t) <= set(columns)), None)
+        if texts is None:
+            raise InputError(f"text_column_names: name the text's column; the data has {there}")
+    if label is None:
+        label = next((name for name in LABEL_COLUMNS if name in columns), None)
+        if label is None:
+            raise InputError(f"label_column_name: name the label's column; the data has {there}")
+    for key, names in (("text_column_names", texts), ("label_column_name", [label])):
+        for name in names:
+            if name not in columns:
+                raise InputError(f"{key}: {name!r} is not a column; the data has {there}")
+    chosen, of_label = tuple(texts), label
+
+    def render(row: Row) -> Classified:
+        return Classified(tuple(_text(row, name) for name in chosen), label_of(row, of_label))
+
+    of_text = tuple((name,) for name in chosen)
+    return Template("classification", (*of_text, (of_label,)), render)
+
+
+def label_of(row: Row, column: str) -> str:
+    """A row's label.
+
+    Raises:
+        InputError: it is neither text nor a whole number.
+    """
+    value = row[column]
+    if isinstance(value, float) or not isinstance(value, str | int):
+        raise InputError(
+            f"label_column_name: {column} holds {value!r}; expected text or whole numbers"
+        )
+    return str(value)
+
+
+def choose_template(
+    name: str,
+    columns: Sequence[str],
+    *,
+    prompt_template: str | None = None,
+    completion_template: str | None = None,
+) -> Template:
+    """The template of that name, or ("auto") the first whose columns are there.
+
+    Raises:
+        InputError: a column is missing; the message lists those present.
+    """
+    if completion_template:
+        chosen = custom(prompt_template or "", completion_template)
+    elif name != "auto":
+        chosen = TEMPLATES[name]
+    else:
+        fitting = [t for t in TEMPLATES.values() if not t.missing(columns)]
+        if not fitting:
+            raise InputError(
+                f"template: no template fits the columns {', '.join(columns)}; known are "
+                + "; ".join(
+                    f"{t.name} ({', '.join(' or '.join(c) for c in t.columns)})"
+                    for t in TEMPLATES.values()
+                )
+                + "; for others write prompt_template and completion_template, or name "
+                "label_column_name to classify"
+            )
+        return fitting[0]
+    if absent := chosen.missing(columns):
+        raise InputError(
+            f"template: {chosen.name} needs the column {', '.join(absent)}; the data has "
+            f"{', '.join(columns)}"
+        )
+    return chosen

@@ -1,0 +1,1 @@
+"""Holds the federated round: messages, the server, and how updates become one."""

@@ -1,0 +1,1 @@
+"""Combines the clients' updates, one way a file."""

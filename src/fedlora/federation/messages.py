@@ -1,0 +1,79 @@
+"""Defines what travels between server and clients, and what a client keeps to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedlora.lowrank import Adapter, Deltas, factor_bytes
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the server sends one client at the beginning of a round.
+
+    Args:
+        round: counted from 1.
+        client: whom it is for.
+        rank: the rank of the adapter this client is to train.
+        adapter: the global adapter; empty where the rule resets it.
+        leading: the leading directions of `adapter`, which starts are cut from: the adapter
+            itself where that is factors, some directions of it where it is dense.
+        base_delta: the frozen side so far, `W_0 + base_delta` being what is not trained.
+        dense: parameters averaged as they are (a classifier head).
+        nbytes: bytes that have to be transferred: what this client does not hold already.
+        modules: the target modules it trains; None = all.
+    """
+
+    round: int
+    client: int
+    rank: int
+    adapter: Deltas
+    leading: Adapter
+    base_delta: Deltas
+    dense: Mapping[str, Tensor]
+    nbytes: int
+    modules: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What outlives a round at a client, and never leaves it.
+
+    Args:
+        factors: `module.B` -> the factor it goes on training, scale folded.
+    """
+
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends back.
+
+    Args:
+        client: who trained it.
+        round: the round it belongs to.
+        adapter: the trained factors, scale folded into `B`; of a factor that is not sent the
+            shape alone counts.
+        num_examples: rows it was trained on; the weight under `client_weights: examples`.
+        dense: trained values of the dense parameters.
+        metrics: what the local training reports (`loss`, `steps`, `tokens`, `seconds` ...).
+        sends: the factors that travel, "AB", "A" or "B".
+    """
+
+    client: int
+    round: int
+    adapter: Adapter
+    num_examples: int
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    sends: str = "AB"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return factor_bytes(self.adapter, self.sends) + sum(t.nbytes for t in self.dense.values())

@@ -1,0 +1,59 @@
+"""Tells who takes part in a federation and with what weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedlora.methods.rule import Shapes
+from fedlora.seeds import SERVER, Purpose, generator
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part, and how the server weighs and steps.
+
+    Args:
+        ranks: the adapter rank of every client.
+        num_examples: rows of every client; one with none is never asked.
+        shapes: target module -> `(m, n)`.
+        seed: of every draw.
+        clients_per_round: None = all, an int = so many, a float in (0, 1] = that share.
+        client_weights: "examples": p_k in proportion to the rows; "uniform": all alike.
+        server_learning_rate: eta in `G' = G + eta v`.
+        server_momentum: mu in `v = mu v + sum_k p_k encode_k` (FedAvgM, arXiv 1909.06335).
+        modules: the target modules of clients that do not train all of them. What a client does
+            not train stays as it is sent: it adds nothing to the sum, its weight counts in full
+            (hetlora and raflora weigh module by module, over those who train it).
+    """
+
+    ranks: Sequence[int]
+    num_examples: Sequence[int]
+    shapes: Shapes
+    seed: int = 0
+    clients_per_round: int | float | None = None
+    client_weights: Literal["examples", "uniform"] = "examples"
+    server_learning_rate: float = 1.0
+    server_momentum: float = 0.0
+    modules: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+    def trained_by(self, client: int) -> frozenset[str] | None:
+        """The target modules a client trains; None = all."""
+        return self.modules.get(client)
+
+    def weight(self, num_examples: int) -> float:
+        """A client's weight before normalisation."""
+        rows = max(num_examples, 0)
+        return float(rows > 0 if self.client_weights == "uniform" else rows)
+
+    def sample(self, round: int) -> list[int]:
+        """The clients of a round, in ascending order, drawn without replacement."""
+        able = [k for k, rows in enumerate(self.num_examples) if rows > 0]
+        wanted = self.clients_per_round
+        if wanted is None:
+            return able
+        if isinstance(wanted, float):
+            wanted = max(1, int(wanted * len(able) + 0.5))
+        rng = generator(self.seed, round, SERVER, Purpose.SAMPLING)
+        return sorted(rng.choice(able, size=min(wanted, len(able)), replace=False).tolist())

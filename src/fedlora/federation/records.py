@@ -1,0 +1,71 @@
+"""Defines what a round leaves in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """One client's part in a round, for the log."""
+
+    client: int
+    rank: int
+    num_examples: int
+    weight: float
+    bytes_down: int
+    bytes_up: int
+    metrics: Mapping[str, Any]
+    rejected: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One target module in a round, for the log.
+
+    Args:
+        error: as `RoundRecord.aggregation_error`, of this module alone.
+        norm: the Frobenius norm of its change.
+    """
+
+    error: float | None
+    norm: float
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One committed round, for the log.
+
+    Args:
+        round: counted from 1.
+        clients: one record each, in client order.
+        aggregation_error: `||dG - sum_k p_k (M_k - M_k_start)||` over the norm of that sum, with dG
+            the change of the global model and M_k the product client k ended with; None with a
+            server optimiser (its step is not meant to be that sum) or where nothing was learnt.
+            Rounding S to float32 sets a floor of about `4e-7 ||S|| / ||dG||`.
+        truncation_error: `||S - S_hat|| / ||S||` of what was sent, where a rule truncates it.
+        update_norm: the Frobenius norm of dG over all modules.
+        global_rank: the largest rank bound of a module of the global update.
+        layers: target module -> its part; of modules with more than 256 directions the norms are
+            estimates, within 10%.
+    """
+
+    round: int
+    clients: tuple[ClientRecord, ...]
+    aggregation_error: float | None
+    truncation_error: float
+    update_norm: float
+    global_rank: int
+    layers: Mapping[str, LayerRecord] = field(default_factory=dict)
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes sent to all clients of the round."""
+        return sum(c.bytes_down for c in self.clients)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes received from all clients of the round."""
+        return sum(c.bytes_up for c in self.clients)

@@ -1,0 +1,126 @@
+"""Defines what an aggregation rule takes and gives: starts, encoded updates, sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedlora.lowrank import (
+    Adapter,
+    Deltas,
+    add_all,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a round broadcasts: see `Broadcast`. `error` is `||S - S_hat|| / ||S||`."""
+
+    adapter: Deltas
+    leading: Adapter
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a rule asks of a client's local training; the trainer and the worker read it.
+
+    Args:
+        trains: which factors are trained, "AB", "A" or "B", by round, over and over; the others
+            stay as they started.
+        keeps: a trained factor that stays with its client and is trained on in its next round:
+            "" or "B".
+        tail_penalty: lambda of `lambda sum_modules ||s B[:, t:]||_F ||A[t:]||_F`, which is added to
+            the loss, with `t = tail_from * rank`.
+        tail_from: gamma, the share of the rank that is no tail.
+        prunes: after training, a client whose tail (the sum above) has shrunk goes on with rank
+            `tail_from * rank`.
+    """
+
+    trains: tuple[str, ...] = ("AB",)
+    keeps: str = ""
+    tail_penalty: float = 0.0
+    tail_from: float = 1.0
+    prunes: bool = False
+
+    def trained(self, round: int) -> str:
+        """The factors trained in a round, counted from 1."""
+        return self.trains[(round - 1) % len(self.trains)]
+
+    def sent(self, round: int) -> str:
+        """The factors a client sends up in a round."""
+        return "".join(factor for factor in self.trained(round) if factor not in self.keeps)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a client makes of a broadcast: what it trains, and what lies frozen beside.
+
+    Args:
+        adapter: what it trains.
+        own: what is frozen and its own, as factors of small rank.
+        beneath: what is frozen and common to all clients of the round, the broadcast's `adapter`
+            itself, so that it has to be added to the base only once.
+    """
+
+    adapter: Adapter
+    own: Adapter = field(default_factory=dict)
+    beneath: Deltas = field(default_factory=dict)
+
+    @property
+    def rest(self) -> Deltas:
+        """All that lies frozen beside the adapter, `beneath + own`."""
+        return add_all([self.beneath, self.own])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a rule needs of an update, or a weighted sum of that.
+
+    Args:
+        factors: tensors that are summed element by element.
+        products: low-rank updates that are summed as matrices, `sum_k p_k dW_k`.
+    """
+
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    products: Deltas = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The outcome of a rule: the next trainable global adapter, and what is merged for good.
+
+    Args:
+        adapter: the global adapter of the next round; empty = fresh LoRA initialisation.
+        merge: what is added to the frozen side `base_delta`; empty = nothing.
+    """
+
+    adapter: Deltas
+    merge: Deltas = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All the server knows between two rounds; what a checkpoint holds.
+
+    Args:
+        round: rounds committed so far.
+        adapter: the global adapter (in full, whatever was sent of it).
+        base_delta: what was merged into the frozen side.
+        dense: averaged dense parameters.
+        last_merge: what the last committed round added to `base_delta`.
+        last_seen: client -> last round it was sent a broadcast for.
+        momentum: the server optimiser's velocity.
+        ranks: client -> its rank, as far as it has pruned it.
+    """
+
+    round: int
+    adapter: Deltas
+    base_delta: Deltas = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    last_merge: Deltas = field(default_factory=dict)
+    last_seen: Mapping[int, int] = field(default_factory=dict)
+    momentum: Encoded = field(default_factory=Encoded)
+    ranks: Mapping[int, int] = field(default_factory=dict)

@@ -1,0 +1,66 @@
+"""Switches on what trades time, memory and start-up of local training for one another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+from torch import nn
+
+from fedlora.config.config import Config
+from fedlora.errors import InputError
+from fedlora.model.client_rows import Layout
+from fedlora.model.lora_layer import AdapterLayer
+
+
+def accelerate(model: Any, config: Config) -> None:
+    """Set a model up as `gradient_checkpointing`, `use_liger_kernel` and `torch_compile` say.
+
+    Args:
+        model: of transformers, where it will be trained; changed in place.
+        config: of the run.
+
+    Raises:
+        InputError: what is asked for cannot be had here, and what to do.
+    """
+    if config.use_liger_kernel:
+        _use_liger(model)
+    if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"gradient_checkpointing: {type(model).__name__} cannot do it; leave it out, or "
+                "use a smaller per_device_train_batch_size"
+            )
+        # The reentrant kind needs an input that requires gradients, which a frozen base has not.
+        layouts = (m.layout for m in model.modules() if isinstance(m, AdapterLayer))
+        again = next(layouts, Layout()).recomputing
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
+    if config.torch_compile:
+        _compile(model)
+
+
+def _use_liger(model: Any) -> None:
+    if next(model.parameters()).device.type != "cuda":
+        raise InputError("use_liger_kernel: its kernels need a CUDA device; leave it out")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise InputError(
+            "use_liger_kernel: not installed; pip install liger-kernel, or leave it out"
+        )
+    from transformers.integrations.liger import apply_liger_kernel
+
+    # The output head is ours: on labelled tokens alone, in chunks.
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
+def _compile(model: Any) -> None:
+    """Compile every layer of the trunk by itself, for any number of tokens."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise InputError(
+            "torch_compile: on the CPU it needs a C++ compiler (g++); install one, or leave it out"
+        )
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    for layer in max(stacks, key=len, default=()):
+        layer.compile(dynamic=True)

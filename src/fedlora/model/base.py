@@ -1,0 +1,164 @@
+"""Holds the frozen base model, loaded once and wrapped so that adapters can come and go.
+
+Every target module is wrapped in an `AdapterLayer` once. What lies frozen beside the adapters and
+the adapters of one client, or of several that train in one pass, are loaded into the layers; the
+base weights are never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.lowrank import Adapter, Deltas, LowRank
+from fedlora.model.client_rows import Layout
+from fedlora.model.fingerprint import weights_fingerprint
+from fedlora.model.full_modules import FullModule, make_float32
+from fedlora.model.layers import put
+from fedlora.model.lora_layer import AdapterLayer, ClientTerm, Seat
+from fedlora.model.targets import Targets
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base with adapter layers in place.
+
+    Args:
+        model: the transformers model; only adapter factors require gradients.
+        tokenizer: its tokenizer, with a padding token.
+        targets: where the adapters go.
+        layers: target module name -> its layer.
+        fingerprint: of the base weights, to recognise another base on resume.
+        dense: parameters trained whole (a classifier's head), by full name, in float32.
+        heads: the modules that hold them, by full name.
+        tied: one of these parameters is used in other modules too, so that there is but one of it.
+    """
+
+    model: Any
+    tokenizer: Any
+    targets: Targets
+    layers: Mapping[str, AdapterLayer]
+    fingerprint: str
+    dense: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    heads: Mapping[str, FullModule] = field(default_factory=dict)
+    tied: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return cast(torch.device, next(self.model.parameters()).device)
+
+    def load(
+        self,
+        frozen: Sequence[Deltas],
+        adapter: Adapter | None = None,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        dense: Mapping[str, Tensor] | None = None,
+        trains: str = "AB",
+    ) -> None:
+        """Set all layers: `W_0 + sum frozen`, and what one client trains on top.
+
+        Args:
+            frozen: what lies beside the base and is not trained.
+            adapter: what is trained; a module it does not name has nothing to train.
+            scale: of the adapter.
+            dropout: before the adapter.
+            dense: values of the parameters trained whole; None leaves them as they are.
+            trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
+        """
+        one = [] if adapter is None else [Seat(adapter, {}, scale, dropout, trains, dense or {})]
+        self.seat(frozen, one)
+        with torch.no_grad():
+            for name, value in (dense or {}).items():
+                self.dense[name].copy_(value)
+
+    def seat(self, frozen: Sequence[Deltas], seats: Sequence[Seat]) -> None:
+        """Set all layers for clients that train in one pass.
+
+        Args:
+            frozen: what lies beside the base for all of them.
+            seats: what each of them brings; a single one trains the model's own dense parameters,
+                several train copies.
+        """
+        for name, layer in self.layers.items():
+            layer.freeze([deltas[name] for deltas in frozen if name in deltas])
+            layer.seat(name, seats)
+        for name, head in self.heads.items():
+            head.seat(name, [s.dense for s in seats] if len(seats) > 1 else ())
+        if len(seats) == 1:
+            with torch.no_grad():
+                for name, value in seats[0].dense.items():
+                    self.dense[name].copy_(value)
+
+    def terms_of(self, client: int) -> list[ClientTerm]:
+        """The terms of the client in this seat, layer by layer."""
+        return [cast(ClientTerm, layer.clients[client]) for layer in self.layers.values()]
+
+    def parameters_of(self, client: int) -> list[tuple[str, nn.Parameter]]:
+        """What the client in this seat trains, by name."""
+        out = []
+        for name, term in zip(self.layers, self.terms_of(client), strict=True):
+            for factor in ("A", "B"):
+                value = getattr(term, factor)
+                if value is not None and value.requires_grad:
+                    out.append((f"{name}.{factor}", value))
+        return [*out, *self._dense_of(client).items()]
+
+    def _dense_of(self, client: int) -> dict[str, nn.Parameter]:
+        """The parameters trained whole of the client in this seat, by full name."""
+        copies = {
+            f"{name}.{end}": value
+            for name, head in self.heads.items()
+            if head.copies
+            for end, value in head.copies[client].items()
+        }
+        return {**self.dense, **copies}
+
+    def read_adapter(self, client: int = 0) -> dict[str, LowRank]:
+        """The adapter in a seat as it now is, scale folded, in float32, on the CPU.
+
+        `B` is its start plus the scaled change, so that what was not trained comes back to the bit:
+        dividing by a scale and multiplying again would count as learning.
+
+        Raises:
+            ValueError: no adapter is loaded.
+        """
+        out = {}
+        for name, layer in self.layers.items():
+            if len(layer.clients) and (x := cast(ClientTerm, layer.clients[client]).read()):
+                out[name] = x
+        if not out:
+            raise ValueError("the model holds no adapter")
+        return out
+
+    def read_dense(self, client: int = 0) -> dict[str, Tensor]:
+        """The parameters trained whole in a seat as they now are. Copies, on the CPU."""
+        return {n: value.detach().cpu().clone() for n, value in self._dense_of(client).items()}
+
+
+def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
+    """Freeze a model, wrap its target modules, and make what is trained whole float32.
+
+    The model is changed in place.
+    """
+    model.requires_grad_(False)
+    dense, heads, layout = {}, {}, Layout()
+    for name in targets.modules_to_save:
+        module = model.get_submodule(name)
+        make_float32(module, keep_output="." not in name)
+        for end, parameter in module.named_parameters(name):
+            dense[end] = parameter.requires_grad_(True)
+        heads[name] = FullModule(module, layout)
+    fingerprint = weights_fingerprint(model, skip=dense)
+    layers = {}
+    for site, name in enumerate(targets.shapes):
+        layers[name] = AdapterLayer(model.get_submodule(name), layout, site)
+        put(model, name, layers[name])
+    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    tied = any(places.count(id(p)) > 1 for p in dense.values())
+    return BaseModel(model, tokenizer, targets, layers, fingerprint, dense, heads, tied)

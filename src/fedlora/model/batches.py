@@ -1,0 +1,54 @@
+"""Makes tensors of tokenised rows, and the cross-entropy of their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.data.tokenize import IGNORE, Tokens
+
+
+def labelled(rows: Sequence[Tokens]) -> int:
+    """What a loss is a mean over: labelled tokens (never a row's first), or a classifier's rows."""
+    if rows and "label" in rows[0]:
+        return len(rows)
+    return sum(label != IGNORE for row in rows for label in row["labels"][1:])
+
+
+def collate(
+    rows: Sequence[Tokens], device: torch.device | str = "cpu", pad_token_id: int = 0
+) -> dict[str, Tensor]:
+    """Rows as right-padded tensors `(batch, longest)`: input_ids, attention_mask, labels.
+
+    A classifier's labels are `(batch,)`; `token_type_ids` go along where rows have them.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, filling: int) -> Tensor:
+        out = torch.full((len(rows), longest), filling, dtype=torch.long)
+        for i, row in enumerate(rows):
+            out[i, : len(row[key])] = torch.tensor(row[key])
+        return out.to(device)
+
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        mask[i, : len(row["input_ids"])] = 1
+    batch = {"input_ids": padded("input_ids", pad_token_id), "attention_mask": mask.to(device)}
+    if "token_type_ids" in rows[0]:
+        batch["token_type_ids"] = padded("token_type_ids", 0)
+    if "label" in rows[0]:
+        batch["labels"] = torch.tensor([row["label"] for row in rows], device=device)
+    else:
+        batch["labels"] = padded("labels", IGNORE)
+    return batch
+
+
+def flat(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """All token ids `(tokens,)`, where a labelled token is predicted `(n,)`, and its label."""
+    ids = [token for row in rows for token in row["input_ids"]]
+    following = [label for row in rows for label in (*row["labels"][1:], IGNORE)]
+    labels = torch.tensor(following)
+    places = (labels != IGNORE).nonzero()[:, 0]
+    return torch.tensor(ids).to(device), places.to(device), labels[places].to(device)

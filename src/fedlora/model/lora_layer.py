@@ -1,0 +1,247 @@
+"""Adds adapters to a linear layer: one for each client of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedlora.lowrank import Adapter, Delta, LowRank, add, fold, to_dense, unfold
+from fedlora.model.client_rows import Form, Layout
+from fedlora.model.layers import is_conv1d, is_plain, shape_of
+from fedlora.model.lora_linear import Term, adapted
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one client brings into the model.
+
+    Args:
+        adapter: what it trains; a module it does not name has nothing to train.
+        own: what is frozen and its own, as factors.
+        scale: LoRA's scale of the adapter.
+        dropout: before the adapter.
+        trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
+        dense: its values of the parameters trained whole.
+    """
+
+    adapter: Adapter
+    own: Adapter = field(default_factory=dict)
+    scale: float = 1.0
+    dropout: float = 0.0
+    trains: str = "AB"
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class ClientTerm(nn.Module):
+    """One client's part of a layer: `s B A dropout(x) + B_0 A_0 x`, the second part frozen.
+
+    Args:
+        adapter: what is trained, or None.
+        own: `B_0 A_0`, or None.
+        seat: its scale, dropout and what it trains.
+        weight: of the layer, for device and dtype.
+    """
+
+    def __init__(
+        self, adapter: LowRank | None, own: LowRank | None, seat: Seat, weight: Tensor
+    ) -> None:
+        super().__init__()
+        self.scale, self.dropout = seat.scale, seat.dropout
+        self.A: nn.Parameter | None = None  # (r, n)
+        self.B: nn.Parameter | None = None  # (m, r)
+        self.start: tuple[Tensor, Tensor] | None = None  # B at the start, with and without scale
+        self.own = None if own is None else _like(own, weight)
+        if adapter is not None:
+            a, b = unfold(adapter, seat.scale)
+            self.start = adapter.B, b.clone()
+            self.A = nn.Parameter(a.to(weight.device), requires_grad="A" in seat.trains)
+            self.B = nn.Parameter(b.to(weight.device), requires_grad="B" in seat.trains)
+
+    def tail(self, share: float) -> Tensor | None:
+        """`||s B[:, t:]||_F ||A[t:]||_F` with `t = share * r`, rounded down, for HetLoRA."""
+        if self.A is None or self.B is None:
+            return None
+        begin = int(share * self.A.shape[0])
+        size: Tensor = self.scale * self.B[:, begin:].norm() * self.A[begin:].norm()
+        return size
+
+    def read(self) -> LowRank | None:
+        """The adapter as it now is: see `BaseModel.read_adapter`."""
+        if self.A is None or self.B is None or self.start is None:
+            return None
+        folded, plain = self.start
+        learnt = fold(self.A.cpu(), self.B.cpu() - plain, self.scale)
+        return LowRank(learnt.A, folded + learnt.B)
+
+
+class AdapterLayer(nn.Module):
+    """`y = W_0 x + frozen x + s_k B_k A_k dropout(x)` over a linear layer or a Conv1D.
+
+    The rows of x that belong to client k see its adapter alone. The frozen side is added to a copy
+    of a float32 weight, always from the pristine base, so that nothing drifts. Beside a weight of
+    lower precision, where adding would round small updates away, and beside a layer that is not
+    plainly `W_0 x + b` (`layers.is_plain`), which computes its own part, it is a branch of its own.
+
+    Args:
+        base: the layer to wrap; its weight is left as it is.
+        layout: whose rows are whose; one for all layers of a model.
+        site: the layer's number among those that draw dropout.
+    """
+
+    def __init__(self, base: nn.Module, layout: Layout | None = None, site: int = 0) -> None:
+        super().__init__()
+        self.base = base
+        self.layout = layout or Layout()
+        self.site = site
+        self.conv1d, self.plain = is_conv1d(base), is_plain(base)
+        self.clients = nn.ModuleList()
+        self.frozen: tuple[Delta, ...] = ()
+        self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
+        self.branch: Delta | None = None
+        self.forms: dict[int, Form] = {}  # of its inputs, by their number of axes
+
+    @property
+    def weight(self) -> Tensor:
+        """The pristine base weight; some architectures ask a layer for its dtype this way."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias; some architectures (Mamba) read it."""
+        return cast("Tensor | None", self.base.bias)
+
+    @property
+    def in_features(self) -> int:
+        """n."""
+        return shape_of(self.base)[1]
+
+    @property
+    def out_features(self) -> int:
+        """m."""
+        return shape_of(self.base)[0]
+
+    @property
+    def A(self) -> nn.Parameter | None:
+        """`(r, n)` of the only client, if it trains this module."""
+        return cast(ClientTerm, self.clients[0]).A if len(self.clients) == 1 else None
+
+    @property
+    def B(self) -> nn.Parameter | None:
+        """`(m, r)` of the only client, if it trains this module."""
+        return cast(ClientTerm, self.clients[0]).B if len(self.clients) == 1 else None
+
+    def freeze(self, parts: Sequence[Delta]) -> None:
+        """Set what lies frozen beside the base for all clients; nothing is done twice."""
+        if len(parts) == len(self.frozen) and all(
+            new is old for new, old in zip(parts, self.frozen, strict=True)
+        ):
+            return
+        weight = self.weight
+        self.merged = self.branch = None
+        self.frozen = tuple(parts)
+        if not parts:
+            return
+        total = add([_move(x, weight.device) for x in parts])
+        if self.plain and weight.dtype in (torch.float32, torch.float64):
+            dense = to_dense(total).to(weight.dtype)
+            self.merged = weight.detach() + (dense.T if self.conv1d else dense)
+        else:
+            self.branch = _like(total, weight)
+
+    def seat(self, name: str, seats: Sequence[Seat]) -> None:
+        """Take the adapters of these clients under this module's name."""
+        self.clients = nn.ModuleList(
+            ClientTerm(s.adapter.get(name), s.own.get(name), s, self.weight) for s in seats
+        )
+
+    def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
+        """`x (..., n)` -> `(..., m)`; what else a layer of its own kind is given goes to it."""
+        y = None if self.plain else cast(Tensor, self.base(x, *given, **named))
+        form = self.forms.get(x.ndim)
+        number = self.layout.number(form.unit) if form is not None else 0
+        if form is None or not number or form.in_order(x):
+            return self._in_order(x, y, form)
+        first = None if y is None else form.first(y, number)
+        return form.back(self._in_order(form.first(x, number), first, form))
+
+    def _in_order(self, x: Tensor, y: Tensor | None, form: Form | None) -> Tensor:
+        """`x (..., n)` -> `(..., m)`, the clients' rows one after the other.
+
+        Args:
+            x: the input.
+            y: what a layer that is not plain makes of it.
+            form: where rows lie in the input.
+        """
+        terms = self._terms(x, form)
+        if y is not None:
+            if not terms and self.branch is None:
+                return y
+            # A layer may compute in another dtype than it is given, or than its weights have.
+            self.branch = _in_dtype(self.branch, y.dtype)
+            terms = [replace(t, own=_in_dtype(t.own, y.dtype)) for t in terms]
+            return adapted(x.to(y.dtype), y, None, None, self.branch, terms)
+        weight = self.merged if self.merged is not None else self.weight
+        if not terms and self.branch is None and self.merged is None:
+            return cast(Tensor, self.base(x))
+        flat = weight.T if self.conv1d else weight  # (m, n)
+        if not terms and self.branch is None:
+            return F.linear(x, flat, self.bias)
+        return adapted(x, None, flat, self.bias, self.branch, terms)
+
+    def _terms(self, x: Tensor, form: Form | None) -> list[Term]:
+        """The clients' terms with the rows of `x` they act on."""
+        if not len(self.clients) or self.layout.bare:
+            return []
+        rows = x.numel() // x.shape[-1]
+        spans = self.layout.spans(rows, len(self.clients), form)
+        each = rows // number if form and (number := self.layout.number(form.unit)) else 1
+        out = []
+        for span in spans:
+            client = cast(ClientTerm, self.clients[span.client])
+            if client.A is None and client.own is None:
+                continue
+            keep = None
+            if client.A is not None and client.dropout and self.training:
+                shape = (span.end - span.begin, x.shape[-1])
+                drawn = shape, client.dropout, x.device, span.first, each
+                keep = self.layout.keep(span.client, self.site, *drawn)
+            out.append(
+                Term(
+                    span.begin,
+                    span.end,
+                    client.A,
+                    client.B,
+                    client.scale,
+                    client.own,
+                    keep,
+                    client.dropout,
+                )
+            )
+        return out
+
+
+def _move(x: Delta, device: torch.device) -> Delta:
+    if isinstance(x, LowRank):
+        return LowRank(x.A.to(device), x.B.to(device))
+    return type(x)(x.W.to(device))
+
+
+def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    """An update, or none, in this dtype."""
+    if isinstance(x, LowRank):
+        return x if x.A.dtype == dtype else LowRank(x.A.to(dtype), x.B.to(dtype))
+    return x if x is None or x.W.dtype == dtype else type(x)(x.W.to(dtype))
+
+
+def _like(x: Any, weight: Tensor) -> Any:
+    """An update on the device and in the dtype of a layer's weight (quantised: float32)."""
+    whole = weight.is_floating_point() and weight.element_size() > 1
+    dtype = weight.dtype if whole else torch.float32
+    if isinstance(x, LowRank):
+        return LowRank(x.A.to(weight.device, dtype), x.B.to(weight.device, dtype))
+    return type(x)(x.W.to(weight.device, dtype))

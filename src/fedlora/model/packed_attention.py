@@ -1,0 +1,396 @@
+"""Computes attention over samples that lie side by side without padding, each by itself.
+
+    o_t = sum_{u <= t, u in the same sample} softmax_u(c q_t k_u) v_u
+
+A model's linear layers see `(1, tokens, width)`; only here samples of similar length are gathered
+into padded groups. On the CPU short samples are computed with batched matrix products, in which the
+matrix units are three times as fast as in torch's fused kernel's backward pass; long ones, and all
+on a GPU, go through `scaled_dot_product_attention`, which needs no memory of square size.
+
+Registered with transformers as the attention implementation `NAME`; it reads the `Samples` of the
+pass that is running. Which tokens of its own sample a token may look at (windows, chunks) is what
+the model itself says: transformers hands its mask functions to `sample_mask`, at the length being
+run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedlora.model.client_rows import Layout
+
+NAME = "fedlora_packed"
+SITES = 2_000_000
+"""Where attention's sites of dropout begin, see `Layout.keep`."""
+LONGEST_PRODUCT = 512
+"""Samples up to this length are computed with products that are kept, length x length."""
+UNKNOWN = (
+    "softcap",
+    "s_aux",
+    "sinks",
+    "position_bias",
+    "attention_bias",
+    "alibi",
+    "head_mask",
+    "indices",
+    "block_indices",
+)
+"""What some models hand to their attention beside the mask, and is not computed here."""
+PLAIN = 64
+"""A mask function without a window is evaluated up to this length; beyond, it is taken to go on."""
+
+
+class PackingError(RuntimeError):
+    """This architecture's attention cannot be computed without padding."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of similar length, padded to the longest of them.
+
+    Args:
+        size, length: samples, and tokens of the longest.
+        gather: `(size * length,)` the token at every place; padding points to the first token of
+            its own sample, so that not even a NaN gets from one sample to another.
+        places: `(tokens,)` the places that hold tokens; None: all of them, in order.
+        padding: `(padding,)` the other places.
+        tokens: `(tokens,)` the token at every place of `places`.
+        samples: which samples.
+    """
+
+    size: int
+    length: int
+    gather: Tensor
+    places: Tensor | None
+    padding: Tensor
+    tokens: Tensor
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a pass.
+
+    Args:
+        lengths: tokens of each, in order.
+        clients: whose each is.
+        groups: for attention.
+    """
+
+    lengths: tuple[int, ...]
+    clients: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+
+def samples_of(
+    lengths: Sequence[int], clients: Sequence[int], device: torch.device | str = "cpu"
+) -> Samples:
+    """Group samples by length, so that a group's shortest has three quarters of its longest."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups, chosen = [], list[int]()
+    for i in reversed(order):
+        if chosen and lengths[i] < 0.75 * lengths[chosen[0]]:
+            groups.append(_group(chosen, lengths, starts, device))
+            chosen = []
+        chosen.append(i)
+    groups.append(_group(chosen, lengths, starts, device))
+    return Samples(tuple(lengths), tuple(clients), tuple(groups))
+
+
+def _group(
+    chosen: Sequence[int],
+    lengths: Sequence[int],
+    starts: Sequence[int],
+    device: torch.device | str,
+) -> Group:
+    longest = lengths[chosen[0]]
+    begins = torch.tensor([starts[i] for i in chosen])[:, None]
+    sizes = torch.tensor([lengths[i] for i in chosen])[:, None]
+    steps = torch.arange(longest)[None]
+    real = (steps < sizes).reshape(-1)
+    tokens = (begins + steps).reshape(-1)
+    whole = bool(real.all())
+    return Group(
+        size=len(chosen),
+        length=longest,
+        gather=torch.where(real, tokens, begins.expand(-1, longest).reshape(-1)).to(device),
+        places=None if whole else real.nonzero()[:, 0].to(device),
+        padding=(~real).nonzero()[:, 0].to(device),
+        tokens=tokens[real].to(device),
+        samples=tuple(chosen),
+    )
+
+
+@dataclass
+class _Running:
+    samples: Samples | None = None
+    layout: Layout | None = None
+    windows: set[int] = field(default_factory=set)
+    """Sizes of the windows and chunks that models have told of."""
+
+
+running = _Running()
+
+
+@contextmanager
+def attending(samples: Samples, layout: Layout) -> Iterator[None]:
+    """Let the attention of models that run meanwhile keep these samples apart."""
+    before = running.samples, running.layout
+    running.samples, running.layout = samples, layout
+    try:
+        yield
+    finally:
+        running.samples, running.layout = before
+
+
+def _spread(x: Tensor, group: Group, *, zero: bool = False) -> Tensor:
+    """`(heads, tokens, d)` -> `(heads * size, length, d)`."""
+    heads, _, d = x.shape
+    out = x.index_select(1, group.gather)
+    if zero and len(group.padding):
+        out.index_fill_(1, group.padding, 0)
+    return out.view(heads * group.size, group.length, d)
+
+
+def _collect(x: Tensor, group: Group, heads: int) -> Tensor:
+    """`(heads * size, length, d)` -> `(heads, tokens of the group, d)`."""
+    out = x.view(heads, group.size * group.length, x.shape[-1])
+    return out if group.places is None else out.index_select(1, group.places)
+
+
+def _barred(group: Group, like: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
+    """What is added to scores, `(1 or size, length, length)`: -inf where a token may not look."""
+    length = group.length
+    bar = torch.zeros(1, length, length, dtype=torch.bool, device=like.device)
+    if mask is not None:
+        bar = ~mask[None, :length, :length]
+    elif causal:
+        bar |= bar.new_ones(length, length).triu(1)
+    elif not len(group.padding):
+        return None
+    if len(group.padding) and not (causal and mask is None):
+        real = torch.ones(group.size * length, dtype=torch.bool, device=like.device)
+        real[group.padding] = False
+        real = real.view(group.size, 1, length)
+        # What a place of padding sees nobody reads; but it has to see something.
+        bar = (bar | ~real) & real.transpose(1, 2)
+    return torch.zeros_like(bar, dtype=like.dtype).masked_fill_(bar, float("-inf"))
+
+
+class _Products(torch.autograd.Function):
+    """Attention as matrix products; the probabilities are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        groups: Sequence[Group],
+        causal: bool,
+        mask: Tensor | None,
+        scale: float,
+        keep: Sequence[Tensor] | None,
+    ) -> Tensor:
+        heads = len(q)
+        out, kept = v.new_empty(v.shape[1], heads, v.shape[2]), []
+        for i, group in enumerate(groups):
+            qs, ks, vs = (_spread(x, group) for x in (q, k, v))
+            scores = torch.bmm(qs, ks.transpose(1, 2)).mul_(scale)
+            if (bar := _barred(group, scores, causal, mask)) is not None:
+                shape = (heads, group.size, group.length, group.length)
+                scores = scores.view(shape).add_(bar).view_as(scores)
+            p = torch.softmax(scores, -1)
+            kept += [p, qs, ks, vs]
+            seen = p if keep is None else p * keep[i]
+            found = _collect(torch.bmm(seen, vs), group, heads)
+            out.index_copy_(0, group.tokens, found.transpose(0, 1))
+        ctx.groups, ctx.scale, ctx.keep = groups, scale, keep
+        ctx.shapes = q.shape, k.shape, v.shape
+        ctx.save_for_backward(*kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        g, kept = grads[0].transpose(0, 1), ctx.saved_tensors
+        heads = len(g)
+        dq, dk, dv = (g.new_empty(shape) for shape in ctx.shapes)
+        for i, group in enumerate(ctx.groups):
+            p, qs, ks, vs = kept[4 * i : 4 * i + 4]
+            gs = _spread(g, group, zero=True)
+            seen = p if ctx.keep is None else p * ctx.keep[i]
+            back = torch.bmm(seen.transpose(1, 2), gs)
+            dv.index_copy_(1, group.tokens, _collect(back, group, heads))
+            dp = torch.bmm(gs, vs.transpose(1, 2))
+            if ctx.keep is not None:
+                dp = dp * ctx.keep[i]
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
+            dq.index_copy_(1, group.tokens, _collect(torch.bmm(ds, ks), group, heads))
+            back = torch.bmm(ds.transpose(1, 2), qs)
+            dk.index_copy_(1, group.tokens, _collect(back, group, heads))
+        return dq, dk, dv, None, None, None, None, None
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Group,
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """One group through torch's kernel, `(heads, tokens of the group, d)`."""
+    shape = (len(q), group.size, group.length, -1)
+    qs, ks, vs = (_spread(x, group).view(shape).transpose(0, 1) for x in (q, k, v))
+    barred = not causal or mask is not None
+    bar = _barred(group, qs, causal, mask) if barred else None
+    out = F.scaled_dot_product_attention(
+        qs,
+        ks,
+        vs,
+        attn_mask=None if bar is None else bar[:, None],
+        is_causal=causal and bar is None,
+        scale=scale,
+    )
+    return _collect(
+        out.transpose(0, 1).reshape(len(q) * group.size, group.length, -1), group, len(q)
+    )
+
+
+def _keeps(
+    samples: Samples, layout: Layout, site: int, heads: int, p: float, like: Tensor
+) -> list[Tensor]:
+    """Dropout on the probabilities of every group: each sample's own draw, over 1 - p."""
+    out = []
+    for group in samples.groups:
+        kept = like.new_zeros(heads, group.size, group.length, group.length)
+        for row, sample in enumerate(group.samples):
+            length = samples.lengths[sample]
+            first = samples.clients.index(samples.clients[sample])
+            drawn = layout.keep(
+                samples.clients[sample],
+                site + sample - first,
+                (heads, length, length),
+                p,
+                like.device,
+            )
+            kept[:, row, :length, :length] = drawn / (1 - p)
+        out.append(kept.view(-1, group.length, group.length))
+    return out
+
+
+def sample_mask(
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **others: Any,
+) -> Tensor | None:
+    """What transformers calls for a mask: the model's own rule, for a sample by itself.
+
+    Args:
+        batch_size, kv_length: of the pass.
+        mask_function: `(batch, head, i, j)` -> whether token i may look at token j.
+        local_size: of the window or chunk it bars at.
+        use_vmap: the model has changed the rule in a way of its own.
+
+    Returns:
+        `(1, 1, length, length)`, bool, at the length of the longest sample; the corner of it is the
+        mask of a shorter one. None: causal, or no bar at all, as the layer's `is_causal` says.
+
+    Raises:
+        PackingError: the rule depends on where in the pass a sample lies.
+    """
+    samples = running.samples
+    if samples is None or (batch_size, kv_length) != (1, sum(samples.lengths)):
+        raise PackingError(f"a mask over {batch_size} x {kv_length}")
+    longest = samples.groups[0].length
+    if local_size is not None:
+        running.windows.add(int(local_size))
+    short = longest <= local_size if local_size is not None else longest > PLAIN
+    if short and not use_vmap:
+        return None
+    device = samples.groups[0].gather.device
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+    masks, begin = [], 0
+    for length in samples.lengths:
+        at = torch.arange(begin, begin + length, device=device)
+        seen = mask_function(zero, zero, at[:, None], at[None, :])
+        masks.append(seen.expand(length, length))
+        begin += length
+    mask = max(masks, key=len)
+    for seen in masks:
+        if not torch.equal(seen, mask[: len(seen), : len(seen)]):
+            raise PackingError("a mask that depends on a sample's place in the pass")
+    if bool(mask.all()) or torch.equal(mask, torch.ones_like(mask).tril()):
+        return None
+    return mask[None, None]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: `(1, heads, tokens, d)` each -> `(1, tokens, heads, d)`.
+
+    Raises:
+        PackingError: a form of attention that is not known here.
+    """
+    samples, layout = running.samples, running.layout
+    unknown = [k for k in UNKNOWN if others.get(k) is not None]
+    if samples is None or layout is None or unknown:
+        raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
+    longest, mask = samples.groups[0].length, None
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, longest, longest):
+            raise PackingError(f"attention with a mask of shape {tuple(attention_mask.shape)}")
+        mask = attention_mask[0, 0]
+    elif sliding_window is not None and sliding_window < longest:
+        raise PackingError(f"a window of {sliding_window} without a mask")
+    layout.mixing |= layout.whole > 0
+    if query.shape[0] != 1 or {query.shape[2], key.shape[2]} != {sum(samples.lengths)}:
+        raise PackingError(f"attention over {tuple(query.shape)}")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    q, k, v = (x.squeeze(0) for x in (query, key, value))  # (heads, tokens, d)
+    heads, scale = len(q), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if len(k) != heads:
+        k, v = (x.repeat_interleave(heads // len(k), dim=0) for x in (k, v))
+    products = not q.is_cuda and samples.groups[0].length <= LONGEST_PRODUCT
+    if products or dropout:
+        site = SITES + 10_000 * layout.place(module)
+        keep = _keeps(samples, layout, site, heads, dropout, q) if dropout else None
+        grouped = (samples.groups, causal, mask, scale, keep)
+        out: Tensor = _Products.apply(q, k, v, *grouped)  # type: ignore[no-untyped-call]
+        return out[None], None
+    parts = [_fused(q, k, v, g, causal, mask, scale) for g in samples.groups]
+    tokens = torch.cat([group.tokens for group in samples.groups])
+    out = parts[0].new_zeros(v.shape[1], heads, v.shape[2])
+    return out.index_copy(0, tokens, torch.cat(parts, 1).transpose(0, 1))[None], None
+
+
+def register() -> None:
+    """Make `NAME` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, sample_mask)

@@ -1,0 +1,99 @@
+"""Checks that a run goes on with the configuration it began with."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from pathlib import Path
+
+from fedlora.config.clients import client_ranks, settled_overrides
+from fedlora.config.config import Config
+from fedlora.config.sources import read_yaml
+from fedlora.errors import InputError
+from fedlora.methods import METHODS
+from fedlora.runs.file_names import CONFIG, FINAL
+from fedlora.runs.session import AUTOMATIC, resolve_paths
+
+
+def as_it_began(path: Path, config: Config | None) -> Config:
+    """The configuration in a run's directory; the one given must not differ.
+
+    Raises:
+        InputError: key by key, what differs.
+    """
+    saved = _saved(path)
+    if config is None:
+        return saved
+    shown = {
+        key: getattr(config, key) for key in ("report_to", "run_name", "project", "logging_dir")
+    }
+    saved = saved.model_copy(update=shown)  # who is told changes nothing of the run
+    now = resolve_paths(config.model_copy(update={"output_dir": str(path)}))
+    # The saved run holds a rank for every client, whichever key they came from.
+    ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
+    theirs = saved.flat()
+    automatic = set(AUTOMATIC)
+    different = [
+        f"  {key}: {theirs.get(key)!r} when it began, {value!r} now"
+        for key, value in ours.items()
+        if theirs.get(key) != value and not (key in automatic and value in (None, "auto"))
+    ]
+    if different:
+        more = now.num_rounds - saved.num_rounds
+        how = f"\nWhen it has ended: {further(path, saved, more)}" if more > 0 else ""
+        raise InputError(
+            f"--resume {path}: the configuration differs from the one the run began with:\n"
+            + "\n".join(different)
+            + "\nLeave these keys as they were, or start a new run in another --output_dir"
+            + how
+        )
+    return saved
+
+
+def refuse_complete(path: Path, config: Config | None) -> None:
+    """Refuse to go on with a run that has ended, and say how its result is trained further.
+
+    Args:
+        path: its directory.
+        config: what it was asked to go on with, perhaps with more rounds; None: as it began.
+
+    Raises:
+        InputError: the run has ended.
+    """
+    if not (path / CONFIG).is_file() or not (path / FINAL).is_dir():
+        return
+    how = ""
+    with contextlib.suppress(InputError):  # a damaged configuration is no way to go on
+        saved = _saved(path)
+        more = config.num_rounds - saved.num_rounds if config else 0
+        how = f".\n{further(path, saved, more if more > 0 else saved.num_rounds)}"
+    raise InputError(f"--resume {path}: nothing to resume; the run is complete{how}")
+
+
+def further(path: Path, saved: Config, rounds: int) -> str:
+    """How to train for more rounds than a run was begun with: its number of rounds is fixed.
+
+    Args:
+        path: the run's directory.
+        saved: its configuration.
+        rounds: how many more.
+    """
+    if METHODS[saved.method].training(saved.rule_options()).keeps:
+        return (
+            f"For more rounds begin a new run with --num_rounds {saved.num_rounds + rounds}: with "
+            f"method {saved.method} every client keeps a model of its own, which a new run does "
+            "not take up"
+        )
+    words = ["fedlora", "run", path / CONFIG, "--init_adapter", path / FINAL]
+    words += ["--num_rounds", rounds, "--output_dir", f"{path}-more"]
+    anew = ["the learning rate's schedule"] * (saved.lr_scheduler_scope == "federation")
+    anew += ["the server's momentum"] * (saved.server_momentum > 0)
+    also = f", and {' and '.join(anew)} begin{'s' * (len(anew) == 1)} anew" if anew else ""
+    return (
+        f"For {rounds} more rounds start a new run from its result (rounds count from 1 "
+        f"again{also}):\n  {shlex.join(map(str, words))}"
+    )
+
+
+def _saved(path: Path) -> Config:
+    return Config(**{**read_yaml(path / CONFIG), "output_dir": str(path)})

@@ -1,0 +1,42 @@
+"""Puts things into words: natural order, sizes, what was probably meant, numbers as JSON."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def nearest(
+    key: str,
+    among: Sequence[str] | Mapping[str, Any],
+    otherwise: str = "; `fedlora config` lists all keys",
+) -> str:
+    """`; did you mean KEY?`, or something else where none is near."""
+    close = difflib.get_close_matches(key, list(among), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else otherwise
+
+
+def human_bytes(count: float) -> str:
+    """`1536` -> `1.5 KB`; units of 1,000 bytes."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinities become null."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def natural(text: str) -> list[Any]:
+    """A key to sort by in which `site_10` follows `site_9`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
