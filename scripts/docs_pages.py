@@ -227,8 +227,9 @@ def drawn(contract: dict[str, Any]) -> str:
     """One contract of layers: a row for each layer, the upper ones import the lower ones."""
     out = [f'\n<figure class="house">\n<figcaption>{html.escape(contract["name"])}</figcaption>\n']
     out.append("<ol>\n")
+    inside = "".join(f"{name}." for name in contract.get("containers", [])[:1])
     for layer in contract["layers"]:
-        rooms = [room.strip(" ()") for room in re.split(r"[|:]", layer)]
+        rooms = [inside + room.strip(" ()") for room in re.split(r"[|:]", layer)]
         out.append(f"<li>{''.join(_room(room) for room in rooms)}</li>\n")
     return "".join(out) + "</ol>\n</figure>\n"
 

@@ -158,7 +158,8 @@ _ELSEWHERE = """
 import sys
 from pathlib import Path
 from test_adapters import mixed_deltas, plain_model
-from fedlora.adapters import find_targets, write_adapter
+from fedlora.adapters.saved_adapter import write_adapter
+from fedlora.model.targets import find_targets
 targets = find_targets(plain_model(Path(sys.argv[1])), sys.argv[3].split(","), "x")
 write_adapter(Path(sys.argv[2]), mixed_deltas(targets), targets)
 """

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedlora.commands.eval.verb import verb
 from scipy.stats import binomtest
 
 from conftest import write_jsonl
@@ -28,6 +27,7 @@ from fedlora.commands.eval.mmlu import (
 from fedlora.commands.eval.models import Models, load_models
 from fedlora.commands.eval.options import Loading
 from fedlora.commands.eval.subject import find_subject
+from fedlora.commands.eval.verb import verb
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 from fedlora.model.targets import find_targets

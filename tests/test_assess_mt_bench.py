@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fedlora.commands.eval.verb import verb
 
 from conftest import write_jsonl
 from fedlora.commands.eval.judge import Judge, JudgeError, case, rating
 from fedlora.commands.eval.mt_bench import Grade, Question, judged, kept, read_questions, scores
+from fedlora.commands.eval.verb import verb
 from fedlora.errors import FedloraError, InputError
 
 QUESTIONS = [

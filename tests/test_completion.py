@@ -235,7 +235,7 @@ def test_light_verbs_import_no_torch() -> None:
     """Help, version, doctor's own process: quick, whatever a broken library does."""
     program = """
 import sys
-from fedlora.cli import main
+from fedlora.commands.cli import main
 main(["--help"]); main(["--version"]); main(["doctor", "--help"]); main(["report", "--help"])
 heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "rich"} & set(sys.modules)
 assert not heavy, heavy

@@ -165,7 +165,7 @@ def test_the_examples_page_has_every_example() -> None:
 def test_the_figure_has_every_layer_in_order() -> None:
     figure = PAGES.house()
     drawn = re.findall(r"<b>([^<]+)</b> <span>(.*?)</span>", figure)
-    assert [name for name, _ in drawn][:2] == ["cli.py", "commands/"]
+    assert [name for name, _ in drawn][:3] == ["__main__.py", "commands/", "engines/"]
     assert all(line for _, line in drawn)
 
 
@@ -176,14 +176,14 @@ def test_one_contract_of_many_rooms_is_drawn_too() -> None:
         "type": "layers",
         "containers": ["fedlora"],
         "exhaustive": True,
-        "layers": ["cli", "engines", "(federation) | methods : data", "lowrank"],
+        "layers": ["__main__", "engines", "(federation) | methods : data", "lowrank"],
     }
     rows = re.findall(r"<li>(.*)</li>", PAGES.drawn(contract))
     rooms = [re.findall(r"<b>([^<]+)</b>", row) for row in rows]
     assert rooms == [
-        ["cli.py"],
+        ["__main__.py"],
         ["engines/"],
-        ["federation.py", "methods/", "data.py"],
+        ["federation/", "methods/", "data/"],
         ["lowrank.py"],
     ]
 

@@ -1265,7 +1265,7 @@ def test_the_process_stays_small(tmp_path: Path) -> None:
     script = """if True:
         import resource, sys, torch
         from fedlora import aggregate, load_adapter, save_adapter
-        from fedlora.adapters import SavedAdapter
+        from fedlora.adapters.saved_adapter import SavedAdapter
         from fedlora.lowrank import LowRank
         torch.set_num_threads(1)
         n = 16384

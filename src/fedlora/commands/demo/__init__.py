@@ -1,1 +1,1 @@
-"""Runs `fedlora demo`."""
+"""Shows on the embedded model what fedlora is for: `fedlora demo`."""

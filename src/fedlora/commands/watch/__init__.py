@@ -1,1 +1,1 @@
-"""Runs `fedlora watch`."""
+"""Shows a run while it goes on: `fedlora watch`."""
