@@ -43,8 +43,12 @@ import torch
 
 torch.set_num_threads(1)
 import peft, transformers
-from fedlora import adapters, checkpoint, cli, passes, worker
+from fedlora.adapters import saved_adapter as adapters
+from fedlora.client import worker
+from fedlora.commands import cli
 from fedlora.engines import local
+from fedlora.model import passes
+from fedlora.runs import directory as checkpoint
 
 
 def die(*_, **__):
