@@ -937,9 +937,8 @@ def encoded(sim: Simulation, turn: Turn) -> Any:
         )
         for n, (a, b) in turn.end.items()
     }
-    numbers = RoundNumbers(
-        {n: max(sim.server.federation.ranks) for n in kept}, sim.server.state.levels
-    )
+    widths = dict.fromkeys(kept, max(sim.server.federation.ranks))
+    numbers = RoundNumbers(widths, sim.server.state.levels)
     agreement = sim.server.agreement
     return agreement.rule.encode(kept, turn.given, numbers, agreement.options)
 
@@ -950,7 +949,6 @@ def test_what_a_rule_encodes_is_what_it_declares(method: str) -> None:
     sim = simulate(method, MIXED if rule.mixed_ranks else EQUAL)
     training = sim.server.agreement.training
     for number in (1, 2):
-        before = sim.server.state
         turns = sim.play()
         for turn in turns:
             found = encoded(sim, turn)

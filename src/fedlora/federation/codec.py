@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fedlora.errors import FedloraError
 
+_ALIGNED = 64  # bytes
+
 
 class DamagedError(FedloraError):
     """A buffer or file that is not what was packed."""
@@ -33,7 +35,7 @@ class Packet:
     """What was packed.
 
     Args:
-        tensors: in the order in which they were given, on the CPU.
+        tensors: in the order in which they were given, on the CPU, laid out as new.
         header: what was said about them; anything that JSON can hold.
     """
 
@@ -90,6 +92,18 @@ def unpack_file(path: Path) -> Packet:
         raise DamagedError(f"{path}: {error}") from None
 
 
+def as_new(value: Tensor) -> Tensor:
+    """The tensor laid out as if it were new: contiguous, and aligned as an allocation is.
+
+    The last bits of a result depend on strides and alignment. What went through a buffer or a file
+    must count like what did not.
+    """
+    contiguous = torch.empty(value.shape, device="meta").stride()
+    if value.stride() == contiguous and value.data_ptr() % _ALIGNED == 0:
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, contiguous, none sharing memory with another or with more."""
     plain: dict[str, Tensor] = {}
@@ -117,7 +131,7 @@ def _checked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Pack
     """The packet, where everything in it is as it was packed."""
     try:
         text, wanted = metadata["header"], metadata["sha256"]
-        ordered = {name: tensors[name] for name in json.loads(metadata["order"])}
+        ordered = {name: as_new(tensors[name]) for name in json.loads(metadata["order"])}
         header = json.loads(text)
     except (KeyError, ValueError, TypeError):
         raise DamagedError("not a packet of tensors: its header is damaged") from None

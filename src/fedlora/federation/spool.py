@@ -12,34 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from fedlora.federation.codec import pack_file, unpack_file
+from fedlora.federation.codec import as_new, pack_file, unpack_file
 from fedlora.federation.messages import ClientUpdate, adapter_of
 from fedlora.lowrank import LowRank
 
-_ALIGNED = 64  # bytes
-
 
 def canonical_layout(update: ClientUpdate) -> ClientUpdate:
-    """The update with every tensor laid out as if it were new.
-
-    The last bits of a result depend on strides and alignment; an update that went through the disk
-    must count like one that did not.
-    """
+    """The update with every tensor laid out as one that went through the disk: see `as_new`."""
     return replace(
         update,
-        adapter={n: LowRank(_as_new(x.A), _as_new(x.B)) for n, x in update.adapter.items()},
-        dense={n: _as_new(t) for n, t in update.dense.items()},
+        adapter={n: LowRank(as_new(x.A), as_new(x.B)) for n, x in update.adapter.items()},
+        dense={n: as_new(t) for n, t in update.dense.items()},
     )
-
-
-def _as_new(t: Tensor) -> Tensor:
-    contiguous = torch.empty(t.shape, device="meta").stride()
-    if t.stride() == contiguous and t.data_ptr() % _ALIGNED == 0:
-        return t
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
 
 
 class ReorderBuffer:
@@ -122,12 +106,10 @@ def _written(update: ClientUpdate, path: Path) -> Callable[[], ClientUpdate]:
         packet = unpack_file(path)
         path.unlink()
         tensors = {key: value.to(devices[key]) for key, value in packet.tensors.items()}
-        return canonical_layout(
-            replace(
-                without_tensors,
-                adapter=adapter_of(tensors, shapes),
-                dense={name: tensors[f"dense/{name}"] for name in dense},
-            )
+        return replace(
+            without_tensors,
+            adapter=adapter_of(tensors, shapes),
+            dense={name: tensors[f"dense/{name}"] for name in dense},
         )
 
     return read
