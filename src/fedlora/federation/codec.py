@@ -1,10 +1,10 @@
 """Packs named tensors and a header into one buffer, and unpacks it again.
 
 The format is that of safetensors: eight bytes that tell the length of a JSON text, the JSON text,
-and one buffer. The text is a manifest (name -> dtype, shape, offsets into the buffer); its
-`__metadata__` holds the sender's header, the order of the tensors, and a SHA-256 over the header,
-the manifest and all numbers. Every dtype of torch stays what it is, bfloat16 too, and nothing that
-is unpacked is ever executed.
+and one buffer. The text is a manifest (name -> dtype, shape, offsets into the buffer); `fedlora` in
+its `__metadata__` holds the sender's header, the order of the tensors, and a SHA-256 over the
+header, the manifest and all numbers. Every dtype of torch stays what it is, bfloat16 too, and
+nothing that is unpacked is ever executed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from fedlora.errors import FedloraError
 
 _ALIGNED = 64  # bytes
+_KEY = "fedlora"  # of the metadata
 
 
 class DamagedError(FedloraError):
@@ -119,29 +120,26 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _metadata(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, str]:
-    text = json.dumps(header, sort_keys=True)
-    return {
-        "header": text,
-        "order": json.dumps(list(tensors)),
-        "sha256": _checksum(tensors, text),
-    }
+    """One entry, because safetensors writes several in an order of chance."""
+    said = {"header": header, "order": list(tensors), "sha256": _checksum(tensors, header)}
+    return {_KEY: json.dumps(said, sort_keys=True)}
 
 
 def _checked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Packet:
     """The packet, where everything in it is as it was packed."""
     try:
-        text, wanted = metadata["header"], metadata["sha256"]
-        ordered = {name: as_new(tensors[name]) for name in json.loads(metadata["order"])}
-        header = json.loads(text)
+        said = json.loads(metadata[_KEY])
+        header, wanted = said["header"], said["sha256"]
+        ordered = {name: tensors[name] for name in said["order"]}
     except (KeyError, ValueError, TypeError):
         raise DamagedError("not a packet of tensors: its header is damaged") from None
-    if len(ordered) != len(tensors) or _checksum(ordered, text) != wanted:
+    if len(ordered) != len(tensors) or _checksum(ordered, header) != wanted:
         raise DamagedError("the checksum differs: it was damaged on its way")
-    return Packet(ordered, header)
+    return Packet({name: as_new(value) for name, value in ordered.items()}, header)
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    digest = hashlib.sha256(header.encode())
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, value in tensors.items():
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         if value.numel():
