@@ -104,6 +104,12 @@ def wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+def zeros(shape: tuple[int, int], rank: int = 0) -> LowRank:
+    """`dW = 0` of shape `(m, n)` as float32 factors of this rank; of none, unless one is given."""
+    m, n = shape
+    return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
+
+
 def to_dense(x: Delta) -> Tensor:
     """The matrix `dW (m, n)`."""
     return wide(x.W) if isinstance(x, Dense) else wide(x.B) @ wide(x.A)

@@ -1,6 +1,6 @@
 """Combines adapters that were trained apart into one, for `fedlora aggregate` and in Python.
 
-Any rule that needs no shared start does it, by the same `encode` and `finish` as in a federation.
+Any rule that needs no shared start does it, by the same `encode` and `finalize` as in a federation.
 Memory stays near the size of the adapters: no base model, and no m x n matrix unless the factors of
 the sum would be larger than that.
 """
@@ -35,6 +35,7 @@ from fedlora.lowrank import (
     scale,
     subtract,
     truncate,
+    zeros,
 )
 from fedlora.methods import METHODS, ONE_SHOT
 from fedlora.methods.rule import Rule
@@ -129,7 +130,7 @@ def aggregate(
         having = [(x, p) for x, p in zip(parts, shares, strict=True) if x is not None]
         wanted = add([scale(x, p) for x, p in having])
         if name not in found:  # only adapters of weight zero have it
-            found[name] = _zero(shapes[name], 0)
+            found[name] = zeros(shapes[name], 0)
         bound = min(*shapes[name], sum(x.rank for x, _ in having))
         deltas[name] = kept = _cut(found[name], bound, rank, energy)
         size = norm(wanted)
@@ -327,7 +328,7 @@ def _combined(
     averages_factors = "factors" in rule.secure_sum
     state = ServerState(
         round=0,
-        adapter={n: _zero(shapes[n], width) for n, width in widths.items()}
+        adapter={n: zeros(shapes[n], width) for n, width in widths.items()}
         if averages_factors
         else {},
         ranks=dict(enumerate(levels)),
@@ -337,17 +338,12 @@ def _combined(
     total = Mean()
     for adapter, share in zip(adapters, shares, strict=True):
         if share > 0:
-            start = Start({name: _zero(x.shape, x.rank) for name, x in adapter.deltas.items()})
+            start = Start({name: zeros(x.shape, x.rank) for name, x in adapter.deltas.items()})
             weight = share if fixed is None else fixed
             encoded = rule.encode(adapter.deltas, start, numbers, options)
             total.fold(with_shift(rule, encoded, state, options), weight)
     result = rule.finalize(total.result(fixed is None), state, max(levels), options)
     return add_all([result.adapter, result.merge])
-
-
-def _zero(shape: tuple[int, int], rank: int) -> LowRank:
-    m, n = shape
-    return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
 
 
 def _cut(x: Delta, bound: int, rank: int | None, energy: float | None) -> LowRank:

@@ -37,6 +37,7 @@ from fedlora.lowrank import (
     subtract,
     top,
     total_norm,
+    zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes, bounded, check_bounds
 from fedlora.methods.shared import fill, product_change
@@ -108,10 +109,9 @@ def _client_init(
     used = from_global(rank, options)
     trained: dict[str, LowRank] = {}
     private: dict[str, LowRank] = {}
-    for name, (m, _) in shapes.items():
+    for name, shape in shapes.items():
         if name not in adapter:
-            a = fresh(name, rank)
-            trained[name] = LowRank(a, a.new_zeros(m, rank))
+            trained[name] = fill(zeros(shape), fresh(name, rank))
             continue
         continued = balance(prefix(leading[name], used))
         trained[name] = fill(continued, fresh(name, rank - continued.rank))

@@ -27,6 +27,7 @@ from fedlora.lowrank import (
     subtract,
     suffix,
     top,
+    zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes
 from fedlora.methods.shared import fill, product_change, whole
@@ -61,10 +62,9 @@ def _client_init(
 ) -> Start:
     trained: dict[str, LowRank] = {}
     beyond: dict[str, LowRank] = {}
-    for name, (m, _) in shapes.items():
-        a = fresh(name, rank)
-        sent = leading.get(name, LowRank(a[:0], a.new_zeros(m, 0)))
-        trained[name] = fill(prefix(sent, rank), a[sent.rank :])
+    for name, shape in shapes.items():
+        sent = leading.get(name, zeros(shape))
+        trained[name] = fill(prefix(sent, rank), fresh(name, rank)[sent.rank :])
         if sent.rank > rank:
             beyond[name] = suffix(sent, rank)
     return Start(trained, beyond)

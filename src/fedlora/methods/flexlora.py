@@ -31,6 +31,7 @@ from fedlora.lowrank import (
     prefix,
     scale,
     top,
+    zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes
 from fedlora.methods.shared import cut_to_rank, fill
@@ -52,13 +53,11 @@ def leading_directions(state: ServerState, rank: int, options: Any) -> Prepared:
 def top_start(
     adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
 ) -> Start:
-    """The leading directions, balanced, and fresh ones where S has fewer; no rest."""
+    """The leading directions, balanced, and fresh ones where S has fewer; nothing is frozen."""
     trained = {}
-    for name, (m, _) in shapes.items():
-        a = fresh(name, rank)
-        empty = LowRank(a[:0], a.new_zeros(m, 0))
-        continued = balance(prefix(leading.get(name, empty), rank))
-        trained[name] = fill(continued, a[continued.rank :])
+    for name, shape in shapes.items():
+        continued = balance(prefix(leading.get(name, zeros(shape)), rank))
+        trained[name] = fill(continued, fresh(name, rank)[continued.rank :])
     return Start(trained)
 
 

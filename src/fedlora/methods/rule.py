@@ -112,7 +112,8 @@ class Rule:
         exact_when: when the global model changes by exactly `sum_k p_k (M_k - M_k_start)`.
         mixed_ranks: whether clients may train different ranks.
         downlink: what a client is sent in a round.
-        secure_sum: what `encode` gives and a secure sum has to carry: factors, products or both.
+        secure_sum: what of the clients' parameters `encode` gives, and a secure sum has to carry
+            beside the weights: factors, products or both.
         initial: `(shapes, rank, fresh, given) -> (adapter, base_delta)`, the global model before
             round 1; `rank` is the largest client's, `given` an adapter to go on from (or empty).
         broadcast: `(state, rank, options) -> Prepared`, what a round sends, made once; `rank` is
@@ -120,7 +121,8 @@ class Rule:
         for_rank: `(prepared, rank, options) -> Prepared`, what of it clients of this rank are sent.
         client_init: `(adapter, leading, shapes, rank, fresh, options) -> Start`, what a client
             makes of it.
-        encode: `(update, start, numbers, options) -> Encoded`, by the client or by the server.
+        encode: `(update, start, numbers, options) -> Encoded`, a pure function of what a client
+            has, computed by it or by the server.
         finalize: `(total, state, rank, options) -> Aggregate`; `rank` is the largest client's.
         shift: `(encoded, state, options) -> Encoded`, what the server adds to an encoded update or
             to a sum of them, linear in it; None where nothing is to be added.

@@ -19,6 +19,7 @@ from fedlora.lowrank import (
     prefix,
     refactor,
     suffix,
+    zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes
 from fedlora.methods.values import (
@@ -38,11 +39,7 @@ def whole(prepared: Prepared, rank: int, options: Any) -> Prepared:
 
 def fresh_start(shapes: Shapes, rank: int, fresh: Fresh) -> dict[str, LowRank]:
     """LoRA's initialisation for every module: `A (rank, n)` random, `B (m, rank)` zero."""
-    out = {}
-    for name, (m, _) in shapes.items():
-        a = fresh(name, rank)
-        out[name] = LowRank(a, a.new_zeros(m, rank))
-    return out
+    return {name: fill(zeros(shape), fresh(name, rank)) for name, shape in shapes.items()}
 
 
 def fill(x: LowRank, a: Tensor) -> LowRank:
