@@ -45,7 +45,7 @@ def _held(shape: tuple[int, int], round: int, seed: int) -> Any:
     """
     import torch
 
-    from fedlora.lowrank import Dense, LowRank, compact, stacked
+    from fedlora.lowrank import Dense, LowRank, concat, drop_null_directions, merge_equal_rows
 
     common = _adapter(shape, 8, seed)
     m, n = shape
@@ -59,14 +59,15 @@ def _held(shape: tuple[int, int], round: int, seed: int) -> Any:
             whole.addmm_(x.B, x.A)
         else:
             terms.append(x)
-    return compact(stacked(terms)) if terms else Dense(whole)
+    return drop_null_directions(merge_equal_rows(concat(terms))) if terms else Dense(whole)
 
 
 def a_round(method: str, round: int, modules: int, shape: list[int]) -> dict[str, Any]:
     """One round of the server: plan, ten updates, commit. The clients' own work is not counted."""
     import torch
 
-    from fedlora.federation.exchange import client_start
+    from fedlora.federation.aggregators.mean import Mean
+    from fedlora.federation.exchange import Agreement, client_start
     from fedlora.federation.messages import ClientUpdate
     from fedlora.federation.participants import Federation
     from fedlora.federation.server import Server, initial_state
@@ -77,18 +78,18 @@ def a_round(method: str, round: int, modules: int, shape: list[int]) -> dict[str
     m, n = shape
     shapes = {f"layer{i}": (m, n) for i in range(modules)}
     rule = METHODS[method]
-    federation = Federation(RANKS, [100] * len(RANKS), shapes)
-    options = rule.options()
-    state = initial_state(federation, rule)
+    agreement = Agreement(rule, rule.options(), shapes)
+    federation = Federation(RANKS, [100] * len(RANKS), agreement)
+    state = initial_state(federation)
     if round > 1:
         held = {name: _held((m, n), round, i + 1) for i, name in enumerate(shapes)}
         state = ServerState(round - 1, held, ranks=state.ranks)
-    server = Server(federation, rule, options, state)
+    server = Server(federation, state, Mean())
     del state
     sent: dict[int, Any] = {}
     spent = {"plan": seconds_of(lambda: sent.update(server.plan())), "fold": 0.0}
     for k, broadcast in sent.items():
-        start = client_start(broadcast, rule, options, shapes, federation.seed)
+        start = client_start(broadcast, agreement)
         ended = {}
         for i, (name, x) in enumerate(start.adapter.items()):
             step = _adapter((m, n), x.rank, 7919 * k + i)

@@ -36,7 +36,8 @@ def traffic(
     """Bytes up and down of all clients over the rounds."""
     import torch
 
-    from fedlora.federation.exchange import client_start
+    from fedlora.federation.aggregators.mean import Mean
+    from fedlora.federation.exchange import Agreement, client_start
     from fedlora.federation.messages import ClientUpdate
     from fedlora.federation.participants import Federation
     from fedlora.federation.server import Server, initial_state
@@ -45,13 +46,14 @@ def traffic(
 
     rule = RULES[method]
     options = rule.options()
-    federation = Federation(ranks, [100] * len(ranks), shapes, 0)
-    server = Server(federation, rule, options, initial_state(federation, rule))
+    agreement = Agreement(rule, options, shapes)
+    federation = Federation(ranks, [100] * len(ranks), agreement)
+    server = Server(federation, initial_state(federation), Mean())
     g = torch.Generator().manual_seed(0)
     up = down = 0
     for number in range(1, rounds + 1):
         for client, sent in server.plan().items():
-            start = client_start(sent, rule, options, shapes, 0, None)
+            start = client_start(sent, agreement)
             trained = {
                 name: LowRank(x.A, x.B + 0.01 * torch.randn(x.B.shape, generator=g))
                 for name, x in start.adapter.items()

@@ -30,6 +30,8 @@ def server_rounds(
     """Some rounds of a server; `backwards`: the last client answers first, and a spool is used."""
     import torch
 
+    from fedlora.federation.aggregators.mean import Mean
+    from fedlora.federation.exchange import Agreement
     from fedlora.federation.messages import ClientUpdate
     from fedlora.federation.participants import Federation
     from fedlora.federation.server import Server, initial_state
@@ -52,12 +54,13 @@ def server_rounds(
     before = resident("VmRSS")
     rule = METHODS[method]
     ranks = [RANKS[k % len(RANKS)] for k in range(clients)]
-    federation = Federation(ranks, [100 + k % 7 for k in range(clients)], shapes, 0, asked)
+    agreement = Agreement(rule, rule.options(), shapes)
+    federation = Federation(ranks, [100 + k % 7 for k in range(clients)], agreement, asked)
     answers, began = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         spool = Path(scratch) / "spool" if backwards else None
-        state = initial_state(federation, rule)
-        server = Server(federation, rule, rule.options(), state, spool)
+        state = initial_state(federation)
+        server = Server(federation, state, Mean(), spool)
         for _ in range(rounds):
             sent = server.plan()
             for k in reversed(sent) if backwards else sent:

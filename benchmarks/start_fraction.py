@@ -29,7 +29,8 @@ def quadratic(method: str, options: dict[str, Any], seed: int) -> float:
     """Clients minimise `||W - T||^2` for one T of rank 24, through four directions each."""
     import torch
 
-    from fedlora.federation.exchange import client_start
+    from fedlora.federation.aggregators.mean import Mean
+    from fedlora.federation.exchange import Agreement, client_start
     from fedlora.federation.messages import ClientUpdate
     from fedlora.federation.participants import Federation
     from fedlora.federation.server import Server, initial_state
@@ -43,13 +44,14 @@ def quadratic(method: str, options: dict[str, Any], seed: int) -> float:
     shapes = {"w": (48, 48)}
     target = torch.randn(48, 24, generator=generator) @ torch.randn(24, 48, generator=generator)
     target /= target.norm()
-    federation = Federation([4] * 4, [1] * 4, shapes, seed=seed)
-    server = Server(federation, rule, chosen, initial_state(federation, rule))
+    agreement = Agreement(rule, chosen, shapes, seed)
+    federation = Federation([4] * 4, [1] * 4, agreement)
+    server = Server(federation, initial_state(federation), Mean())
     for _ in range(12):
         for client, sent in server.plan().items():
-            start = client_start(sent, rule, chosen, shapes, seed)
+            start = client_start(sent, agreement)
             frozen = torch.zeros(48, 48)
-            for part in (sent.base_delta, start.rest):
+            for part in (sent.base_delta, start.frozen):
                 if "w" in part:
                     frozen = frozen + to_dense(part["w"])
             a = start.adapter["w"].A.clone().requires_grad_()

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.aggregators.mean import Mean
+from fedlora.federation.exchange import Agreement, client_start, global_delta
 from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
 from fedlora.federation.participants import Federation
 from fedlora.federation.records import RoundRecord
@@ -95,19 +96,19 @@ def serve(
     """A server before round 1, its state in `dtype`; client k has 10 + 7 k rows."""
     rule = METHODS[method] if isinstance(method, str) else method
     how.setdefault("num_examples", [10 + 7 * k for k in range(len(ranks))])
-    federation = Federation(ranks, shapes=SHAPES, **{"seed": 5, **how})
-    state = initial_state(federation, rule, given, dense)
+    agreement = Agreement(rule, rule.options(**(options or {})), SHAPES, how.pop("seed", 5))
+    federation = Federation(ranks, agreement=agreement, **how)
+    state = initial_state(federation, given, dense)
     state = replace(
         state,
         adapter={n: _cast(x, dtype) for n, x in state.adapter.items()},
         base_delta={n: _cast(x, dtype) for n, x in state.base_delta.items()},
     )
-    return Server(federation, rule, rule.options(**(options or {})), state)
+    return Server(federation, state, Mean())
 
 
 def start_of(server: Server, sent: Broadcast, own: ClientState | None = None) -> Start:
-    spec = server.federation
-    return client_start(sent, server.rule, server.options, spec.shapes, spec.seed, own)
+    return client_start(sent, server.agreement, own)
 
 
 def _tail(adapter: Adapter, asked: Training) -> float:
@@ -122,7 +123,7 @@ def answer(
     server: Server, sent: Broadcast, trained: Adapter, kept: Kept | None = None
 ) -> ClientUpdate:
     """What a client sends that has ended with these factors."""
-    asked = server.rule.training(server.options)
+    asked = server.agreement.training
     sends = asked.sent(sent.round)
     if asked.keeps and kept is not None:
         kept[sent.client] = ClientState({f"{n}.B": x.B for n, x in trained.items()})
@@ -146,7 +147,7 @@ def moved(
     step: float = 0.5,
 ) -> dict[str, LowRank]:
     """What a client ends with: its start, the trained factors moved by a random step."""
-    asked = server.rule.training(server.options)
+    asked = server.agreement.training
     trains = asked.trained(sent.round)
     start = start_of(server, sent, (kept or {}).get(sent.client)).adapter
     g = torch.Generator().manual_seed(seed * 1009 + sent.round * 101 + sent.client)

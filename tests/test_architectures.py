@@ -20,6 +20,7 @@ from fedlora.client.evaluate import evaluate
 from fedlora.client.trainer import train
 from fedlora.client.worker import Worker
 from fedlora.config.sources import read_yaml
+from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import client_start, global_delta
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.server import Server
@@ -546,18 +547,16 @@ class Rounds:
     """A federation driven round by round, of which everything sent is kept."""
 
     def __init__(self, session: Session) -> None:
-        config = session.config
-        self.session, self.rule = session, METHODS[config.method]
-        self.options = config.rule_options()
-        self.server = Server(session.federation, self.rule, self.options, starting_state(session))
-        self.worker = Worker(session.base, dict(enumerate(session.data.clients)), config)
+        self.session, self.agreement = session, session.federation.agreement
+        self.server = Server(session.federation, starting_state(session), Mean())
+        clients = dict(enumerate(session.data.clients))
+        self.worker = Worker(session.base, clients, session.config, self.agreement)
 
     def next(self) -> tuple[ServerState, dict[int, Any], dict[int, ClientUpdate]]:
         """One round: the state before it, the clients' starts, their updates."""
         before, starts, updates = self.server.state, {}, {}
-        spec = self.session.federation
         for client, sent in self.server.plan().items():
-            starts[client] = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
+            starts[client] = client_start(sent, self.agreement)
             updates[client] = self.worker.handle(sent)
             assert self.server.accept(updates[client]) == ""
         self.record = self.server.commit()
@@ -592,7 +591,7 @@ def test_a_client_trains_its_own_modules_and_the_sum_is_exact(
         assert set(moved) == own
         # What client 1 does not train is the global model, as it was sent.
         was, now = global_delta(before), global_delta(rounds.server.state)
-        sent = add_all([before.base_delta, starts[1].rest])
+        sent = add_all([before.base_delta, starts[1].frozen])
         for name in shapes.keys() - own:
             torch.testing.assert_close(
                 wide(sent.get(name), shapes[name]),
@@ -684,7 +683,7 @@ def test_averaged_factors_count_the_start_of_one_who_did_not_train_them(
             torch.testing.assert_close(found.A.double(), a, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(found.B.double(), b, rtol=1e-5, atol=1e-7)
             if name not in updates[1].adapter:  # beside its adapter lies what it was sent
-                held = starts[1].rest[name]
+                held = starts[1].frozen[name]
                 torch.testing.assert_close(to_dense(held), to_dense(prefix(current, ranks[1])))
 
 

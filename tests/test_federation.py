@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.errors import InputError
-from fedlora.federation.exchange import global_delta
+from fedlora.federation.aggregators.mean import Mean
+from fedlora.federation.exchange import Agreement, global_delta
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.participants import Federation
 from fedlora.federation.server import Server
@@ -67,6 +68,10 @@ def spoilt(update: ClientUpdate, value: float, factor: str = "") -> ClientUpdate
     return replace(update, adapter={**update.adapter, "attn": LowRank(A, B)})
 
 
+def agreed(seed: int) -> Agreement:
+    return Agreement(METHODS["fedit"], METHODS["fedit"].options(), SHAPES, seed)
+
+
 def numbers(rank: int, factors: str) -> int:
     """How many numbers the factors of an adapter have."""
     return rank * sum(n * ("A" in factors) + m * ("B" in factors) for m, n in SHAPES.values())
@@ -85,7 +90,7 @@ def numbers(rank: int, factors: str) -> int:
 def test_a_sample_has_its_size_and_repeats(
     rows: list[int], wanted: int | float | None, seed: int, round: int
 ) -> None:
-    federation = Federation([1] * len(rows), rows, SHAPES, seed, wanted)
+    federation = Federation([1] * len(rows), rows, agreed(seed), wanted)
     able = [k for k, n in enumerate(rows) if n]
     found = federation.sample(round)
     assert found == sorted(set(found))
@@ -98,12 +103,12 @@ def test_a_sample_has_its_size_and_repeats(
     else:
         assert len(found) >= 1
         assert abs(len(found) - wanted * len(able)) <= 0.5 or len(found) == 1
-    assert Federation([1] * len(rows), rows, SHAPES, seed, wanted).sample(round) == found
+    assert Federation([1] * len(rows), rows, agreed(seed), wanted).sample(round) == found
 
 
 def test_samples_differ_by_round_and_seed_and_reach_everyone() -> None:
     def samples(seed: int) -> list[list[int]]:
-        federation = Federation([1] * 10, [1] * 10, SHAPES, seed, 3)
+        federation = Federation([1] * 10, [1] * 10, agreed(seed), 3)
         return [federation.sample(round) for round in range(1, 201)]
 
     assert len({tuple(s) for s in samples(0)}) > 60
@@ -116,7 +121,7 @@ def test_samples_differ_by_round_and_seed_and_reach_everyone() -> None:
 
 def test_a_share_is_rounded_and_asks_at_least_one() -> None:
     def asked(share: float) -> int:
-        return len(Federation([1] * 10, [1] * 10, SHAPES, 0, share).sample(1))
+        return len(Federation([1] * 10, [1] * 10, agreed(0), share).sample(1))
 
     assert [asked(f) for f in (0.01, 0.1, 0.14, 0.25, 0.26, 1.0)] == [1, 1, 1, 3, 3, 10]
 
@@ -704,7 +709,7 @@ def test_a_client_that_is_sent_what_it_lacks_has_the_whole_broadcast(
         now: dict[int, dict[str, Delta]] = {}
         for k, broadcast in sent.items():
             seen = state.last_seen.get(k) == round - 1 and round > 1
-            lacking = server.rule.sent_down(round, seen)
+            lacking = server.agreement.rule.sent_down(round, seen)
             before = held[k] if seen else initial
             now[k] = dict(broadcast.adapter)
             for name, x in broadcast.adapter.items():
@@ -778,7 +783,7 @@ def test_a_pruned_rank_is_remembered_and_asked_for_next() -> None:
     server.commit()
     assert server.plan()[0].rank == 1
     # Whoever goes on from the state goes on with the rank.
-    again = Server(server.federation, server.rule, server.options, server.state)
+    again = Server(server.federation, server.state, Mean())
     assert again.plan()[0].rank == 1
 
 
@@ -853,7 +858,7 @@ def test_a_run_is_reproducible_and_goes_on_from_its_state(method: str) -> None:
     for round in range(4):
         play(through, round, kept=mine)
         play(stopped, round, kept=other)
-        stopped = Server(stopped.federation, stopped.rule, stopped.options, stopped.state)
+        stopped = Server(stopped.federation, stopped.state, Mean())
     for name, x in through.state.adapter.items():
         found = stopped.state.adapter[name]
         pairs = [(x.W, found.W)] if isinstance(x, Dense) else [(x.A, found.A), (x.B, found.B)]

@@ -24,16 +24,22 @@ import torch
 import fedlora
 from fedlora import (
     METHODS,
+    Broadcast,
     Budget,
     CheckpointError,
+    ClientUpdate,
     Config,
     Dense,
+    Federation,
     FedloraError,
     InputError,
     LowRank,
     Result,
     RoundResult,
+    Rule,
     SavedAdapter,
+    Server,
+    Worker,
     aggregate,
     load_adapter,
     run,
@@ -99,8 +105,21 @@ def algebra(result: Result) -> torch.Tensor:
     return total
 
 
+def one_round(server: Server, worker: Worker, federation: Federation) -> float | None:
+    assert_type(federation.clients_per_round, int | float | None)
+    for client, broadcast in server.plan().items():
+        assert_type(client, int)
+        assert_type(broadcast, Broadcast)
+        update = worker.handle(broadcast)
+        assert_type(update, ClientUpdate)
+        assert_type(server.accept(update), str)
+    return server.commit().aggregation_error
+
+
 def rules() -> list[str]:
-    assert_type(METHODS["flora"].mixed_ranks, bool)
+    rule = METHODS["flora"]
+    assert_type(rule, Rule)
+    assert_type(rule.mixed_ranks, bool)
     assert_type(fedlora.__version__, str)
     return [name for name, rule in METHODS.items() if rule.one_shot]
 

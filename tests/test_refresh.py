@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fedlora import lowrank
-from fedlora.federation.aggregation_error import moved
-from fedlora.federation.aggregators import mean as sums
-from fedlora.federation.aggregators.mean import Total
-from fedlora.federation.exchange import client_start
+from fedlora.federation import aggregation_error
+from fedlora.federation.aggregation_error import measure_change
+from fedlora.federation.aggregators.mean import Mean, ProductSum
+from fedlora.federation.exchange import Agreement, client_start
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.participants import Federation
 from fedlora.federation.server import Server, initial_state
@@ -20,18 +20,18 @@ from fedlora.lowrank import (
     LowRank,
     add,
     balance,
-    gathered,
+    concat,
     leading,
+    merge_equal_rows,
     norm,
     prefix,
     refactor,
     scale,
-    stacked,
     to_dense,
 )
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
-from fedlora.threads import each
+from fedlora.threads import map_modules
 
 M, N, RANK = 260, 210, 6  # 4 * (6 + 32) < 210: large enough not to be decomposed
 
@@ -158,7 +158,7 @@ def test_leading_directions_of_factors_are_those_of_refactor() -> None:
 def test_gathered_keeps_the_matrix_and_holds_equal_rows_once() -> None:
     a, b = random(5, 20, seed=1), random(30, 5, seed=2)
     again = LowRank(torch.cat([a, a[:3], a[4:]]), torch.cat([b, 2 * b[:, :3], -b[:, 4:]], dim=1))
-    found = gathered(again)
+    found = merge_equal_rows(again)
     assert found.rank == 4  # the last one cancels
     torch.testing.assert_close(to_dense(found), to_dense(again))
     assert torch.equal(again.B[:, 0], b[:, 0]), "the input was changed"
@@ -169,15 +169,15 @@ def test_rows_that_agree_at_their_ends_alone_stay_apart() -> None:
     other = a.clone()
     other[0, 15] += 1.0
     x = LowRank(torch.cat([a, other, a]), random(4, 3, seed=2))
-    assert gathered(x).rank == 2
-    torch.testing.assert_close(to_dense(gathered(x)), to_dense(x))
+    assert merge_equal_rows(x).rank == 2
+    torch.testing.assert_close(to_dense(merge_equal_rows(x)), to_dense(x))
 
 
 def test_what_is_different_everywhere_is_given_back_as_it_is() -> None:
     x = LowRank(random(3, 20, seed=1), random(7, 3, seed=2))
-    assert gathered(x) is x
+    assert merge_equal_rows(x) is x
     empty = LowRank(x.A[:0], x.B[:, :0])
-    assert gathered(empty).rank == stacked([empty, empty]).rank == 0
+    assert merge_equal_rows(empty).rank == merge_equal_rows(concat([empty, empty])).rank == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -195,14 +195,15 @@ def test_a_direction_is_balanced_the_same_way_whatever_stands_beside_it(
 
 def large(method: str, ranks: list[int], shapes: dict[str, tuple[int, int]]) -> Server:
     rule = METHODS[method]
-    federation = Federation(ranks, [3 + k for k in range(len(ranks))], shapes)
-    return Server(federation, rule, rule.options(), initial_state(federation, rule))
+    agreement = Agreement(rule, rule.options(), shapes)
+    federation = Federation(ranks, [3 + k for k in range(len(ranks))], agreement)
+    return Server(federation, initial_state(federation), Mean())
 
 
 def one_round(server: Server, seed: int = 0) -> None:
     spec = server.federation
     for k, sent in server.plan().items():
-        start = client_start(sent, server.rule, server.options, spec.shapes, spec.seed)
+        start = client_start(sent, server.agreement)
         ended = {
             n: LowRank(
                 x.A + random(*x.A.shape, seed=9 * k + seed, dtype=torch.float32),
@@ -220,7 +221,8 @@ def test_starts_that_are_subtracted_add_no_direction(method: str) -> None:
     for round in range(1, 4):
         one_round(server, round)
         starts = {1: 0}.get(round, 6 if method == "exact" else 8)
-        assert stacked(server._total.products["layer"]._factors).rank <= 16 + starts
+        summed = server.aggregator.products["layer"]._factors
+        assert merge_equal_rows(concat(summed)).rank <= 16 + starts
         server.commit()
         held = server.state.adapter["layer"].rank
         # Where all clients start from a direction of S, theirs take its place.
@@ -251,7 +253,7 @@ def test_exact_refreshes_the_leading_directions_of_a_dense_sum(decomposed: list[
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_total_is_the_weighted_sum_in_the_smaller_form(dtype: torch.dtype) -> None:
-    total, wanted = Total(), torch.zeros(20, 30, dtype=torch.float64)
+    total, wanted = ProductSum(), torch.zeros(20, 30, dtype=torch.float64)
     for k in range(9):
         x: Delta = LowRank(
             random(3, 30, seed=k, dtype=dtype), random(20, 3, seed=50 + k, dtype=dtype)
@@ -269,7 +271,7 @@ def test_a_total_is_the_weighted_sum_in_the_smaller_form(dtype: torch.dtype) -> 
 
 def test_a_total_begins_with_a_matrix_and_goes_on_in_float64() -> None:
     first, second = Dense(random(4, 5, dtype=torch.float32)), LowRank(random(1, 5), random(4, 1))
-    total = Total()
+    total = ProductSum()
     total.add(first, 2.0)
     total.add(second, 0.5)
     found = to_dense(total.value())
@@ -280,7 +282,7 @@ def test_a_total_begins_with_a_matrix_and_goes_on_in_float64() -> None:
 
 @pytest.mark.parametrize("begin", ["factors", "matrix"])
 def test_terms_of_different_shapes_are_refused(begin: str) -> None:
-    total = Total()
+    total = ProductSum()
     total.add(
         Dense(random(4, 5)) if begin == "matrix" else LowRank(random(1, 5), random(4, 1)), 1.0
     )
@@ -293,9 +295,9 @@ def test_terms_of_different_shapes_are_refused(begin: str) -> None:
 def test_the_change_of_the_global_model_is_measured(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sums, "_CHUNK", 1000)
+    monkeypatch.setattr(aggregation_error, "_ROW_BLOCK", 1000)
     if form == "estimated":
-        monkeypatch.setattr(sums, "_EXACT", 0)
+        monkeypatch.setattr(aggregation_error, "MEASURED_RANK", 0)
 
     def factors(seed: int) -> Delta:
         return LowRank(random(4, 90, seed=seed), random(110, 4, seed=seed + 1))
@@ -315,7 +317,7 @@ def test_the_change_of_the_global_model_is_measured(
     before = ServerState(1, old, base)
     merged = {**base, **{n: add([base[n], x]) for n, x in merge.items()}}
     after = ServerState(2, new, merged, last_merge=merge)
-    found = moved(before, after, wanted)
+    found = measure_change(before, after, wanted).total
     change = [
         add([new[n], scale(old[n], -1.0), *([merge[n]] if n in merge else [])]) for n in names
     ]
@@ -343,8 +345,8 @@ def test_threads_change_no_bit_and_their_number_is_kept(threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         with lowrank.one_thread():
-            found = each(refactor, modules)
-        outside = each(refactor, modules)
+            found = map_modules(refactor, modules)
+        outside = map_modules(refactor, modules)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -353,4 +355,4 @@ def test_threads_change_no_bit_and_their_number_is_kept(threads: int) -> None:
         assert all(
             torch.equal(told[n].A, x.A) and torch.equal(told[n].B, x.B) for n, x in wanted.items()
         )
-    assert each(refactor, {}) == {}
+    assert map_modules(refactor, {}) == {}

@@ -21,7 +21,7 @@ import test_resume
 from conftest import rows, save_tokenizer, write_jsonl
 from fedlora import Config
 from fedlora.client.trainer import Budget, train
-from fedlora.client.worker import Worker
+from fedlora.client.worker import Trained, Worker
 from fedlora.commands.cli import main
 from fedlora.config.sources import read_yaml
 from fedlora.data.datasets import load_data
@@ -30,7 +30,7 @@ from fedlora.embedded import BASE_DIR
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.engines.local import Result
 from fedlora.errors import InputError
-from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.exchange import Agreement, client_start, global_delta
 from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.server import Server
 from fedlora.lowrank import Adapter, LowRank, norm, prefix, scale, subtract, to_dense, total_norm
@@ -119,15 +119,15 @@ def watch(
     own: dict[tuple[int, int], Mapping[str, Tensor]] = {}
     handle, plan, commit = Worker.handle_together, Server.plan, Server.commit
 
-    def handled(worker: Worker, broadcasts: Sequence[Broadcast], *rest: Any) -> list[ClientUpdate]:
+    def handled(worker: Worker, broadcasts: Sequence[Broadcast], *rest: Any) -> list[Trained]:
         sent.update({(b.round, b.client): b for b in broadcasts})
-        updates = handle(worker, broadcasts, *rest)
-        for update in updates:
+        everyone = handle(worker, broadcasts, *rest)
+        for update in (trained.update for trained in everyone):
             key = update.round, update.client
             got[key] = update
             if update.client in worker.states:
                 own[key] = worker.states[update.client].factors
-        return updates
+        return everyone
 
     def planned(server: Server) -> dict[int, Broadcast]:
         states[server.state.round] = server.state
@@ -326,7 +326,7 @@ def test_factors_that_are_not_trained_stay_to_the_bit(
         usual = "B" if method in FROZEN_A else "AB"
         assert trained == ("BA"[number - 1] if method == "rolora" else usual)
         start = client_start(
-            run.sent[number, client], rule, options, shapes, run.config.seed
+            run.sent[number, client], Agreement(rule, options, shapes, run.config.seed)
         ).adapter
         for name, x in update.adapter.items():
             a, b = start[name].A[: x.rank], start[name].B[:, : x.rank]
@@ -616,7 +616,7 @@ def test_ranks_prune_themselves(quick: dict[str, Any]) -> None:
         assert rank in (sent.rank, max(1, sent.rank // 2))
         assert update.nbytes == 4 * rank * sum(m + n for m, n in shapes.values())
         if rank == sent.rank > 1:
-            start = client_start(sent, rule, options, shapes, run.config.seed)
+            start = client_start(sent, Agreement(rule, options, shapes, run.config.seed))
             assert tail(update.adapter, 0.5) >= tail(start.adapter, 0.5)
         pruned += rank < sent.rank
     assert pruned >= 2
@@ -833,15 +833,12 @@ def test_absent_clients_catch_up(quick: dict[str, Any], method: str) -> None:
         sent = run.sent[number, k]
         now = global_delta(run.states[number - 1])
         if method in ("exact", "flora", "florist", "fedex", "fedmomentum"):
-            start = client_start(
-                sent,
-                METHODS[method],
-                run.config.rule_options(),
-                {n: x.shape for n, x in spy.began[number, k].items()},
-                run.config.seed,
-            )
+            shapes = {n: x.shape for n, x in spy.began[number, k].items()}
+            options = run.config.rule_options()
+            agreement = Agreement(METHODS[method], options, shapes, run.config.seed)
+            start = client_start(sent, agreement)
             for name, x in start.adapter.items():
-                parts = [to_dense(d[name]) for d in (sent.base_delta, start.rest) if name in d]
+                parts = [to_dense(d[name]) for d in (sent.base_delta, start.frozen) if name in d]
                 total = sum(parts, to_dense(x))
                 wanted = to_dense(now[name]) if name in now else torch.zeros_like(total)
                 torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-5)
@@ -1147,7 +1144,7 @@ def test_factors_larger_than_a_layer_beside_clients_that_leave_layers_out(
             wanted = torch.zeros(shape, dtype=torch.float64)
             for one in line["clients"]:
                 sent = seen.sent[number, one["client"]]
-                start = client_start(sent, rule, options, shapes, seen.config.seed)
+                start = client_start(sent, Agreement(rule, options, shapes, seen.config.seed))
                 got = seen.got[number, one["client"]]
                 if name not in got.adapter:
                     assert one["client"] == 1

@@ -31,14 +31,15 @@ from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
 from fedlora.errors import InputError
-from fedlora.federation.exchange import client_start, global_delta
+from fedlora.federation.aggregators.mean import Mean
+from fedlora.federation.exchange import Agreement, client_start, global_delta
 from fedlora.federation.messages import ClientState, ClientUpdate
 from fedlora.federation.participants import Federation
 from fedlora.federation.records import RoundRecord
 from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank, fold, scaling
 from fedlora.methods import METHODS
-from fedlora.methods.values import ServerState, Start, Training
+from fedlora.methods.values import RoundNumbers, Start, Training
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.targets import find_targets
 
@@ -178,16 +179,14 @@ class Simulation:
         """One round: clients that are `absent` never answer, others may `prune` to a rank."""
         server, spec = self.server, self.server.federation
         asked = server.plan()
-        training: Training = server.rule.training(server.options)
+        training: Training = server.agreement.training
         total = sum(spec.weight(spec.num_examples[k]) for k in asked if k not in absent)
         turns = []
         for k, sent in asked.items():
             if k in absent:
                 server.reject(k, "no answer")
                 continue
-            start = client_start(
-                sent, server.rule, server.options, spec.shapes, spec.seed, self.own.get(k)
-            )
+            start = client_start(sent, server.agreement, self.own.get(k))
             steps = np.random.default_rng([3, sent.round, k])
             common = np.random.default_rng([4, sent.round])
             trained, sends = training.trained(sent.round), training.sent(sent.round)
@@ -213,9 +212,9 @@ class Simulation:
                     p=spec.weight(spec.num_examples[k]) / total,
                     rank=sent.rank,
                     start={n: pair(x) for n, x in start.adapter.items()},
-                    rest=self.matrices(start.rest),
+                    rest=self.matrices(start.frozen),
                     end=end,
-                    given=client_start(sent, server.rule, server.options, spec.shapes, spec.seed),
+                    given=client_start(sent, server.agreement),
                     update=update,
                 )
             )
@@ -244,12 +243,16 @@ def simulate(
 ) -> Simulation:
     rule = METHODS[method]
     federation = Federation(
-        ranks, rows[: len(ranks)], shapes, 11, clients_per_round, client_weights
+        ranks,
+        rows[: len(ranks)],
+        Agreement(rule, rule.options(**options), shapes, 11),
+        clients_per_round,
+        client_weights,
     )
-    state = initial_state(federation, rule)
+    state = initial_state(federation)
     wide = {n: LowRank(tensor(a), tensor(b)) for n, (a, b) in _pairs(state.adapter)}
     state = replace(state, adapter=wide)
-    return Simulation(Server(federation, rule, rule.options(**options), state))
+    return Simulation(Server(federation, state, Mean()))
 
 
 def _pairs(adapter: Deltas) -> list[tuple[str, Pair]]:
@@ -537,16 +540,16 @@ def test_a_hetlora_client_prunes_where_its_tail_has_shrunk(tiny_llama: Path) -> 
                 layer.B.data[:, begin:] *= factor[budget.client] * grows
         return {}
 
-    rule, options = METHODS["hetlora"], config.rule_options()
-    federation = Federation(ranks, [1, 1, 1, 1], shapes, 3)
+    agreement = Agreement(METHODS["hetlora"], config.rule_options(), shapes, 3)
+    federation = Federation(ranks, [1, 1, 1, 1], agreement)
     clients = dict.fromkeys(range(4), ClientData([{"input_ids": [5, 6], "labels": [5, 6]}]))
-    worker = Worker(base, clients, config, local)
+    worker = Worker(base, clients, config, agreement, local)
     # Before anything is learnt every tail is 0 and nobody prunes.
-    server = Server(federation, rule, options, initial_state(federation, rule))
+    server = Server(federation, initial_state(federation), Mean())
     for sent in server.plan().values():
         assert all(x.rank == sent.rank for x in worker.handle(sent).adapter.values())
     state = replace(server.state, adapter=random_updates(shapes, 4, 5))
-    server = Server(federation, rule, options, state)
+    server = Server(federation, state, Mean())
     for sent in server.plan().values():
         assert server.accept(worker.handle(sent)) == ""
     server.commit()
@@ -662,7 +665,9 @@ def test_raflora_is_flexlora_at_equal_ranks() -> None:
         before = sim.server.state
         turns = sim.play()
         flexlora = METHODS["flexlora"]
-        other = Simulation(Server(sim.server.federation, flexlora, flexlora.options(), before))
+        agreement = replace(sim.server.agreement, rule=flexlora, options=flexlora.options())
+        federation = replace(sim.server.federation, agreement=agreement)
+        other = Simulation(Server(federation, before, Mean()))
         other.server.plan()
         for t in turns:
             other.server.accept(t.update)
@@ -889,9 +894,9 @@ def test_a_server_momentum_goes_on_the_same_way_or_is_refused(method: str) -> No
     options = {"energy_threshold": 1.0} if method == "florist" else {}
     plain = simulate(method, (40, 40), **options)
     federation = replace(plain.server.federation, server_momentum=0.5)
-    rule, chosen = plain.server.rule, plain.server.options
+    agreement = federation.agreement
     try:
-        server, refusal = Server(federation, rule, chosen, plain.server.state), ""
+        server, refusal = Server(federation, plain.server.state, Mean()), ""
     except InputError as error:
         server, refusal = plain.server, str(error)
     if refusal:
@@ -902,8 +907,8 @@ def test_a_server_momentum_goes_on_the_same_way_or_is_refused(method: str) -> No
     sim.play()
     models.append(sim.model())
     for k, sent in server.plan().items():
-        start = client_start(sent, rule, chosen, SHAPES, federation.seed)
-        sends = rule.training(chosen).sent(2)
+        start = client_start(sent, agreement)
+        sends = agreement.training.sent(2)
         server.accept(ClientUpdate(k, 2, start.adapter, ROWS[k], sends=sends))
     server.commit()
     models.append(sim.model())
@@ -922,7 +927,7 @@ def test_mixed_ranks_are_refused_where_a_rule_cannot_combine_them(method: str) -
         simulate(other, MIXED)
 
 
-def encoded(sim: Simulation, before: ServerState, turn: Turn) -> Any:
+def encoded(sim: Simulation, turn: Turn) -> Any:
     """What the server makes of an update: what was not sent is what it started from."""
     sends = turn.update.sends
     start = {n: first(pair(turn.given.adapter[n]), len(a)) for n, (a, _) in turn.end.items()}
@@ -932,19 +937,21 @@ def encoded(sim: Simulation, before: ServerState, turn: Turn) -> Any:
         )
         for n, (a, b) in turn.end.items()
     }
-    return sim.server.rule.encode(kept, turn.given, before, sim.server.options)
+    widths = dict.fromkeys(kept, max(sim.server.federation.ranks))
+    numbers = RoundNumbers(widths, sim.server.state.levels)
+    agreement = sim.server.agreement
+    return agreement.rule.encode(kept, turn.given, numbers, agreement.options)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_rule_encodes_is_what_it_declares(method: str) -> None:
     rule = METHODS[method]
     sim = simulate(method, MIXED if rule.mixed_ranks else EQUAL)
-    training = rule.training(sim.server.options)
+    training = sim.server.agreement.training
     for number in (1, 2):
-        before = sim.server.state
         turns = sim.play()
         for turn in turns:
-            found = encoded(sim, before, turn)
+            found = encoded(sim, turn)
             kinds = [k for k in ("factors", "products") if getattr(found, k)]
             assert " and ".join(kinds) == rule.secure_sum
             sends = training.sent(number)
@@ -956,9 +963,7 @@ def test_what_a_rule_encodes_is_what_it_declares(method: str) -> None:
                 assert sends == "AB"
     # Factors of one shape from every client, so that they can be summed under a mask.
     if rule.secure_sum == "factors":
-        shapes = [
-            {k: tuple(v.shape) for k, v in encoded(sim, before, t).factors.items()} for t in turns
-        ]
+        shapes = [{k: tuple(v.shape) for k, v in encoded(sim, t).factors.items()} for t in turns]
         assert all(s == shapes[0] for s in shapes)
 
 
@@ -976,9 +981,7 @@ def test_a_factor_counts_exactly_where_it_is_sent(method: str) -> None:
         before, turns = sim.server.state, sim.play()
         after = [*sim.factors().values()] if method == "fedsa" else [*sim.model().values()]
         for factor in "AB":
-            again = Simulation(
-                Server(sim.server.federation, sim.server.rule, sim.server.options, before)
-            )
+            again = Simulation(Server(sim.server.federation, before, Mean()))
             again.server.plan()
             for t in turns:
                 again.server.accept(moved(t.update, factor))
@@ -1147,8 +1150,8 @@ def peft_deltas(model: Any, adapter: str) -> dict[str, Matrix]:
 def peft_round(method: str, path: Path, shapes: Mapping[str, tuple[int, int]]) -> Server:
     """One round whose updates are the saved adapters."""
     rule = METHODS[method]
-    federation = Federation(PEFT_RANKS, PEFT_ROWS, shapes)
-    server = Server(federation, rule, rule.options(), initial_state(federation, rule))
+    federation = Federation(PEFT_RANKS, PEFT_ROWS, Agreement(rule, rule.options(), shapes))
+    server = Server(federation, initial_state(federation), Mean())
     server.plan()
     for k, name in enumerate(("one", "two", "three")):
         update = load_adapter(path / name).deltas
@@ -1176,7 +1179,7 @@ def test_a_rank_affords_what_pefts_svd_keeps(peft_adapters: tuple[Any, Path]) ->
     server = peft_round("flexlora", path, {name: x.shape for name, x in wanted.items()})
     sent = server.plan()[2]
     assert sent.rank == 3
-    start = client_start(sent, server.rule, server.options, server.federation.shapes, 0)
+    start = client_start(sent, server.agreement)
     for name, x in start.adapter.items():
         same(matrix(x), wanted[name], 1e-5)
     adapters = [load_adapter(path / name) for name in ("one", "two", "three")]
@@ -1217,11 +1220,12 @@ def test_what_is_written_merges_into_the_same_weights(
 def hand(method: str, a: Sequence[float], b: Sequence[float]) -> Server:
     """Two clients with as many rows each, p = 1/2; factor rules begin from `a`, `b`."""
     rule = METHODS[method]
-    federation = Federation([1, 1], [1, 1], {"w": (2, 2)})
-    state = initial_state(federation, rule)
+    agreement = Agreement(rule, rule.options(), {"w": (2, 2)})
+    federation = Federation([1, 1], [1, 1], agreement)
+    state = initial_state(federation)
     if state.adapter:
         state = replace(state, adapter={"w": column_times_row(b, a)})
-    return Server(federation, rule, rule.options(), state)
+    return Server(federation, state, Mean())
 
 
 def column_times_row(b: Sequence[float], a: Sequence[float]) -> LowRank:
@@ -1296,11 +1300,11 @@ def test_exact_by_hand() -> None:
     # The leading direction of [4 0; 0 2] is [4 0; 0 0] = (2, 0)^T (2, 0), balanced (up to the sign
     # of both); [0 0; 0 2] lies frozen beside it.
     sent = server.plan()[0]
-    start = client_start(sent, server.rule, server.options, {"w": (2, 2)}, 0)
+    start = client_start(sent, server.agreement)
     assert numbers(start.adapter["w"].A.abs()) == [[2, 0]]
     assert numbers(start.adapter["w"].B.abs()) == [[2], [0]]
     assert numbers(matrix(start.adapter["w"])) == [[4, 0], [0, 0]]
-    assert numbers(matrix(start.rest["w"])) == [[0, 0], [0, 2]]
+    assert numbers(matrix(start.frozen["w"])) == [[0, 0], [0, 2]]
     # M_1 = (2, 0)^T (2, 2) = [4 4; 0 0] has learnt [0 4; 0 0]. M_2 = (4, 2)^T (2, 0) = [8 0; 4 0]
     # has learnt [4 0; 4 0]. The mean [2 2; 2 0] comes on top of [4 0; 0 2].
     hand_round(server, column_times_row((2, 0), (2, 2)), column_times_row((4, 2), (2, 0)))
@@ -1318,9 +1322,7 @@ def test_known_error_later_clients_dropped_from_the_mean(method: str) -> None:
     turns = sim.play()
     whole = _flat([*sim.factors().values()] if method == "fedsa" else [*sim.model().values()])
     for dropped in range(len(turns)):
-        again = Simulation(
-            Server(sim.server.federation, sim.server.rule, sim.server.options, before)
-        )
+        again = Simulation(Server(sim.server.federation, before, Mean()))
         again.server.plan()
         for t in turns:
             if t.client != dropped:
@@ -1378,9 +1380,9 @@ def test_known_error_the_servers_scale_instead_of_the_clients(
     """One alpha for all makes `s_k = alpha / r_k` differ; the stack's own `alpha / sum r` is none
     of them."""
     alpha, ranks, rows = 16, (2, 4, 8), (1, 2, 1)
-    federation = Federation(ranks, rows, {"w": (12, 12)})
     rule = METHODS[method]
-    server = Server(federation, rule, rule.options(), initial_state(federation, rule))
+    federation = Federation(ranks, rows, Agreement(rule, rule.options(), {"w": (12, 12)}))
+    server = Server(federation, initial_state(federation), Mean())
     server.plan()
     g = torch.Generator().manual_seed(0)
     wanted, unscaled = np.zeros((12, 12)), np.zeros((12, 12))
@@ -1402,8 +1404,9 @@ def test_known_error_the_servers_scale_instead_of_the_clients(
 
 def test_known_error_scales_multiplied_after_the_mean_of_the_factors() -> None:
     """fedit: `s` belongs to B; on both factors it counts twice."""
-    rule, federation = METHODS["fedit"], Federation([2, 2], [1, 1], {"w": (5, 6)})
-    server = Server(federation, rule, rule.options(), initial_state(federation, rule))
+    rule = METHODS["fedit"]
+    federation = Federation([2, 2], [1, 1], Agreement(rule, rule.options(), {"w": (5, 6)}))
+    server = Server(federation, initial_state(federation), Mean())
     server.plan()
     g = torch.Generator().manual_seed(1)
     pairs = [(torch.randn(2, 6, generator=g), torch.randn(5, 2, generator=g)) for _ in range(2)]

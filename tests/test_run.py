@@ -26,11 +26,11 @@ from fedlora.data.datasets import load_data
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.engines.local import Result, RoundResult
 from fedlora.errors import InputError
+from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import client_start, global_delta
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import total_norm
-from fedlora.methods import METHODS
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import Session, assemble
@@ -171,11 +171,10 @@ def test_the_seed_decides_every_byte(small_run: dict[str, Any]) -> None:
 def trained_by_hand(session: Session, backwards: bool) -> bytes:
     """Rounds through server and worker alone, with passes in either order; the adapter's file."""
     config = session.config
-    rule = METHODS[config.method]
-    server = Server(
-        session.federation, rule, config.rule_options(), initial_state(session.federation, rule)
-    )
-    worker = Worker(session.base, dict(enumerate(session.data.clients)), config)
+    federation = session.federation
+    server = Server(federation, initial_state(federation), Mean())
+    clients = dict(enumerate(session.data.clients))
+    worker = Worker(session.base, clients, config, federation.agreement)
     size = config.cohort_size
     assert size != "auto"
     for _ in range(config.num_rounds):
@@ -183,7 +182,7 @@ def trained_by_hand(session: Session, backwards: bool) -> bytes:
         broadcasts = list(server.plan().values())
         cohorts = [broadcasts[at : at + size] for at in range(0, len(broadcasts), size)]
         for cohort in cohorts[::-1] if backwards else cohorts:
-            one = [worker.handle(cohort[0])] if size == 1 else worker.handle_together(cohort)
+            one = [trained.update for trained in worker.handle_together(cohort)]
             updates += one[::-1] if backwards else one
         for update in updates:
             assert not server.accept(update)
@@ -740,17 +739,16 @@ def test_a_client_that_learns_nothing_sends_its_start_to_the_bit(
 ) -> None:
     """Dividing by the scale and multiplying again must not count as learning."""
     session = assemble(Config(**{**small_run, **keys, "start_fraction": 1.0}))
-    rule, options = METHODS["exact"], session.config.rule_options()
-    server = Server(session.federation, rule, options, initial_state(session.federation, rule))
+    agreement = session.federation.agreement
+    server = Server(session.federation, initial_state(session.federation), Mean())
     clients = dict(enumerate(session.data.clients))
-    worker = Worker(session.base, clients, session.config)
+    worker = Worker(session.base, clients, session.config, agreement)
     for sent in server.plan().values():
         server.accept(worker.handle(sent))
     server.commit()
-    idle = Worker(session.base, clients, session.config, lambda model, rows, budget: {})
-    shapes, seed = session.federation.shapes, session.federation.seed
+    idle = Worker(session.base, clients, session.config, agreement, lambda model, rows, budget: {})
     for sent in server.plan().values():
-        start = client_start(sent, rule, options, shapes, seed)
+        start = client_start(sent, agreement)
         update = idle.handle(sent)
         for name, x in update.adapter.items():
             assert torch.equal(x.A, start.adapter[name].A)

@@ -17,24 +17,35 @@ if TYPE_CHECKING:
     from fedlora.adapters.aggregate import aggregate, save_adapter
     from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
     from fedlora.client.trainer import Budget
+    from fedlora.client.worker import Worker
     from fedlora.config.config import Config
     from fedlora.engines.local import Result, RoundResult, run
     from fedlora.errors import CheckpointError, FedloraError, InputError
+    from fedlora.federation.messages import Broadcast, ClientUpdate
+    from fedlora.federation.participants import Federation
+    from fedlora.federation.server import Server
     from fedlora.lowrank import Dense, LowRank
     from fedlora.methods import METHODS
+    from fedlora.methods.rule import Rule
 
 _HOMES = {
+    "Broadcast": "federation.messages",
     "Budget": "client.trainer",
     "CheckpointError": "errors",
+    "ClientUpdate": "federation.messages",
     "Config": "config.config",
     "Dense": "lowrank",
+    "Federation": "federation.participants",
     "FedloraError": "errors",
     "InputError": "errors",
     "LowRank": "lowrank",
     "METHODS": "methods",
     "Result": "engines.local",
     "RoundResult": "engines.local",
+    "Rule": "methods.rule",
     "SavedAdapter": "adapters.saved_adapter",
+    "Server": "federation.server",
+    "Worker": "client.worker",
     "aggregate": "adapters.aggregate",
     "load_adapter": "adapters.saved_adapter",
     "run": "engines.local",
@@ -43,16 +54,22 @@ _HOMES = {
 
 __all__ = [
     "METHODS",
+    "Broadcast",
     "Budget",
     "CheckpointError",
+    "ClientUpdate",
     "Config",
     "Dense",
+    "Federation",
     "FedloraError",
     "InputError",
     "LowRank",
     "Result",
     "RoundResult",
+    "Rule",
     "SavedAdapter",
+    "Server",
+    "Worker",
     "aggregate",
     "load_adapter",
     "run",

@@ -99,20 +99,27 @@ Deltas = Mapping[str, Delta]
 """Target module name -> its update, in either form."""
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+def wide(value: Tensor) -> Tensor:
+    """The tensor in float32 or better: half precision is widened, float64 stays float64."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def zeros(shape: tuple[int, int], rank: int = 0) -> LowRank:
+    """`dW = 0` of shape `(m, n)` as float32 factors of this rank; of none, unless one is given."""
+    m, n = shape
+    return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
 
 
 def to_dense(x: Delta) -> Tensor:
     """The matrix `dW (m, n)`."""
-    return _wide(x.W) if isinstance(x, Dense) else _wide(x.B) @ _wide(x.A)
+    return wide(x.W) if isinstance(x, Dense) else wide(x.B) @ wide(x.A)
 
 
 def scale(x: Delta, factor: float) -> Delta:
     """`factor * dW`. The factor goes into `B`, where the LoRA scaling already is."""
     if isinstance(x, Dense):
-        return Dense(_wide(x.W) * factor)
-    return LowRank(_wide(x.A), _wide(x.B) * factor)
+        return Dense(wide(x.W) * factor)
+    return LowRank(wide(x.A), wide(x.B) * factor)
 
 
 def add(terms: Sequence[Delta]) -> Delta:
@@ -153,8 +160,8 @@ def concat(terms: Sequence[LowRank]) -> LowRank:
     if len(terms) == 1:
         return terms[0]
     return LowRank(
-        torch.cat([_wide(t.A) for t in terms], dim=0),
-        torch.cat([_wide(t.B) for t in terms], dim=1),
+        torch.cat([wide(t.A) for t in terms], dim=0),
+        torch.cat([wide(t.B) for t in terms], dim=1),
     )
 
 
@@ -206,45 +213,53 @@ def refactor(x: Delta) -> LowRank:
     """
     with one_thread():
         if isinstance(x, Dense):
-            left, values, right = torch.linalg.svd(_wide(x.W), full_matrices=False)
+            left, values, right = torch.linalg.svd(wide(x.W), full_matrices=False)
             return LowRank(right, left * values)
         if x.rank == 0:
-            return LowRank(_wide(x.A), _wide(x.B))
-        q_b, r_b = torch.linalg.qr(_wide(x.B))  # (m, p), (p, r) with p = min(m, r)
-        q_a, r_a = torch.linalg.qr(_wide(x.A).T)  # (n, q), (q, r) with q = min(n, r)
+            return LowRank(wide(x.A), wide(x.B))
+        q_b, r_b = torch.linalg.qr(wide(x.B))  # (m, p), (p, r) with p = min(m, r)
+        q_a, r_a = torch.linalg.qr(wide(x.A).T)  # (n, q), (q, r) with q = min(n, r)
         left, values, right = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
         return LowRank(right @ q_a.T, q_b @ (left * values))
 
 
-def gathered(x: LowRank) -> LowRank:
-    """The same `dW` with equal rows of `A` held once: their columns of `B` are added.
+def merge_equal_rows(x: LowRank) -> LowRank:
+    """The same `dW` with equal rows of `A` held once, and without directions whose `B` is zero.
 
-    Starts that are cut from one adapter share their rows of `A`. Subtracting them changes the
-    weights of directions that are there, and adds none. Directions whose column is zero then go.
+    `B[:, i] A[i] + B[:, j] A[j] = (B[:, i] + B[:, j]) A[i]` where `A[i] = A[j]`. The starts of a
+    round are cut from one adapter and share its rows of `A`, so subtracting them changes the
+    weights of directions that are there and adds none.
+
+    Args:
+        x: `A (r, n)`, `B (m, r)`; it is not changed.
+
+    Returns:
+        At most r directions in the order in which they first appear; `x` itself where no row
+        repeats and no column of `B` is zero.
     """
-    ends = torch.cat([x.A[:, :8], x.A[:, -8:]], dim=1).tolist()
-    seen: dict[tuple[float, ...], int] = {}
-    first = [seen.setdefault(tuple(end), i) for i, end in enumerate(ends)]  # a candidate for each
-    again = [i for i, j in enumerate(first) if i != j]
-    if again:
-        where = [first[i] for i in again]
-        equal = (x.A[again] == x.A[where]).all(dim=1).tolist()
-        b = _wide(x.B).clone()
-        for i, j, same in zip(again, where, equal, strict=True):
-            if same:
-                b[:, j] += b[:, i]
-                b[:, i] = 0
-        x = LowRank(_wide(x.A), b)
+    first = _first_with_equal_ends(x.A)
+    repeated = [row for row, earlier in enumerate(first) if row != earlier]
+    if repeated:
+        earlier_rows = [first[row] for row in repeated]
+        equal = (x.A[repeated] == x.A[earlier_rows]).all(dim=1).tolist()
+        b = wide(x.B).clone()
+        for row, earlier, is_equal in zip(repeated, earlier_rows, equal, strict=True):
+            if is_equal:
+                b[:, earlier] += b[:, row]
+                b[:, row] = 0
+        x = LowRank(wide(x.A), b)
     used = x.B.any(dim=0)
     return x if bool(used.all()) else LowRank(x.A[used], x.B[:, used])
 
 
-def stacked(terms: Sequence[LowRank]) -> LowRank:
-    """`sum_i dW_i` as factors, `gathered`; at least one term."""
-    if len(terms) == 1:
-        return gathered(terms[0])
-    a = torch.cat([_wide(t.A) for t in terms])
-    return gathered(LowRank(a, torch.cat([_wide(t.B) for t in terms], dim=1)))
+def _first_with_equal_ends(a: Tensor) -> list[int]:
+    """For every row the first one that begins and ends with the same 8 numbers.
+
+    These are the candidates for equal rows: comparing all numbers of all pairs would take longer.
+    """
+    ends = torch.cat([a[:, :8], a[:, -8:]], dim=1).tolist()
+    seen: dict[tuple[float, ...], int] = {}
+    return [seen.setdefault(tuple(end), row) for row, end in enumerate(ends)]
 
 
 def balance(x: LowRank) -> LowRank:
@@ -254,22 +269,26 @@ def balance(x: LowRank) -> LowRank:
     a step moves it. Directions that are zero stay as they are.
     """
     # Along contiguous rows, so that a direction's norm does not depend on how many there are.
-    a, b = _wide(x.A).norm(dim=1), _wide(x.B).T.contiguous().norm(dim=1)  # (r,)
+    a, b = wide(x.A).norm(dim=1), wide(x.B).T.contiguous().norm(dim=1)  # (r,)
     ratio = torch.where((a > 0) & (b > 0), b / a.clamp_min(torch.finfo(a.dtype).tiny), 1.0).sqrt()
-    return LowRank(_wide(x.A) * ratio[:, None], _wide(x.B) / ratio)
+    return LowRank(wide(x.A) * ratio[:, None], wide(x.B) / ratio)
 
 
-def smaller(x: Delta) -> Delta:
-    """`dW` dense where its factors need more numbers than the matrix, else as it is."""
+def cheaper_form(x: Delta) -> Delta:
+    """The form of `dW` that holds fewer numbers: `Dense` where `r (m + n) > m n`, else as it is."""
     m, n = x.shape
     if isinstance(x, LowRank) and x.rank * (m + n) > m * n:
         return Dense(to_dense(x))
     return x
 
 
-def compact(x: Delta) -> Delta:
-    """`smaller`, and what stays factors is refactored, numerically zero directions dropped."""
-    x = smaller(x)
+def drop_null_directions(x: Delta) -> Delta:
+    """`dW` in its cheaper form; factors are refactored and lose directions that are zero.
+
+    A direction counts as zero where its singular value is at most the largest one times the
+    machine epsilon.
+    """
+    x = cheaper_form(x)
     if isinstance(x, Dense):
         return x
     exact = refactor(x)
@@ -308,7 +327,7 @@ def leading(x: Delta, rank: int) -> LowRank:
     block = rank + _SPARE
     if isinstance(x, LowRank) or 4 * block >= x.rank:
         return prefix(refactor(x), rank)
-    matrix = _wide(x.W)
+    matrix = wide(x.W)
     draw = torch.Generator().manual_seed(0)
     with one_thread():
         start = torch.randn(x.shape[1], block, generator=draw)
@@ -323,6 +342,16 @@ def leading(x: Delta, rank: int) -> LowRank:
                 return prefix(refactor(LowRank(image.T, left)), rank)
             right = torch.linalg.qr(image).Q
     return prefix(refactor(x), rank)
+
+
+def top(x: Delta, rank: int) -> LowRank:
+    """The leading `min(rank, r)` directions of an update whose factors have the largest first.
+
+    Args:
+        x: dense, or factors in the form of `refactor`, of which the first are simply taken.
+        rank: how many.
+    """
+    return prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
 
 
 def truncate(
@@ -402,8 +431,3 @@ def fold(a: Tensor, b: Tensor, scale: float) -> LowRank:
 def unfold(x: LowRank, scale: float) -> tuple[Tensor, Tensor]:
     """An update as the `A`, `B` that LoRA trains under scale s: `B / s`. Copies."""
     return x.A.detach().clone(), x.B.detach() / scale
-
-
-def wide(value: Tensor) -> Tensor:
-    """At least float32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))

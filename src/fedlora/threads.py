@@ -188,7 +188,7 @@ _Out = TypeVar("_Out")
 
 
 _outside: list[int] = []
-"""How many threads torch had where `one_thread` was entered; `each` may use as many."""
+"""How many threads torch had where `one_thread` was entered; `map_modules` may use as many."""
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def each(function: Callable[[_In], _Out], modules: Mapping[str, _In]) -> dict[str, _Out]:
+def map_modules(function: Callable[[_In], _Out], modules: Mapping[str, _In]) -> dict[str, _Out]:
     """`function` of every module's value, as many at a time as torch may use threads.
 
     Every module is worked on by one thread, so the number of threads changes no bit.

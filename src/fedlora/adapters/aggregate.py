@@ -1,6 +1,6 @@
 """Combines adapters that were trained apart into one, for `fedlora aggregate` and in Python.
 
-Any rule that needs no shared start does it, by the same `encode` and `finish` as in a federation.
+Any rule that needs no shared start does it, by the same `encode` and `finalize` as in a federation.
 Memory stays near the size of the adapters: no base model, and no m x n matrix unless the factors of
 the sum would be larger than that.
 """
@@ -22,7 +22,7 @@ from fedlora.adapters.heads import combine_heads, common_base_weights
 from fedlora.adapters.names import common_names
 from fedlora.adapters.saved_adapter import SavedAdapter, as_factors, load_adapter, write_adapter
 from fedlora.errors import CheckpointError, InputError
-from fedlora.federation.aggregators.mean import WeightedSum
+from fedlora.federation.aggregators.mean import Mean
 from fedlora.lowrank import (
     Delta,
     Deltas,
@@ -35,10 +35,12 @@ from fedlora.lowrank import (
     scale,
     subtract,
     truncate,
+    zeros,
 )
 from fedlora.methods import METHODS, ONE_SHOT
 from fedlora.methods.rule import Rule
-from fedlora.methods.values import ServerState, Start
+from fedlora.methods.shared import with_shift
+from fedlora.methods.values import RoundNumbers, ServerState, Start
 from fedlora.model.targets import Targets
 from fedlora.text import natural
 
@@ -128,7 +130,7 @@ def aggregate(
         having = [(x, p) for x, p in zip(parts, shares, strict=True) if x is not None]
         wanted = add([scale(x, p) for x, p in having])
         if name not in found:  # only adapters of weight zero have it
-            found[name] = _zero(shapes[name], 0)
+            found[name] = zeros(shapes[name], 0)
         bound = min(*shapes[name], sum(x.rank for x, _ in having))
         deltas[name] = kept = _cut(found[name], bound, rank, energy)
         size = norm(wanted)
@@ -322,28 +324,26 @@ def _combined(
     ranks = {name: [a.deltas[name].rank for a in adapters if name in a.deltas] for name in shapes}
     levels = sorted({r for of_module in ranks.values() for r in of_module})
 
-    shared = rule.secure_sum != "products"
+    widths = {name: max(of) for name, of in ranks.items()}
+    averages_factors = "factors" in rule.secure_sum
     state = ServerState(
         round=0,
-        adapter={name: _zero(shapes[name], max(of)) for name, of in ranks.items()}
-        if shared
+        adapter={n: zeros(shapes[n], width) for n, width in widths.items()}
+        if averages_factors
         else {},
         ranks=dict(enumerate(levels)),
     )
+    numbers = RoundNumbers(widths, state.levels)
     fixed = rule.fixed_weight(options)
-    total = WeightedSum()
+    total = Mean()
     for adapter, share in zip(adapters, shares, strict=True):
         if share > 0:
-            start = Start({name: _zero(x.shape, x.rank) for name, x in adapter.deltas.items()})
+            start = Start({name: zeros(x.shape, x.rank) for name, x in adapter.deltas.items()})
             weight = share if fixed is None else fixed
-            total.fold(rule.encode(adapter.deltas, start, state, options), {}, weight)
-    result = rule.finish(total.mean(fixed is not None), state, max(levels), options)
+            encoded = rule.encode(adapter.deltas, start, numbers, options)
+            total.fold(with_shift(rule, encoded, state, options), weight)
+    result = rule.finalize(total.result(fixed is None), state, max(levels), options)
     return add_all([result.adapter, result.merge])
-
-
-def _zero(shape: tuple[int, int], rank: int) -> LowRank:
-    m, n = shape
-    return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
 
 
 def _cut(x: Delta, bound: int, rank: int | None, energy: float | None) -> LowRank:

@@ -6,6 +6,7 @@ The same worker serves every client of a simulation in one process, and one clie
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +16,9 @@ from fedlora.client.cohort import train_cohort
 from fedlora.client.trainer import Budget, StepCallback, TrainFunction, train
 from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
-from fedlora.federation.exchange import client_start, received
+from fedlora.federation.exchange import Agreement, client_start
 from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
 from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix, scaling
-from fedlora.methods import METHODS
 from fedlora.methods.values import Start, Training
 from fedlora.model.base import BaseModel
 from fedlora.model.client_rows import LayoutError
@@ -64,7 +64,24 @@ class _Turn:
     seat: Seat
     budget: Budget
     data: ClientData
-    asked: Training
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of a client's round.
+
+    Args:
+        update: what the client sends back.
+        parts: what is added to the base in its own model, beside each other.
+    """
+
+    update: ClientUpdate
+    parts: tuple[Deltas, ...]
+
+    @property
+    def model(self) -> Deltas:
+        """The model the client ended with, the common part and its own training together."""
+        return add_all(self.parts)
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,8 @@ class Worker:
     Args:
         base: the frozen base with adapter layers.
         clients: client number -> its data.
-        config: the run's configuration.
+        config: the run's configuration, which says how clients train.
+        agreement: of the federation.
         train_function: the local training; the package's own unless a user brings one.
         states: client number -> what outlives a round at it; written to when it has trained.
     """
@@ -82,6 +100,7 @@ class Worker:
     base: BaseModel
     clients: Mapping[int, ClientData]
     config: Config
+    agreement: Agreement
     train_function: TrainFunction = train
     states: MutableMapping[int, ClientState] = field(default_factory=dict)
 
@@ -91,13 +110,13 @@ class Worker:
         on_step: Callable[[], StepCallback | None] = lambda: None,
     ) -> ClientUpdate:
         """Train one client from its broadcast; see `handle_together`."""
-        return self.handle_together([broadcast], lambda client: on_step())[0]
+        return self.handle_together([broadcast], lambda client: on_step())[0].update
 
     def handle_together(
         self,
         broadcasts: Sequence[Broadcast],
         on_step: Callable[[int], StepCallback | None] = lambda client: None,
-    ) -> list[ClientUpdate]:
+    ) -> list[Trained]:
         """Train clients of one round from their broadcasts, in one pass where that is possible.
 
         Args:
@@ -105,50 +124,18 @@ class Worker:
             on_step: gives the callback for a client's steps, if any.
 
         Returns:
-            The clients' updates, in the same order; adapters on the CPU in float32 with the scale
-            folded.
+            The clients' updates and models, in the same order; adapters on the CPU in float32 with
+            the scale folded.
         """
         turns = [self._turn(broadcast, on_step) for broadcast in broadcasts]
-        first = turns[0].start.beneath
-        # Most rules have nothing beneath; then each start holds an empty table of its own.
-        alike = all(t.start.beneath is first or not (t.start.beneath or first) for t in turns)
-        if len(turns) > 1 and not (alike and self.joint):
-            return [u for b in broadcasts for u in self.handle_together([b], on_step)]
-        frozen = [broadcasts[0].base_delta, first]
-        budgets, rows = [t.budget for t in turns], [t.data.train for t in turns]
-        if self.train_function is train:
-            self.base.seat(frozen, [t.seat for t in turns])
-            try:
-                metrics: Sequence[Mapping[str, Any]] = train_cohort(self.base, rows, budgets)
-            except LayoutError:
-                # What no probe has shown. Training depends on what a client was sent alone.
-                if len(turns) == 1:
-                    raise
-                return [u for b in broadcasts for u in self.handle_together([b], on_step)]
-        else:
-            turn = turns[0]
-            seat = turn.seat
-            self.base.load(
-                [*frozen, seat.own], seat.adapter, seat.scale, seat.dropout, seat.dense, seat.trains
-            )
-            metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
-        return [self._update(turn, k, metrics[k]) for k, turn in enumerate(turns)]
-
-    def model_of(self, broadcast: Broadcast, update: ClientUpdate) -> Deltas:
-        """The model a client ended its round with: all that is added to the base, the common part
-        and its own training together.
-
-        Args:
-            broadcast: what it was sent.
-            update: what it answered.
-        """
-        config = self.config.of_client(update.client)
-        rule = METHODS[config.method]
-        shapes, options = self.base.targets.shapes, config.rule_options()
-        state = self.states.get(update.client)
-        start = client_start(broadcast, rule, options, shapes, config.seed, state)
-        trained = received(update, start)
-        return add_all([broadcast.base_delta, start.beneath, start.own, trained])
+        if len(turns) == 1:
+            return self._train(turns)
+        if self.joint and _share_what_is_frozen(turns):
+            # Where the model turns out not to keep the clients' rows apart, which no probe has
+            # shown, they train one by one. Training depends on what a client was sent alone.
+            with suppress(LayoutError):
+                return self._train(turns)
+        return [trained for turn in turns for trained in self._train([turn])]
 
     @property
     def joint(self) -> bool:
@@ -158,22 +145,12 @@ class Worker:
 
     def _turn(self, broadcast: Broadcast, on_step: Callable[[int], StepCallback | None]) -> _Turn:
         """What one client trains, and how."""
-        client = broadcast.client
+        client, asked = broadcast.client, self.agreement.training
         config = self.config.of_client(client)
-        rule = METHODS[config.method]
-        options = config.rule_options()
-        asked = rule.training(options)
-        start = client_start(
-            broadcast,
-            rule,
-            options,
-            self.base.targets.shapes,
-            config.seed,
-            self.states.get(client),
-        )
+        start = client_start(broadcast, self.agreement, self.states.get(client))
         seat = Seat(
             adapter=start.adapter,
-            own=start.own,
+            own=start.private,
             scale=scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora),
             dropout=config.lora_dropout,
             trains=asked.trained(broadcast.round),
@@ -187,22 +164,43 @@ class Worker:
             tail_from=asked.tail_from,
             on_step=on_step(client),
         )
-        return _Turn(broadcast, start, seat, budget, self.clients[client], asked)
+        return _Turn(broadcast, start, seat, budget, self.clients[client])
 
-    def _update(self, turn: _Turn, place: int, metrics: Mapping[str, Any]) -> ClientUpdate:
-        """What the client in a seat sends back."""
-        asked, broadcast, client = turn.asked, turn.broadcast, turn.broadcast.client
+    def _train(self, turns: Sequence[_Turn]) -> list[Trained]:
+        """Train these clients in one pass.
+
+        Raises:
+            LayoutError: the model does not keep the rows of several clients apart.
+        """
+        frozen = [turns[0].broadcast.base_delta, turns[0].start.shared]
+        metrics: Sequence[Mapping[str, Any]]
+        if self.train_function is train:
+            self.base.seat(frozen, [turn.seat for turn in turns])
+            rows, budgets = [turn.data.train for turn in turns], [turn.budget for turn in turns]
+            metrics = train_cohort(self.base, rows, budgets)
+        else:
+            (turn,) = turns
+            seat = turn.seat
+            self.base.load(
+                [*frozen, seat.own], seat.adapter, seat.scale, seat.dropout, seat.dense, seat.trains
+            )
+            metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
+        return [self._trained(turn, place, metrics[place]) for place, turn in enumerate(turns)]
+
+    def _trained(self, turn: _Turn, place: int, metrics: Mapping[str, Any]) -> Trained:
+        """What became of the client in a seat; what it keeps for itself is kept."""
+        asked, broadcast, start = self.agreement.training, turn.broadcast, turn.start
         adapter = self.base.read_adapter(place)
-        if asked.prunes and _tail(adapter, asked) < _tail(turn.start.adapter, asked):
+        if asked.prunes and _tail(adapter, asked) < _tail(start.adapter, asked):
             rank = max(1, int(asked.tail_from * broadcast.rank))
             adapter = {name: prefix(x, rank) for name, x in adapter.items()}
         finite = all(x.A.isfinite().all() and x.B.isfinite().all() for x in adapter.values())
         if asked.keeps and finite:  # an update that is left out leaves no trace either
             kept = {f"{name}.B": x.B.contiguous() for name, x in adapter.items()}
-            self.states[client] = ClientState(kept)
+            self.states[broadcast.client] = ClientState(kept)
         sends = asked.sent(broadcast.round)
-        return ClientUpdate(
-            client=client,
+        update = ClientUpdate(
+            client=broadcast.client,
             round=broadcast.round,
             adapter={name: _only(x, sends) for name, x in adapter.items()},
             sends=sends,
@@ -210,3 +208,13 @@ class Worker:
             dense=self.base.read_dense(place),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )
+        return Trained(update, (broadcast.base_delta, start.shared, start.private, adapter))
+
+
+def _share_what_is_frozen(turns: Sequence[_Turn]) -> bool:
+    """Whether the same lies frozen under all clients: a pass adds it to the base once for all.
+
+    Most rules have nothing there; then each start holds an empty table of its own.
+    """
+    first = turns[0].start.shared
+    return all(t.start.shared is first or not (t.start.shared or first) for t in turns)

@@ -18,17 +18,17 @@ from torch import Tensor
 from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter, write_adapter
 from fedlora.client.cohort import Cohorts
 from fedlora.client.trainer import StepCallback, TrainFunction, name_of_trainer, train
-from fedlora.client.worker import Worker
+from fedlora.client.worker import Trained, Worker
 from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import CheckpointError, InputError
+from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import global_delta
-from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
+from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.federation.records import RoundRecord
 from fedlora.federation.server import Server
 from fedlora.lowrank import Deltas, add_all
-from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
 from fedlora.runs.directory import (
     RunDirectory,
@@ -194,19 +194,24 @@ class _Run:
         self.initial = initial
         self.server = Server(
             session.federation,
-            METHODS[self.config.method],
-            self.config.rule_options(),
             initial,
+            Mean(),
             spool=directory.path / ".spool.partial",
         )
         clients = dict(enumerate(session.data.clients))
         self.states: dict[int, ClientState] = {}
-        self.worker = Worker(session.base, clients, self.config, train_function, self.states)
+        self.worker = Worker(
+            session.base,
+            clients,
+            self.config,
+            session.federation.agreement,
+            train_function,
+            self.states,
+        )
         assert self.config.cohort_size != "auto", "assemble has settled it"
         self.cohorts = Cohorts(self.config.cohort_size, self._warn)
         self.threads = Watcher(self.config.num_threads or 1, session.own_threads)
-        rule = METHODS[self.config.method]
-        self.personal = bool(rule.training(self.config.rule_options()).keeps)
+        self.personal = bool(session.federation.agreement.training.keeps)
         self.rating = Rating(session, self.states, self.personal)
 
     # --- the course of a run ---
@@ -321,8 +326,9 @@ class _Run:
             for broadcast in together:
                 rank = broadcast.rank
                 self.report({"event": "client_begin", "client": broadcast.client, "rank": rank})
-            for update in self.cohorts.train(together, self._handle):
-                client, before = update.client, time.perf_counter()
+            for trained_client in self.cohorts.train(together, self._handle):
+                update, before = trained_client.update, time.perf_counter()
+                client = update.client
                 problem = self.server.accept(update)
                 folding += time.perf_counter() - before
                 if problem:
@@ -330,7 +336,7 @@ class _Run:
                 done = {"client": client, "metrics": update.metrics, "rejected": problem or ""}
                 self.report({"event": "client_end", **done})
                 before = time.perf_counter()
-                if not problem and (scores := self._rate(broadcasts[client], update, due)):
+                if not problem and (scores := self._rate(trained_client, due)):
                     personal[str(client)] = scores
                 rating += time.perf_counter() - before
         trained = time.perf_counter()
@@ -361,17 +367,17 @@ class _Run:
         for callback in self.callbacks:
             callback(RoundResult(record, line, self.server.state))
 
-    def _rate(self, sent: Broadcast, update: ClientUpdate, due: bool) -> dict[str, Any]:
+    def _rate(self, trained: Trained, due: bool) -> dict[str, Any]:
         """The client's own model, kept and evaluated where that is asked for."""
         config, wanted = self.config, self.config.eval_personal and due
         if self.personal or not (wanted or config.save_client_models):
             return {}  # a rule with personal models evaluates and keeps them by itself
-        model = self.worker.model_of(sent, update)
+        model, update = trained.model, trained.update
         if config.save_client_models:
             self.models[update.client] = model, update.dense
         return self.rating.of_client(update.client, model, update.dense) if wanted else {}
 
-    def _handle(self, together: Sequence[Broadcast]) -> list[ClientUpdate]:
+    def _handle(self, together: Sequence[Broadcast]) -> list[Trained]:
         return self.worker.handle_together(together, self._on_step)
 
     def _on_step(self, client: int) -> StepCallback:

@@ -1,4 +1,10 @@
-"""Measures how far the global model's change is from the clients' weighted sum."""
+"""Measures how far the global model's change is from the clients' weighted sum.
+
+The change of a module and what it should be are kept as terms, updates with a sign, whose sum is
+never formed. Their norms are computed in one of three ways: from matrices some rows at a time, from
+the Gram matrices of short factors, or, where those would cost as much as the round itself, from
+random probes.
+"""
 
 from __future__ import annotations
 
@@ -10,99 +16,146 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.federation.aggregators.mean import _BLOCK, _CHUNK, _EXACT, _PROBES
 from fedlora.lowrank import (
     Delta,
     Deltas,
     Dense,
     LowRank,
+    concat,
     inner,
+    merge_equal_rows,
     scale,
-    stacked,
     wide,
 )
 from fedlora.methods.values import ServerState
-from fedlora.threads import each
+from fedlora.threads import map_modules
+
+MEASURED_RANK = 256
+"""Directions of a module, those of all its terms together, up to which norms are exact."""
+_PROBES, _PROBE_BLOCK, _ROW_BLOCK = 64, 64, 1 << 18
 
 
-class Moved(NamedTuple):
-    """Frobenius norms over all modules, with dG the change of the global model.
+class Norms(NamedTuple):
+    """Frobenius norms of a change, or their squares.
 
     Args:
-        size: `||dG||`.
-        wanted: `||sum_k p_k (M_k - M_k_start)||`.
+        size: `||dG||`, of the change itself.
+        wanted: `||sum_k p_k (M_k - M_k_start)||`, of what it should be.
         missed: `||dG - sum_k p_k (M_k - M_k_start)||`.
-        modules: the same three of every module.
     """
 
     size: float
     wanted: float
     missed: float
-    modules: Mapping[str, tuple[float, float, float]]
+
+    @classmethod
+    def of_squares(cls, squares: Sequence[Norms]) -> Norms:
+        """The norms over several modules, from the squares of theirs."""
+        return cls(*(math.sqrt(max(sum(column), 0.0)) for column in zip(*squares, strict=True)))
 
 
-def moved(before: ServerState, after: ServerState, wanted: Deltas) -> Moved:
-    """How the global model has moved, and how it was to; module by module, none held longer.
+class Change(NamedTuple):
+    """How the global model has changed in a round.
 
-    Matrices, and factors of up to 256 directions in all, are measured exactly. Of longer factors,
-    whose Gram matrices would cost as much as the round itself, the norms are estimated by 64 random
-    directions, the same in every call: within 10% for a single module, 1-2% over many.
+    Args:
+        total: over all modules.
+        modules: target module -> its own norms.
     """
 
-    def squares(name: str) -> tuple[float, float, float]:
-        aim: _Terms = [(wanted[name], 1.0)] if name in wanted else []
+    total: Norms
+    modules: Mapping[str, Norms]
+
+
+class _Term(NamedTuple):
+    """`sign * update`."""
+
+    update: Delta
+    sign: float
+
+
+def measure_change(before: ServerState, after: ServerState, wanted: Deltas) -> Change:
+    """How the global model has changed, and how it was to; module by module, none held longer.
+
+    Matrices, and factors of up to 256 directions in all, are measured exactly. Norms of longer
+    factors are estimated by 64 random directions, the same in every call: within 10% for a single
+    module, 1-2% over many.
+
+    Args:
+        before: the state before a round.
+        after: the state after it.
+        wanted: `sum_k p_k (M_k - M_k_start)`; a module without an entry was not to change.
+    """
+
+    def squares(name: str) -> Norms:
+        aim = [_Term(wanted[name], 1.0)] if name in wanted else []
         return _squares(_change(before, after, name), aim)
 
     names = dict.fromkeys([*after.base_delta, *after.adapter])
-    found = each(squares, {name: name for name in names})
-    size, aimed, missed = (_root(sum(x[i] for x in found.values())) for i in range(3))
-    modules = {n: (_root(x[0]), _root(x[1]), _root(x[2])) for n, x in found.items()}
-    return Moved(size, aimed, missed, modules)
+    modules = map_modules(squares, {name: name for name in names})
+    return Change(
+        Norms.of_squares([*modules.values(), Norms(0.0, 0.0, 0.0)]),
+        {name: Norms.of_squares([x]) for name, x in modules.items()},
+    )
 
 
-def _root(square: float) -> float:
-    return math.sqrt(max(square, 0.0))
+def _change(before: ServerState, after: ServerState, name: str) -> list[_Term]:
+    """Terms that add up to the change of one module, `base_delta + adapter`."""
+    terms = _merged(before, after, name)
+    old, new = before.adapter.get(name), after.adapter.get(name)
+    terms += [_Term(old, -1.0)] if old is not None else []
+    terms += [_Term(new, 1.0)] if new is not None else []
+    return _without_opposites(terms)
 
 
-_Terms = Sequence[tuple[Delta, float]]
+def _merged(before: ServerState, after: ServerState, name: str) -> list[_Term]:
+    """Terms that add up to the change of one module's `base_delta`."""
+    merge, old = after.last_merge.get(name), before.base_delta.get(name)
+    if merge is None:
+        return []
+    new = after.base_delta[name]
+    if isinstance(new, LowRank):  # the merged factors were appended to those that were there
+        return [_Term(merge, 1.0)]
+    return [*([_Term(old, -1.0)] if old is not None else []), _Term(new, 1.0)]
 
 
-def _change(before: ServerState, after: ServerState, name: str) -> _Terms:
-    """Terms that add up to the change of one module."""
-    old, new, merge = (x.get(name) for x in (before.base_delta, after.base_delta, after.last_merge))
-    known = old.rank if old else 0
-    if isinstance(merge, LowRank) and isinstance(new, LowRank) and new.rank == known + merge.rank:
-        old, new = None, merge  # factors are appended to those that were there
-    sides = [(old, -1.0), (before.adapter.get(name), -1.0)]
-    sides += [(new, 1.0), (after.adapter.get(name), 1.0)]
-    return _cancelled([(x, sign) for x, sign in sides if x is not None])
+def _without_opposites(terms: Sequence[_Term]) -> list[_Term]:
+    """The terms less pairs of one and the same update with either sign, which add up to nothing.
 
-
-def _cancelled(terms: _Terms) -> _Terms:
-    """The terms without those that stand there with either sign."""
+    A module that nobody trained keeps its very update, and FLoRA merges the very sum that was
+    wanted. Such pairs are known by being one object; comparing their numbers would cost more.
+    """
     return [
-        (x, sign) for x, sign in terms if not any(x is y and sign == -other for y, other in terms)
+        term
+        for term in terms
+        if not any(term.update is x.update and term.sign == -x.sign for x in terms)
     ]
 
 
-def _squares(change: _Terms, aim: _Terms) -> tuple[float, float, float]:
-    """The squares of `Moved` for one module."""
-    gap = _cancelled([*change, *((x, -sign) for x, sign in aim)])
-    if any(isinstance(x, Dense) for x, _ in [*change, *aim]):
+def _squares(change: list[_Term], aim: list[_Term]) -> Norms:
+    """The squares of one module's norms."""
+    gap = _without_opposites([*change, *(_Term(x, -sign) for x, sign in aim)])
+    terms = [*change, *aim]
+    if any(isinstance(x, Dense) for x, _ in terms):
         return _squares_by_rows(change, aim)
-    if sum(x.rank for x, _ in [*change, *aim]) > _EXACT:
-        aimed = _image(aim)
-        size = _image(change) if gap else aimed
-        missed = size - aimed
-        found = [float(x.square().sum()) / _PROBES for x in (size, aimed, missed)]
-    else:
-        found = [inner(x, x) if (x := _stack(part)) else 0.0 for part in (change, aim, gap)]
-    return found[0], found[1], found[2]
+    if sum(x.rank for x, _ in terms) > MEASURED_RANK:
+        return _squares_by_probes(change, aim, gap)
+    return Norms(_square_by_gram(change), _square_by_gram(aim), _square_by_gram(gap))
 
 
-def _stack(terms: _Terms) -> LowRank | None:
-    factors = [scale(x, sign) for x, sign in terms]
-    return stacked([x for x in factors if isinstance(x, LowRank)]) if factors else None
+def _square_by_gram(terms: list[_Term]) -> float:
+    """`||sum of the terms||^2`, of factors, from their r x r Gram matrices."""
+    factors = [x for x in (scale(x, sign) for x, sign in terms) if isinstance(x, LowRank)]
+    if not factors:
+        return 0.0
+    total = merge_equal_rows(concat(factors))
+    return inner(total, total)
+
+
+def _squares_by_probes(change: list[_Term], aim: list[_Term], gap: list[_Term]) -> Norms:
+    """Estimates from `||dW||^2 ~ ||dW G||^2 / 64`, with standard normal numbers in G `(n, 64)`."""
+    aimed = _times_probes(aim)
+    size = _times_probes(change) if gap else aimed
+    return Norms(*(float(x.square().sum()) / _PROBES for x in (size, aimed, size - aimed)))
 
 
 @lru_cache(maxsize=4)
@@ -111,26 +164,23 @@ def _probes(n: int) -> Tensor:
     return torch.randn(n, _PROBES, generator=draw, dtype=torch.float64)
 
 
-def _image(terms: _Terms) -> Tensor:
-    """`dW G` in float64, with standard normal numbers in G `(n, 64)`: `||dW||^2 ~ ||dW G||^2 / 64`.
-
-    Some directions at a time, so that no factor is copied as a whole.
-    """
+def _times_probes(terms: list[_Term]) -> Tensor:
+    """`dW G` in float64; some directions at a time, so that no factor is copied as a whole."""
     total = torch.zeros((), dtype=torch.float64)
     for x, sign in terms:
         assert isinstance(x, LowRank)
         probes = _probes(x.shape[1]).to(x.A.device)
-        for begin in range(0, x.rank, _BLOCK):
-            part = slice(begin, begin + _BLOCK)
-            inside = sign * (x.A[part].double() @ probes)  # (64, j)
+        for begin in range(0, x.rank, _PROBE_BLOCK):
+            part = slice(begin, begin + _PROBE_BLOCK)
+            inside = sign * (x.A[part].double() @ probes)  # (j, 64)
             total = total.to(inside.device) + x.B[:, part].double() @ inside
     return total
 
 
-def _squares_by_rows(change: _Terms, aim: _Terms) -> tuple[float, float, float]:
+def _squares_by_rows(change: list[_Term], aim: list[_Term]) -> Norms:
     """The squares from matrices, some rows at a time: no other matrix of this size is made."""
-    m, n = (change or aim)[0][0].shape
-    step = max(1, _CHUNK // n)
+    m, n = (change or aim)[0].update.shape
+    step = max(1, _ROW_BLOCK // n)
     size = aimed = missed = 0.0
     for begin in range(0, m, step):
         rows = slice(begin, begin + step)
@@ -138,10 +188,10 @@ def _squares_by_rows(change: _Terms, aim: _Terms) -> tuple[float, float, float]:
         size += _square(made)
         aimed += _square(ideal)
         missed += _square(made - ideal)
-    return size, aimed, missed
+    return Norms(size, aimed, missed)
 
 
-def _rows(terms: _Terms, rows: slice) -> Tensor:
+def _rows(terms: list[_Term], rows: slice) -> Tensor:
     """These rows of the sum; a zero where there are no terms."""
     total = torch.zeros(())
     for x, sign in terms:

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Deltas, factor_bytes
+from fedlora.lowrank import Adapter, Deltas, LowRank
+from fedlora.methods.rule import Shapes
+from fedlora.methods.values import RoundNumbers
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Broadcast:
         base_delta: the frozen side so far, `W_0 + base_delta` being what is not trained.
         dense: parameters averaged as they are (a classifier head).
         nbytes: bytes that have to be transferred: what this client does not hold already.
+        numbers: the round's public numbers, which updates are encoded by.
         modules: the target modules it trains; None = all.
     """
 
@@ -36,6 +39,7 @@ class Broadcast:
     base_delta: Deltas
     dense: Mapping[str, Tensor]
     nbytes: int
+    numbers: RoundNumbers
     modules: frozenset[str] | None = None
 
 
@@ -74,6 +78,35 @@ class ClientUpdate:
     sends: str = "AB"
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that travel: `A/module` and `B/module`, as far as sent, and `dense/name`."""
+        adapter = self.adapter.items()
+        return {
+            **({f"A/{name}": x.A for name, x in adapter} if "A" in self.sends else {}),
+            **({f"B/{name}": x.B for name, x in adapter} if "B" in self.sends else {}),
+            **{f"dense/{name}": value for name, value in self.dense.items()},
+        }
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the payload."""
-        return factor_bytes(self.adapter, self.sends) + sum(t.nbytes for t in self.dense.values())
+        """Bytes of the tensors that travel."""
+        return sum(value.nbytes for value in self.tensors.values())
+
+
+def adapter_of(tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[str, LowRank]:
+    """The adapter in `ClientUpdate.tensors`; zeros in the place of a factor that did not travel.
+
+    Args:
+        tensors: `A/module (r, n)` and `B/module (m, r)`, at least one of the two for every module.
+        shapes: target module -> `(m, n)`, in the order wanted.
+    """
+    adapter = {}
+    for name, (m, n) in shapes.items():
+        a, b = tensors.get(f"A/{name}"), tensors.get(f"B/{name}")
+        if a is None:
+            assert b is not None
+            a = b.new_zeros(b.shape[1], n)
+        elif b is None:
+            b = a.new_zeros(m, a.shape[0])
+        adapter[name] = LowRank(a, b)
+    return adapter

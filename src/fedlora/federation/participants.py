@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedlora.federation.exchange import Agreement
 from fedlora.methods.rule import Shapes
 from fedlora.seeds import SERVER, Purpose, generator
 
@@ -17,8 +18,8 @@ class Federation:
     Args:
         ranks: the adapter rank of every client.
         num_examples: rows of every client; one with none is never asked.
-        shapes: target module -> `(m, n)`.
-        seed: of every draw.
+        agreement: what the server and all clients agree on: the rule, its options, the target
+            modules, the seed.
         clients_per_round: None = all, an int = so many, a float in (0, 1] = that share.
         client_weights: "examples": p_k in proportion to the rows; "uniform": all alike.
         server_learning_rate: eta in `G' = G + eta v`.
@@ -30,13 +31,17 @@ class Federation:
 
     ranks: Sequence[int]
     num_examples: Sequence[int]
-    shapes: Shapes
-    seed: int = 0
+    agreement: Agreement
     clients_per_round: int | float | None = None
     client_weights: Literal["examples", "uniform"] = "examples"
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
     modules: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Target module -> `(m, n)`, as agreed."""
+        return self.agreement.shapes
 
     def trained_by(self, client: int) -> frozenset[str] | None:
         """The target modules a client trains; None = all."""
@@ -55,5 +60,5 @@ class Federation:
             return able
         if isinstance(wanted, float):
             wanted = max(1, int(wanted * len(able) + 0.5))
-        rng = generator(self.seed, round, SERVER, Purpose.SAMPLING)
+        rng = generator(self.agreement.seed, round, SERVER, Purpose.SAMPLING)
         return sorted(rng.choice(able, size=min(wanted, len(able)), replace=False).tolist())

@@ -5,136 +5,106 @@
     record = server.commit()                   # fold, aggregate, advance
 
 It knows no trainer, no model library and no network, so the same code runs in one process and under
-any engine that can carry a message. Updates are folded in client order whatever the order they
-arrive in, so that arrival changes no bit. One is folded as soon as all lower clients of the round
-have answered, and then let go; what comes earlier waits in memory, or on the disk.
+any engine that can carry a message. An update takes this way:
+
+    accept -> wait for lower clients -> encode, shift -> aggregator.fold
+    commit -> aggregator.result -> server step -> the rule's finalize -> the next state
+
+Updates are folded in client order whatever the order they arrive in, so that arrival changes no
+bit. One is folded as soon as all lower clients of the round have answered, and then let go; what
+comes earlier waits in memory, or on the disk.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from fedlora.errors import InputError
-from fedlora.federation.aggregation_error import moved
-from fedlora.federation.aggregators.mean import DENSE, WeightedSum, step
-from fedlora.federation.exchange import client_start, received
+from fedlora.federation.aggregators import Aggregator
+from fedlora.federation.aggregators.mean import Mean
+from fedlora.federation.checks import check_rule, check_server_step, check_shapes, not_finite
+from fedlora.federation.exchange import client_start, encode_update, server_view
 from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.participants import Federation
-from fedlora.federation.records import ClientRecord, LayerRecord, RoundRecord
-from fedlora.federation.spool import Waiting
-from fedlora.federation.traffic import bytes_down, initial_factors
-from fedlora.lowrank import Adapter, Deltas, add_all, smaller, wide
-from fedlora.methods import METHODS
-from fedlora.methods.rule import Rule
-from fedlora.methods.shared import change
-from fedlora.methods.values import Encoded, ServerState
+from fedlora.federation.recording import Answer, answer_of, client_records, round_record
+from fedlora.federation.records import RoundRecord
+from fedlora.federation.server_step import step
+from fedlora.federation.spool import ReorderBuffer
+from fedlora.federation.traffic import bytes_down
+from fedlora.lowrank import Adapter, Deltas, add_all, cheaper_form, wide
+from fedlora.methods.shared import change, with_shift
+from fedlora.methods.values import DENSE, Aggregate, Encoded, Prepared, RoundNumbers, ServerState
 from fedlora.threads import one_thread
 
 
 def initial_state(
     federation: Federation,
-    rule: Rule,
     given: Adapter | None = None,
     dense: Mapping[str, Tensor] | None = None,
 ) -> ServerState:
-    """The state before round 1, from nothing or from an adapter to go on from."""
-    fresh = initial_factors(federation.seed, federation.shapes)
-    adapter, base_delta = rule.initial(
-        federation.shapes, max(federation.ranks), fresh, dict(given or {})
+    """The state before round 1.
+
+    Args:
+        federation: who takes part.
+        given: an adapter to go on from.
+        dense: the parameters that are trained whole, by name.
+    """
+    agreement = federation.agreement
+    adapter, base_delta = agreement.rule.initial(
+        agreement.shapes, max(federation.ranks), agreement.shared_factors, dict(given or {})
     )
     ranks = dict(enumerate(federation.ranks))
     return ServerState(0, adapter, base_delta, dense=dict(dense or {}), ranks=ranks)
-
-
-def check_rule(rule: Rule, ranks: Sequence[int]) -> None:
-    """Refuse mixed ranks where a rule cannot combine them.
-
-    Raises:
-        InputError: which rule, which ranks, and what to do.
-    """
-    if not rule.mixed_ranks and len(set(ranks)) > 1:
-        able = ", ".join(name for name, other in METHODS.items() if other.mixed_ranks)
-        raise InputError(
-            f"method: {rule.name} needs one rank for all clients, got client_ranks "
-            f"{' '.join(map(str, ranks))}; use one rank, or a method that combines different ranks "
-            f"({able})"
-        )
-
-
-def check_server_step(rule: Rule, learning_rate: float, momentum: float) -> None:
-    """Refuse a server optimiser where a rule's sum is no change to step along.
-
-    Raises:
-        InputError: which rule, and what to do.
-    """
-    if (learning_rate != 1.0 or momentum) and not rule.server_optimiser:
-        raise InputError(
-            f"method: {rule.name} divides by weights of its own, so server_learning_rate and "
-            "server_momentum have no meaning with it; leave them out"
-        )
-    if momentum and not rule.server_momentum:
-        raise InputError(
-            f"method: {rule.name} trains something else in every round, so the momentum of the "
-            "round before has no meaning; leave server_momentum out"
-        )
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What is remembered of an update when its tensors are gone."""
-
-    num_examples: int
-    rank: int | None  # None: it trained no module
-    nbytes: int
-    metrics: Mapping[str, Any]
 
 
 class Server:
     """One federation in progress.
 
     Args:
-        federation: who takes part.
-        rule: how updates are combined.
-        options: the rule's own options.
+        federation: who takes part, by which agreement.
         state: where it stands; `state` is replaced by `commit`, never changed in place.
+        aggregator: what the clients' updates are folded into.
         spool: a directory for updates that come before those of lower clients; None: they wait in
             memory. It changes no bit of the result.
+
+    Raises:
+        InputError: the rule cannot combine the ranks, or take the server's step.
     """
 
     def __init__(
         self,
         federation: Federation,
-        rule: Rule,
-        options: Any,
         state: ServerState,
+        aggregator: Aggregator,
         spool: Path | None = None,
     ) -> None:
+        rule = federation.agreement.rule
         check_rule(rule, federation.ranks)
         check_server_step(rule, federation.server_learning_rate, federation.server_momentum)
-        self.fixed = rule.fixed_weight(options)
         self.federation = federation
-        self.rule = rule
-        self.options = options
+        self.agreement = federation.agreement
         self.state = state
-        self._waiting = Waiting(spool)
+        self.aggregator = aggregator
+        self._buffer = ReorderBuffer(spool)
+        self._close()
+
+    def _close(self) -> None:
+        """No round is open; of the one before nothing is left."""
         self._open = False
         self._truncation_error = 0.0
-        self._clear()
-
-    def _clear(self) -> None:
         self._broadcasts: dict[int, Broadcast] = {}
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, Answer] = {}
         self._rejected: dict[int, str] = {}
-        self._waiting.clear()
-        self._queue: deque[int] = deque()  # the clients not folded yet, ascending
-        self._total = WeightedSum()
+        self._buffer.open()
+        self.aggregator.begin()
+        # What was learnt, to measure the aggregation error against; None where the aggregator's own
+        # result says it.
+        known = self.agreement.rule.sums_learnt and self.aggregator.is_mean
+        self._learnt = None if known else Mean()
 
     @one_thread()
     def plan(self) -> dict[int, Broadcast]:
@@ -143,35 +113,37 @@ class Server:
         Clients of one rank are sent the same tensors, so that memory grows with the number of
         ranks, not with that of clients.
         """
-        prepared = self.rule.prepare(self.state, max(self.federation.ranks), self.options)
-        self._clear()
+        state, federation, agreement = self.state, self.federation, self.agreement
+        rule, options, largest = agreement.rule, agreement.options, max(federation.ranks)
+        prepared = rule.broadcast(state, largest, options)
+        numbers = RoundNumbers(dict.fromkeys(agreement.shapes, largest), state.levels)
+        fresh = agreement.shared_factors
+
+        @cache
+        def sent_to(rank: int) -> Prepared:
+            return rule.for_rank(prepared, rank, options)
+
+        @cache
+        def bytes_to(rank: int, seen: bool, new: bool) -> int:
+            return bytes_down(state, sent_to(rank), rule, fresh, seen=seen, new=new)
+
+        self._close()
         self._open, self._truncation_error = True, prepared.error
-        clients = self.federation.sample(self.state.round + 1)
-        cuts = {
-            rank: self.rule.cut(prepared, rank, self.options)
-            for rank in sorted({self._rank(client) for client in clients})
-        }
-        fresh = initial_factors(self.federation.seed, self.federation.shapes)
-        sizes: dict[tuple[int, bool, bool], int] = {}
-        for client in clients:
-            rank, last = self._rank(client), self.state.last_seen.get(client)
-            seen, new = last is not None and last == self.state.round, last is None
-            if (rank, seen, new) not in sizes:
-                sizes[rank, seen, new] = bytes_down(
-                    self.state, cuts[rank], self.rule, fresh, seen=seen, new=new
-                )
+        for client in federation.sample(state.round + 1):
+            rank, last = self._rank(client), state.last_seen.get(client)
             self._broadcasts[client] = Broadcast(
-                round=self.state.round + 1,
+                round=state.round + 1,
                 client=client,
                 rank=rank,
-                adapter=cuts[rank].adapter,
-                leading=cuts[rank].leading,
-                base_delta=self.state.base_delta,
-                dense=self.state.dense,
-                nbytes=sizes[rank, seen, new],
-                modules=self.federation.trained_by(client),
+                adapter=sent_to(rank).adapter,
+                leading=sent_to(rank).leading,
+                base_delta=state.base_delta,
+                dense=state.dense,
+                nbytes=bytes_to(rank, last == state.round, last is None),
+                numbers=numbers,
+                modules=federation.trained_by(client),
             )
-        self._queue.extend(clients)
+        self._buffer.open(self._broadcasts)
         return dict(self._broadcasts)
 
     @one_thread()
@@ -195,41 +167,16 @@ class Server:
             )
         if client in self._answers or client in self._rejected:
             raise ValueError(f"client {client} is done with round {update.round} already")
-        self._check_shapes(update, sent)
-        self._fold_answered()
-        ranks = (x.rank for x in update.adapter.values())
-        self._answers[client] = _Answer(
-            update.num_examples, max(ranks, default=None), update.nbytes, dict(update.metrics)
-        )
-        bad = [
-            name
-            for name, x in update.adapter.items()
-            if ("A" in update.sends and not torch.isfinite(x.A).all())
-            or ("B" in update.sends and not torch.isfinite(x.B).all())
-        ]
-        bad += [name for name, t in update.dense.items() if not torch.isfinite(t).all()]
-        if bad:
-            self._rejected[client] = f"its training ended in NaN or Inf ({bad[0]})"
+        check_shapes(update, sent, self.agreement)
+        for earlier in self._buffer.ready():
+            self._fold(earlier)
+        self._answers[client] = answer_of(update)
+        if where := not_finite(update):
+            self._rejected[client] = f"its training ended in NaN or Inf ({where})"
+            self._buffer.skip(client)
             return self._rejected[client]
-        self._waiting.put(update, is_next=client == self._queue[0])
+        self._buffer.put(update)
         return ""
-
-    def _check_shapes(self, update: ClientUpdate, sent: Broadcast) -> None:
-        client, shapes = update.client, self.federation.shapes
-        asked = shapes if sent.modules is None else {n: shapes[n] for n in sent.modules}
-        rank = max((x.rank for x in update.adapter.values()), default=sent.rank)
-        if not self.rule.training(self.options).prunes:
-            rank = sent.rank
-        if not 1 <= rank <= sent.rank or {
-            n: (*x.shape, x.rank) for n, x in update.adapter.items()
-        } != {n: (*s, rank) for n, s in asked.items()}:
-            raise ValueError(
-                f"client {client} sent modules, shapes or ranks other than those asked for"
-            )
-        if {n: t.shape for n, t in update.dense.items()} != {
-            n: t.shape for n, t in self.state.dense.items()
-        }:
-            raise ValueError(f"client {client} sent dense parameters other than those asked for")
 
     def reject(self, client: int, reason: str) -> None:
         """Note that a client of this round failed; the round goes on without it.
@@ -237,36 +184,29 @@ class Server:
         Raises:
             ValueError: its update was folded already, because another was taken after it.
         """
-        held = client in self._waiting
-        if client in self._answers and client not in self._rejected and not held:
+        counted = client in self._answers and client not in self._rejected
+        if counted and client not in self._buffer:
             raise ValueError(f"client {client} has been counted already; it cannot be taken back")
         self._rejected[client] = reason
-        if held:
-            self._waiting.take(client)
+        self._buffer.skip(client)
 
-    def _fold_answered(self) -> None:
-        """Fold, in client order, up to the first client that has not answered."""
-        while self._queue and (self._queue[0] in self._answers or self._queue[0] in self._rejected):
-            self._fold(self._queue.popleft())
-
-    def _fold(self, client: int) -> None:
-        if client not in self._answers or client in self._rejected:
-            return
-        update, before, spec = self._waiting.take(client), self.state, self.federation
-        weight = spec.weight(update.num_examples)
+    def _fold(self, update: ClientUpdate) -> None:
+        """Encode an update whose turn has come, and let the aggregator take it in."""
+        weight = self.federation.weight(update.num_examples)
         if weight <= 0:
             return
-        sent = self._broadcasts[client]
-        start = client_start(sent, self.rule, self.options, spec.shapes, spec.seed)
-        adapter = received(update, start)
-        encoded = self.rule.encode(adapter, start, before, self.options)
-        dense = {
-            DENSE + name: wide(value) - wide(before.dense[name])
-            for name, value in update.dense.items()
-        }
-        encoded = replace(encoded, factors={**encoded.factors, **dense})
-        learnt = None if self.rule.sums_learnt else change(adapter, start.adapter)
-        self._total.fold(encoded, learnt, weight if self.fixed is None else self.fixed)
+        agreement, sent = self.agreement, self._broadcasts[update.client]
+        if agreement.fixed_weight is not None:
+            weight = agreement.fixed_weight
+        start = client_start(sent, agreement)
+        encoded = encode_update(update, start, sent, agreement)
+        # The shift is linear, and could be added to the sum. Added here it is part of what an
+        # aggregator other than the mean compares the clients by.
+        shifted = with_shift(agreement.rule, encoded, self.state, agreement.options)
+        self.aggregator.fold(shifted, weight)
+        if self._learnt is not None:
+            learnt = change(server_view(update, start), start.adapter)
+            self._learnt.fold(Encoded(products=learnt), weight)
 
     @one_thread()
     def commit(self) -> RoundRecord:
@@ -279,42 +219,53 @@ class Server:
         """
         if not self._open:
             raise ValueError("commit needs a round that plan has opened")
-        while self._queue:
-            self._fold(self._queue.popleft())
-        before, fixed = self.state, self.fixed is not None
-        mean = self._total.mean(fixed) if self._total.weight > 0 else None
-        after = self._advance(before, mean)
-        wanted = {} if mean is None else self._total.wanted(mean, fixed)
-        record = self._record(before, after, wanted)
-        self.state, self._open = after, False
-        self._clear()
+        for update in self._buffer.rest():
+            self._fold(update)
+        before, weight = self.state, self.aggregator.weight
+        normalised = self.agreement.fixed_weight is None
+        after = self._without_updates(before)
+        wanted: Deltas = {}
+        if weight > 0:
+            total = self.aggregator.result(normalised)
+            after = self._advance(before, after, total)
+            wanted = total.products
+            if self._learnt is not None:
+                wanted = self._learnt.result(normalised).products
+        clients = client_records(
+            self.federation, self._broadcasts, self._answers, self._rejected, weight
+        )
+        record = round_record(
+            self.federation, before, after, wanted, clients, self._truncation_error
+        )
+        self.state = after
+        self._close()
         return record
 
-    def _advance(self, before: ServerState, mean: Encoded | None) -> ServerState:
+    def _without_updates(self, before: ServerState) -> ServerState:
+        """The next state where no update counts: a round later, and the same model."""
         number = before.round + 1
         seen = {**before.last_seen, **dict.fromkeys(self._broadcasts, number)}
         ranks = {**before.ranks, **self._pruned()}
-        after = replace(before, round=number, last_seen=seen, last_merge={}, ranks=ranks)
-        if mean is None:
-            return after
-        spec = self.federation
-        taken, velocity = step(
-            mean,
-            before.momentum,
-            spec.server_learning_rate,
-            spec.server_momentum,
+        return replace(before, round=number, last_seen=seen, last_merge={}, ranks=ranks)
+
+    def _advance(self, before: ServerState, after: ServerState, total: Encoded) -> ServerState:
+        """The next state by what the clients' updates came to."""
+        federation, agreement = self.federation, self.agreement
+        applied, velocity = step(
+            total, before.momentum, federation.server_learning_rate, federation.server_momentum
         )
-        aggregate = self.rule.finish(taken, before, max(spec.ranks), self.options)
-        merge = {name: smaller(x) for name, x in aggregate.merge.items()}
-        merged = add_all([{n: x for n, x in before.base_delta.items() if n in merge}, merge])
+        aggregate = agreement.rule.finalize(
+            applied, before, max(federation.ranks), agreement.options
+        )
+        base_delta, merge = _merge(before.base_delta, aggregate)
         return replace(
             after,
             adapter=aggregate.adapter,
-            base_delta={**before.base_delta, **merged},
+            base_delta=base_delta,
             last_merge=merge,
             momentum=velocity,
             dense={
-                name: (wide(value) + taken.factors[DENSE + name]).to(value.dtype)
+                name: (wide(value) + applied.factors[DENSE + name]).to(value.dtype)
                 for name, value in before.dense.items()
             },
         )
@@ -330,50 +281,9 @@ class Server:
             if client not in self._rejected and answer.rank is not None
         }
 
-    def _share(self, num_examples: int, total: float) -> float:
-        return self.fixed or self.federation.weight(num_examples) / total
 
-    def _record(self, before: ServerState, after: ServerState, wanted: Deltas) -> RoundRecord:
-        spec, weight = self.federation, self._total.weight
-        found, error = moved(before, after, wanted), None
-        plain = spec.server_learning_rate == 1.0 and not spec.server_momentum
-        if plain and found.wanted > 0:
-            error = found.missed / found.wanted
-        layers = {
-            name: LayerRecord(missed / aimed if plain and aimed > 0 else None, size)
-            for name, (size, aimed, missed) in found.modules.items()
-        }
-        clients = []
-        for client, sent in sorted(self._broadcasts.items()):
-            answer, rejected = self._answers.get(client), self._rejected.get(client, "")
-            counts = answer is not None and not rejected and weight > 0
-            clients.append(
-                ClientRecord(
-                    client=client,
-                    rank=sent.rank,
-                    num_examples=answer.num_examples if answer else spec.num_examples[client],
-                    weight=self._share(answer.num_examples, weight) if answer and counts else 0.0,
-                    bytes_down=sent.nbytes,
-                    bytes_up=answer.nbytes if answer else 0,
-                    metrics=answer.metrics if answer else {},
-                    rejected=rejected,
-                )
-            )
-        return RoundRecord(
-            round=after.round,
-            clients=tuple(clients),
-            aggregation_error=error,
-            truncation_error=self._truncation_error,
-            update_norm=found.size,
-            global_rank=_global_rank(after),
-            layers=layers,
-        )
-
-
-def _global_rank(state: ServerState) -> int:
-    """The largest rank bound of a module of `base_delta + adapter`, which is never formed."""
-    bounds: dict[str, int] = {}
-    for deltas in (state.base_delta, state.adapter):
-        for name, x in deltas.items():
-            bounds[name] = min(bounds.get(name, 0) + x.rank, *x.shape)
-    return max(bounds.values(), default=0)
+def _merge(base_delta: Deltas, aggregate: Aggregate) -> tuple[Deltas, Deltas]:
+    """The frozen side after a round, and what the round has added to it."""
+    merge = {name: cheaper_form(x) for name, x in aggregate.merge.items()}
+    touched = {name: x for name, x in base_delta.items() if name in merge}
+    return {**base_delta, **add_all([touched, merge])}, merge

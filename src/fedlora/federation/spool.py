@@ -1,87 +1,93 @@
-"""Keeps updates that have to wait for their turn on the disk.
+"""Brings updates that arrive in any order into client order, and keeps early ones on the disk.
 
-Updates are folded in client order. One that comes before those of lower clients waits; with a
-directory to spool to, its tensors wait there, and the server's memory does not grow with their
-number.
+Updates are folded in client order, so that the order of arrival changes no bit. One that comes
+before those of lower clients has to wait. With a directory to spool to its tensors wait there, and
+the server's memory does not grow with their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from fedlora.errors import FedloraError
-from fedlora.federation.messages import ClientUpdate
+from fedlora.federation.codec import as_new, pack_file, unpack_file
+from fedlora.federation.messages import ClientUpdate, adapter_of
 from fedlora.lowrank import LowRank
 
-_ALIGNED = 64  # bytes
 
-
-def settled(update: ClientUpdate) -> ClientUpdate:
-    """The update with every tensor laid out as if it were new.
-
-    The last bits of a result depend on strides and alignment; an update that went through the disk
-    must count like one that did not.
-    """
+def canonical_layout(update: ClientUpdate) -> ClientUpdate:
+    """The update with every tensor laid out as one that went through the disk: see `as_new`."""
     return replace(
         update,
-        adapter={n: LowRank(_as_new(x.A), _as_new(x.B)) for n, x in update.adapter.items()},
-        dense={n: _as_new(t) for n, t in update.dense.items()},
+        adapter={n: LowRank(as_new(x.A), as_new(x.B)) for n, x in update.adapter.items()},
+        dense={n: as_new(t) for n, t in update.dense.items()},
     )
 
 
-def _as_new(t: Tensor) -> Tensor:
-    plain = torch.empty(t.shape, device="meta").stride()
-    if t.stride() == plain and t.data_ptr() % _ALIGNED == 0:
-        return t
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
-
-
-class Waiting:
-    """One round's updates that are not folded yet.
+class ReorderBuffer:
+    """One round's updates that wait for those of lower clients.
 
     Args:
         spool: a directory for all but the one whose turn is next, a file each; it is made when it
             is first needed. None: all wait in memory.
     """
 
-    def __init__(self, spool: Path | None) -> None:
+    def __init__(self, spool: Path | None = None) -> None:
         self.spool = spool
-        self._held: dict[int, Callable[[], ClientUpdate]] = {}
+        self._waiting: dict[int, Callable[[], ClientUpdate]] = {}
+        self._skipped: set[int] = set()
+        self._queue: deque[int] = deque()  # the clients that were not handed on yet, ascending
 
-    def put(self, update: ClientUpdate, is_next: bool) -> None:
-        """Hold an update.
+    def open(self, clients: Iterable[int] = ()) -> None:
+        """Expect these clients, and let go of all that is held.
+
+        Nothing is left on the disk, not even of a run that was killed.
+        """
+        self._waiting, self._skipped, self._queue = {}, set(), deque(sorted(clients))
+        if self.spool is not None and self.spool.is_dir():
+            for path in self.spool.glob(_path(self.spool, "*").name):
+                path.unlink(missing_ok=True)
+
+    def put(self, update: ClientUpdate) -> None:
+        """Hold the update of a client that is expected.
 
         Raises:
             OSError: the directory cannot be made.
             FedloraError: the file cannot be written.
         """
-        if self.spool is None or is_next:
-            kept = settled(update)
-            self._held[update.client] = lambda: kept
+        client = update.client
+        if self.spool is None or client == self._queue[0]:
+            held = canonical_layout(update)
+            self._waiting[client] = lambda: held
         else:
             self.spool.mkdir(parents=True, exist_ok=True)
-            self._held[update.client] = _written(update, _path(self.spool, update.client))
+            self._waiting[client] = _written(update, _path(self.spool, client))
+
+    def skip(self, client: int) -> None:
+        """Wait for this client no longer, and let go of what it has sent."""
+        self._skipped.add(client)
+        if self._waiting.pop(client, None) and self.spool is not None:
+            _path(self.spool, client).unlink(missing_ok=True)
 
     def __contains__(self, client: int) -> bool:
-        return client in self._held
+        """Whether an update of this client is held."""
+        return client in self._waiting
 
-    def take(self, client: int) -> ClientUpdate:
-        """Let go of an update; what was written of it is removed."""
-        return settled(self._held.pop(client)())
+    def ready(self) -> Iterator[ClientUpdate]:
+        """Hand on, in client order, the updates that wait for nobody."""
+        while self._queue and (self._queue[0] in self._waiting or self._queue[0] in self._skipped):
+            client = self._queue.popleft()
+            if client in self._waiting:
+                yield self._waiting.pop(client)()
 
-    def clear(self) -> None:
-        """Let go of all; nothing is left on the disk, of a run that was killed neither."""
-        self._held = {}
-        if self.spool is not None and self.spool.is_dir():
-            for path in self.spool.glob(_path(self.spool, "*").name):
-                path.unlink(missing_ok=True)
+    def rest(self) -> Iterator[ClientUpdate]:
+        """Hand on, in client order, all updates that are held: nobody is waited for any more."""
+        for client in self._queue:
+            if client not in self._waiting:
+                self._skipped.add(client)
+        return self.ready()
 
 
 def _path(directory: Path, client: int | str) -> Path:
@@ -90,22 +96,20 @@ def _path(directory: Path, client: int | str) -> Path:
 
 def _written(update: ClientUpdate, path: Path) -> Callable[[], ClientUpdate]:
     """Write an update's tensors; what else it says stays in memory. Reading removes the file."""
-    tensors = {f"A/{n}": x.A for n, x in update.adapter.items()}
-    tensors |= {f"B/{n}": x.B for n, x in update.adapter.items()}
-    tensors |= {f"dense/{n}": t for n, t in update.dense.items()}
-    devices = {key: t.device for key, t in tensors.items()}
-    names, dense = list(update.adapter), list(update.dense)
-    rest = replace(update, adapter={}, dense={})
-    try:  # copies, because tensors that share memory are refused
-        save_file({k: _as_new(t.clone()) for k, t in tensors.items()}, path)
-    except SafetensorError as error:
-        path.unlink(missing_ok=True)
-        raise FedloraError(f"{path}: cannot be written: {error}") from None
+    pack_file(path, update.tensors, {"client": update.client, "round": update.round})
+    devices = {key: value.device for key, value in update.tensors.items()}
+    shapes = {name: x.shape for name, x in update.adapter.items()}
+    dense = list(update.dense)
+    without_tensors = replace(update, adapter={}, dense={})
 
     def read() -> ClientUpdate:
-        found = {key: t.to(devices[key]) for key, t in load_file(path).items()}
+        packet = unpack_file(path)
         path.unlink()
-        adapter = {n: LowRank(found[f"A/{n}"], found[f"B/{n}"]) for n in names}
-        return replace(rest, adapter=adapter, dense={n: found[f"dense/{n}"] for n in dense})
+        tensors = {key: value.to(devices[key]) for key, value in packet.tensors.items()}
+        return replace(
+            without_tensors,
+            adapter=adapter_of(tensors, shapes),
+            dense={name: tensors[f"dense/{name}"] for name in dense},
+        )
 
     return read

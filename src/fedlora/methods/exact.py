@@ -28,19 +28,21 @@ from fedlora.lowrank import (
     LowRank,
     add,
     balance,
-    compact,
-    leading,
+    cheaper_form,
+    concat,
+    drop_null_directions,
+    merge_equal_rows,
     norm,
     prefix,
-    smaller,
-    stacked,
     subtract,
+    top,
     total_norm,
+    zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes, bounded, check_bounds
-from fedlora.methods.shared import change, fill
+from fedlora.methods.shared import fill, product_change
 from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
-from fedlora.threads import each
+from fedlora.threads import map_modules
 
 
 @dataclass(frozen=True)
@@ -61,34 +63,29 @@ class Options:
 
 
 def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
-    return {name: compact(x) for name, x in given.items()}, {}
+    return {name: drop_null_directions(x) for name, x in given.items()}, {}
 
 
-def _prepare(state: ServerState, rank: int, options: Options) -> Prepared:
+def _broadcast(state: ServerState, rank: int, options: Options) -> Prepared:
     def divided(whole: Delta) -> tuple[Delta, LowRank, float]:
-        """What is sent of one module, the directions starts are cut from, and what is lost."""
+        """What is sent of one module, its leading directions, and the square of what is lost."""
         sent, lost = whole, 0.0
         if options.max_rank is not None and options.max_rank < whole.rank:
-            sent = _top(whole, options.max_rank)
+            sent = top(whole, options.max_rank)
             lost = norm(subtract(whole, sent)) ** 2
-        held = smaller(sent)
+        held = cheaper_form(sent)
         if isinstance(held, LowRank):
             return held, held, lost
-        return held, _top(sent, from_global(rank, options)), lost
+        return held, top(sent, from_global(rank, options)), lost
 
-    found = each(divided, state.adapter)
-    lost = sum(x[2] for x in found.values())
+    modules = map_modules(divided, state.adapter)
+    lost = sum(lost_of_module for _, _, lost_of_module in modules.values())
     total = total_norm(state.adapter) if lost else 0.0
     return Prepared(
-        {name: x[0] for name, x in found.items()},
-        {name: x[1] for name, x in found.items()},
-        lost**0.5 / total if total else 0.0,
+        adapter={name: sent for name, (sent, _, _) in modules.items()},
+        leading={name: leading for name, (_, leading, _) in modules.items()},
+        error=lost**0.5 / total if total else 0.0,
     )
-
-
-def _top(x: Delta, rank: int) -> LowRank:
-    """The leading directions; factors of S are in the form of `refactor`, which has them first."""
-    return prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
 
 
 def from_global(rank: int, options: Options) -> int:
@@ -96,7 +93,7 @@ def from_global(rank: int, options: Options) -> int:
     return int(options.start_fraction * rank + 0.5)
 
 
-def _cut(prepared: Prepared, rank: int, options: Options) -> Prepared:
+def _for_rank(prepared: Prepared, rank: int, options: Options) -> Prepared:
     """All of S; beside a dense one the directions this client starts from."""
     used = from_global(rank, options)
     leading = {
@@ -106,37 +103,32 @@ def _cut(prepared: Prepared, rank: int, options: Options) -> Prepared:
     return Prepared(prepared.adapter, leading, prepared.error)
 
 
-def _start(
+def _client_init(
     adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Options
 ) -> Start:
     used = from_global(rank, options)
     trained: dict[str, LowRank] = {}
-    own: dict[str, LowRank] = {}
-    for name, (m, _) in shapes.items():
+    private: dict[str, LowRank] = {}
+    for name, shape in shapes.items():
         if name not in adapter:
-            a = fresh(name, rank)
-            trained[name] = LowRank(a, a.new_zeros(m, rank))
+            trained[name] = fill(zeros(shape), fresh(name, rank))
             continue
-        top = balance(prefix(leading[name], used))
-        trained[name] = fill(top, fresh(name, rank - top.rank))
-        own[name] = LowRank(top.A, -top.B)
-    return Start(trained, own, adapter)
+        continued = balance(prefix(leading[name], used))
+        trained[name] = fill(continued, fresh(name, rank - continued.rank))
+        private[name] = LowRank(continued.A, -continued.B)  # S less what is trained of it
+    return Start(trained, private, adapter)
 
 
-def _encode(update: Adapter, start: Start, state: ServerState, options: Options) -> Encoded:
-    return Encoded(products=change(update, start.adapter))
-
-
-def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
     """S' = S + sum. The starts are S's own directions, so subtracting them adds none to S."""
     sums: dict[str, Delta] = {}
     for name, learnt in total.products.items():
         whole = state.adapter.get(name)
         if isinstance(whole, LowRank) and isinstance(learnt, LowRank):
-            sums[name] = stacked([balance(whole), learnt])
+            sums[name] = merge_equal_rows(concat([balance(whole), learnt]))
         else:
             sums[name] = learnt if whole is None else add([whole, learnt])
-    return Aggregate({**state.adapter, **each(compact, sums)})
+    return Aggregate({**state.adapter, **map_modules(drop_null_directions, sums)})
 
 
 RULE = Rule(
@@ -149,10 +141,10 @@ RULE = Rule(
     secure_sum="products",
     sums_learnt=True,
     initial=_initial,
-    prepare=_prepare,
-    cut=_cut,
-    start=_start,
-    encode=_encode,
-    finish=_finish,
+    broadcast=_broadcast,
+    for_rank=_for_rank,
+    client_init=_client_init,
+    encode=product_change,
+    finalize=_finalize,
     options=Options,
 )

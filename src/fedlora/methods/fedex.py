@@ -17,36 +17,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedlora.lowrank import Adapter, add_all, compact, scale_all
+from fedlora.lowrank import add_all, drop_null_directions, scale_all
 from fedlora.methods.rule import Rule
 from fedlora.methods.shared import (
     add_factors,
-    change,
-    change_of_factors,
-    prepare_as_is,
+    broadcast_factors,
+    factor_and_product_change,
     shared_initial,
     whole,
     whole_start,
 )
-from fedlora.methods.values import Aggregate, Encoded, ServerState, Start
-from fedlora.threads import each
+from fedlora.methods.values import Aggregate, Encoded, ServerState
+from fedlora.threads import map_modules
 
 
-def encode_both(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    """The change of the factors, and the change of their product."""
-    return Encoded(
-        factors=change_of_factors(update, start, state, options),
-        products=change(update, start.adapter),
-    )
-
-
-def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     after = add_factors(total, state, rank, options).adapter
     # sum_k p_k (M_k + tail_k) - B A, as a change: the wanted one less the one of the averages.
     averaged = add_all([after, scale_all(state.adapter, -1.0)])
     wanted = total.products
     merge = add_all([wanted, scale_all({n: x for n, x in averaged.items() if n in wanted}, -1.0)])
-    return Aggregate(after, each(compact, merge))
+    return Aggregate(after, map_modules(drop_null_directions, merge))
 
 
 RULE = Rule(
@@ -59,9 +50,9 @@ RULE = Rule(
     secure_sum="factors and products",
     sums_learnt=True,
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=whole,
-    start=whole_start,
-    encode=encode_both,
-    finish=_finish,
+    broadcast=broadcast_factors,
+    for_rank=whole,
+    client_init=whole_start,
+    encode=factor_and_product_change,
+    finalize=_finalize,
 )

@@ -16,9 +16,9 @@ from __future__ import annotations
 from fedlora.methods.rule import Rule
 from fedlora.methods.shared import (
     add_factors,
-    padded_change,
+    broadcast_factors,
+    factor_change,
     prefix_start,
-    prepare_as_is,
     shared_initial,
     whole,
 )
@@ -32,9 +32,9 @@ RULE = Rule(
     downlink="A and B",
     secure_sum="factors",
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=whole,
-    start=prefix_start,
-    encode=padded_change,
-    finish=add_factors,
+    broadcast=broadcast_factors,
+    for_rank=whole,
+    client_init=prefix_start,
+    encode=factor_change,
+    finalize=add_factors,
 )

@@ -22,58 +22,55 @@ from fedlora.lowrank import (
     LowRank,
     add_all,
     balance,
-    compact,
-    leading,
+    drop_null_directions,
     prefix,
     subtract,
     suffix,
+    top,
+    zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes
-from fedlora.methods.shared import change, fill, whole
+from fedlora.methods.shared import fill, product_change, whole
 from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
-from fedlora.threads import each
+from fedlora.threads import map_modules
 
 
 def _split(deltas: Deltas, rank: int) -> Aggregate:
+    """The leading directions of every module to be trained, the others to be merged."""
     adapter: dict[str, Delta] = {}
     beyond: dict[str, Delta] = {}
-    for name, x in each(compact, deltas).items():
-        top = prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
-        adapter[name] = balance(top)
+    for name, x in map_modules(drop_null_directions, deltas).items():
+        kept = top(x, rank)
+        adapter[name] = balance(kept)
         if x.rank > rank:
-            beyond[name] = suffix(x, rank) if isinstance(x, LowRank) else subtract(x, top)
+            beyond[name] = suffix(x, rank) if isinstance(x, LowRank) else subtract(x, kept)
     return Aggregate(adapter, beyond)
 
 
 def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
-    found = _split(given, rank)
-    return found.adapter, found.merge
+    parts = _split(given, rank)
+    return parts.adapter, parts.merge
 
 
-def _prepare(state: ServerState, rank: int, options: Any) -> Prepared:
+def _broadcast(state: ServerState, rank: int, options: Any) -> Prepared:
     leading = {name: x for name, x in state.adapter.items() if isinstance(x, LowRank)}
     return Prepared(leading, leading)
 
 
-def _start(
+def _client_init(
     adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
 ) -> Start:
     trained: dict[str, LowRank] = {}
-    rest: dict[str, LowRank] = {}
-    for name, (m, _) in shapes.items():
-        a = fresh(name, rank)
-        top = leading.get(name, LowRank(a[:0], a.new_zeros(m, 0)))
-        trained[name] = fill(prefix(top, rank), a[top.rank :])
-        if top.rank > rank:
-            rest[name] = suffix(top, rank)
-    return Start(trained, rest)
+    beyond: dict[str, LowRank] = {}
+    for name, shape in shapes.items():
+        sent = leading.get(name, zeros(shape))
+        trained[name] = fill(prefix(sent, rank), fresh(name, rank)[sent.rank :])
+        if sent.rank > rank:
+            beyond[name] = suffix(sent, rank)
+    return Start(trained, beyond)
 
 
-def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    return Encoded(products=change(update, start.adapter))
-
-
-def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     return _split(add_all([state.adapter, total.products]), rank)
 
 
@@ -87,9 +84,9 @@ RULE = Rule(
     secure_sum="products",
     sums_learnt=True,
     initial=_initial,
-    prepare=_prepare,
-    cut=whole,
-    start=_start,
-    encode=_encode,
-    finish=_finish,
+    broadcast=_broadcast,
+    for_rank=whole,
+    client_init=_client_init,
+    encode=product_change,
+    finalize=_finalize,
 )

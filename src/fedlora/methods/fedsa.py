@@ -16,9 +16,9 @@ from __future__ import annotations
 from fedlora.methods.rule import Rule
 from fedlora.methods.shared import (
     add_factors,
-    padded_change,
+    broadcast_factors,
+    factor_change,
     prefix_start,
-    prepare_as_is,
     shared_initial,
     whole,
 )
@@ -33,11 +33,11 @@ RULE = Rule(
     downlink="A (and the B of an adapter to go on from: once)",
     secure_sum="factors",
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=whole,
-    start=prefix_start,
-    encode=padded_change,
-    finish=add_factors,
+    broadcast=broadcast_factors,
+    for_rank=whole,
+    client_init=prefix_start,
+    encode=factor_change,
+    finalize=add_factors,
     training=lambda options: Training(keeps="B"),
     sent_down=lambda round, seen: "A",
     one_shot=False,

@@ -22,9 +22,9 @@ from fedlora.lowrank import Adapter, Delta, Deltas, LowRank
 from fedlora.methods.rule import Fresh, Rule, Shapes
 from fedlora.methods.shared import (
     add_factors,
-    padded_change,
+    broadcast_factors,
+    factor_change,
     prefix_start,
-    prepare_as_is,
     shared_initial,
     whole,
 )
@@ -64,7 +64,7 @@ def _orthonormal(adapter: Deltas) -> dict[str, Delta]:
     return out
 
 
-def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     return Aggregate(_orthonormal(add_factors(total, state, rank, options).adapter))
 
 
@@ -77,11 +77,11 @@ RULE = Rule(
     downlink="A and B",
     secure_sum="factors",
     initial=_initial,
-    prepare=prepare_as_is,
-    cut=whole,
-    start=prefix_start,
-    encode=padded_change,
-    finish=_finish,
+    broadcast=broadcast_factors,
+    for_rank=whole,
+    client_init=prefix_start,
+    encode=factor_change,
+    finalize=_finalize,
     training=lambda options: Training(trains=("B",)),
     server_momentum=False,
     one_shot=False,

@@ -14,24 +14,16 @@ Exact when: always, for every mix of ranks.
 
 from __future__ import annotations
 
-from typing import Any
-
-from fedlora.lowrank import Adapter
 from fedlora.methods.rule import Rule
 from fedlora.methods.shared import (
     add_factors,
-    change_of_factors,
+    broadcast_factors,
     cut_to_rank,
+    factor_change,
     prefix_start,
-    prepare_as_is,
     shared_initial,
 )
-from fedlora.methods.values import Encoded, ServerState, Start, Training
-
-
-def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    return Encoded(factors=change_of_factors(update, start, state, options))
-
+from fedlora.methods.values import Training
 
 RULE = Rule(
     name="ffa",
@@ -42,11 +34,11 @@ RULE = Rule(
     downlink="the first r_k columns of B; A follows from the seed (that of an adapter: once)",
     secure_sum="factors",
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=cut_to_rank,
-    start=prefix_start,
-    encode=_encode,
-    finish=add_factors,
+    broadcast=broadcast_factors,
+    for_rank=cut_to_rank,
+    client_init=prefix_start,
+    encode=factor_change,
+    finalize=add_factors,
     training=lambda options: Training(trains=("B",)),
     sent_down=lambda round, seen: "B",
     one_shot=False,

@@ -24,65 +24,72 @@ from fedlora.lowrank import (
     LowRank,
     add,
     balance,
-    compact,
-    leading,
+    cheaper_form,
+    concat,
+    drop_null_directions,
+    merge_equal_rows,
     prefix,
-    stacked,
-    subtract,
+    scale,
+    top,
+    zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes
-from fedlora.methods.shared import change, cut_to_rank, fill
-from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
-from fedlora.threads import each
+from fedlora.methods.shared import cut_to_rank, fill
+from fedlora.methods.values import Aggregate, Encoded, Prepared, RoundNumbers, ServerState, Start
+from fedlora.threads import map_modules
 
 
 def global_sum(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[Deltas, Deltas]:
     """The given adapter in the form of `refactor`, or nothing."""
-    return {name: compact(x) for name, x in given.items()}, {}
+    return {name: drop_null_directions(x) for name, x in given.items()}, {}
 
 
 def leading_directions(state: ServerState, rank: int, options: Any) -> Prepared:
     """The leading directions of S that the largest rank affords."""
-
-    def first(x: Delta) -> LowRank:
-        return prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
-
-    top = each(first, state.adapter)
-    return Prepared(top, top)
+    leading = map_modules(lambda x: top(x, rank), state.adapter)
+    return Prepared(leading, leading)
 
 
 def top_start(
     adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
 ) -> Start:
-    """The leading directions, balanced, and fresh ones where S has fewer; no rest."""
+    """The leading directions, balanced, and fresh ones where S has fewer; nothing is frozen."""
     trained = {}
-    for name, (m, _) in shapes.items():
-        a = fresh(name, rank)
-        empty = LowRank(a[:0], a.new_zeros(m, 0))
-        top = balance(prefix(leading.get(name, empty), rank))
-        trained[name] = fill(top, a[top.rank :])
+    for name, shape in shapes.items():
+        continued = balance(prefix(leading.get(name, zeros(shape)), rank))
+        trained[name] = fill(continued, fresh(name, rank)[continued.rank :])
     return Start(trained)
 
 
-def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    """`M_k - S`: what the client learnt, less what was dropped at it."""
-    products: dict[str, Delta] = {}
-    for name, learnt in change(update, start.adapter).items():
-        whole = state.adapter.get(name)
-        products[name] = learnt if whole is None else subtract(update[name], whole)
-    return Encoded(products=products)
+def _encode(update: Adapter, start: Start, numbers: RoundNumbers, options: Any) -> Encoded:
+    """`M_k`, the product a client ended with: S is not at the clients, to be subtracted there."""
+    return Encoded(
+        products={name: cheaper_form(x) for name, x in update.items()},
+        weights={name: x.A.new_ones(()) for name, x in update.items()},
+    )
 
 
-def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+def _shift(encoded: Encoded, state: ServerState, options: Any) -> Encoded:
+    """`-S`, by the weight of those who train the module: the sum is one of changes, `M_k - S`."""
+    return Encoded(
+        products={
+            name: scale(whole, -float(encoded.weights[name]))
+            for name, whole in state.adapter.items()
+            if name in encoded.weights
+        }
+    )
+
+
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     """S + sum, which is the sum of the products: with weights that sum to one S drops out of it."""
     sums: dict[str, Delta] = {}
     for name, x in total.products.items():
         whole = state.adapter.get(name)
         if isinstance(whole, LowRank) and isinstance(x, LowRank):
-            sums[name] = stacked([whole, x])
+            sums[name] = merge_equal_rows(concat([whole, x]))
         else:
             sums[name] = x if whole is None else add([whole, x])
-    return Aggregate({**state.adapter, **each(compact, sums)})
+    return Aggregate({**state.adapter, **map_modules(drop_null_directions, sums)})
 
 
 RULE = Rule(
@@ -94,9 +101,10 @@ RULE = Rule(
     downlink="the leading r_k directions",
     secure_sum="products",
     initial=global_sum,
-    prepare=leading_directions,
-    cut=cut_to_rank,
-    start=top_start,
+    broadcast=leading_directions,
+    for_rank=cut_to_rank,
+    client_init=top_start,
     encode=_encode,
-    finish=_finish,
+    shift=_shift,
+    finalize=_finalize,
 )

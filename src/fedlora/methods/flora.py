@@ -17,7 +17,7 @@ from typing import Any
 
 from fedlora.lowrank import Adapter, Deltas
 from fedlora.methods.rule import Fresh, Rule, Shapes, bounded, check_bounds
-from fedlora.methods.shared import change, fresh_start, whole
+from fedlora.methods.shared import fresh_start, product_change, whole
 from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
 
 
@@ -40,21 +40,17 @@ def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[D
     return {}, dict(given)
 
 
-def _prepare(state: ServerState, rank: int, options: Any) -> Prepared:
+def _broadcast(state: ServerState, rank: int, options: Any) -> Prepared:
     return Prepared({}, {})
 
 
-def _start(
+def _client_init(
     adapter: Deltas, leading: Adapter, shapes: Shapes, rank: int, fresh: Fresh, options: Any
 ) -> Start:
     return Start(fresh_start(shapes, rank, fresh))
 
 
-def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    return Encoded(products=change(update, start.adapter))
-
-
-def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     return Aggregate(adapter={}, merge=total.products)
 
 
@@ -68,11 +64,11 @@ RULE = Rule(
     secure_sum="products",
     sums_learnt=True,
     initial=_initial,
-    prepare=_prepare,
-    cut=whole,
-    start=_start,
-    encode=_encode,
-    finish=_finish,
+    broadcast=_broadcast,
+    for_rank=whole,
+    client_init=_client_init,
+    encode=product_change,
+    finalize=_finalize,
     fixed_weight=lambda options: options.scaling_factor,
     options=Options,
 )

@@ -20,7 +20,7 @@ from fedlora.methods import flora
 from fedlora.methods.rule import Rule, bounded, check_bounds
 from fedlora.methods.shared import whole
 from fedlora.methods.values import Aggregate, Encoded, ServerState
-from fedlora.threads import each
+from fedlora.threads import map_modules
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Options:
         check_bounds(self)
 
 
-def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
     if options.energy_threshold == 1.0:
         return Aggregate(adapter={}, merge=total.products)
 
     def kept(x: Delta) -> LowRank:
         return truncate(x, energy=options.energy_threshold)[0]
 
-    return Aggregate(adapter={}, merge=each(kept, total.products))
+    return Aggregate(adapter={}, merge=map_modules(kept, total.products))
 
 
 RULE = Rule(
@@ -57,10 +57,10 @@ RULE = Rule(
     secure_sum="products",
     sums_learnt=True,
     initial=flora.RULE.initial,
-    prepare=flora.RULE.prepare,
-    cut=whole,
-    start=flora.RULE.start,
+    broadcast=flora.RULE.broadcast,
+    for_rank=whole,
+    client_init=flora.RULE.client_init,
     encode=flora.RULE.encode,
-    finish=_finish,
+    finalize=_finalize,
     options=Options,
 )

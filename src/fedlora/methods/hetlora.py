@@ -20,18 +20,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from fedlora.lowrank import Adapter, LowRank, norm
 from fedlora.methods.rule import Rule, bounded, check_bounds
 from fedlora.methods.shared import (
+    broadcast_factors,
     cut_to_rank,
     padded_change,
     prefix_start,
-    prepare_as_is,
+    present,
     shared_initial,
+    shift_to_zeros,
 )
-from fedlora.methods.values import Aggregate, Encoded, ServerState, Start, Training
+from fedlora.methods.values import Aggregate, Encoded, RoundNumbers, ServerState, Start, Training
 
 
 @dataclass(frozen=True)
@@ -58,26 +60,29 @@ def _training(options: Options) -> Training:
     )
 
 
-def _encode(update: Adapter, start: Start, state: ServerState, options: Options) -> Encoded:
-    factors = {}
-    for key, value in padded_change(update, start, state, options).factors.items():
-        size = norm(update[key.rpartition(".")[0]])
-        factors[key] = size * value
-        factors[f"{key}.weight"] = torch.tensor(size, dtype=value.dtype)
-    return Encoded(factors=factors)
+def _encode(update: Adapter, start: Start, numbers: RoundNumbers, options: Options) -> Encoded:
+    """`padded_change` and its weights, all times the norm of the client's product."""
+    padded = padded_change(update, start, numbers, options)
+    factors: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for name, x in update.items():
+        size = norm(x)
+        factors |= {key: size * padded.factors[key] for key in (f"{name}.A", f"{name}.B")}
+        weights |= {key: size * padded.weights[key] for key in (name, present(name))}
+    return Encoded(factors, weights=weights)
 
 
-def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
-    def moved(key: str, current: torch.Tensor) -> torch.Tensor:
-        weight = total.factors.get(f"{key}.weight")
-        if weight is None or not weight > 0:  # nobody trained it, or all have learnt nothing
-            return current
-        return current + total.factors[key] / weight
-
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
     adapter = {}
     for name, current in state.adapter.items():
         assert isinstance(current, LowRank)
-        adapter[name] = LowRank(moved(f"{name}.A", current.A), moved(f"{name}.B", current.B))
+        adapter[name] = current
+        weight = total.weights.get(name)
+        if weight is not None and weight > 0:  # else nobody trained it, or all have learnt nothing
+            adapter[name] = LowRank(
+                current.A + total.factors[f"{name}.A"] / weight,
+                current.B + total.factors[f"{name}.B"] / weight,
+            )
     return Aggregate(adapter)
 
 
@@ -90,11 +95,12 @@ RULE = Rule(
     downlink="the first r_k directions of A and B",
     secure_sum="factors",
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=cut_to_rank,
-    start=prefix_start,
+    broadcast=broadcast_factors,
+    for_rank=cut_to_rank,
+    client_init=prefix_start,
     encode=_encode,
-    finish=_finish,
+    shift=shift_to_zeros,
+    finalize=_finalize,
     training=_training,
     server_optimiser=False,
     options=Options,

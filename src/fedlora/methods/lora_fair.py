@@ -20,9 +20,15 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.lowrank import Delta, LowRank, add
-from fedlora.methods.fedex import encode_both
 from fedlora.methods.rule import Rule, bounded, check_bounds
-from fedlora.methods.shared import add_factors, prefix_start, prepare_as_is, shared_initial, whole
+from fedlora.methods.shared import (
+    add_factors,
+    broadcast_factors,
+    factor_and_product_change,
+    prefix_start,
+    shared_initial,
+    whole,
+)
 from fedlora.methods.values import Aggregate, Encoded, ServerState
 from fedlora.threads import one_thread
 
@@ -57,7 +63,7 @@ def correction(wanted: Delta, mean: LowRank, penalty: float) -> torch.Tensor:
         return missed @ inverse
 
 
-def _finish(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
     adapter: dict[str, Delta] = {}
     for name, x in add_factors(total, state, rank, options).adapter.items():
         assert isinstance(x, LowRank)
@@ -78,10 +84,10 @@ RULE = Rule(
     secure_sum="factors and products",
     sums_learnt=True,
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=whole,
-    start=prefix_start,
-    encode=encode_both,
-    finish=_finish,
+    broadcast=broadcast_factors,
+    for_rank=whole,
+    client_init=prefix_start,
+    encode=factor_and_product_change,
+    finalize=_finalize,
     options=Options,
 )

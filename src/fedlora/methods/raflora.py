@@ -18,21 +18,19 @@ every module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from fedlora.lowrank import Adapter, Delta, LowRank, add, compact, leading, scale
+from fedlora.lowrank import Adapter, Delta, LowRank, add, drop_null_directions, scale, top
 from fedlora.methods.flexlora import global_sum, leading_directions, top_start
 from fedlora.methods.rule import Rule
 from fedlora.methods.shared import cut_to_rank
-from fedlora.methods.values import Aggregate, Encoded, ServerState, Start
-from fedlora.threads import each
+from fedlora.methods.values import Aggregate, Encoded, RoundNumbers, ServerState, Start
+from fedlora.threads import map_modules
 
 
-def partitions(state: ServerState) -> list[tuple[int, int]]:
-    """`[(0, r_1), (r_1, r_2), ...]`, by the ranks of all clients of the federation."""
-    levels = sorted(set(state.ranks.values()))
+def partitions(levels: Sequence[int]) -> list[tuple[int, int]]:
+    """`[(0, r_1), (r_1, r_2), ...]`, from the distinct ranks of the federation, ascending."""
     return list(zip([0, *levels[:-1]], levels, strict=True))
 
 
@@ -40,31 +38,31 @@ def _key(name: str, partition: int) -> str:
     return f"{name}#{partition}"
 
 
-def _encode(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    factors, products = {}, dict[str, Delta]()
+def _encode(update: Adapter, start: Start, numbers: RoundNumbers, options: Any) -> Encoded:
+    """Every partition that the client trains as a product, and a one to sum its weight by."""
+    weights, products = {}, dict[str, Delta]()
     for name, x in update.items():
-        for h, (begin, end) in enumerate(partitions(state)):
+        for h, (begin, end) in enumerate(partitions(numbers.levels)):
             if x.rank >= end:
                 products[_key(name, h)] = LowRank(x.A[begin:end], x.B[:, begin:end])
-                factors[_key(name, h)] = torch.ones((), dtype=x.A.dtype)
-    return Encoded(factors, products)
+                weights[_key(name, h)] = x.A.new_ones(())
+    return Encoded(products=products, weights=weights)
 
 
-def _finish(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
+def _finalize(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:
     trained = {key.rpartition("#")[0] for key in total.products}
-    highest, sums = max(state.ranks.values()), dict[str, Delta]()
+    sums = dict[str, Delta]()
     for name in sorted(trained):
         terms: list[Delta] = []
-        for h, (begin, end) in enumerate(partitions(state)):
+        for h, (begin, end) in enumerate(partitions(state.levels)):
             key = _key(name, h)
             if key in total.products:
-                terms.append(scale(total.products[key], 1.0 / float(total.factors[key])))
+                terms.append(scale(total.products[key], 1.0 / float(total.weights[key])))
             elif name in state.adapter:
-                before = state.adapter[name]
-                before = before if isinstance(before, LowRank) else leading(before, highest)
+                before = top(state.adapter[name], state.levels[-1])
                 terms.append(LowRank(before.A[begin:end], before.B[:, begin:end]))
         sums[name] = add(terms)
-    return Aggregate({**state.adapter, **each(compact, sums)})
+    return Aggregate({**state.adapter, **map_modules(drop_null_directions, sums)})
 
 
 RULE = Rule(
@@ -75,12 +73,12 @@ RULE = Rule(
     "trains every module",
     mixed_ranks=True,
     downlink="the leading r_k directions",
-    secure_sum="factors and products",
+    secure_sum="products",
     initial=global_sum,
-    prepare=leading_directions,
-    cut=cut_to_rank,
-    start=top_start,
+    broadcast=leading_directions,
+    for_rank=cut_to_rank,
+    client_init=top_start,
     encode=_encode,
-    finish=_finish,
+    finalize=_finalize,
     server_optimiser=False,
 )

@@ -17,9 +17,9 @@ from __future__ import annotations
 from fedlora.methods.rule import Rule
 from fedlora.methods.shared import (
     add_factors,
-    padded_change,
+    broadcast_factors,
+    factor_change,
     prefix_start,
-    prepare_as_is,
     shared_initial,
     whole,
 )
@@ -42,11 +42,11 @@ RULE = Rule(
     downlink="the factor trained in the round before",
     secure_sum="factors",
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=whole,
-    start=prefix_start,
-    encode=padded_change,
-    finish=add_factors,
+    broadcast=broadcast_factors,
+    for_rank=whole,
+    client_init=prefix_start,
+    encode=factor_change,
+    finalize=add_factors,
     training=lambda options: _TRAINING,
     sent_down=_sent_down,
     server_momentum=False,

@@ -1,13 +1,19 @@
-"""Defines what an aggregation rule is, and holds the pieces that several rules share.
+"""Defines what an aggregation rule is.
 
 A rule is pure functions. With `p_k` the weights, renormalised over the clients that counted,
 
-    encode(update_k, start_k, ...)    what of client k's *change* the rule needs
-    finish(sum_k p_k encode_k, ...)   the next global adapter, and what is merged for good
+    encode(update_k, start_k, ...)              what of client k's *change* the rule needs
+    total = sum_k p_k encode_k
+    finalize(total + shift(total, ...), ...)    the next global adapter, and what is merged for good
 
-The server sees a rule's input only through that weighted sum. So secure aggregation and central
-differential privacy, which replace many updates by one sum, need to know no rule; and a server
-optimiser acts on the sum, whatever the rule. `Encoded` says how each entry is summed: `factors`
+`encode` reads what a client has: its update, what it started from, and the round's public numbers.
+So it can be computed where the data is, or by the server. What only the server knows (the
+directions of the global adapter that a client of small rank was never sent) is the rule's `shift`.
+It is linear in what was encoded, so it can be added to every update or once to their sum.
+
+The server sees a rule's input only through that sum. So secure aggregation and central differential
+privacy, which replace many updates by one sum, need to know no rule; and a server optimiser acts
+on the sum, whatever the rule. `Encoded` says how each entry is summed: `factors` and `weights`
 element by element, `products` as matrices.
 """
 
@@ -21,7 +27,15 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fedlora.lowrank import Adapter, Deltas
-from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start, Training
+from fedlora.methods.values import (
+    Aggregate,
+    Encoded,
+    Prepared,
+    RoundNumbers,
+    ServerState,
+    Start,
+    Training,
+)
 
 Shapes = Mapping[str, tuple[int, int]]
 """Target module name -> `(m, n)`."""
@@ -98,14 +112,20 @@ class Rule:
         exact_when: when the global model changes by exactly `sum_k p_k (M_k - M_k_start)`.
         mixed_ranks: whether clients may train different ranks.
         downlink: what a client is sent in a round.
-        secure_sum: what `encode` gives and a secure sum has to carry: factors, products or both.
+        secure_sum: what of the clients' parameters `encode` gives, and a secure sum has to carry
+            beside the weights: factors, products or both.
         initial: `(shapes, rank, fresh, given) -> (adapter, base_delta)`, the global model before
             round 1; `rank` is the largest client's, `given` an adapter to go on from (or empty).
-        prepare: `(state, rank, options) -> Prepared`, once a round; `rank` the largest client's.
-        cut: `(prepared, rank, options) -> Prepared`, what of it a client of this rank is sent.
-        start: `(adapter, leading, shapes, rank, fresh, options) -> Start`, at the client.
-        encode: `(update, start, state, options) -> Encoded`, at the server.
-        finish: `(sum, state, rank, options) -> Aggregate`; `rank` the largest client's.
+        broadcast: `(state, rank, options) -> Prepared`, what a round sends, made once; `rank` is
+            the largest client's.
+        for_rank: `(prepared, rank, options) -> Prepared`, what of it clients of this rank are sent.
+        client_init: `(adapter, leading, shapes, rank, fresh, options) -> Start`, what a client
+            makes of it.
+        encode: `(update, start, numbers, options) -> Encoded`, a pure function of what a client
+            has, computed by it or by the server.
+        finalize: `(total, state, rank, options) -> Aggregate`; `rank` is the largest client's.
+        shift: `(encoded, state, options) -> Encoded`, what the server adds to an encoded update or
+            to a sum of them, linear in it; None where nothing is to be added.
         sums_learnt: the products that `encode` gives are `M_k - M_k_start` itself, so that it need
             not be summed beside them to tell the aggregation error.
         training: `options -> Training`, what it asks of the local training.
@@ -113,7 +133,7 @@ class Rule:
             of a round; `seen`: it took part in the round before.
         fixed_weight: `options ->` a constant that replaces every p_k, or None.
         server_optimiser: whether a server learning rate or momentum has a meaning: not where
-            `finish` divides by a sum of weights of its own.
+            `finalize` divides by a sum of weights of its own.
         server_momentum: whether a server momentum has a meaning: not where the factors that are
             trained, or the directions they belong to, are other ones in every round.
         one_shot: whether it can combine adapters that were trained apart, without a shared start.
@@ -129,11 +149,12 @@ class Rule:
     downlink: str
     secure_sum: Literal["factors", "products", "factors and products"]
     initial: Callable[[Shapes, int, Fresh, Adapter], tuple[Deltas, Deltas]]
-    prepare: Callable[[ServerState, int, Any], Prepared]
-    cut: Callable[[Prepared, int, Any], Prepared]
-    start: Callable[[Deltas, Adapter, Shapes, int, Fresh, Any], Start]
-    encode: Callable[[Adapter, Start, ServerState, Any], Encoded]
-    finish: Callable[[Encoded, ServerState, int, Any], Aggregate]
+    broadcast: Callable[[ServerState, int, Any], Prepared]
+    for_rank: Callable[[Prepared, int, Any], Prepared]
+    client_init: Callable[[Deltas, Adapter, Shapes, int, Fresh, Any], Start]
+    encode: Callable[[Adapter, Start, RoundNumbers, Any], Encoded]
+    finalize: Callable[[Encoded, ServerState, int, Any], Aggregate]
+    shift: Callable[[Encoded, ServerState, Any], Encoded] | None = None
     sums_learnt: bool = False
     training: Callable[[Any], Training] = as_usual
     sent_down: Callable[[int, bool], str] = both_factors

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Delta, Deltas, LowRank, add, balance, prefix, refactor, suffix
-from fedlora.methods.rule import Fresh, Shapes
-from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
+from fedlora.lowrank import (
+    Adapter,
+    Delta,
+    Deltas,
+    LowRank,
+    add,
+    add_all,
+    balance,
+    prefix,
+    refactor,
+    suffix,
+    zeros,
+)
+from fedlora.methods.rule import Fresh, Rule, Shapes
+from fedlora.methods.values import (
+    Aggregate,
+    Encoded,
+    Prepared,
+    RoundNumbers,
+    ServerState,
+    Start,
+)
 
 
 def whole(prepared: Prepared, rank: int, options: Any) -> Prepared:
@@ -19,11 +39,7 @@ def whole(prepared: Prepared, rank: int, options: Any) -> Prepared:
 
 def fresh_start(shapes: Shapes, rank: int, fresh: Fresh) -> dict[str, LowRank]:
     """LoRA's initialisation for every module: `A (rank, n)` random, `B (m, rank)` zero."""
-    out = {}
-    for name, (m, _) in shapes.items():
-        a = fresh(name, rank)
-        out[name] = LowRank(a, a.new_zeros(m, rank))
-    return out
+    return {name: fill(zeros(shape), fresh(name, rank)) for name, shape in shapes.items()}
 
 
 def fill(x: LowRank, a: Tensor) -> LowRank:
@@ -33,12 +49,17 @@ def fill(x: LowRank, a: Tensor) -> LowRank:
 
 
 def change(update: Adapter, start: Adapter) -> dict[str, Delta]:
-    """`M_k - M_k_start` for every module: what a client learnt, as products."""
+    """`M_k - M_k_start` for every module: what a client learnt, as products.
+
+    Args:
+        update: the factors that a client ended with.
+        start: those it began with, of higher rank where it has pruned.
+    """
     out: dict[str, Delta] = {}
     for name, trained in update.items():
-        began = start[name]  # of higher rank where the client has pruned
-        moved = began.B.any(dim=0)  # directions that begin with B = 0 contribute nothing
-        out[name] = add([trained, LowRank(began.A[moved], -began.B[:, moved])])
+        began = start[name]
+        used = began.B.any(dim=0)  # directions that begin with B = 0 contribute nothing
+        out[name] = add([trained, LowRank(began.A[used], -began.B[:, used])])
     return out
 
 
@@ -60,7 +81,7 @@ def shared_initial(
     return adapter, beyond
 
 
-def prepare_as_is(state: ServerState, rank: int, options: Any) -> Prepared:
+def broadcast_factors(state: ServerState, rank: int, options: Any) -> Prepared:
     """The global adapter itself, held as factors."""
     leading = {n: x for n, x in state.adapter.items() if isinstance(x, LowRank)}
     assert len(leading) == len(state.adapter), "a rule that averages factors keeps factors"
@@ -89,38 +110,84 @@ def whole_start(
     return Start(trained, beyond)
 
 
-def change_of_factors(
-    update: Adapter, start: Start, state: ServerState, options: Any
-) -> dict[str, Tensor]:
-    """`A_k - start.A`, `B_k - start.B`, with zeros where a client has no such direction.
+def product_change(update: Adapter, start: Start, numbers: RoundNumbers, options: Any) -> Encoded:
+    """`M_k - M_k_start`, what a client learnt, as products."""
+    return Encoded(products=change(update, start.adapter))
 
-    Unlike `padded_change` nothing is diluted: what a client does not train does not change.
+
+def factor_change(update: Adapter, start: Start, numbers: RoundNumbers, options: Any) -> Encoded:
+    """`A_k - A_k_start` and `B_k - B_k_start`, zero where a client has no such direction.
+
+    What a client does not train does not change: neither a direction beyond its rank, nor a module
+    that is not in `update`.
     """
     factors: dict[str, Tensor] = {}
     for name, trained in update.items():
-        current, began = state.adapter[name], start.adapter[name]
-        assert isinstance(current, LowRank)
-        a, b = torch.zeros_like(current.A), torch.zeros_like(current.B)
+        began, width = prefix(start.adapter[name], trained.rank), numbers.widths[name]
+        a = began.A.new_zeros(width, began.A.shape[1])
+        b = began.B.new_zeros(began.B.shape[0], width)
         a[: trained.rank] = trained.A - began.A  # (r, n)
         b[:, : trained.rank] = trained.B - began.B  # (m, r)
         factors[f"{name}.A"], factors[f"{name}.B"] = a, b
-    return factors
+    return Encoded(factors)
 
 
-def padded_change(update: Adapter, start: Start, state: ServerState, options: Any) -> Encoded:
-    """`pad(A_k) - A`, `pad(B_k) - B`: factors padded with zeros to the global rank, as a change.
+def factor_and_product_change(
+    update: Adapter, start: Start, numbers: RoundNumbers, options: Any
+) -> Encoded:
+    """The change of the factors, and the change of their product."""
+    return Encoded(
+        factor_change(update, start, numbers, options).factors,
+        product_change(update, start, numbers, options).products,
+    )
 
-    A module that the client does not train is not in `update`, and does not change.
+
+def present(name: str) -> str:
+    """The key, among an encoded update's weights, of the directions that a client has."""
+    return f"{name}#present"
+
+
+def padded_change(update: Adapter, start: Start, numbers: RoundNumbers, options: Any) -> Encoded:
+    """`factor_change`, and by how much weight each module and each of its directions was trained.
+
+    With the weights, `shift_to_zeros` makes of it `pad(A_k) - A`: the factors padded with zeros, as
+    a change of the global ones.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, trained in update.items():
+        weights[name] = start.adapter[name].A.new_ones(())
+        weights[present(name)] = start.adapter[name].A.new_zeros(numbers.widths[name])
+        weights[present(name)][: trained.rank] = 1.0
+    return replace(factor_change(update, start, numbers, options), weights=weights)
+
+
+def shift_to_zeros(encoded: Encoded, state: ServerState, options: Any) -> Encoded:
+    """What takes a direction to zero at those who train its module, but not the direction.
+
+    `-sum_(k: r_k <= j) w_k A[j]` and the same of B for every direction j, from the weights of
+    `padded_change`: who has no direction j counts with zeros in its place.
     """
     factors: dict[str, Tensor] = {}
-    for name, trained in update.items():
-        current = state.adapter[name]
+    for name, current in state.adapter.items():
+        if name not in encoded.weights:
+            continue
         assert isinstance(current, LowRank)
-        a, b = -current.A, -current.B
-        a[: trained.rank] += trained.A  # (r, n)
-        b[:, : trained.rank] += trained.B  # (m, r)
-        factors[f"{name}.A"], factors[f"{name}.B"] = a, b
-    return Encoded(factors=factors)
+        absent = encoded.weights[name] - encoded.weights[present(name)]  # (r,)
+        factors[f"{name}.A"] = current.A * -absent[:, None]
+        factors[f"{name}.B"] = current.B * -absent
+    return Encoded(factors)
+
+
+def with_shift(rule: Rule, encoded: Encoded, state: ServerState, options: Any) -> Encoded:
+    """An encoded update, or a weighted sum of them, with what the server has to add to it."""
+    if rule.shift is None:
+        return encoded
+    added = rule.shift(encoded, state, options)
+    factors = {
+        name: value + added.factors[name] if name in added.factors else value
+        for name, value in encoded.factors.items()
+    }
+    return replace(encoded, factors=factors, products=add_all([encoded.products, added.products]))
 
 
 def add_factors(total: Encoded, state: ServerState, rank: int, options: Any) -> Aggregate:

@@ -7,20 +7,39 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedlora.lowrank import (
-    Adapter,
-    Deltas,
-    add_all,
-)
+from fedlora.lowrank import Adapter, Deltas, add_all
+
+DENSE = "dense/"
+"""Marks dense parameters among the factors of a sum: they are averaged like them, by every rule."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a round broadcasts: see `Broadcast`. `error` is `||S - S_hat|| / ||S||`."""
+    """What a round broadcasts, to all clients or to those of one rank.
+
+    Args:
+        adapter: the global adapter; empty where the rule resets it.
+        leading: its leading directions, which starts are cut from: see `Broadcast`.
+        error: `||S - S_hat||_F / ||S||_F`, where less than the global update S is sent.
+    """
 
     adapter: Deltas
     leading: Adapter
     error: float = 0.0
+
+
+@dataclass(frozen=True)
+class RoundNumbers:
+    """The numbers of a round that every client may know, and that `encode` needs.
+
+    Args:
+        widths: target module -> the largest rank that any client trains there. Factors are padded
+            to it, so that those of all clients have one shape.
+        levels: the distinct ranks of the federation, ascending.
+    """
+
+    widths: Mapping[str, int]
+    levels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,23 +75,23 @@ class Training:
 
 @dataclass(frozen=True)
 class Start:
-    """What a client makes of a broadcast: what it trains, and what lies frozen beside.
+    """What a client makes of a broadcast: what it trains, and what lies frozen beside it.
 
     Args:
         adapter: what it trains.
-        own: what is frozen and its own, as factors of small rank.
-        beneath: what is frozen and common to all clients of the round, the broadcast's `adapter`
+        private: what is frozen and this client's alone, as factors of small rank.
+        shared: what is frozen and common to all clients of the round: the broadcast's `adapter`
             itself, so that it has to be added to the base only once.
     """
 
     adapter: Adapter
-    own: Adapter = field(default_factory=dict)
-    beneath: Deltas = field(default_factory=dict)
+    private: Adapter = field(default_factory=dict)
+    shared: Deltas = field(default_factory=dict)
 
     @property
-    def rest(self) -> Deltas:
-        """All that lies frozen beside the adapter, `beneath + own`."""
-        return add_all([self.beneath, self.own])
+    def frozen(self) -> Deltas:
+        """All that lies frozen beside the adapter, `shared + private`."""
+        return add_all([self.shared, self.private])
 
 
 @dataclass(frozen=True)
@@ -82,10 +101,14 @@ class Encoded:
     Args:
         factors: tensors that are summed element by element.
         products: low-rank updates that are summed as matrices, `sum_k p_k dW_k`.
+        weights: small tensors, summed like `factors`, that say by how much weight a module or a
+            direction was trained. A rule divides or shifts its sums by them. They are no
+            parameters, and a server optimiser leaves them alone.
     """
 
     factors: Mapping[str, Tensor] = field(default_factory=dict)
     products: Deltas = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,3 +147,8 @@ class ServerState:
     last_seen: Mapping[int, int] = field(default_factory=dict)
     momentum: Encoded = field(default_factory=Encoded)
     ranks: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The distinct ranks of all clients, ascending."""
+        return tuple(sorted(set(self.ranks.values())))

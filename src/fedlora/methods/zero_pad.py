@@ -13,11 +13,12 @@ from __future__ import annotations
 from fedlora.methods.rule import Rule
 from fedlora.methods.shared import (
     add_factors,
+    broadcast_factors,
     cut_to_rank,
     padded_change,
     prefix_start,
-    prepare_as_is,
     shared_initial,
+    shift_to_zeros,
 )
 
 RULE = Rule(
@@ -29,9 +30,10 @@ RULE = Rule(
     downlink="the first r_k directions of A and B",
     secure_sum="factors",
     initial=shared_initial,
-    prepare=prepare_as_is,
-    cut=cut_to_rank,
-    start=prefix_start,
+    broadcast=broadcast_factors,
+    for_rank=cut_to_rank,
+    client_init=prefix_start,
     encode=padded_change,
-    finish=add_factors,
+    shift=shift_to_zeros,
+    finalize=add_factors,
 )

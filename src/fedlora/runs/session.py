@@ -37,8 +37,10 @@ from fedlora.data.templates import BUILT_IN_CHAT
 from fedlora.data.tokenize import Tokens
 from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
+from fedlora.federation.checks import check_rule, check_server_step
+from fedlora.federation.exchange import Agreement
 from fedlora.federation.participants import Federation
-from fedlora.federation.server import check_rule, check_server_step, initial_state
+from fedlora.federation.server import initial_state
 from fedlora.lowrank import LowRank
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
@@ -232,11 +234,13 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
             "completion_only_loss: true and a template other than text"
         )
     _check_metric(config, data, task, exact_match)
+    agreement = Agreement(
+        METHODS[config.method], config.rule_options(), base.targets.shapes, config.seed
+    )
     federation = Federation(
         ranks=ranks,
         num_examples=[len(part.train) for part in data.clients],
-        shapes=base.targets.shapes,
-        seed=config.seed,
+        agreement=agreement,
         clients_per_round=config.clients_per_round,
         client_weights=config.client_weights,
         server_learning_rate=config.server_learning_rate,
@@ -303,6 +307,9 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         holdings=session.holdings.of(client) if session.holdings else None,
         federation=replace(
             spec,
+            agreement=replace(
+                spec.agreement, rule=METHODS[config.method], options=config.rule_options()
+            ),
             ranks=[rank],
             num_examples=[spec.num_examples[client]],
             modules={0: spec.modules[client]} if client in spec.modules else {},
@@ -448,7 +455,7 @@ def starting_state(session: Session) -> ServerState:
     if source:
         shapes, names = session.federation.shapes, session.data.label_names
         given, dense = from_adapter(source, session.base.model, shapes, dense, names)
-    return initial_state(session.federation, METHODS[session.config.method], given, dense)
+    return initial_state(session.federation, given, dense)
 
 
 def resolve_paths(config: Config) -> Config:

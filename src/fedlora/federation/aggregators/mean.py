@@ -1,34 +1,21 @@
-"""Sums weighted updates one at a time, takes the server's step, and measures what became of it.
+"""Sums weighted updates one at a time, and gives their weighted mean.
 
-Memory is that of the sum: factors are collected while they are the smaller form, from then on every
+Memory is that of the sum: factors are collected while they are the cheaper form, from then on every
 term is added to one matrix in place. No term is held after it was folded into a matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from fedlora.lowrank import (
-    Delta,
-    Deltas,
-    Dense,
-    LowRank,
-    add_all,
-    compact,
-    scale,
-    scale_all,
-    stacked,
-    wide,
-)
-from fedlora.methods.values import Encoded
-from fedlora.threads import each
-
-DENSE = "dense/"
-"""Marks dense parameters among the factors of a sum: they are averaged like them, by every rule."""
+from fedlora.lowrank import Delta, Dense, LowRank, concat, merge_equal_rows, scale, wide
+from fedlora.methods.values import DENSE, Encoded
 
 
-class Total:
+class ProductSum:
     """`sum_k w_k dW_k` of one target module, `(m, n)`, in whichever form is smaller."""
 
     def __init__(self) -> None:
@@ -42,17 +29,14 @@ class Total:
         Raises:
             ValueError: a shape other than that of the terms before.
         """
-        held = self._matrix if self._matrix is not None else self._first()
-        m, n = term.shape
-        if held is not None and (m, n) != held.shape:
-            raise ValueError(f"cannot add updates of shapes {tuple(held.shape)} and {(m, n)}")
+        m, n = self._check_shape(term)
         if self._matrix is None and isinstance(term, LowRank):
             if term.rank == 0 and self._factors:
                 return
             self._factors.append(LowRank(wide(term.A), wide(term.B) * weight))
             self._rank += term.rank
             if self._rank * (m + n) > m * n:
-                self._shrink(m * n)
+                self._use_less_memory(m * n)
             return
         if self._matrix is None:
             self._densify((m, n))
@@ -60,21 +44,22 @@ class Total:
 
     def value(self) -> Delta:
         """The sum of what was added; at least one term was."""
-        if self._matrix is not None:
-            return Dense(self._matrix)
-        return self._gather()
+        return self._merged_factors() if self._matrix is None else Dense(self._matrix)
 
-    def _first(self) -> LowRank | None:
-        return self._factors[0] if self._factors else None
+    def _check_shape(self, term: Delta) -> tuple[int, int]:
+        held = self._matrix if self._matrix is not None else next(iter(self._factors), None)
+        if held is not None and term.shape != tuple(held.shape):
+            raise ValueError(f"cannot add updates of shapes {tuple(held.shape)} and {term.shape}")
+        return term.shape
 
-    def _gather(self) -> LowRank:
-        whole = stacked(self._factors)
+    def _merged_factors(self) -> LowRank:
+        whole = merge_equal_rows(concat(self._factors))
         self._factors, self._rank = [whole], whole.rank
         return whole
 
-    def _shrink(self, most: int) -> None:
-        """Take equal directions together; where that is not enough, go over to a matrix."""
-        whole = self._gather()
+    def _use_less_memory(self, most: int) -> None:
+        """Hold equal directions once; where more than `most` numbers are left, go to a matrix."""
+        whole = self._merged_factors()
         if whole.rank * sum(whole.shape) > most:
             self._densify(whole.shape)
 
@@ -104,80 +89,53 @@ def _promoted(total: Tensor, term: Tensor) -> Tensor:
     return total.to(torch.promote_types(total.dtype, term.dtype))
 
 
-class WeightedSum:
-    """`sum_k w_k x_k` and `sum_k w_k`, folded one update at a time."""
+class Mean:
+    """The weighted mean of the updates, `sum_k w_k x_k / sum_k w_k`: an `Aggregator`."""
+
+    is_mean = True
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was folded."""
         self.factors: dict[str, Tensor] = {}
-        self.products: dict[str, Total] = {}
-        self.learnt: dict[str, Total] | None = {}
+        self.products: dict[str, ProductSum] = {}
+        self.weights: dict[str, Tensor] = {}
         self.weight = 0.0
 
-    def fold(self, encoded: Encoded, learnt: Deltas | None, weight: float) -> None:
-        """Add one update.
-
-        Args:
-            encoded: what the rule needs of it.
-            learnt: `M_k - M_k_start`; None where `encoded.products` are just that.
-            weight: `w_k > 0`.
-        """
-        for name, value in encoded.factors.items():
-            if name in self.factors:
-                total = self.factors[name] = _promoted(self.factors[name], value)
-                total.add_(value, alpha=weight)
-            else:
-                self.factors[name] = value * weight
-        _add_each(self.products, encoded.products, weight)
-        if learnt is None:
-            self.learnt = None
-        elif self.learnt is not None:
-            _add_each(self.learnt, learnt, weight)
+    def fold(self, encoded: Encoded, weight: float) -> None:
+        """Add `weight` times an encoded update; `weight > 0`."""
+        _add_tensors(self.factors, encoded.factors, weight)
+        _add_tensors(self.weights, encoded.weights, weight)
+        for name, term in encoded.products.items():
+            self.products.setdefault(name, ProductSum()).add(term, weight)
         self.weight += weight
 
-    def mean(self, fixed: bool = False) -> Encoded:
-        """The sum over the weights that counted; a rule's fixed weights are not normalised.
+    def result(self, normalised: bool = True) -> Encoded:
+        """The sum over the sum of the weights, or the sum itself; dense parameters as a mean.
 
-        It takes the sum of the products out, and so can be asked for once.
+        It takes the sum of the products out module by module, so that none is held twice, and can
+        be asked for once.
         """
-        whole = 1.0 / self.weight
-        inverse = 1.0 if fixed else whole
+        mean = 1.0 / self.weight
+        share = mean if normalised else 1.0
         return Encoded(
-            {
-                name: value * (whole if name.startswith(DENSE) else inverse)
+            factors={
+                name: value * (mean if name.startswith(DENSE) else share)
                 for name, value in self.factors.items()
             },
-            _mean(self.products, inverse),
+            products={
+                name: scale(self.products.pop(name).value(), share) for name in list(self.products)
+            },
+            weights={name: value * share for name, value in self.weights.items()},
         )
 
-    def wanted(self, mean: Encoded, fixed: bool = False) -> Deltas:
-        """`sum_k p_k (M_k - M_k_start)`, by which the global model should change."""
-        if self.learnt is None:
-            return mean.products
-        return _mean(self.learnt, 1.0 if fixed else 1.0 / self.weight)
 
-
-def _add_each(totals: dict[str, Total], terms: Deltas, weight: float) -> None:
-    for name, term in terms.items():
-        totals.setdefault(name, Total()).add(term, weight)
-
-
-def _mean(totals: dict[str, Total], inverse: float) -> dict[str, Delta]:
-    """Every total times `inverse`; taken out one by one, so that none is held twice."""
-    return {name: scale(totals.pop(name).value(), inverse) for name in list(totals)}
-
-
-def step(total: Encoded, velocity: Encoded, rate: float, momentum: float) -> tuple[Encoded, ...]:
-    """`v = mu v + total`; returns what is applied, `eta v`, and `v`."""
-    if momentum:
-        factors = {name: momentum * value for name, value in velocity.factors.items()}
-        for name, value in total.factors.items():
-            factors[name] = value + factors[name] if name in factors else value
-        products = add_all([total.products, scale_all(velocity.products, momentum)])
-        total = velocity = Encoded(factors, each(compact, products))
-    if rate != 1.0:
-        factors = {name: rate * value for name, value in total.factors.items()}
-        total = Encoded(factors, scale_all(total.products, rate))
-    return total, velocity
-
-
-_EXACT, _PROBES, _BLOCK, _CHUNK = 256, 64, 64, 1 << 18
+def _add_tensors(sums: dict[str, Tensor], terms: Mapping[str, Tensor], weight: float) -> None:
+    for name, value in terms.items():
+        if name in sums:
+            total = sums[name] = _promoted(sums[name], value)
+            total.add_(value, alpha=weight)
+        else:
+            sums[name] = value * weight

@@ -1,0 +1,120 @@
+"""Writes down what a committed round was: its clients, their weights and bytes, its change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.federation.aggregation_error import Norms, measure_change
+from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.participants import Federation
+from fedlora.federation.records import ClientRecord, LayerRecord, RoundRecord
+from fedlora.lowrank import Deltas
+from fedlora.methods.values import ServerState
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is remembered of an update when its tensors are gone.
+
+    Args:
+        num_examples: rows it was trained on.
+        rank: of its adapter; None where it trained no module.
+        nbytes: of the tensors that travelled.
+        metrics: what the local training reported.
+    """
+
+    num_examples: int
+    rank: int | None
+    nbytes: int
+    metrics: Mapping[str, Any]
+
+
+def answer_of(update: ClientUpdate) -> Answer:
+    """What is remembered of an update."""
+    rank = max((x.rank for x in update.adapter.values()), default=None)
+    return Answer(update.num_examples, rank, update.nbytes, dict(update.metrics))
+
+
+def client_records(
+    federation: Federation,
+    broadcasts: Mapping[int, Broadcast],
+    answers: Mapping[int, Answer],
+    rejected: Mapping[int, str],
+    total_weight: float,
+) -> tuple[ClientRecord, ...]:
+    """One record for every client that was asked, in client order.
+
+    Args:
+        federation: who takes part.
+        broadcasts: client -> what it was sent.
+        answers: client -> what is remembered of its update.
+        rejected: client -> why it does not count.
+        total_weight: the sum of the weights of those that count.
+    """
+    records = []
+    for client, sent in sorted(broadcasts.items()):
+        answer, reason = answers.get(client), rejected.get(client, "")
+        weight = 0.0
+        if answer is not None and not reason and total_weight > 0:
+            fixed = federation.agreement.fixed_weight
+            weight = fixed or federation.weight(answer.num_examples) / total_weight
+        records.append(
+            ClientRecord(
+                client=client,
+                rank=sent.rank,
+                num_examples=answer.num_examples if answer else federation.num_examples[client],
+                weight=weight,
+                bytes_down=sent.nbytes,
+                bytes_up=answer.nbytes if answer else 0,
+                metrics=answer.metrics if answer else {},
+                rejected=reason,
+            )
+        )
+    return tuple(records)
+
+
+def round_record(
+    federation: Federation,
+    before: ServerState,
+    after: ServerState,
+    wanted: Deltas,
+    clients: tuple[ClientRecord, ...],
+    truncation_error: float,
+) -> RoundRecord:
+    """The record of a round.
+
+    Args:
+        federation: who takes part, and how the server steps.
+        before: the state before the round.
+        after: the state after it.
+        wanted: `sum_k p_k (M_k - M_k_start)`.
+        clients: their records.
+        truncation_error: of what was sent.
+    """
+    change = measure_change(before, after, wanted)
+    plain = federation.server_learning_rate == 1.0 and not federation.server_momentum
+
+    def error(norms: Norms) -> float | None:
+        """A server optimiser's step is not meant to be the clients' sum."""
+        return norms.missed / norms.wanted if plain and norms.wanted > 0 else None
+
+    return RoundRecord(
+        round=after.round,
+        clients=clients,
+        aggregation_error=error(change.total),
+        truncation_error=truncation_error,
+        update_norm=change.total.size,
+        global_rank=global_rank(after),
+        layers={name: LayerRecord(error(x), x.size) for name, x in change.modules.items()},
+    )
+
+
+def global_rank(state: ServerState) -> int:
+    """The largest rank bound of a module of `base_delta + adapter`, which is never formed."""
+    bounds: dict[str, int] = {}
+    for deltas in (state.base_delta, state.adapter):
+        for name, x in deltas.items():
+            bounds[name] = min(bounds.get(name, 0) + x.rank, *x.shape)
+    return max(bounds.values(), default=0)
