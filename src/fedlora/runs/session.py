@@ -21,6 +21,7 @@ from fedlora.config.clients import (
     with_overrides_read,
 )
 from fedlora.config.config import EVALUATED, Config
+from fedlora.config.keys import Mark, keys_marked
 from fedlora.data.datasets import (
     FederatedData,
     RawData,
@@ -57,32 +58,7 @@ from fedlora.model.passes import passes_of
 from fedlora.runs.starting import from_adapter, init_notes
 from fedlora.runs.trackers import check_trackers
 
-PATHS = (
-    "model_name_or_path",
-    "tokenizer_name",
-    "chat_template_path",
-    "dataset_name",
-    "train_file",
-    "eval_file",
-    "init_adapter",
-    "general_file",
-    "logging_dir",
-)
-AUTOMATIC = (
-    "num_threads",
-    "use_cpu",
-    "num_clients",
-    "client_ranks",
-    "template",
-    "lora_task_type",
-    "label_names",
-    "dtype",
-    "cohort_size",
-    "eval_exact_match",
-    "greater_is_better",
-)
-"""Keys whose automatic value is decided once, written to `config.yaml` and kept on resume."""
-SETTLED = (*AUTOMATIC, "rank_choices", "rank_shares", "client_overrides")
+SETTLED = keys_marked(Config, Mark.AUTOMATIC, Mark.REWRITTEN)
 """Keys that a resolved configuration may hold otherwise than the user wrote them."""
 
 
@@ -455,7 +431,8 @@ def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths, which a resumed run finds from any directory, and
     with the settings of single clients read from their files."""
     config = with_overrides_read(config)
-    return config.model_copy(update={key: _absolute(getattr(config, key)) for key in PATHS})
+    paths = keys_marked(Config, Mark.ABSOLUTE)
+    return config.model_copy(update={key: _absolute(getattr(config, key)) for key in paths})
 
 
 def _absolute(name: str | None) -> str | None:

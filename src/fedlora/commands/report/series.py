@@ -9,22 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.commands.report.reading import Run, whole
+from fedlora.config.config import Config
+from fedlora.config.keys import Mark, keys_marked
 from fedlora.methods import rule_keys
 
-APART = (
-    "seed",
-    "output_dir",
-    "report_to",
-    "run_name",
-    "project",
-    "logging_dir",
-    "num_threads",
-    "cohort_size",
-    "cohort_memory",
-)
+APART = keys_marked(Config, Mark.OUTPUT, Mark.REPETITION, Mark.MACHINE)
 """Keys that make no other experiment of a run."""
-OF_ALONE = ("method", "num_clients", "client_ranks", "client_overrides", "save_total_limit")
-"""Keys that a client alone has otherwise than its federation."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ def written(run: Run) -> dict[str, Any]:
     config, client = run.written, lone(run)
     if client is None:
         return config
-    apart = {*OF_ALONE, *rule_keys()}
+    apart = {*keys_marked(Config, Mark.ALONE), *rule_keys()}
     return {"alone": client, **{k: x for k, x in config.items() if k not in apart}}
 
 
