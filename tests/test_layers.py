@@ -22,11 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 import fedlora
 from conftest import give, load_base, rows, save_tokenizer, write_jsonl
-from fedlora.adapters import saved_adapter as adapters
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank, to_dense
 from fedlora.model import checks, layers, loading
 from fedlora.model.lora_layer import AdapterLayer
+from fedlora.model.targets import find_targets
 
 SMALL: dict[str, Any] = {
     "vocab_size": 100,
@@ -392,7 +392,7 @@ def llama_with(path: Path, change: Callable[[Any], None], data: Path) -> Any:
     """What all-linear finds in a Llama that code of its own has changed."""
     model = hf.AutoModelForCausalLM.from_pretrained(path).requires_grad_(False)
     change(model)
-    return adapters.find_targets(model, "all-linear", "it"), model
+    return find_targets(model, "all-linear", "it"), model
 
 
 def other_class(kind: type[nn.Linear]) -> Callable[[Any], None]:

@@ -46,15 +46,9 @@ from fedlora.methods.values import ServerState
 from fedlora.model.acceleration import accelerate
 from fedlora.model.base import BaseModel
 from fedlora.model.dtype import settled_dtype
-from fedlora.model.loading import (
-    Source,
-    check_place,
-    find_source,
-    label_order,
-    load_model,
-    load_tokenizer,
-)
+from fedlora.model.loading import load_model
 from fedlora.model.passes import passes_of
+from fedlora.model.sources import Source, check_place, find_source, label_order, load_tokenizer
 from fedlora.runs.starting import from_adapter, init_notes
 from fedlora.runs.trackers import check_trackers
 

@@ -13,7 +13,8 @@ import torch
 from fedlora.commands.eval.subject import BASE, Subject
 from fedlora.errors import InputError
 from fedlora.model.dtype import settled_dtype
-from fedlora.model.loading import greedy, load_pretrained, load_tokenizer
+from fedlora.model.loading import greedy, load_pretrained
+from fedlora.model.sources import load_tokenizer
 
 
 class Models:

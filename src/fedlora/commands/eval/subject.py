@@ -16,7 +16,7 @@ from fedlora.config.sources import read_yaml
 from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import CheckpointError, InputError
 from fedlora.methods import METHODS
-from fedlora.model.loading import Source
+from fedlora.model.sources import Source
 from fedlora.runs.directory import verify
 from fedlora.runs.file_names import CONFIG, FINAL, METRICS
 from fedlora.runs.metrics_log import read_metrics
