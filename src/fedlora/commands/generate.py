@@ -127,7 +127,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
 
 def _held_out(subject: Subject, asker: Any) -> list[Prompt]:
-    from fedlora.data.datasets import load_rows
+    from fedlora.data.raw_data import load_rows
     from fedlora.runs.session import resolve_paths
 
     rows = load_rows(resolve_paths(subject.config)).eval[:SAMPLES]

@@ -54,7 +54,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
     from fedlora.commands.views import check_picture, divide, draw_partition, show_partition
     from fedlora.config.clients import check_overrides, client_ranks
-    from fedlora.data.datasets import load_rows
+    from fedlora.data.raw_data import load_rows
     from fedlora.runs.session import resolve_paths
 
     picture = check_picture(output) if output else None
@@ -65,7 +65,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     if picture:
         draw_partition(division, picture)
     if emit:
-        emit(_holdings(division, picture))
+        emit(_counts(division, picture))
         return 0
     show_partition(division, Console())
     if picture:
@@ -73,7 +73,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     return 0
 
 
-def _holdings(division: Division, picture: Path | None) -> dict[str, Any]:
+def _counts(division: Division, picture: Path | None) -> dict[str, Any]:
     """Who holds what, as a program reads it."""
 
     def counted(counts: list[int]) -> dict[str, Any]:

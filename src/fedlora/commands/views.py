@@ -22,8 +22,9 @@ from rich.text import Text
 from fedlora.adapters.aggregate import Aggregated
 from fedlora.client.worker import budget_of
 from fedlora.config.config import Config
-from fedlora.data.datasets import FederatedData, RawData
-from fedlora.data.label_counts import holdings
+from fedlora.data.datasets import FederatedData
+from fedlora.data.label_counts import label_counts
+from fedlora.data.raw_data import RawData
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.errors import InputError
 from fedlora.lowrank import scaling
@@ -73,7 +74,7 @@ def divide(config: Config, raw: RawData, ranks: list[int], by: str | None = None
     Raises:
         InputError: there is no such column.
     """
-    found = holdings(config, raw, by)
+    found = label_counts(config, raw, by)
     how: str = config.partition
     if any(raw.names) and config.partition == "iid":
         how = "one file per client"

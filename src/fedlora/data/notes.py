@@ -13,7 +13,7 @@ from fedlora.errors import InputError
 
 if TYPE_CHECKING:
     from fedlora.config.config import Config
-    from fedlora.data.datasets import RawData
+    from fedlora.data.raw_data import RawData
 
 
 def reasons(outcomes: Iterable[Outcome]) -> Counter[str]:
@@ -69,10 +69,10 @@ def alike(label_names: Sequence[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for name in label_names:
         groups.setdefault(" ".join(name.split()).casefold(), []).append(repr(name))
-    alike = [" and ".join(names) for names in groups.values() if len(names) > 1]
-    if not alike:
+    same = [" and ".join(names) for names in groups.values() if len(names) > 1]
+    if not same:
         return []
     return [
         "labels that differ by white space or capitals alone are counted as different: "
-        + "; ".join(alike)
+        + "; ".join(same)
     ]

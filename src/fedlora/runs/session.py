@@ -22,17 +22,11 @@ from fedlora.config.clients import (
 )
 from fedlora.config.config import EVALUATED, Config
 from fedlora.config.keys import Mark, keys_marked
-from fedlora.data.datasets import (
-    FederatedData,
-    RawData,
-    find_labels,
-    is_classification,
-    load_data,
-    load_rows,
-    template_of,
-)
+from fedlora.data.datasets import FederatedData, load_data
 from fedlora.data.general_text import windows
-from fedlora.data.label_counts import Holdings, holdings
+from fedlora.data.label_counts import LabelCounts, label_counts
+from fedlora.data.raw_data import RawData, load_rows
+from fedlora.data.reading import find_labels, is_classification, template_of
 from fedlora.data.subsets import subsets
 from fedlora.data.templates import BUILT_IN_CHAT
 from fedlora.data.tokenize import Tokens
@@ -67,7 +61,7 @@ class Session:
         federation: who takes part.
         warnings: what the user should know before it starts.
         choices: what was decided for this machine, in words.
-        holdings: who holds what.
+        label_counts: who holds what.
         general: windows of general text, whose loss shows what is forgotten.
         asked: of the keys in `SETTLED` that `config` holds otherwise, what the user wrote.
         lone: the client that trains by itself, see `alone`; None: a federation.
@@ -80,7 +74,7 @@ class Session:
     federation: Federation
     warnings: tuple[str, ...]
     choices: tuple[str, ...] = ()
-    holdings: Holdings | None = None
+    label_counts: LabelCounts | None = None
     general: Sequence[Tokens] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
     lone: int | None = None
@@ -236,7 +230,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         federation,
         tuple(warnings),
         tuple(choices),
-        holdings(resolved, _limited(config, raw)),
+        label_counts(resolved, _limited(config, raw)),
         _general(config, tokenizer, min(context, config.max_length), task),
         {k: x for k in SETTLED if (x := getattr(written, k)) != getattr(resolved, k)},
         own_threads=open_threads,
@@ -270,7 +264,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         session,
         config=config,
         data=replace(data, clients=(data.clients[client],)),
-        holdings=session.holdings.of(client) if session.holdings else None,
+        label_counts=session.label_counts.of(client) if session.label_counts else None,
         federation=replace(
             spec,
             ranks=[rank],

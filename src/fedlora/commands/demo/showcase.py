@@ -22,7 +22,7 @@ from fedlora.commands.study.statistics import mean_and_sd, paired
 from fedlora.config.clients import client_ranks
 from fedlora.config.config import Config
 from fedlora.config.sources import layered, read_yaml
-from fedlora.data.datasets import load_rows
+from fedlora.data.raw_data import load_rows
 from fedlora.embedded import CONFIG
 from fedlora.errors import FedloraError, InputError
 from fedlora.runs.metrics_log import read_metrics
