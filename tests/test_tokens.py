@@ -15,9 +15,9 @@ import fedlora
 from conftest import write_jsonl
 from fedlora import Config
 from fedlora.data.datasets import FederatedData, load_data
+from fedlora.data.rendered import Classified
 from fedlora.data.templates import (
     TEMPLATES,
-    Classified,
     Template,
     UnusableRowError,
     choose_template,

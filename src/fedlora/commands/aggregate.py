@@ -71,7 +71,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
     from fedlora.adapters.aggregate import aggregate, check_options, check_output, save_adapter
     from fedlora.adapters.saved_adapter import load_adapter
-    from fedlora.commands.views import show_layers
+    from fedlora.commands.views.layers import show_layers
 
     check_output(output)
     weights = given.pop("weights", None)

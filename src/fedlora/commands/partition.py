@@ -13,7 +13,7 @@ from fedlora.config.sources import settings
 from fedlora.embedded import EMBEDDED
 
 if TYPE_CHECKING:
-    from fedlora.commands.views import Division
+    from fedlora.commands.views.partition import Division
 
 HELP = """\
 fedlora partition [CONFIG.yaml] [--key value ...] [--by COLUMN] [--output FILE] [--json]
@@ -52,7 +52,8 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.commands.views import check_picture, divide, draw_partition, show_partition
+    from fedlora.commands.views.partition import divide, show_partition
+    from fedlora.commands.views.partition_picture import check_picture, draw_partition
     from fedlora.config.clients import check_overrides, client_ranks
     from fedlora.data.raw_data import load_rows
     from fedlora.runs.session import resolve_paths

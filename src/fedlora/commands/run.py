@@ -119,7 +119,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 def _dry_run(arguments: list[str], emit: Emit | None) -> int:
     from rich.console import Console
 
-    from fedlora.commands.views import show_plan
+    from fedlora.commands.views.plan import show_plan
     from fedlora.runs.directory import check_free
     from fedlora.runs.session import assemble
 
@@ -136,7 +136,7 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
 
 def _plan(session: Session) -> dict[str, Any]:
     """What a run would do, as a program reads it."""
-    from fedlora.commands.views import client_plans
+    from fedlora.commands.views.plan import client_plans
 
     base, data, spec = session.base, session.data, session.federation
     clients = []

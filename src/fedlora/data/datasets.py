@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from fedlora.data.notes import alike, all_dropped, kept, left_out, reasons, unused
 from fedlora.data.raw_data import RawData, load_rows
 from fedlora.data.reading import find_labels, is_classification, template_of, without_column
+from fedlora.data.rendered import Rendered
 from fedlora.data.rows import Row
 from fedlora.data.subsets import Subsets, in_turn, subsets
-from fedlora.data.templates import Rendered, Template
+from fedlora.data.templates import Template
 from fedlora.data.token_cache import tokens_of
 from fedlora.data.tokenize import Outcome, Tokens, render
 from fedlora.errors import InputError

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedlora.data.templates import Chat, Rendered
+from fedlora.data.rendered import Chat, Rendered
 from fedlora.data.tokenize import IGNORE, Outcome, Tokens, labels_of, tokenize_all
 
 VERSION = 2

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fedlora.data.chat_messages import UnusableRowError
-from fedlora.data.conversations import common_prefix, conversation, within
+from fedlora.data.conversations import conversation
+from fedlora.data.rendered import Chat, Classified, Rendered, Turns
 from fedlora.data.rows import Row
-from fedlora.data.templates import Chat, Classified, Rendered, Template, Turns
+from fedlora.data.spans import common_prefix, within
+from fedlora.data.templates import Template
 from fedlora.errors import InputError
 
 Tokens = Mapping[str, Any]

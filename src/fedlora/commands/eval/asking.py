@@ -13,8 +13,9 @@ from jinja2 import TemplateError
 from fedlora.client.generation import generate
 from fedlora.commands.eval.subject import Subject
 from fedlora.data.chat_messages import UnusableRowError
+from fedlora.data.rendered import Chat, Turns
 from fedlora.data.rows import read_rows
-from fedlora.data.templates import BUILT_IN_CHAT, TEMPLATES, Chat, Template, Turns, custom
+from fedlora.data.templates import BUILT_IN_CHAT, TEMPLATES, Template, custom
 from fedlora.errors import InputError
 
 Messages = Sequence[Mapping[str, Any]]
