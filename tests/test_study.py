@@ -22,7 +22,8 @@ from scipy.stats import ttest_rel
 
 from fedlora.commands.cli import main
 from fedlora.commands.study.execute import execute, threads_and_processes
-from fedlora.commands.study.plan import load_study, shipped
+from fedlora.commands.study.load import load_study
+from fedlora.commands.study.plan import shipped
 from fedlora.commands.study.statistics import mean_and_sd, paired
 from fedlora.commands.study.tables import over_cells, tables
 from fedlora.runs.metrics_log import read_metrics

@@ -263,7 +263,7 @@ def test_the_embedded_data_are_shown_without_a_file(say: Say) -> None:
     assert text.startswith("embedded instructions: 2,400 rows, 10 clients, dirichlet (alpha 0.2) ")
     headings, body = table_of(text)
     assert headings[:4] == ["client", "rank", "rows", "share"]
-    ranks = read_yaml(Path(fedlora.__file__).parent / "demo" / "config.yaml")["client_ranks"]
+    ranks = read_yaml(Path(fedlora.__file__).parent / "embedded" / "config.yaml")["client_ranks"]
     assert [int(cells[1]) for cells in body[:-1]] == ranks
     assert sum(int(cells[2]) for cells in body[:-1]) == 2400
     assert body[-1][:2] == ["eval", "480"]

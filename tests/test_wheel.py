@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "fedlora"
-BASE = PACKAGE / "demo" / "base"
+BASE = PACKAGE / "embedded" / "base"
 
 
 def run(*command: str | Path, cwd: Path) -> str:

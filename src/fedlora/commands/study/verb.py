@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.commands.json_lines import Emit
-from fedlora.commands.study.plan import Planned, Study, load_study, shipped
+from fedlora.commands.study.load import load_study
+from fedlora.commands.study.plan import Planned, Study, shipped
 from fedlora.config.arguments import Option, Syntax, parse_overrides, take
 from fedlora.errors import InputError
 
