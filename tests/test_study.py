@@ -407,7 +407,7 @@ def test_a_run_whose_process_dies_does_not_stop_the_others(
     found = load_study(str(path), overrides=overrides())
     heard: list[tuple[str, str]] = []
 
-    def told(what: str, run: Any, message: Any) -> None:
+    def on_change(what: str, run: Any, message: Any) -> None:
         heard.append((what, run.keys["method"]))
         if what == "start" and run.keys["method"] == "flora":
             for child in children():
@@ -421,7 +421,7 @@ def test_a_run_whose_process_dies_does_not_stop_the_others(
             if "fedlora.commands.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
         ]
 
-    failed = execute(found.runs, tmp_path / "runs", processes=1, gpu=False, told=told)
+    failed = execute(found.runs, tmp_path / "runs", processes=1, gpu=False, on_change=on_change)
     (why,) = failed.values()
     assert why.startswith("its process was killed by signal 9; see ")
     assert ("done", "ffa") in heard

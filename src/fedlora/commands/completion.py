@@ -214,14 +214,14 @@ def _kind(option: Option) -> str:
 
 def _alike(verbs: Mapping[str, Verb]) -> list[tuple[list[str], Option]]:
     """`verb/option` of all that are completed in the same way; `verb/first` stands first."""
-    found: dict[tuple[Any, ...], tuple[list[str], Option]] = {}
+    groups: dict[tuple[Any, ...], tuple[list[str], Option]] = {}
     for name, one in verbs.items():
         first = {"first": one.first or Option(flag=True)}
         for key, option in {**one.options, **first}.items():
             if key == "first" or option.flag or option.many or option.values or option.path:
                 alike = (option.flag, option.many, option.values, option.path)
-                found.setdefault(alike, ([], option))[0].append(f"{name}/{key}")
-    return list(found.values())
+                groups.setdefault(alike, ([], option))[0].append(f"{name}/{key}")
+    return list(groups.values())
 
 
 # --- zsh ---

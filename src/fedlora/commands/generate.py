@@ -96,11 +96,11 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     for note in subject.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     models = load_models(subject, wanted, tokenizer)
-    said: dict[str, list[str]] = {}
+    answered: dict[str, list[str]] = {}
     cut: list[bool] = []
     for name in wanted:
         with models.using(name) as model:
-            said[name], cut = answers(
+            answered[name], cut = answers(
                 model,
                 tokenizer,
                 [p.ids for p in prompts],
@@ -108,12 +108,12 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
                 context=models.context,
                 batch_size=batch_size,
             )
-    records = _records(prompts, said)
+    records = _records(prompts, answered)
     if emit:
         for record in records:
             emit({"event": "answer", **record})
     else:
-        _show(prompts, said, console)
+        _show(prompts, answered, console)
     if any(cut):
         console.print(
             f"{sum(cut)} of {len(cut)} prompts did not fit beside an answer into the context of "
@@ -139,7 +139,7 @@ def _held_out(subject: Subject, asker: Any) -> list[Prompt]:
     return [asker.row(row) for row in rows]
 
 
-def _show(prompts: list[Prompt], said: dict[str, list[str]], console: Console) -> None:
+def _show(prompts: list[Prompt], answered: dict[str, list[str]], console: Console) -> None:
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -149,7 +149,7 @@ def _show(prompts: list[Prompt], said: dict[str, list[str]], console: Console) -
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for name, texts in said.items():
+        for name, texts in answered.items():
             table.add_row(Text(name, style="cyan"), Text(texts[i] or "(nothing)"))
         if prompt.reference is not None:
             table.add_row(Text("reference", style="green"), Text(prompt.reference))
@@ -161,14 +161,14 @@ def _check_output(output: str | None) -> None:
         raise InputError(f"--output: {output}: there is no such directory")
 
 
-def _records(prompts: list[Prompt], said: dict[str, list[str]]) -> list[dict[str, Any]]:
+def _records(prompts: list[Prompt], answered: dict[str, list[str]]) -> list[dict[str, Any]]:
     """What was asked and answered, as it is kept."""
     records = []
     for i, prompt in enumerate(prompts):
         record: dict[str, Any] = {"prompt": prompt.shown}
         if prompt.reference is not None:
             record["reference"] = prompt.reference
-        record["answers"] = {name: texts[i] for name, texts in said.items()}
+        record["answers"] = {name: texts[i] for name, texts in answered.items()}
         records.append(record)
     return records
 

@@ -64,8 +64,8 @@ def messages_of(turns: Any) -> tuple[list[dict[str, Any]], list[bool]]:
             f"template: chat needs a list of turns, each with role and content (or from and "
             f"value); got {repr(turns)[:60]}"
         )
-    found = [_message(turn) for turn in turns]
-    return [message for message, _ in found], [left_out for _, left_out in found]
+    messages = [_message(turn) for turn in turns]
+    return [message for message, _ in messages], [left_out for _, left_out in messages]
 
 
 def _message(turn: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -78,12 +78,12 @@ def _alpaca(row: Row) -> tuple[str, str] | Turns:
         middle = instruction
     if system := _text(row, "system").strip():
         lead = f"{system}\n\n{lead}"
-    pairs = [(f"### Instruction:\n{asked}", answer) for asked, answer in _history(row)]
+    pairs = [(f"### Instruction:\n{question}", answer) for question, answer in _history(row)]
     pairs.append((middle, _text(row, "output", "response")))
     begins = [lead, *["\n\n"] * (len(pairs) - 1)]
     turns = [
-        (f"{begin}{asked}\n\n### Response:\n", answer)
-        for begin, (asked, answer) in zip(begins, pairs, strict=True)
+        (f"{begin}{question}\n\n### Response:\n", answer)
+        for begin, (question, answer) in zip(begins, pairs, strict=True)
     ]
     return Turns(tuple(turns)) if turns[1:] else turns[0]
 
@@ -105,7 +105,7 @@ def _history(row: Row) -> list[tuple[str, str]]:
             "the column history holds no list of [instruction, response] pairs: "
             f"{repr(history)[:60]}; mend it, or rename the column if it is something else"
         )
-    return [(str(asked), str(answer)) for asked, answer in history]
+    return [(str(instruction), str(answer)) for instruction, answer in history]
 
 
 def _chat(row: Row) -> Chat:

@@ -76,13 +76,13 @@ def tokens_of(
     path = directory / f"{key}.safetensors"
     first = dict(zip(reversed(digests), reversed(rendered), strict=True))
     order = sorted(first)
-    found = _read(path, len(order))
-    if found is None:
+    outcomes = _read(path, len(order))
+    if outcomes is None:
         unique = list(dict.fromkeys(digests))
         fresh = dict(zip(unique, made([first[digest] for digest in unique]), strict=True))
-        found = [fresh[digest] for digest in order]
-        _write(path, found)
-    table = dict(zip(order, found, strict=True))
+        outcomes = [fresh[digest] for digest in order]
+        _write(path, outcomes)
+    table = dict(zip(order, outcomes, strict=True))
     return [table[digest] for digest in digests]
 
 
@@ -215,13 +215,13 @@ def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 def _make_room(directory: Path) -> None:
     """Remove what was not used for longest until the rest is small enough."""
-    found = []
+    files = []
     for path in directory.iterdir():
         with suppress(FileNotFoundError):  # another process makes room too
             if path.suffix in (".safetensors", ".tmp"):
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-    size = sum(entry[1] for entry in found)
-    for _, freed, path in sorted(found):
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    size = sum(entry[1] for entry in files)
+    for _, freed, path in sorted(files):
         if size <= LARGEST:
             return
         path.unlink(missing_ok=True)

@@ -114,7 +114,7 @@ def demo(overrides: Mapping[str, Any], emit: Emit | None = None) -> Shown:
     study = Study("demo", "", "", (), tuple(runs))
     with Progress(study, console) as progress:
         failed = execute(
-            runs, where, processes=processes, gpu=_on_gpu(values), told=progress, small=True
+            runs, where, processes=processes, gpu=_on_gpu(values), on_change=progress, small=True
         )
     for name, why in failed.items():
         raise FedloraError(f"{where / name}: {why}")
@@ -198,12 +198,12 @@ def _read(runs: Sequence[Planned], where: Path, seconds: float) -> Shown:
     sizes: dict[str, list[tuple[int, int]]] = {}
     for run in runs:
         lines = read_metrics(where / run.directory)
-        found = [x["evaluation"][METRIC] for x in lines if x.get("evaluation")]
+        scores = [x["evaluation"][METRIC] for x in lines if x.get("evaluation")]
         if run.alone is not None:
-            alone[run.alone] = found[-1]
+            alone[run.alone] = scores[-1]
             continue
         method = run.labels["method"]
-        curves.setdefault(method, {})[run.seed] = found
+        curves.setdefault(method, {})[run.seed] = scores
         rounds = [x for x in lines if x["event"] == "round"]
         up, down = (sum(x[key] for x in rounds) for key in ("bytes_up", "bytes_down"))
         sizes.setdefault(method, []).append((up, down))

@@ -128,14 +128,14 @@ def assess(options: Options, console: Console | None = None, emit: Emit | None =
 
 def _check(subject: Subject, options: Options) -> None:
     """Refuse what cannot be done before anything is loaded."""
-    asked = {
+    measures = {
         "--tasks": options.tasks,
         "--mmlu_file": options.mmlu_file,
         "--mt_bench_file": options.mt_bench_file,
         "--general_file": options.general_file,
     }
     if subject.classifies:
-        for key, value in asked.items():
+        for key, value in measures.items():
             if value:
                 raise InputError(
                     f"{key}: {subject.name} is a classifier and writes no text; fedlora eval "
@@ -143,10 +143,10 @@ def _check(subject: Subject, options: Options) -> None:
                 )
     if not subject.of_a_run and options.held_out:
         raise InputError(f"--held_out: {subject.name} is no run, and has no rows of its own")
-    if not subject.of_a_run and not any(asked.values()):
+    if not subject.of_a_run and not any(measures.values()):
         raise InputError(
             f"{subject.name} is no run, so it has no held-out rows of its own; say what to "
-            "measure: " + ", ".join(asked)
+            "measure: " + ", ".join(measures)
         )
     if options.mmlu_dev_file and not options.mmlu_file:
         raise InputError("--mmlu_dev_file belongs to --mmlu_file")
@@ -253,7 +253,7 @@ class _Work:
                 whose = f" of {name.partition(':')[2]}" if ":" in name else ""
                 saying = f"{model}: {len(rows)} held-out rows{whose}"
                 with self._saying(saying), models.using(model) as m:
-                    found = evaluate(
+                    scores = evaluate(
                         m,
                         models.tokenizer,
                         rows,
@@ -262,7 +262,7 @@ class _Work:
                         max_new_tokens=config.generation_max_new_tokens,
                         label_names=data.label_names,
                     )
-                scores = {**found, "rows": len(rows)}
+                scores = {**scores, "rows": len(rows)}
                 self.results.record(name, model, scores, self._settings(models, limit=limit))
 
     def _own_text(self) -> Path | None:
@@ -288,12 +288,12 @@ class _Work:
                 self._saying(f"{model}: {len(rows)} windows of general text"),
                 models.using(model) as m,
             ):
-                found = general.measured(m, rows, self.batch_size)
-            scores = dict(found.scores)
+                measured = general.measured(m, rows, self.batch_size)
+            scores = dict(measured.scores)
             if model == BASE:
-                base = found
+                base = measured
             elif base is not None:
-                scores |= general.forgetting(found, base)
+                scores |= general.forgetting(measured, base)
             self.results.record(
                 GENERAL, model, scores, self._settings(models, file=str(path), length=length)
             )
@@ -309,7 +309,7 @@ class _Work:
         )
         for model in self.chosen:
             with self._saying(f"{model}: {len(items)} questions of MMLU"), models.using(model) as m:
-                found = mmlu.log_likelihoods(
+                likelihoods = mmlu.log_likelihoods(
                     m,
                     models.tokenizer,
                     items,
@@ -319,9 +319,9 @@ class _Work:
                 )
             kept = (
                 {**asdict(item), "log_likelihoods": x, "guess": mmlu.guess(x)}
-                for item, x in zip(items, found, strict=True)
+                for item, x in zip(items, likelihoods, strict=True)
             )
-            self.results.record(MMLU, model, mmlu.scores(items, found), settings, kept)
+            self.results.record(MMLU, model, mmlu.scores(items, likelihoods), settings, kept)
 
     def _tasks(self, models: Models, harness: Harness) -> None:
         options = self.options
@@ -330,7 +330,7 @@ class _Work:
                 self._saying(f"{model}: {' '.join(harness.names)}", bars=True),
                 models.using(model) as m,
             ):
-                found = harness.run(
+                output = harness.run(
                     m,
                     models.tokenizer,
                     num_fewshot=options.num_fewshot,
@@ -339,15 +339,15 @@ class _Work:
                     context=models.context,
                     apply_chat_template=options.apply_chat_template,
                 )
-            for task, scores in task_scores(found).items():
+            for task, scores in task_scores(output).items():
                 settings = self._settings(
                     models,
-                    num_fewshot=(found.get("n-shot") or {}).get(task),
+                    num_fewshot=(output.get("n-shot") or {}).get(task),
                     limit=options.limit,
-                    version=(found.get("versions") or {}).get(task),
+                    version=(output.get("versions") or {}).get(task),
                     apply_chat_template=options.apply_chat_template,
                 )
-                samples: Sequence[Any] | None = (found.get("samples") or {}).get(task)
+                samples: Sequence[Any] | None = (output.get("samples") or {}).get(task)
                 self.results.record(f"{TASK}{task}", model, scores, settings, samples)
 
     # --- MT-bench ---
@@ -367,14 +367,14 @@ class _Work:
         form = conversation_form(
             self.subject, models.tokenizer, options.loading.chat_template_path is not None
         )
-        said = {}
+        answers = {}
         for model in self.chosen:
             path = self.results.place(model) / "mt_bench.answers.jsonl"
             with (
                 self._saying(f"{model}: answers to {len(questions)} questions of MT-bench"),
                 models.using(model) as m,
             ):
-                said[model], cuts = mt_bench.answered(
+                answers[model], cuts = mt_bench.answered(
                     questions,
                     path,
                     m,
@@ -402,7 +402,7 @@ class _Work:
             path = self.results.place(model) / "mt_bench.judgements.jsonl"
             with self._saying(f"{model}: {judge.model} judges {wanted} answers"):
                 grades, problem = mt_bench.judged(
-                    questions, said[model], path, judge, threads=options.judge_threads
+                    questions, answers[model], path, judge, threads=options.judge_threads
                 )
             scores = mt_bench.scores(grades, wanted)
             if scores and not problem:

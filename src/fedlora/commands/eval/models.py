@@ -44,8 +44,8 @@ class Models:
     def context(self) -> int:
         """The longest text in tokens."""
         text = self.model.config.get_text_config()
-        found = getattr(text, "max_position_embeddings", None) or 0
-        return int(found) if 0 < found < 10**6 else 2048
+        positions = getattr(text, "max_position_embeddings", None) or 0
+        return int(positions) if 0 < positions < 10**6 else 2048
 
 
 def load_models(

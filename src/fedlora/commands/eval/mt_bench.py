@@ -69,10 +69,10 @@ def read_questions(path: Path, references: Path | None = None) -> list[Question]
         if len(turns) > 2:
             raise InputError(f"{path}: row {number}: {len(turns)} turns; the judge knows two")
         name, category = str(row["question_id"]), str(row.get("category") or "all")
-        found = known.get(name) or tuple(map(str, row.get("reference") or ()))
-        if category not in WITH_REFERENCE or len(found) != len(turns):
-            found = ()
-        out.append(Question(name, category, tuple(map(str, turns)), found))
+        answers = known.get(name) or tuple(map(str, row.get("reference") or ()))
+        if category not in WITH_REFERENCE or len(answers) != len(turns):
+            answers = ()
+        out.append(Question(name, category, tuple(map(str, turns)), answers))
     if len({q.id for q in out}) < len(out):
         raise InputError(f"{path}: a question_id stands there twice")
     return out
@@ -139,11 +139,11 @@ def answered(
         Question id -> an answer for each turn, and how many prompts had to be cut.
     """
     settings = _digest(identity, form.name, str(max_new_tokens))
-    asked = {q.id: _digest(*q.turns) for q in questions}
+    digests = {q.id: _digest(*q.turns) for q in questions}
     out = {
         str(r["question_id"]): [str(x) for x in r["choices"][0]["turns"]]
         for r in kept(path)
-        if r.get("settings") == settings and r.get("asked") == asked.get(str(r["question_id"]))
+        if r.get("settings") == settings and r.get("asked") == digests.get(str(r["question_id"]))
     }
     missing = [q for q in questions if q.id not in out]
     cuts = 0
@@ -155,7 +155,7 @@ def answered(
             now = [q for q in part if turn < len(q.turns)]
             for q in now:
                 talks[q.id].append({"role": "user", "content": q.turns[turn]})
-            said, cut = answers(
+            texts, cut = answers(
                 model,
                 tokenizer,
                 [form.tokens(talks[q.id]) for q in now],
@@ -164,7 +164,7 @@ def answered(
                 batch_size=batch_size,
             )
             cuts += sum(cut)
-            for q, text in zip(now, said, strict=True):
+            for q, text in zip(now, texts, strict=True):
                 talks[q.id].append({"role": "assistant", "content": text})
         for q in part:
             out[q.id] = [m["content"] for m in talks[q.id] if m["role"] == "assistant"]
@@ -177,7 +177,7 @@ def answered(
                     "choices": [{"index": 0, "turns": out[q.id]}],
                     "form": form.name,
                     "max_new_tokens": max_new_tokens,
-                    "asked": asked[q.id],
+                    "asked": digests[q.id],
                     "settings": settings,
                 }
                 for q in part
@@ -205,7 +205,7 @@ class Grade:
 
 def judged(
     questions: Sequence[Question],
-    said: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[str]],
     path: Path,
     judge: Judge,
     *,
@@ -232,19 +232,19 @@ def judged(
         for turn in range(len(q.turns)):
             upto = slice(0, turn + 1)
             references = q.references[upto] if q.references else None
-            asked = case(q.turns[upto], list(said[q.id])[upto], references)
-            cases[_digest(judge.model, q.id, asked.system, asked.user)] = q, turn, asked
+            request = case(q.turns[upto], list(answers[q.id])[upto], references)
+            cases[_digest(judge.model, q.id, request.system, request.user)] = q, turn, request
     known = {r["case"]: r["rating"] for r in kept(path) if r.get("rating") is not None}
     grades = [Grade(q, turn, known[key]) for key, (q, turn, _) in cases.items() if key in known]
     done(len(grades))
     waiting = {key: x for key, x in cases.items() if key not in known}
     problems: list[JudgeError] = []
 
-    def ask(asked: Case) -> str | None:
+    def ask(request: Case) -> str | None:
         if problems:  # what has not begun would fail in the same way
             return None
         try:
-            return judge.ask(asked)
+            return judge.ask(request)
         except JudgeError as error:
             problems.append(error)
             return None
@@ -254,7 +254,7 @@ def judged(
         futures = {pool.submit(ask, x[2]): key for key, x in waiting.items()}
         for future in as_completed(futures):
             key = futures[future]
-            q, turn, asked = waiting[key]
+            q, turn, request = waiting[key]
             words = future.result()
             if words is None:
                 continue
@@ -264,7 +264,7 @@ def judged(
                 "category": q.category,
                 "turn": turn + 1,
                 "judge": judge.model,
-                "form": asked.form,
+                "form": request.form,
                 "rating": value,
                 "judgement": words,
                 "case": key,

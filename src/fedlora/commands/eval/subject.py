@@ -211,8 +211,8 @@ def _is_personal(config: Config) -> bool:
 
 
 def _saved_rounds(path: Path) -> list[int]:
-    found = (_ROUND.match(part.name) for part in path.iterdir() if part.is_dir())
-    return sorted(int(match.group(1)) for match in found if match)
+    matches = (_ROUND.match(part.name) for part in path.iterdir() if part.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def _trusted(path: Path) -> None:

@@ -18,8 +18,8 @@ from fedlora.commands.study.plan import Planned
 from fedlora.errors import InputError
 from fedlora.runs.file_names import CONFIG, FINAL
 
-Told = Callable[[str, Planned, Mapping[str, Any]], None]
-"""Told `(what, run, message)`: what is start, round, done, failed, or kept (done before)."""
+OnChange = Callable[[str, Planned, Mapping[str, Any]], None]
+"""Called as `(what, run, message)`: what is start, round, done, failed, or kept (done before)."""
 
 _FIRST_NEED = 2 * 2**30
 """Bytes a run is taken to need at least; the libraries alone take a part of it."""
@@ -69,7 +69,7 @@ def execute(
     *,
     processes: int | None,
     gpu: bool,
-    told: Told,
+    on_change: OnChange,
     small: bool = False,
 ) -> dict[str, str]:
     """Make all runs that are not complete, each in its own directory.
@@ -81,7 +81,7 @@ def execute(
             a round to itself, which shows what memory it takes; the others start where the
             machine's free memory holds as much.
         gpu: whether runs use one.
-        told: about what happens.
+        on_change: called when a run changes its state.
         small: a run is known to need little memory, so none has to show it first.
 
     Returns:
@@ -93,7 +93,7 @@ def execute(
             continue
         seen.add(run.directory)
         if (directory / run.directory / FINAL).is_dir():
-            told("kept", run, {})
+            on_change("kept", run, {})
         else:
             waiting.append(run)
     threads, most = threads_and_processes(processes, gpu)
@@ -109,7 +109,7 @@ def execute(
                     workers.append(worker)
                 _send(worker, waiting.pop(0), directory, threads)
                 assert worker.run is not None
-                told("start", worker.run, {})
+                on_change("start", worker.run, {})
             worker, message = answers.get()
             planned = worker.run
             if planned is None:
@@ -117,15 +117,15 @@ def execute(
             if "peak" in message:  # one run shows what the others need beside it
                 need, known = max(need, int(message["peak"])), True
             if "round" in message:
-                told("round", planned, message)
+                on_change("round", planned, message)
                 continue
             worker.run, known = None, True
             if message.get("done"):
-                told("done", planned, message)
+                on_change("done", planned, message)
                 continue
             why = message.get("failed") or _end_of(worker.process, directory)
             failed[planned.directory] = why
-            told("failed", planned, {"failed": why})
+            on_change("failed", planned, {"failed": why})
             if "failed" not in message:
                 workers.remove(worker)
     finally:

@@ -105,8 +105,8 @@ def _run(study: Study, directory: Path, processes: int | None, emit: Emit | None
     gpu = torch.cuda.is_available() and not all(r.keys.get("use_cpu") for r in study.runs)
     began = time.perf_counter()
     try:
-        with nullcontext(_teller(emit)) if emit else Progress(study) as told:
-            failed = execute(study.runs, runs, processes=processes, gpu=gpu, told=told)
+        with nullcontext(_teller(emit)) if emit else Progress(study) as on_change:
+            failed = execute(study.runs, runs, processes=processes, gpu=gpu, on_change=on_change)
     finally:  # what there is by now is worth a table, whatever ended the study
         if runs.is_dir():
             _write(study, directory, runs)
@@ -129,10 +129,10 @@ def _run(study: Study, directory: Path, processes: int | None, emit: Emit | None
 def _teller(emit: Emit) -> Callable[[str, Planned, Mapping[str, Any]], None]:
     """What happens to runs, as lines of JSON."""
 
-    def told(what: str, run: Planned, message: Mapping[str, Any]) -> None:
+    def on_change(what: str, run: Planned, message: Mapping[str, Any]) -> None:
         emit({"event": what, "run": run.directory, **_labels(run), **message})
 
-    return told
+    return on_change
 
 
 def _labels(run: Planned) -> dict[str, Any]:
@@ -148,11 +148,11 @@ def _runs(study: Study) -> dict[str, Any]:
 def _write(study: Study, directory: Path, runs: Path) -> None:
     from fedlora.commands.study.tables import markdown, runs_csv, summary_csv, tables
 
-    found = tables(study, runs)
+    made = tables(study, runs)
     texts = {
-        "table.md": markdown(study, found, _machine()),
+        "table.md": markdown(study, made, _machine()),
         "runs.csv": runs_csv(study, runs),
-        "summary.csv": summary_csv(found),
+        "summary.csv": summary_csv(made),
     }
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
