@@ -218,11 +218,11 @@ def judged(
 
     Args:
         questions: that were answered.
-        said: question id -> answers.
+        answers: question id -> answers.
         path: where judgements are kept.
         judge: the endpoint.
         threads: requests at once.
-        done: told how many turns were judged.
+        done: called with the number of turns that were judged.
 
     Returns:
         What is graded, and why the judge stopped; None: it did not.
