@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedlora.client.evaluate import evaluate
 from fedlora.commands.eval import general, mmlu, mt_bench
-from fedlora.commands.eval.asking import conversation_form
+from fedlora.commands.eval.asking import Form, conversation_form
 from fedlora.commands.eval.harness import Harness, task_scores
 from fedlora.commands.eval.judge import Judge, JudgeError
 from fedlora.commands.eval.models import Models, load_models, tokenizer_of
@@ -110,11 +110,11 @@ def assess(options: Options, console: Console | None = None, emit: Emit | None =
     work = _Work(subject, options, results, console)
     problem = work.all()
     if emit:
-        emit({"event": "end", "results": len(results.found), "output_dir": str(results.where)})
+        emit({"event": "end", "results": len(results.scores), "output_dir": str(results.where)})
     else:
         console.print()
         show(results, options.tasks, console)
-    if results.found and not emit:
+    if results.scores and not emit:
         where = f"results: {results.where}/"
         if results.logged and subject.run:
             where += f", and eval lines in {subject.run / 'metrics.jsonl'}"
@@ -363,69 +363,89 @@ class _Work:
     def _mt_bench(
         self, models: Models, questions: Sequence[mt_bench.Question], judge: Judge | None
     ) -> JudgeError | None:
-        options = self.options
+        """Answers of every model, then grades of every model while the judge answers."""
         form = conversation_form(
-            self.subject, models.tokenizer, options.loading.chat_template_path is not None
+            self.subject, models.tokenizer, self.options.loading.chat_template_path is not None
         )
-        answers = {}
-        for model in self.chosen:
-            path = self.results.place(model) / "mt_bench.answers.jsonl"
-            with (
-                self._saying(f"{model}: answers to {len(questions)} questions of MT-bench"),
-                models.using(model) as m,
-            ):
-                answers[model], cuts = mt_bench.answered(
-                    questions,
-                    path,
-                    m,
-                    models.tokenizer,
-                    form,
-                    identity=self.subject.fingerprint(model),
-                    max_new_tokens=options.max_new_tokens,
-                    context=models.context,
-                    batch_size=self.batch_size,
-                )
-            self._say(f"{model}: answers by {form.name}: {path}")
-            if cuts:
-                self._say(
-                    f"{model}: {cuts} prompts did not fit into the context of {models.context} "
-                    "tokens and lost their beginning"
-                )
+        answers = {model: self._answers(models, model, questions, form) for model in self.chosen}
         if judge is None:
             self._say(
                 "MT-bench stops after the answers: no judge. --judge_url URL --judge_model NAME "
                 "(and OPENAI_API_KEY) grades them"
             )
             return None
-        wanted = sum(len(q.turns) for q in questions)
         for model in self.chosen:
-            path = self.results.place(model) / "mt_bench.judgements.jsonl"
-            with self._saying(f"{model}: {judge.model} judges {wanted} answers"):
-                grades, problem = mt_bench.judged(
-                    questions, answers[model], path, judge, threads=options.judge_threads
-                )
-            scores = mt_bench.scores(grades, wanted)
-            if scores and not problem:
-                settings = self._settings(
-                    models,
-                    file=str(options.mt_bench_file),
-                    judge=judge.model,
-                    judge_url=judge.url,
-                    form=form.name,
-                    max_new_tokens=options.max_new_tokens,
-                    references=sum(bool(q.references) for q in questions),
-                )
-                self.results.record(MT_BENCH, model, scores, settings)
-            unrated = sum(g.rating is None for g in grades)
-            if unrated:
-                self._say(
-                    f"{model}: {unrated} judgements have no [[rating]] and do not count; the same "
-                    "command asks for them again"
-                )
+            problem = self._grades(models, model, questions, answers[model], judge, form)
             if problem:
-                self._say(f"{model}: {len(grades)} of {wanted} answers are judged: {path}")
                 return problem
         return None
+
+    def _answers(
+        self, models: Models, model: str, questions: Sequence[mt_bench.Question], form: Form
+    ) -> dict[str, list[str]]:
+        """Question -> a model's answers, which are kept as they come."""
+        path = self.results.place(model) / "mt_bench.answers.jsonl"
+        with (
+            self._saying(f"{model}: answers to {len(questions)} questions of MT-bench"),
+            models.using(model) as m,
+        ):
+            answers, cuts = mt_bench.answered(
+                questions,
+                path,
+                m,
+                models.tokenizer,
+                form,
+                identity=self.subject.fingerprint(model),
+                max_new_tokens=self.options.max_new_tokens,
+                context=models.context,
+                batch_size=self.batch_size,
+            )
+        self._say(f"{model}: answers by {form.name}: {path}")
+        if cuts:
+            self._say(
+                f"{model}: {cuts} prompts did not fit into the context of {models.context} "
+                "tokens and lost their beginning"
+            )
+        return answers
+
+    def _grades(
+        self,
+        models: Models,
+        model: str,
+        questions: Sequence[mt_bench.Question],
+        answers: Mapping[str, Sequence[str]],
+        judge: Judge,
+        form: Form,
+    ) -> JudgeError | None:
+        """A model's grades, recorded where there is one for every answer."""
+        options = self.options
+        wanted = sum(len(q.turns) for q in questions)
+        path = self.results.place(model) / "mt_bench.judgements.jsonl"
+        with self._saying(f"{model}: {judge.model} judges {wanted} answers"):
+            grades, problem = mt_bench.judged(
+                questions, answers, path, judge, threads=options.judge_threads
+            )
+        scores = mt_bench.scores(grades, wanted)
+        if scores and not problem:
+            settings = self._settings(
+                models,
+                file=str(options.mt_bench_file),
+                judge=judge.model,
+                judge_url=judge.url,
+                form=form.name,
+                max_new_tokens=options.max_new_tokens,
+                references=sum(bool(q.references) for q in questions),
+            )
+            self.results.record(MT_BENCH, model, scores, settings)
+        unrated = sum(g.rating is None for g in grades)
+        if unrated:
+            self._say(
+                f"{model}: {unrated} judgements have no [[rating]] and do not count; the same "
+                "command asks for them again"
+            )
+        if problem:
+            self._say(f"{model}: {len(grades)} of {wanted} answers are judged: {path}")
+        return problem
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -38,14 +38,15 @@ class Results:
         subject: what is evaluated.
         where: the directory of results.
         logged: they are the run's: a line in its `metrics.jsonl` for each.
-        emit: told each of them as JSON, where a program looks on.
+        emit: writes each of them as JSON, where a program looks on.
+        scores: what there is so far, by measure and model.
     """
 
     subject: Subject
     where: Path
     logged: bool
     emit: Emit | None = None
-    found: dict[tuple[str, str], Scores] = field(default_factory=dict)
+    scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
 
     def place(self, model: str) -> Path:
         """The directory of a model's results."""
@@ -94,11 +95,11 @@ class Results:
             append_eval(self.subject.run, line)
         if self.emit:
             self.emit(line)
-        self.found[name, model] = scores
+        self.scores[name, model] = scores
 
     def of(self, name: str) -> dict[str, Scores]:
         """Model -> scores of this name."""
-        return {model: x for (what, model), x in self.found.items() if what == name}
+        return {model: x for (what, model), x in self.scores.items() if what == name}
 
 
 def open_results(subject: Subject, output_dir: str | None, emit: Emit | None = None) -> Results:
@@ -194,7 +195,7 @@ MAIN = ("exact_match", "accuracy", "token_accuracy")
 
 
 def _by_client(results: Results, console: Console) -> None:
-    names = [n for n, _ in results.found if n.startswith(f"{HELD_OUT}:")]
+    names = [n for n, _ in results.scores if n.startswith(f"{HELD_OUT}:")]
     names = list(dict.fromkeys(names))
     if not names:
         return
@@ -264,7 +265,7 @@ def _few(models: list[str]) -> list[list[str]]:
 
 
 def _tasks(results: Results, wanted: Sequence[str], console: Console) -> None:
-    names = [n.removeprefix(TASK) for n, _ in results.found if n.startswith(TASK)]
+    names = [n.removeprefix(TASK) for n, _ in results.scores if n.startswith(TASK)]
     names = list(dict.fromkeys(names))
     if not names:
         return
