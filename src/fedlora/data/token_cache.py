@@ -29,7 +29,7 @@ from fedlora.data.rendered import Chat, Rendered
 from fedlora.data.tokenize import IGNORE, Outcome, Tokens, labels_of, tokenize_all
 
 VERSION = 2
-"""Of what `tokens.py` and `conversations.py` make of a rendered row, and of the files; another
+"""Of what `tokenize` and `conversations` make of a rendered row, and of the files; another
 finds none of the old."""
 SMALLEST = 2**20
 """Rows of fewer bytes altogether are tokenised in less than about a second, and not kept."""
@@ -51,7 +51,7 @@ def tokens_of(
     """Rows as tokens: those of an earlier run, or made now and kept for the next.
 
     Args:
-        rendered: of `tokens.render`.
+        rendered: of `tokenize.render`.
         tokenizer: of transformers.
         max_length: tokens kept, from the first.
         completion_only: take the loss on the completion, or on all assistant turns, alone.
@@ -59,7 +59,7 @@ def tokens_of(
         threads: to make them with; none: torch's number.
 
     Raises:
-        InputError: as `tokens.tokenize`.
+        InputError: as `tokenize.tokenize`.
     """
 
     def made(rows: Sequence[Rendered | str]) -> list[Outcome]:
