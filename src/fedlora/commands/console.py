@@ -141,6 +141,7 @@ def per_class(evaluation: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _introduction(event: Event) -> list[str]:
+    """What is said of a run as it begins: model, clients, choices, and whether it goes on."""
     ranks, rows = event["ranks"], event["rows"]
     begun = event["resumed_from"]
     lines = [

@@ -174,6 +174,7 @@ def _run_probe(known: Sequence[str], seconds: float) -> tuple[str, str]:
 
 
 def _python(machine: Machine) -> Iterator[Check]:
+    """Python against what the package declares, and whether the package is installed."""
     version = f"{platform.python_version()} ({sys.executable})"
     try:
         wanted = metadata.metadata("fedlora")["Requires-Python"]
@@ -222,6 +223,7 @@ _TRIED = ("torch", "transformers", "peft", "datasets")
 
 
 def _libraries(machine: Machine) -> Iterator[Check]:
+    """Every library that a run needs: installed, of a version that fits, and working."""
     others = []
     for requirement in requirements():
         wrong = shortfall(requirement)
@@ -251,6 +253,7 @@ def _libraries(machine: Machine) -> Iterator[Check]:
 
 
 def _device(machine: Machine) -> Iterator[Check]:
+    """The GPU or the CPU that a run would take, and why a GPU is not found."""
     torch, cuda, mps = (machine.probed[name] for name in ("torch", "cuda", "mps"))
     if "error" in torch:
         return  # said already
@@ -333,6 +336,7 @@ def _memory(machine: Machine) -> Iterator[Check]:
 
 
 def _disk(machine: Machine) -> Iterator[Check]:
+    """Whether the places that a run writes to can be written, and have room."""
     probed = machine.probed
     default = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     places = [("output", machine.output_dir, "give another --output_dir")]
@@ -387,6 +391,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def _cores(machine: Machine) -> Iterator[Check]:
+    """Cores and torch's threads on them, and how busy the machine is."""
     number, threads = cores(), machine.probed["torch"].get("threads")
     given = [f"{k}={os.environ[k]}" for k in _THREADS if os.environ.get(k)]
     text = f"{number:g}" + (f", torch takes {threads} threads" if threads else "")

@@ -168,6 +168,7 @@ def _held_out(subject: Subject, asker: Asker) -> list[Prompt]:
 
 
 def _show(prompts: list[Prompt], answers_of: dict[str, list[str]], console: Console) -> None:
+    """Every prompt with the models' answers below each other."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text

@@ -135,6 +135,7 @@ def _say_ended(result: Result) -> None:
 
 
 def _dry_run(arguments: list[str], emit: Emit | None) -> int:
+    """Check a run and show what it would do, without weights and without writing."""
     from rich.console import Console
 
     from fedlora.commands.views.plan import show_plan

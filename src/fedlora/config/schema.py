@@ -34,6 +34,7 @@ def config_schema() -> Schema:
 
 
 def _keys() -> dict[str, Schema]:
+    """Every key's own schema: the configuration's keys, then the rules' options."""
     generated = Config.model_json_schema()["properties"]
     out: dict[str, Schema] = {}
     for key, field in Config.model_fields.items():

@@ -62,6 +62,7 @@ def read_rows(path: str | Path) -> Rows:
 
 
 def _read(path: Path) -> Rows:
+    """The rows of a file that is what its ending says."""
     with path.open("rb") as file:
         head = file.read(256)
     kind = _kind(head)
@@ -125,6 +126,7 @@ def _parquet(path: Path) -> Rows:
 
 
 def _json(path: Path, kind: str) -> Rows:
+    """The rows of a JSON list, or of one object per line."""
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         return []

@@ -62,6 +62,7 @@ def _text(row: Row, *names: str) -> str:
 
 
 def _alpaca(row: Row) -> tuple[str, str] | Turns:
+    """Alpaca's prompt and response; with a history, all of its turns."""
     context = _text(row, "input", "context").strip()
     instruction = f"### Instruction:\n{_text(row, 'instruction')}"
     if context:
@@ -109,6 +110,7 @@ def _history(row: Row) -> list[tuple[str, str]]:
 
 
 def _chat(row: Row) -> Chat:
+    """A conversation of the column messages, or of ShareGPT's conversations."""
     column = "conversations" if is_null(row.get("messages")) else "messages"
     messages, left_out = messages_of(row[column])
     system = _text(row, "system").strip()

@@ -264,6 +264,7 @@ def _flat(rows: Sequence[Tokens], name: str) -> np.ndarray[Any, Any]:
 
 
 def _outcomes(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Outcome]:
+    """Rows as `_arrays` laid them out, in the order in which they were kept."""
     reasons = json.loads(arrays["reasons"].tobytes())
     ends = np.cumsum(arrays["lengths"])
     kept = iter(zip((ends - arrays["lengths"]).tolist(), ends.tolist(), strict=True))

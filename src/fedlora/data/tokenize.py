@@ -133,6 +133,7 @@ def _tokens(
     completion_only: bool,
     label_names: Sequence[str],
 ) -> Tokens:
+    """The tokens of a rendered row, by its kind, cut to `max_length`."""
     if isinstance(row, Classified):
         return _classified(row, tokenizer, max_length, label_names)
     if isinstance(row, Chat):
@@ -187,6 +188,7 @@ def _text(
     end: int,
     completion_only: bool,
 ) -> tuple[list[int], list[bool]]:
+    """A prompt's and its completion's tokens, and the end-of-text token behind them."""
     ids = list(encode(prompt + completion))
     if not ids or ids[-1] != end:
         ids.append(end)
@@ -214,6 +216,7 @@ def _turns(row: Turns, tokenizer: Any, completion_only: bool) -> tuple[list[int]
 def _classified(
     row: Classified, tokenizer: Any, max_length: int, label_names: Sequence[str]
 ) -> Tokens:
+    """A text's tokens, or a pair's, and the id of its label."""
     encoded = tokenizer(*row.texts, truncation=True, max_length=max_length)
     if row.label not in label_names:
         raise InputError(

@@ -193,6 +193,7 @@ def _plan(values: Mapping[str, Any], seeds: Sequence[int]) -> list[Planned]:
 
 
 def _read(runs: Sequence[Planned], where: Path, seconds: float) -> Shown:
+    """What the runs' logs say, put together for the table and the picture."""
     curves: dict[str, dict[int, list[float]]] = {}
     alone: dict[int, float] = {}
     sizes: dict[str, list[tuple[int, int]]] = {}
@@ -236,6 +237,7 @@ def show(shown: Shown, console: Console) -> None:
 
 
 def _table(shown: Shown) -> Table:
+    """Exact match by round, a row for each method, and the clients alone as mean and best."""
     number = len(shown.seeds)
     over = f"mean ± standard deviation over {number} seeds" if number > 1 else "one seed"
     table = Table(title=f"held-out exact match (%): {over}", box=SIMPLE_HEAD)

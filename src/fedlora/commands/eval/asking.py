@@ -56,6 +56,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _chat_tokens(tokenizer: Any, messages: Messages, template: str | None = None) -> list[int]:
+    """Messages as the chat template renders them, up to the assistant's next words."""
     try:
         text = tokenizer.apply_chat_template(
             [dict(m) for m in messages],
@@ -193,6 +194,7 @@ class Asker:
         return {}
 
     def _of(self, template: Template, row: Mapping[str, Any], shown: str | None) -> Prompt:
+        """A row of the run's kind as a prompt, with its answer as the reference."""
         try:
             rendered = template.render(row)
         except UnusableRowError as error:
@@ -280,7 +282,7 @@ def answers(
         max_new_tokens: longest answer.
         context: the model's, in tokens.
         batch_size: prompts at once.
-        done: told how many were answered, after every batch.
+        done: called after every batch with the number of answers in it.
 
     Returns:
         The answers, and which prompts were cut.

@@ -234,6 +234,7 @@ class _Work:
     # --- measures ---
 
     def _held_out(self, models: Models, data: FederatedData) -> None:
+        """The run's own rows, those of all clients and those of each, on every model asked for."""
         config, limit = self.subject.config, self.options.limit
         sets = {HELD_OUT: (list(first(data.eval, limit)), self.own)}
         shared = [m for m in self.own if m not in self.subject.clients]
@@ -272,6 +273,7 @@ class _Work:
         return Path(config.general_file) if wanted and config.general_file else None
 
     def _general(self, models: Models, path: Path) -> None:
+        """The loss on general text, and how much more of it a model has than the base."""
         length, limit = self.options.general_length or 1024, self.options.limit
         if not self.options.general_file:  # as the run itself did
             config = self.subject.config
@@ -299,6 +301,7 @@ class _Work:
             )
 
     def _mmlu(self, models: Models, items: list[mmlu.Item], dev: list[mmlu.Item]) -> None:
+        """MMLU's questions on every model, each question kept with what was guessed."""
         number = 5 if self.options.num_fewshot is None else self.options.num_fewshot
         examples = mmlu.shots(dev, number)
         settings = self._settings(
@@ -324,6 +327,7 @@ class _Work:
             self.results.record(MMLU, model, mmlu.scores(items, likelihoods), settings, kept)
 
     def _tasks(self, models: Models, harness: Harness) -> None:
+        """The harness's tasks on every model, each with the samples that it keeps."""
         options = self.options
         for model in self.chosen:
             with (

@@ -87,6 +87,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 
 def _item(row: Row) -> Item:
+    """A question from a row, in either of the shapes that `read_items` knows."""
     subject = str(row.get("subject") or row.get("class") or row.get("category") or "all")
     if row.get("choices") is not None and row.get("question") is not None:
         choices = row["choices"]
@@ -200,7 +201,7 @@ def log_likelihoods(
         batch_size: rows at once.
         context: the model's, in tokens.
         examples: worked examples by subject.
-        done: told how many rows were run, after every batch.
+        done: called after every batch with the number of rows in it.
     """
     rows: list[Tokens] = []
     places: list[tuple[int, list[int] | None]] = []  # the item, and its letters' tokens if single

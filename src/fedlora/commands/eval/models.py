@@ -103,6 +103,7 @@ def tokenizer_of(subject: Subject) -> Any:
 
 
 def _with_adapter(peft: Any, model: Any, name: str, subject: Subject, device: torch.device) -> Any:
+    """The model with one more adapter that PEFT loads; the first one wraps it."""
     from peft import PeftModel
 
     path: Path = subject.adapters[name]

@@ -133,7 +133,7 @@ def answered(
         max_new_tokens: longest answer of a turn.
         context: the model's, in tokens.
         batch_size: questions at once.
-        done: told how many questions were answered.
+        done: called with the number of questions that were answered.
 
     Returns:
         Question id -> an answer for each turn, and how many prompts had to be cut.
@@ -148,43 +148,58 @@ def answered(
     missing = [q for q in questions if q.id not in out]
     cuts = 0
     done(len(questions) - len(missing))
+
+    def say(talks: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+        """The model's next words in each conversation."""
+        nonlocal cuts
+        texts, cut = answers(
+            model,
+            tokenizer,
+            [form.tokens(talk) for talk in talks],
+            max_new_tokens=max_new_tokens,
+            context=context,
+            batch_size=batch_size,
+        )
+        cuts += sum(cut)
+        return texts
+
     for at in range(0, len(missing), batch_size):
         part = missing[at : at + batch_size]
-        talks: dict[str, list[dict[str, str]]] = {q.id: [] for q in part}
-        for turn in range(max(len(q.turns) for q in part)):
-            now = [q for q in part if turn < len(q.turns)]
-            for q in now:
-                talks[q.id].append({"role": "user", "content": q.turns[turn]})
-            texts, cut = answers(
-                model,
-                tokenizer,
-                [form.tokens(talks[q.id]) for q in now],
-                max_new_tokens=max_new_tokens,
-                context=context,
-                batch_size=batch_size,
-            )
-            cuts += sum(cut)
-            for q, text in zip(now, texts, strict=True):
-                talks[q.id].append({"role": "assistant", "content": text})
-        for q in part:
-            out[q.id] = [m["content"] for m in talks[q.id] if m["role"] == "assistant"]
-        keep(
-            path,
-            [
-                {
-                    "question_id": q.id,
-                    "category": q.category,
-                    "choices": [{"index": 0, "turns": out[q.id]}],
-                    "form": form.name,
-                    "max_new_tokens": max_new_tokens,
-                    "asked": digests[q.id],
-                    "settings": settings,
-                }
-                for q in part
-            ],
-        )
+        out |= _conversed(part, say)
+        records = [
+            {
+                "question_id": q.id,
+                "category": q.category,
+                "choices": [{"index": 0, "turns": out[q.id]}],
+                "form": form.name,
+                "max_new_tokens": max_new_tokens,
+                "asked": digests[q.id],
+                "settings": settings,
+            }
+            for q in part
+        ]
+        keep(path, records)
         done(len(part))
     return {q.id: out[q.id] for q in questions}, cuts
+
+
+def _conversed(
+    questions: Sequence[Question],
+    say: Callable[[Sequence[Sequence[dict[str, str]]]], list[str]],
+) -> dict[str, list[str]]:
+    """Question id -> the answers to its turns; of each turn all questions are answered at once."""
+    talks: dict[str, list[dict[str, str]]] = {q.id: [] for q in questions}
+    for turn in range(max(len(q.turns) for q in questions)):
+        now = [q for q in questions if turn < len(q.turns)]
+        for q in now:
+            talks[q.id].append({"role": "user", "content": q.turns[turn]})
+        texts = say([talks[q.id] for q in now])
+        for q, text in zip(now, texts, strict=True):
+            talks[q.id].append({"role": "assistant", "content": text})
+    return {
+        name: [message["content"] for message in talk if message["role"] == "assistant"]
+        for name, talk in talks.items()
+    }
 
 
 def _digest(*parts: str) -> str:

@@ -195,6 +195,7 @@ MAIN = ("exact_match", "accuracy", "token_accuracy")
 
 
 def _by_client(results: Results, console: Console) -> None:
+    """Each client's own held-out rows: the shared models beside the client's own."""
     names = [n for n, _ in results.scores if n.startswith(f"{HELD_OUT}:")]
     names = list(dict.fromkeys(names))
     if not names:
@@ -218,6 +219,7 @@ def _by_client(results: Results, console: Console) -> None:
 
 
 def _general(results: Results, console: Console) -> None:
+    """Loss on general text, and forgetting where the base was measured too."""
     by_model = results.of(GENERAL)
     if not by_model:
         return
@@ -238,6 +240,7 @@ def _general(results: Results, console: Console) -> None:
 
 
 def _mmlu(results: Results, console: Console) -> None:
+    """Accuracy by subject, as many models as fit side by side, then over all subjects."""
     by_model = results.of(MMLU)
     if not by_model:
         return
@@ -265,6 +268,7 @@ def _few(models: list[str]) -> list[list[str]]:
 
 
 def _tasks(results: Results, wanted: Sequence[str], console: Console) -> None:
+    """The harness's metrics with their standard errors."""
     names = [n.removeprefix(TASK) for n, _ in results.scores if n.startswith(TASK)]
     names = list(dict.fromkeys(names))
     if not names:
@@ -297,6 +301,7 @@ def _with_error(scores: Scores, metric: str) -> str:
 
 
 def _mt_bench(results: Results, console: Console) -> None:
+    """MT-bench's scores over all questions, then by category."""
     by_model = results.of(MT_BENCH)
     if not by_model:
         return

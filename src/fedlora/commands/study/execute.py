@@ -194,6 +194,7 @@ def _end_of(process: subprocess.Popen[str], directory: Path) -> str:
 
 
 def _may_start(workers: Sequence[_Worker], most: int, need: int) -> bool:
+    """Whether cores and memory hold another run beside those that are being made."""
     import torch
 
     from fedlora.client.memory import memory_available
@@ -211,6 +212,7 @@ def _may_start(workers: Sequence[_Worker], most: int, need: int) -> bool:
 def _new_worker(
     threads: int, directory: Path, answers: queue.Queue[tuple[_Worker, dict[str, Any]]]
 ) -> _Worker:
+    """A process that makes runs; what it says goes into the queue of answers."""
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "worker.log").open("a", encoding="utf-8") as log:
@@ -236,6 +238,7 @@ def _new_worker(
 
 
 def _send(worker: _Worker, planned: Planned, directory: Path, threads: int) -> None:
+    """Tell a process which run to make."""
     worker.run = planned
     job = {
         "path": str(directory / planned.directory),
@@ -250,6 +253,7 @@ def _send(worker: _Worker, planned: Planned, directory: Path, threads: int) -> N
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
+    """End processes: those at work are stopped, the others have nothing more to wait for."""
     for worker in workers:
         if worker.run is not None:
             worker.process.terminate()

@@ -141,6 +141,7 @@ def tables(study: Study, runs: Path) -> list[Table]:
 
 
 def _table(part: Part, planned: Sequence[Planned], runs: Path) -> Table:
+    """A part's outcomes by cell and label, over seeds, with differences to the reference."""
     by_cell: dict[tuple[tuple[str, ...], str], dict[int, Outcome]] = {}
     missing: dict[str, str] = {}
     others = [axis for axis in part.axes if axis != part.compare]
@@ -217,6 +218,7 @@ def markdown(study: Study, all_tables: Sequence[Table], about: str = "") -> str:
 
 
 def _section(table: Table) -> list[str]:
+    """A part as Markdown: all cells side by side, each cell, and what is missing."""
     lines = []
     if len(table.cells) > 1:
         lines += [*_matrix(table), ""]
@@ -273,6 +275,7 @@ def _overall(overall: tuple[Difference, int] | None, cells: int, factor: float) 
 
 
 def _cell(table: Table, cell: tuple[str, ...]) -> list[str]:
+    """One cell as a Markdown table, the best value of the compared axis first."""
     part, (factor, unit) = table.part, scale_of(table.part.metric)
     rows = [row for row in table.rows if row.cell == cell]
     traffic = any(x.traffic is not None for row in rows for x in row.outcomes.values())

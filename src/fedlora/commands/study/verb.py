@@ -92,6 +92,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
 
 def _run(study: Study, directory: Path, processes: int | None, emit: Emit | None) -> int:
+    """Make the runs, write the tables, and show them; gives the exit code."""
     import torch
 
     from fedlora.commands.console import quiet_libraries
@@ -172,6 +173,7 @@ def _machine() -> str:
 
 
 def _list_runs(study: Study) -> None:
+    """Print the parts of a study and its runs, for `--dry_run`."""
     print(f"{study.name} ({study.size}): {len({r.directory for r in study.runs})} runs")
     for part in study.parts:
         mine = [run for run in study.runs if run.part == part.name]

@@ -71,6 +71,7 @@ def _summary(data: FederatedData, config: Config) -> list[str]:
 def _show_row(
     row: Tokens, whose: str, data: FederatedData, tokenizer: Any, console: Console
 ) -> None:
+    """A row token by token, or a classifier's text with its label."""
     length = len(row["input_ids"])
     if data.label_names:
         label = data.label_names[row["label"]]
