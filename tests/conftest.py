@@ -137,7 +137,8 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_base(name: str, *, target_modules: Any, weights: bool = True, **keys: Any) -> Any:
     """A causal model with adapter layers, as a run loads it."""
     from fedlora.config.config import Config
-    from fedlora.model.loading import find_source, load_model, load_tokenizer
+    from fedlora.model.loading import load_model
+    from fedlora.model.sources import find_source, load_tokenizer
 
     config = Config(model_name_or_path=name, lora_target_modules=target_modules, **keys)
     source = find_source(name)

@@ -27,7 +27,9 @@ from transformers import (
 )
 
 from fedlora import InputError, aggregate, load_adapter, save_adapter
-from fedlora.adapters.names import Twin, documented, find_twins, read_keys, unwrapped
+from fedlora.adapters.keys import read_keys, unwrapped
+from fedlora.adapters.names import Twin, find_twins
+from fedlora.adapters.renaming import documented
 from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME
 from test_merging import change_config, cli, peft_effect, randomise, refused, same_effect, weighted
 

@@ -14,8 +14,9 @@ import pytest
 import fedlora
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.data.datasets import FederatedData, RawData, load_data
-from fedlora.data.datasets import load_rows as load_raw
+from fedlora.data.datasets import FederatedData, load_data
+from fedlora.data.raw_data import RawData
+from fedlora.data.raw_data import load_rows as load_raw
 from fedlora.data.rows import read_hub, read_rows
 from fedlora.data.templates import TEMPLATES, UnusableRowError, choose_template
 from fedlora.data.tokenize import IGNORE, tokenize

@@ -249,7 +249,7 @@ def test_commands_name_what_there_is(page: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.relative_to(REPOSITORY).as_posix())
 def test_settings_on_the_pages_are_possible(page: Path, tmp_path: Path) -> None:
-    from fedlora.commands.study.plan import load_study
+    from fedlora.commands.study.load import load_study
 
     for block in blocks(page, "yaml"):
         values = yaml.safe_load(block.text)

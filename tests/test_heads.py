@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fedlora import InputError, aggregate, load_adapter, save_adapter
-from fedlora.adapters.heads import label_names
+from fedlora.adapters.labels import label_names
 from test_merging import cli, refused  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -19,7 +19,7 @@ from fedlora.commands import VERBS
 from fedlora.commands.cli import main
 from fedlora.commands.json_lines import only_json
 from fedlora.config.config import Config
-from fedlora.data.datasets import load_rows
+from fedlora.data.raw_data import load_rows
 from fedlora.runs.metrics_log import read_metrics
 
 Told = Callable[..., list[dict[str, Any]]]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from conftest import rows, write_jsonl
 from fedlora import Config
-from fedlora.data.datasets import RawData, load_data, load_rows
+from fedlora.data.datasets import load_data
 from fedlora.data.partition import Indices, by_column, dirichlet, few_labels, iid, quantity
+from fedlora.data.raw_data import RawData, load_rows
 from fedlora.errors import InputError
 from fedlora.text import natural
 

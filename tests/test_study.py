@@ -22,7 +22,8 @@ from scipy.stats import ttest_rel
 
 from fedlora.commands.cli import main
 from fedlora.commands.study.execute import execute, threads_and_processes
-from fedlora.commands.study.plan import load_study, shipped
+from fedlora.commands.study.load import load_study
+from fedlora.commands.study.plan import shipped
 from fedlora.commands.study.statistics import mean_and_sd, paired
 from fedlora.commands.study.tables import over_cells, tables
 from fedlora.runs.metrics_log import read_metrics
@@ -406,7 +407,7 @@ def test_a_run_whose_process_dies_does_not_stop_the_others(
     found = load_study(str(path), overrides=overrides())
     heard: list[tuple[str, str]] = []
 
-    def told(what: str, run: Any, message: Any) -> None:
+    def on_change(what: str, run: Any, message: Any) -> None:
         heard.append((what, run.keys["method"]))
         if what == "start" and run.keys["method"] == "flora":
             for child in children():
@@ -420,7 +421,7 @@ def test_a_run_whose_process_dies_does_not_stop_the_others(
             if "fedlora.commands.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
         ]
 
-    failed = execute(found.runs, tmp_path / "runs", processes=1, gpu=False, told=told)
+    failed = execute(found.runs, tmp_path / "runs", processes=1, gpu=False, on_change=on_change)
     (why,) = failed.values()
     assert why.startswith("its process was killed by signal 9; see ")
     assert ("done", "ffa") in heard

@@ -21,7 +21,7 @@ from conftest import rows, write_jsonl
 from fedlora import Config
 from fedlora.data import token_cache
 from fedlora.data.datasets import FederatedData, load_data
-from fedlora.data.templates import Chat, Classified
+from fedlora.data.rendered import Chat, Classified
 from fedlora.data.token_cache import tokens_of
 from fedlora.data.tokenize import Outcome, tokenize_all
 
@@ -527,7 +527,7 @@ def test_what_was_not_used_for_longest_makes_room(
 def test_texts_together_give_the_tokens_of_each(
     threads: int, completion_only: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedlora.tokens
+    import fedlora.data.tokenize
 
     values: list[Any] = [(f"{i}>" * (i % 3), "x" * (i % 7)) for i in range(40)]
     wanted = [tokenize_all([row], tokenizer, 10, completion_only)[0] for row in values]

@@ -15,9 +15,9 @@ import fedlora
 from conftest import write_jsonl
 from fedlora import Config
 from fedlora.data.datasets import FederatedData, load_data
+from fedlora.data.rendered import Classified
 from fedlora.data.templates import (
     TEMPLATES,
-    Classified,
     Template,
     UnusableRowError,
     choose_template,
@@ -25,7 +25,7 @@ from fedlora.data.templates import (
     custom,
 )
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
-from fedlora.model.loading import find_source, load_tokenizer
+from fedlora.model.sources import find_source, load_tokenizer
 
 Written = Sequence[tuple[str, bool]]
 """A text in pieces, each learnt or not."""

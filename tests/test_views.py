@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import fedlora
 from conftest import rows, write_jsonl
 from fedlora.commands.cli import main
-from fedlora.commands.views import _cells
+from fedlora.commands.views.partition import _cells
 from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
 from fedlora.data.datasets import load_rows

@@ -97,17 +97,18 @@ def look(read: Callable[[], Reading | None] | None = None) -> Room | None:
         read: another source of readings.
     """
     read = read or reading
-    found: Room | None = None
+    least_busy: Room | None = None
     for _ in range(2):
         before = read()
         if before is None:
             return None
         time.sleep(WINDOW)
-        seen = room(before, read())
-        if seen is None or seen.threads(max(1, int(seen.cores))) >= int(seen.cores):
-            return seen
-        found = seen if found is None or seen.others < found.others else found
-    return found
+        now = room(before, read())
+        if now is None or now.threads(max(1, int(now.cores))) >= int(now.cores):
+            return now
+        if least_busy is None or now.others < least_busy.others:
+            least_busy = now
+    return least_busy
 
 
 def fewer(before: int, after: int, room: Room) -> str:
@@ -146,15 +147,15 @@ class Watcher:
         if not self.own or self.number == 1:
             return ""
         now = reading()
-        found = room(self._before, now)
-        if found is None:
+        since = room(self._before, now)
+        if since is None:
             return ""
         self._before = now
-        fit = found.threads(self.number)
+        fit = since.threads(self.number)
         if fit == self.number:
             return ""
-        told, self.number = fewer(self.number, fit, found), fit
-        return told
+        message, self.number = fewer(self.number, fit, since), fit
+        return message
 
 
 def cores() -> float:
@@ -182,10 +183,7 @@ def _quota() -> float:
 
 
 _In = TypeVar("_In")
-
-
 _Out = TypeVar("_Out")
-
 
 _outside: list[int] = []
 """How many threads torch had where `one_thread` was entered; `map_modules` may use as many."""

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fedlora.adapters.bases import base_config, base_name, check_bases, common_base, skeletons
-from fedlora.adapters.contents import holds, modules_to_save
-from fedlora.adapters.heads import combine_heads, common_base_weights
-from fedlora.adapters.names import common_names
+from fedlora.adapters.base_weights import common_base_weights
+from fedlora.adapters.bases import check_bases
+from fedlora.adapters.common import common_config, common_shapes, target_names, with_common_names
+from fedlora.adapters.contents import holds, modules_to_save, saved_whole
+from fedlora.adapters.heads import combine_heads
 from fedlora.adapters.saved_adapter import SavedAdapter, as_factors, load_adapter, write_adapter
 from fedlora.errors import CheckpointError, InputError
 from fedlora.federation.aggregators.mean import Mean
@@ -107,96 +109,102 @@ def aggregate(
         InputError: adapters of different bases or of ranks the rule cannot combine, heads that do
             not fit each other, one module under two names, or impossible values.
     """
-    rule, chosen = _rule(method, options)
+    rule, rule_options = _rule(method, options)
     shares = _shares(weights, len(adapters))
+    _check_cut(rank, energy)
+    base_notes = check_bases([a.config for a in adapters], same_base)
+    for note in base_notes:
+        warnings.warn(note, stacklevel=2)
+    adapters = with_common_names(adapters)
+    shapes = common_shapes(adapters)
+    config = common_config(adapters)
+    if not rule.mixed_ranks:
+        _check_equal(rule, adapters, shapes)
+    combined = _combined(rule, rule_options, adapters, shares, shapes)
+    deltas, layers = {}, {}
+    for name in sorted(shapes, key=natural):
+        parts = [a.deltas.get(name) for a in adapters]
+        # Only adapters of weight zero may have the module; then nothing was combined.
+        whole = combined.get(name, zeros(shapes[name], 0))
+        deltas[name], layers[name] = _settled(whole, parts, shares, rank, energy)
+    heads = combine_heads(adapters, shares)
+    base, weight_notes = common_base_weights(adapters)
+    _refuse_both_ways(deltas, heads.dense)
+    config["modules_to_save"] = _names_to_save(config["modules_to_save"], heads.dense)
+    return Aggregated(
+        deltas,
+        heads.dense,
+        config,
+        layers,
+        tuple(shares),
+        heads.labels,
+        (*base_notes, *heads.notes, *weight_notes),
+        base={name: value for name, value in base.items() if name not in heads.dense},
+        embeddings=frozenset(name for a in adapters for name in a.embeddings),
+        model_config=heads.model_config,
+    )
+
+
+def _check_cut(rank: int | None, energy: float | None) -> None:
+    """Refuse limits of the result's rank that are impossible, or two of them."""
     if rank is not None and energy is not None:
         raise InputError("rank and energy exclude each other; give one of them")
     if rank is not None and rank < 1:
         raise InputError(f"rank: {rank} must be at least 1")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise InputError(f"energy: {energy} must be above 0 and at most 1")
-    notes = check_bases([a.config for a in adapters], same_base)
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    adapters = _with_common_names(adapters)
-    shapes = _shapes(adapters)
-    config = _common_config(adapters)
-    if not rule.mixed_ranks:
-        _check_equal(rule, adapters, shapes)
-    found = _combined(rule, chosen, adapters, shares, shapes)
-    deltas, layers = {}, {}
-    for name in sorted(shapes, key=natural):
-        parts = [a.deltas.get(name) for a in adapters]
-        having = [(x, p) for x, p in zip(parts, shares, strict=True) if x is not None]
-        wanted = add([scale(x, p) for x, p in having])
-        if name not in found:  # only adapters of weight zero have it
-            found[name] = zeros(shapes[name], 0)
-        bound = min(*shapes[name], sum(x.rank for x, _ in having))
-        deltas[name] = kept = _cut(found[name], bound, rank, energy)
-        size = norm(wanted)
-        if size <= 1e-6 * sum(p * norm(x) for x, p in having):
-            size = 0.0  # the terms cancel; what is left is rounding
-        lost = norm(subtract(kept, wanted))
-        ranks = tuple(None if x is None else x.rank for x in parts)
-        layers[name] = Layer(ranks, kept.rank, lost / size if size else 0.0)
-    heads = combine_heads(adapters, shares)
-    dense = heads.dense
-    base, said = common_base_weights(adapters)
+
+
+def _settled(
+    whole: Delta,
+    parts: Sequence[LowRank | None],
+    shares: Sequence[float],
+    rank: int | None,
+    energy: float | None,
+) -> tuple[LowRank, Layer]:
+    """One module's result, cut to the rank that is wanted, and how far it is from the exact sum.
+
+    Args:
+        whole: what the rule made of it.
+        parts: its update in each adapter, None in those that have none.
+        shares: of the adapters; they sum to one.
+        rank, energy: as `aggregate` takes them.
+    """
+    having = [(x, p) for x, p in zip(parts, shares, strict=True) if x is not None]
+    exact = add([scale(x, p) for x, p in having])
+    bound = min(*whole.shape, sum(x.rank for x, _ in having))
+    kept = _cut(whole, bound, rank, energy)
+    size = norm(exact)
+    if size <= 1e-6 * sum(p * norm(x) for x, p in having):
+        size = 0.0  # the terms cancel; what is left is rounding
+    lost = norm(subtract(kept, exact))
+    ranks = tuple(None if x is None else x.rank for x in parts)
+    return kept, Layer(ranks, kept.rank, lost / size if size else 0.0)
+
+
+def _refuse_both_ways(deltas: Mapping[str, Delta], dense: Mapping[str, Tensor]) -> None:
+    """Refuse a module that one adapter changes by LoRA and another has trained whole."""
     for owner in sorted({name.rpartition(".")[0] for name in dense} & deltas.keys(), key=natural):
         raise InputError(
             f"{owner}: one adapter changes it by LoRA, another was trained whole there "
             "(modules_to_save); these cannot be combined"
         )
-    whole = [m for m in config["modules_to_save"] if holds(dense, m)]
-    whole += {
-        n.rpartition(".")[0]: n for n in dense if not any(holds({n: dense[n]}, m) for m in whole)
-    }
-    config["modules_to_save"] = whole or None
-    return Aggregated(
-        deltas,
-        dense,
-        config,
-        layers,
-        tuple(shares),
-        heads.labels,
-        (*notes, *heads.notes, *said),
-        base={name: value for name, value in base.items() if name not in dense},
-        embeddings=frozenset(name for a in adapters for name in a.embeddings),
-        model_config=heads.model_config,
-    )
 
 
-def _with_common_names(adapters: Sequence[SavedAdapter]) -> list[SavedAdapter]:
-    """The same adapters, a module under one name in all of them."""
-
-    def models(twins: bool) -> Iterator[Any]:
-        for a in adapters:
-            own = a.model_config or base_config(a.config)
-            yield from skeletons(a.config, own, only_renamed=not twins)
-
-    named = [
-        {name: x.shape for name, x in a.deltas.items()}
-        | {name: tuple(t.shape) for name, t in [*a.dense.items(), *a.base.items()]}
-        for a in adapters
-    ]
-    sources = [a.source or f"adapter {i}" for i, a in enumerate(adapters, 1)]
-    out = []
-    for a, new in zip(adapters, common_names(named, sources, models), strict=True):
-        if len(set(new.values())) < len(new):
-            raise InputError(f"{a.source}: holds one module under two names")
-        out.append(
-            replace(
-                a,
-                deltas={new[name]: x for name, x in a.deltas.items()},
-                dense={new[name]: t for name, t in a.dense.items()},
-                base={new[name]: t for name, t in a.base.items()},
-                embeddings=frozenset(new[name] for name in a.embeddings),
-            )
-        )
-    return out
+def _names_to_save(named: Sequence[str], dense: Mapping[str, Tensor]) -> list[str] | None:
+    """PEFT's `modules_to_save` for these parameters: the adapters' names, and those they lack."""
+    names = [module for module in named if holds(dense, module)]
+    unnamed = [n for n in dense if not any(saved_whole(n, [module]) for module in names)]
+    names += dict.fromkeys(parameter.rpartition(".")[0] for parameter in unnamed)
+    return names or None
 
 
-def _rule(method: str, options: Mapping[str, Any], names_only: bool = False) -> tuple[Rule, Any]:
+def check_options(method: str, options: Iterable[str]) -> Rule:
+    """The rule of this name, if it is one for `aggregate` and has these options.
+
+    Raises:
+        InputError: not so.
+    """
     if method not in ONE_SHOT:
         why = "needs a start that all clients share" if method in METHODS else "is unknown"
         raise InputError(f"method: {method} {why}; there are {', '.join(ONE_SHOT)}")
@@ -212,13 +220,20 @@ def _rule(method: str, options: Mapping[str, Any], names_only: bool = False) -> 
         if name not in known:
             has = f"its options: {', '.join(known)}" if known else "it has no options"
             raise InputError(f"{name}: unknown to aggregate with the method {method}; {has}")
+    return rule
+
+
+def _rule(method: str, options: Mapping[str, Any]) -> tuple[Rule, Any]:
+    """The rule, and its options as its own dataclass."""
+    rule = check_options(method, options)
     try:
-        return rule, None if names_only else rule.options(**options)
+        return rule, rule.options(**options)
     except (TypeError, ValueError) as error:
         raise InputError(f"method {method}: {error}") from None
 
 
 def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
+    """The adapters' weights, so that they sum to one."""
     if number == 0:
         raise InputError("aggregate needs at least one adapter")
     given = [1.0] * number if weights is None else list(weights)
@@ -229,80 +244,8 @@ def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
     return [w / sum(given) for w in given]
 
 
-def _shapes(adapters: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
-    out: dict[str, tuple[int, int]] = {}
-    tables = {name for a in adapters for name in a.embeddings}
-    for adapter in adapters:
-        for name, x in adapter.deltas.items():
-            if (name in tables) != (name in adapter.embeddings):
-                raise InputError(
-                    f"{name}: an embedding in one adapter and a linear layer in another; these are "
-                    "for different base models"
-                )
-            if out.setdefault(name, x.shape) != x.shape:
-                raise InputError(
-                    f"{name}: shapes {out[name]} and {x.shape}; these adapters are for different "
-                    "base models"
-                )
-    return out
-
-
-def _common_config(adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
-    """What all have in common; the first one's where it does not matter.
-
-    Raises:
-        InputError: another task.
-    """
-    tasks = list(dict.fromkeys(t for a in adapters if (t := a.config.get("task_type")) is not None))
-    if len(tasks) > 1:
-        raise InputError(
-            f"task_type: {tasks[0]!r} and {tasks[1]!r}; these adapters do not belong together"
-        )
-    name = common_base([base_name(a.config) for a in adapters])
-    # A revision is one of the base that is named.
-    same = [a.config for a in adapters if name is None or base_name(a.config) == name]
-    revision = next((c["revision"] for c in same if c.get("revision")), None)
-    out: dict[str, Any] = {"revision": revision, "task_type": tasks[0] if tasks else None}
-    # PEFT saves what its last layer was; it finds the rest out itself when it loads.
-    out["fan_in_fan_out"] = any(a.config.get("fan_in_fan_out") for a in adapters)
-    saved = [m for a in adapters for m in modules_to_save(a.config)]
-    lists = [_target_names(a) for a in adapters]
-    names = None if None in lists else sorted({name for x in lists for name in x or []})
-    return {
-        **out,
-        "base_model_name_or_path": name,
-        "modules_to_save": sorted(set(saved)),
-        "target_modules": names,
-    }
-
-
-def _target_names(adapter: SavedAdapter) -> list[str] | None:
-    """PEFT's `target_modules`, where that alone says which modules there are, by the names that
-    they have here."""
-    names = adapter.config.get("target_modules")
-    if not isinstance(names, list) or any(
-        adapter.config.get(key) not in (None, [], "")
-        for key in ("layers_to_transform", "exclude_modules", "target_parameters")
-    ):
-        return None
-    ends = [f".{name}" for name in names]
-    if any(not any(f".{module}".endswith(end) for end in ends) for module in adapter.deltas):
-        return None
-    if any(not any(f".{module}".endswith(end) for module in adapter.deltas) for end in ends):
-        return None
-    return names
-
-
-def check_options(method: str, options: Sequence[str]) -> None:
-    """Whether a method is one for `aggregate` and has these options.
-
-    Raises:
-        InputError: not so.
-    """
-    _rule(method, dict.fromkeys(options), names_only=True)
-
-
 def _check_equal(rule: Rule, adapters: Sequence[SavedAdapter], shapes: Mapping[str, Any]) -> None:
+    """Refuse adapters of different ranks for a rule that averages factors of one rank."""
     for name in shapes:
         ranks = [a.deltas[name].rank if name in a.deltas else 0 for a in adapters]
         if len(set(ranks)) > 1:
@@ -381,7 +324,7 @@ def save_adapter(path: str | Path, adapter: SavedAdapter) -> None:
     path, config = Path(path), adapter.config
     targets = Targets(
         shapes={name: x.shape for name, x in adapter.deltas.items()},
-        names=list(_target_names(adapter) or sorted(adapter.deltas)),
+        names=list(target_names(adapter) or sorted(adapter.deltas)),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         model_name=str(config.get("base_model_name_or_path") or ""),
         revision=config.get("revision"),

@@ -25,8 +25,8 @@ def base_name(config: Mapping[str, Any]) -> str:
     name = str(config.get("base_model_name_or_path") or "").strip()
     plain = name.replace("\\", "/") if re.match(r"^[A-Za-z]:\\", name) else name
     plain = plain.rstrip("/") or plain
-    if found := _SNAPSHOT.search(plain):
-        return f"{found[1]}/{found[2]}"
+    if snapshot := _SNAPSHOT.search(plain):
+        return f"{snapshot[1]}/{snapshot[2]}"
     return plain
 
 
@@ -119,8 +119,8 @@ def base_directory(name: str, revision: str | None = None) -> Path | None:
             return Path(name)
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(name, MODEL_CONFIG_NAME, revision=revision)
-        return Path(found).parent if isinstance(found, str) else None
+        cached = try_to_load_from_cache(name, MODEL_CONFIG_NAME, revision=revision)
+        return Path(cached).parent if isinstance(cached, str) else None
     except Exception:  # no name of the hub
         return None
 
@@ -211,18 +211,18 @@ def skeletons(
     import transformers
     from transformers import AutoConfig
 
-    found = dict(model_config or {})
-    kind = found.get("model_type")
+    model_keys = dict(model_config or {})
+    kind = model_keys.get("model_type")
     mapping = config.get("auto_mapping")
     if not kind and isinstance(mapping, Mapping):
         parts = str(mapping.get("parent_library")).split(".")
         kind = parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 2 else None
-    for name in architectures(config, found):
+    for name in architectures(config, model_keys):
         if only_renamed and not _has_renamings(str(kind), name):
             continue
         try:
             own = AutoConfig.for_model(
-                str(kind), **{k: v for k, v in found.items() if k != "model_type"}
+                str(kind), **{k: v for k, v in model_keys.items() if k != "model_type"}
             )
             with torch.device("meta"):
                 kind_of = getattr(transformers, name)

@@ -42,12 +42,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(f"{path}: cannot be read: it is written in UTF-16; save it again in UTF-8")
     try:
-        found = json.loads(raw.decode("utf-8-sig"))
+        content = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {_line(error)}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds no JSON object but a {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds no JSON object but a {type(content).__name__}")
+    return content
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         # safetensors reports the system's error as text; give it back its number.
-        found = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(found.group(1)) if found else 5, str(error), str(path)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number.group(1)) if number else 5, str(error), str(path)) from None
     back = load_file(path)
     same = back.keys() == tensors.keys() and all(
         torch.equal(back[k], t) for k, t in tensors.items()

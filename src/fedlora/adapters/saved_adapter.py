@@ -1,8 +1,8 @@
-"""Reads and writes PEFT adapter directories, and finds target modules by their names.
+"""Reads and writes PEFT adapter directories.
 
 Alpha, rsLoRA, `rank_pattern`, `alpha_pattern` and Conv1D layers are known here, PEFT's key names in
-`adapter_names`, and neither anywhere else; everything past this line sees `LowRank` updates with
-the scale folded into `B`.
+`names`, and neither anywhere else: all other code sees `LowRank` updates with the scale folded into
+`B`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.adapters.contents import check_plain, sort_weights, why_other_rank
-from fedlora.adapters.names import PREFIX
+from fedlora.adapters.contents import sort_weights, why_other_rank
+from fedlora.adapters.keys import PREFIX
 from fedlora.adapters.peft_files import (
     CONFIG_NAME,
+    MODEL_CONFIG_NAME,
     WEIGHTS_NAME,
     read_adapter_config,
     read_model_config,
     read_weights,
     save_tensors,
 )
+from fedlora.adapters.plain_lora import check_plain
 from fedlora.errors import InputError
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank, fold, scaling
 from fedlora.model.targets import Targets
@@ -57,25 +59,49 @@ def write_adapter(
 ) -> None:
     """Write an update as a PEFT adapter directory, with `alpha = r`, hence scale 1, everywhere.
 
-    `dense` holds the parameters of `modules_to_save` by their full names, `base` weights of the
-    base that are to lie beside them.
+    The files are read back and compared before this returns. The same update gives the same bytes.
 
-    Modules of `targets` that `deltas` does not name get a zero adapter of rank 1. The files are
-    read back and compared before this returns. The same update gives the same bytes.
+    Args:
+        path: the directory; what it holds of these names is overwritten.
+        deltas: target module -> its update. Modules of `targets` that have none get a zero adapter
+            of rank 1.
+        targets: the modules, and what PEFT's configuration says of them.
+        dense: the parameters of `modules_to_save` by their full names.
+        base: weights of the base that are to lie beside them.
 
     Raises:
         CheckpointError: what was read back is not what was written.
         OSError: the files cannot be written.
     """
+    factors = {
+        name: as_factors(deltas[name] if name in deltas else _nothing(m, n))
+        for name, (m, n) in targets.shapes.items()
+    }
+    config = _peft_config({name: x.rank for name, x in factors.items()}, targets)
+    tensors = _factor_tensors(factors, targets.embeddings)
+    for name, value in (dense or {}).items():
+        tensors[f"{PREFIX}{name}"] = _own_copy(value)
+    for name, value in (base or {}).items():
+        owner, _, end = name.rpartition(".")
+        under = f"{owner}.base_layer.{end}" if owner in factors else name
+        tensors[f"{PREFIX}{under}"] = _own_copy(value)
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    (path / CONFIG_NAME).write_text(text + "\n")
+    if targets.model_config is not None:
+        (path / MODEL_CONFIG_NAME).write_text(targets.model_config)
+    save_tensors(path / WEIGHTS_NAME, tensors)
+
+
+def _nothing(m: int, n: int) -> LowRank:
+    """An update of rank 0."""
+    return LowRank(torch.zeros(0, n), torch.zeros(m, 0))
+
+
+def _peft_config(ranks: Mapping[str, int], targets: Targets) -> dict[str, Any]:
+    """The contents of `adapter_config.json`: the commonest rank, and a pattern for the others."""
     from peft import LoraConfig
 
-    factors = {}
-    for name, (m, n) in targets.shapes.items():
-        x = deltas.get(name)
-        factors[name] = as_factors(
-            x if x is not None else LowRank(torch.zeros(0, n), torch.zeros(m, 0))
-        )
-    ranks = {name: x.rank for name, x in factors.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT matches the ends of names; ^ keeps a name that is another's end to itself.
     pattern = {
@@ -98,26 +124,23 @@ def write_adapter(
         modules_to_save=list(targets.modules_to_save) or None,
         inference_mode=True,
     ).to_dict()
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    # PEFT makes a set of the target modules, whose order differs from process to process.
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def _factor_tensors(
+    factors: Mapping[str, LowRank], embeddings: frozenset[str]
+) -> dict[str, Tensor]:
+    """The factors of every module by PEFT's keys."""
     tensors = {}
     for name, x in factors.items():
-        kind, end = ("embedding_", "") if name in targets.embeddings else ("", ".weight")
+        kind, end = ("embedding_", "") if name in embeddings else ("", ".weight")
         tensors[f"{PREFIX}{name}.lora_{kind}A{end}"] = x.A
         tensors[f"{PREFIX}{name}.lora_{kind}B{end}"] = x.B
-    for name, value in (dense or {}).items():
-        tensors[f"{PREFIX}{name}"] = _apart(value)
-    for name, value in (base or {}).items():
-        owner, _, end = name.rpartition(".")
-        under = f"{owner}.base_layer.{end}" if owner in factors else name
-        tensors[f"{PREFIX}{under}"] = _apart(value)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
-    if targets.model_config is not None:
-        (path / "config.json").write_text(targets.model_config)
-    save_tensors(path / WEIGHTS_NAME, tensors)
+    return tensors
 
 
-def _apart(value: Tensor) -> Tensor:
+def _own_copy(value: Tensor) -> Tensor:
     """A tensor with memory of its own: tied weights share theirs, which a file cannot."""
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
@@ -180,28 +203,40 @@ def load_adapter(path: str | Path) -> SavedAdapter:
 
 
 def _folded(
-    path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
+    path: Path, name: str, factors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> LowRank:
     """The factors of a module as an update, by the rank and alpha that its configuration says."""
-    a, b = parts["A"], parts["B"]
-    rank = a.shape[0]
     if config.get("peft_type") == "ADALORA":
-        # PEFT's AdaLoRA layer: dW = s / (init_r + 1e-5) B diag(E) A, with s = alpha.
-        init = config.get("init_r") or config["r"]
-        alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else init
-        update = fold(a.float() * parts["E"].float(), b, alpha / (init + 1e-5))
+        update = _folded_adalora(factors, config)
     else:
-        said = _by_pattern(path, config, "rank_pattern", name, config["r"])
-        if said != rank:
-            raise InputError(
-                f"{path}: {name} has rank {rank}, its configuration says {said}"
-                + why_other_rank(name, rank, said, config)
-            )
-        alpha = _by_pattern(path, config, "alpha_pattern", name, config["lora_alpha"])
-        update = fold(a, b, scaling(alpha, rank, bool(config.get("use_rslora"))))
+        update = _folded_lora(path, name, factors, config)
     if not torch.isfinite(update.B).all() or not torch.isfinite(update.A).all():
         raise InputError(f"{path}: the factors of {name} times its scale are too large for float32")
     return update
+
+
+def _folded_lora(
+    path: Path, name: str, factors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> LowRank:
+    """`dW = s B A`, with `s = alpha / r` or, with rsLoRA, `alpha / sqrt(r)`."""
+    a, b = factors["A"], factors["B"]
+    rank = a.shape[0]
+    configured = _by_pattern(path, config, "rank_pattern", name, config["r"])
+    if configured != rank:
+        raise InputError(
+            f"{path}: {name} has rank {rank}, its configuration says {configured}"
+            + why_other_rank(rank, configured, config)
+        )
+    alpha = _by_pattern(path, config, "alpha_pattern", name, config["lora_alpha"])
+    return fold(a, b, scaling(alpha, rank, bool(config.get("use_rslora"))))
+
+
+def _folded_adalora(factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
+    """`dW = alpha / (init_r + 1e-5) B diag(E) A`, as PEFT's AdaLoRA layer computes it."""
+    initial_rank = config.get("init_r") or config["r"]
+    alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else initial_rank
+    scaled_rows = factors["A"].float() * factors["E"].float()
+    return fold(scaled_rows, factors["B"], alpha / (initial_rank + 1e-5))
 
 
 def _by_pattern(path: Path, config: Mapping[str, Any], key: str, name: str, default: float) -> Any:

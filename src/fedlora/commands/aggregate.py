@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
@@ -69,38 +70,21 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.adapters.aggregate import aggregate, check_options, check_output, save_adapter
+    from fedlora.adapters.aggregate import aggregate, check_output, save_adapter
     from fedlora.adapters.saved_adapter import load_adapter
-    from fedlora.commands.views import show_layers
+    from fedlora.commands.views.layers import show_layers
 
     check_output(output)
-    weights = given.pop("weights", None)
-    if weights is True:
-        raise InputError("--weights: give one for each adapter")
-    weights = weights if isinstance(weights, list) or weights is None else [weights]
-    same_base = given.pop("same_base", False)
-    if not isinstance(same_base, bool):
-        if str(same_base).lower() not in ("true", "false"):
-            raise InputError(f"--same_base: is given alone, without {same_base}")
-        same_base = str(same_base).lower() == "true"
-    method = given.pop("method", "exact")
-    keys: dict[str, Any] = {"method": method if isinstance(method, str) else "(none given)"}
-    check_options(keys["method"], [key for key in given if key not in ("rank", "energy")])
-    for key, value in given.items():
-        if value is True:
-            raise InputError(f"--{key}: give a number")
-        keys[key] = None if value is None else number(key, value)
-    whole = keys.get("rank")
-    if whole is not None and not float(whole).is_integer():
-        raise InputError(f"rank: {whole} is no whole number")
-    keys["rank"] = None if whole is None else int(whole)
+    weights = _weights(given.pop("weights", None))
+    same_base = _same_base(given.pop("same_base", False))
+    options = _options(given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they stand below the table
         merged = aggregate(
             [load_adapter(path) for path in paths],
-            None if weights is None else [number("weights", w) for w in weights],
+            None if weights is None else [number("weights", weight) for weight in weights],
             same_base=same_base,
-            **keys,
+            **options,
         )
     save_adapter(output, merged)
     if emit:
@@ -109,6 +93,40 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     show_layers(merged, paths, Console())
     print(f"written and read back: {output}")
     return 0
+
+
+def _weights(given: Any) -> list[Any] | None:
+    """The weights as they stand on the command line."""
+    if given is True:
+        raise InputError("--weights: give one for each adapter")
+    return given if isinstance(given, list) or given is None else [given]
+
+
+def _same_base(given: Any) -> bool:
+    if isinstance(given, bool):
+        return given
+    if str(given).lower() not in ("true", "false"):
+        raise InputError(f"--same_base: is given alone, without {given}")
+    return str(given).lower() == "true"
+
+
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method, the limit of the result's rank and the method's options, as numbers."""
+    from fedlora.adapters.aggregate import check_options
+
+    method = given.get("method", "exact")
+    options: dict[str, Any] = {"method": method if isinstance(method, str) else "(none given)"}
+    others = {key: value for key, value in given.items() if key != "method"}
+    check_options(options["method"], [key for key in others if key not in ("rank", "energy")])
+    for key, value in others.items():
+        if value is True:
+            raise InputError(f"--{key}: give a number")
+        options[key] = None if value is None else number(key, value)
+    rank = options.get("rank")
+    if rank is not None and not float(rank).is_integer():
+        raise InputError(f"rank: {rank} is no whole number")
+    options["rank"] = None if rank is None else int(rank)
+    return options
 
 
 def _result(merged: Aggregated, paths: list[str], output: str) -> dict[str, Any]:

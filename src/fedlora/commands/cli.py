@@ -52,6 +52,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _dispatch(arguments: list[str], emit: Emit | None) -> int:
+    """Do what the arguments ask for: help, the version, or a verb; gives the exit code."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0

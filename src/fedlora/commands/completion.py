@@ -15,6 +15,8 @@ from typing import Any
 from fedlora.commands import VERBS
 from fedlora.commands.json_lines import Emit
 from fedlora.config.arguments import TRUTH, Option, Syntax
+from fedlora.config.config import Config
+from fedlora.config.keys import Mark, Schema, Words, annotation_of, keys_marked
 from fedlora.config.schema import config_schema
 from fedlora.errors import InputError
 
@@ -40,13 +42,6 @@ EVERY_VERB = {
     "json": Option("output for programs", flag=True),
     "help": Option("more on the verb", flag=True),
 }
-_PATHS = {
-    **dict.fromkeys(("train_file", "eval_file", "general_file"), "file"),
-    **dict.fromkeys(("chat_template_path", "client_overrides"), "file"),
-    **dict.fromkeys(("model_name_or_path", "tokenizer_name", "dataset_name"), "directory"),
-    **dict.fromkeys(("init_adapter", "output_dir", "logging_dir"), "directory"),
-}
-"""Keys that are paths, or may be."""
 
 
 @dataclass(frozen=True)
@@ -88,33 +83,38 @@ def known_verbs() -> dict[str, Verb]:
 
 
 def configuration_keys() -> dict[str, Option]:
-    """The keys of a configuration as options, with their words."""
-    out = {}
-    for key, found in config_schema()["properties"].items():
-        if key == "method_options":
-            continue
-        kinds = found.get("anyOf", [found])
-        words: list[str] = []
-        for kind in kinds:
-            words += [str(x) for x in kind.get("enum", ()) if isinstance(x, str)]
-            words += [str(kind["const"])] if isinstance(kind.get("const"), str) else []
-            words += TRUTH if kind.get("type") == "boolean" else ()
-        many = any(kind.get("type") == "array" for kind in kinds)
-        if words == ["none"]:
-            words = []  # that a key may be left out is no choice to offer
-        if key == "lora_target_modules":
-            words = ["all-linear"]
-        if key in ("model_name_or_path", "dataset_name"):
-            words = ["embedded"]
-        if key == "chat_template_path":
-            words = ["vicuna"]
-        out[key] = Option(
-            str(found["description"]),
-            many=many,
-            values=tuple(dict.fromkeys(words)),
-            path=_PATHS.get(key, ""),
+    """The keys of a configuration as options, with the words that may be given."""
+    schemas = config_schema()["properties"]
+    files, directories = keys_marked(Config, Mark.FILE), keys_marked(Config, Mark.DIRECTORY)
+    return {
+        key: Option(
+            str(schema["description"]),
+            many=any(kind.get("type") == "array" for kind in _alternatives(schema)),
+            values=_words(key, schema),
+            path="file" if key in files else "directory" if key in directories else "",
         )
-    return out
+        for key, schema in schemas.items()
+        if key != "method_options"
+    }
+
+
+def _alternatives(schema: Schema) -> list[Schema]:
+    """The forms that a value may have."""
+    return list(schema.get("anyOf", [schema]))
+
+
+def _words(key: str, schema: Schema) -> tuple[str, ...]:
+    """The words to offer as a key's value."""
+    declared = annotation_of(Config, key, Words) if key in Config.model_fields else None
+    if declared:
+        return declared.words
+    words: list[str] = []
+    for form in _alternatives(schema):
+        words += [x for x in (*form.get("enum", ()), form.get("const")) if isinstance(x, str)]
+        words += TRUTH if form.get("type") == "boolean" else ()
+    if words == ["none"]:  # that a key may be left out is no choice to offer
+        return ()
+    return tuple(dict.fromkeys(words))
 
 
 # --- bash ---
@@ -214,14 +214,14 @@ def _kind(option: Option) -> str:
 
 def _alike(verbs: Mapping[str, Verb]) -> list[tuple[list[str], Option]]:
     """`verb/option` of all that are completed in the same way; `verb/first` stands first."""
-    found: dict[tuple[Any, ...], tuple[list[str], Option]] = {}
+    groups: dict[tuple[Any, ...], tuple[list[str], Option]] = {}
     for name, one in verbs.items():
         first = {"first": one.first or Option(flag=True)}
         for key, option in {**one.options, **first}.items():
             if key == "first" or option.flag or option.many or option.values or option.path:
                 alike = (option.flag, option.many, option.values, option.path)
-                found.setdefault(alike, ([], option))[0].append(f"{name}/{key}")
-    return list(found.values())
+                groups.setdefault(alike, ([], option))[0].append(f"{name}/{key}")
+    return list(groups.values())
 
 
 # --- zsh ---

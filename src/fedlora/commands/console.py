@@ -78,10 +78,10 @@ def _header(task: str) -> str:
 
 def _row(event: Event, task: str) -> str:
     """A line of the table of rounds; it fits into a terminal of 80 columns."""
-    found = event.get("evaluation") or {}
+    evaluation = event.get("evaluation") or {}
     cells = []
     for key, _, width, form in _MEASURES[task]:
-        value = found.get(key)
+        value = evaluation.get(key)
         if key == "perplexity" and value is not None and value >= 1e5:
             form = ".1e"
         cells.append(f"{'-' if value is None else format(value, form):>{width}}")
@@ -111,34 +111,37 @@ def per_class(evaluation: Mapping[str, Any], where: str) -> list[str]:
         evaluation: of a round.
         where: the run's directory.
     """
-    found = evaluation.get("per_class")
-    if not found:
+    scores = evaluation.get("per_class")
+    if not scores:
         return []
-    parts, note = [list(found)], ""
-    if len(found) > 2 * ENDS:
-        measured = sorted((n for n in found if found[n]["support"]), key=lambda n: found[n]["f1"])
+    parts, note = [list(scores)], ""
+    if len(scores) > 2 * ENDS:
+        measured = sorted(
+            (n for n in scores if scores[n]["support"]), key=lambda n: scores[n]["f1"]
+        )
         parts = [measured[:ENDS], measured[ENDS:][-ENDS:]]
-        left, unseen = max(len(measured) - 2 * ENDS, 0), len(found) - len(measured)
-        said = [f"{left} labels between these"] * (left > 0)
-        said += [f"{unseen} without a row to evaluate on"] * (unseen > 0)
-        note = f"... left out: {' and '.join(said)}"
+        left, unseen = max(len(measured) - 2 * ENDS, 0), len(scores) - len(measured)
+        omitted = [f"{left} labels between these"] * (left > 0)
+        omitted += [f"{unseen} without a row to evaluate on"] * (unseen > 0)
+        note = f"... left out: {' and '.join(omitted)}"
     width = max(5, *(len(name) for part in parts for name in part))
     lines = [f"{'label':<{width}} {'precision':>9} {'recall':>7} {'F1':>7} {'rows':>6}"]
     for i, part in enumerate(parts):
         lines += [note] * (i > 0)
         for name in part:
-            x = found[name]
+            x = scores[name]
             lines.append(
                 f"{name:<{width}} {x['precision']:>9.1%} {x['recall']:>7.1%} {x['f1']:>7.1%} "
                 f"{x['support']:>6}"
             )
     if note:
-        lines.append(f"the worst and the best by F1; all {len(found)} labels: metrics.jsonl, or")
+        lines.append(f"the worst and the best by F1; all {len(scores)} labels: metrics.jsonl, or")
         lines.append(f"fedlora report {shlex.quote(where)}")
     return lines
 
 
 def _introduction(event: Event) -> list[str]:
+    """What is said of a run as it begins: model, clients, choices, and whether it goes on."""
     ranks, rows = event["ranks"], event["rows"]
     begun = event["resumed_from"]
     lines = [

@@ -44,7 +44,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.commands.views import show_samples
+    from fedlora.commands.views.samples import show_samples
     from fedlora.runs.session import resolve_paths, tokenized
 
     config = resolve_paths(Config(**settings(arguments, EMBEDDED)))
@@ -58,7 +58,12 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
 def _described(data: FederatedData, tokenizer: Any, config: Config, number: int) -> dict[str, Any]:
     """The data as a program reads them; tokens are pieces of text."""
-    from fedlora.commands.views import first_samples, quantiles, token_lengths, token_pieces
+    from fedlora.commands.views.samples import (
+        first_samples,
+        quantiles,
+        token_lengths,
+        token_pieces,
+    )
     from fedlora.data.tokenize import IGNORE
 
     lengths, learnt = token_lengths(data)

@@ -142,12 +142,12 @@ def probe(seconds: float = SECONDS) -> dict[str, dict[str, Any]]:
         trying = missing[0]
         for line in text.splitlines():
             try:
-                found = json.loads(line)
+                answer = json.loads(line)
             except ValueError:
                 continue
-            trying = found.get("trying", "")
-            if "name" in found:
-                out[found.pop("name")] = found
+            trying = answer.get("trying", "")
+            if "name" in answer:
+                out[answer.pop("name")] = answer
         if trying:
             out[trying] = {"error": error}
     return out
@@ -159,8 +159,10 @@ def _run_probe(known: Sequence[str], seconds: float) -> tuple[str, str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        return said.decode() if isinstance(said, bytes) else said, f"took over {seconds:.0f} s"
+        printed = error.stdout or b""
+        return printed.decode() if isinstance(
+            printed, bytes
+        ) else printed, f"took over {seconds:.0f} s"
     except OSError as error:
         return "", str(error)
     if done.returncode < 0:
@@ -172,18 +174,19 @@ def _run_probe(known: Sequence[str], seconds: float) -> tuple[str, str]:
 
 
 def _python(machine: Machine) -> Iterator[Check]:
-    found = f"{platform.python_version()} ({sys.executable})"
+    """Python against what the package declares, and whether the package is installed."""
+    version = f"{platform.python_version()} ({sys.executable})"
     try:
         wanted = metadata.metadata("fedlora")["Requires-Python"]
     except metadata.PackageNotFoundError:
-        yield Check("Python", OK, found)
+        yield Check("Python", OK, version)
         yield Check("fedlora", WARNING, f"{__version__}, not installed", "pip install .")
         return
     fits = not wanted or Requirement(f"python{wanted}").specifier.contains(
         platform.python_version(), prereleases=True
     )
     remedy = "" if fits else f"make a virtual environment with Python {wanted}"
-    yield Check("Python", OK if fits else PROBLEM, found, remedy)
+    yield Check("Python", OK if fits else PROBLEM, version, remedy)
     yield Check("fedlora", OK, __version__)
 
 
@@ -193,12 +196,12 @@ def requirements(extra: str = "") -> list[Requirement]:
         declared = metadata.requires("fedlora") or []
     except metadata.PackageNotFoundError:
         return []
-    found = [Requirement(line) for line in declared]
+    needed = [Requirement(line) for line in declared]
     if not extra:
-        return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+        return [r for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})]
     return [
         r
-        for r in found
+        for r in needed
         if r.marker and not r.marker.evaluate({"extra": ""}) and r.marker.evaluate({"extra": extra})
     ]
 
@@ -220,6 +223,7 @@ _TRIED = ("torch", "transformers", "peft", "datasets")
 
 
 def _libraries(machine: Machine) -> Iterator[Check]:
+    """Every library that a run needs: installed, of a version that fits, and working."""
     others = []
     for requirement in requirements():
         wrong = shortfall(requirement)
@@ -249,6 +253,7 @@ def _libraries(machine: Machine) -> Iterator[Check]:
 
 
 def _device(machine: Machine) -> Iterator[Check]:
+    """The GPU or the CPU that a run would take, and why a GPU is not found."""
     torch, cuda, mps = (machine.probed[name] for name in ("torch", "cuda", "mps"))
     if "error" in torch:
         return  # said already
@@ -258,25 +263,25 @@ def _device(machine: Machine) -> Iterator[Check]:
     elif cuda["there"]:
         free, total = cuda["free"], cuda["total"]
         more = f", the first of {cuda['devices']}" if cuda["devices"] > 1 else ""
-        found = f"{cuda['device']}{more}, {_gib(free)} of {_gib(total)} free"
+        text = f"{cuda['device']}{more}, {_gib(free)} of {_gib(total)} free"
         if free < total / 4:
             remedy = "see nvidia-smi for who uses it; CUDA_VISIBLE_DEVICES chooses another"
-            yield Check("device", WARNING, found, remedy)
+            yield Check("device", WARNING, text, remedy)
         else:
-            yield Check("device", OK, found)
+            yield Check("device", OK, text)
     elif torch["cuda_build"] or torch["hip_build"]:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found = "CPU; this torch is built for a GPU, and finds none"
+        text = "CPU; this torch is built for a GPU, and finds none"
         if hidden is not None:
-            found += f" (CUDA_VISIBLE_DEVICES={hidden})"
-        yield Check("device", WARNING, found, "see nvidia-smi: is there a GPU, and its driver?")
+            text += f" (CUDA_VISIBLE_DEVICES={hidden})"
+        yield Check("device", WARNING, text, "see nvidia-smi: is there a GPU, and its driver?")
     elif shutil.which("nvidia-smi") and _runs("nvidia-smi", "-L"):
-        found = "CPU; there is a GPU, and this torch is built without CUDA"
+        text = "CPU; there is a GPU, and this torch is built without CUDA"
         remedy = "install torch as https://pytorch.org/get-started/locally says"
-        yield Check("device", WARNING, found, remedy)
+        yield Check("device", WARNING, text, remedy)
     else:
-        found = "CPU" + ("; Apple's GPU is not used" if mps.get("there") else "")
-        yield Check("device", OK, found)
+        text = "CPU" + ("; Apple's GPU is not used" if mps.get("there") else "")
+        yield Check("device", OK, text)
 
 
 def _runs(*command: str) -> bool:
@@ -295,8 +300,8 @@ def memory() -> tuple[int, int] | None:
     """Bytes free and in all, within a container's limit; None: the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-        free, total = found["MemAvailable"], found["MemTotal"]
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        free, total = sizes["MemAvailable"], sizes["MemTotal"]
     except (OSError, ValueError, KeyError, IndexError):
         try:
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -318,10 +323,10 @@ def memory() -> tuple[int, int] | None:
 
 
 def _memory(machine: Machine) -> Iterator[Check]:
-    found = memory()
-    if found is None:
+    sizes = memory()
+    if sizes is None:
         return
-    free, total = found
+    free, total = sizes
     text = f"{_gib(free)} of {_gib(total)} free"
     if free < GIB:
         remedy = "end other programs; the libraries alone take about 1 GiB"
@@ -331,6 +336,7 @@ def _memory(machine: Machine) -> Iterator[Check]:
 
 
 def _disk(machine: Machine) -> Iterator[Check]:
+    """Whether the places that a run writes to can be written, and have room."""
     probed = machine.probed
     default = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     places = [("output", machine.output_dir, "give another --output_dir")]
@@ -360,12 +366,12 @@ def _place(name: str, path: Path, remedy: str) -> Check:
     except OSError as error:
         where = str(path) if there == path.expanduser().absolute() else f"{path} (in {there})"
         return Check(name, PROBLEM, f"{where} cannot be written: {error.strerror}", remedy)
-    found = f"{path}, {_gib(free)} free"
+    text = f"{path}, {_gib(free)} free"
     if free < GIB / 4:
-        return Check(name, PROBLEM, found, f"free some space, or {remedy}")
+        return Check(name, PROBLEM, text, f"free some space, or {remedy}")
     if free < 5 * GIB:
-        return Check(name, WARNING, found, f"models are large: free some space, or {remedy}")
-    return Check(name, OK, found)
+        return Check(name, WARNING, text, f"models are large: free some space, or {remedy}")
+    return Check(name, OK, text)
 
 
 def cores() -> float:
@@ -385,28 +391,29 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def _cores(machine: Machine) -> Iterator[Check]:
+    """Cores and torch's threads on them, and how busy the machine is."""
     number, threads = cores(), machine.probed["torch"].get("threads")
     given = [f"{k}={os.environ[k]}" for k in _THREADS if os.environ.get(k)]
-    found = f"{number:g}" + (f", torch takes {threads} threads" if threads else "")
-    found += f" ({', '.join(given)})" if given else ""
+    text = f"{number:g}" + (f", torch takes {threads} threads" if threads else "")
+    text += f" ({', '.join(given)})" if given else ""
     if threads and threads > max(number, 1):
         remedy = f"--num_threads {max(1, int(number))}: more threads than cores wait for each other"
-        yield Check("cores", WARNING, found, remedy)
+        yield Check("cores", WARNING, text, remedy)
     else:
-        yield Check("cores", OK, found)
+        yield Check("cores", OK, text)
     try:
         load = os.getloadavg()[0]
     except OSError:
         return
-    found = f"{load:.1f} processes over the last minute, {number:g} cores"
+    text = f"{load:.1f} processes over the last minute, {number:g} cores"
     if load > 0.6 * number:
         remedy = (
             "the machine is busy: threads that wait for a core slow a run down many times; wait, "
             "or give --num_threads 1"
         )
-        yield Check("load", WARNING, found, remedy)
+        yield Check("load", WARNING, text, remedy)
     else:
-        yield Check("load", OK, found)
+        yield Check("load", OK, text)
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -490,5 +497,5 @@ def _show(checks: Sequence[Check]) -> None:
         if check.remedy:
             print(f"{'':8}{'':{width}}  -> {check.remedy}")
     counts = {state: sum(c.state == state for c in checks) for state in (PROBLEM, WARNING)}
-    said = [f"{n} {state}{'s' * (n > 1)}" for state, n in counts.items() if n]
-    print(f"\n{', '.join(said) or 'ready'}")
+    totals = [f"{n} {state}{'s' * (n > 1)}" for state, n in counts.items() if n]
+    print(f"\n{', '.join(totals) or 'ready'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from fedlora.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedlora.commands.eval.asking import Prompt
+    from fedlora.commands.eval.asking import Asker, Prompt
+    from fedlora.commands.eval.models import Models
     from fedlora.commands.eval.subject import Subject
 
 HELP = """\
@@ -69,9 +71,10 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.commands.eval.asking import Asker, answers, read_prompts
+    from fedlora.commands.eval.asking import Asker
     from fedlora.commands.eval.models import load_models, tokenizer_of
     from fedlora.commands.eval.subject import find_subject
+    from fedlora.commands.views.sentences import say
 
     loading = given.loading(given.listed("model"))
     texts, file = given.listed("prompt"), given.file("prompts_file")
@@ -88,32 +91,17 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
         raise InputError("generate: give --prompt TEXT or --prompts_file F")
     _check_output(output)
     console, tokenizer = Console(), tokenizer_of(subject)
-    asker = Asker(subject, tokenizer, raw)
-    prompts = [asker.text(text) for text in texts]
-    prompts += read_prompts(file, asker) if file else []
-    if not prompts:
-        prompts = _held_out(subject, asker)
+    prompts = _prompts(texts, file, subject, Asker(subject, tokenizer, raw))
     for note in subject.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"note: {note}")
     models = load_models(subject, wanted, tokenizer)
-    said: dict[str, list[str]] = {}
-    cut: list[bool] = []
-    for name in wanted:
-        with models.using(name) as model:
-            said[name], cut = answers(
-                model,
-                tokenizer,
-                [p.ids for p in prompts],
-                max_new_tokens=number,
-                context=models.context,
-                batch_size=batch_size,
-            )
-    records = _records(prompts, said)
+    answers_of, cut = _answers(models, wanted, prompts, number, batch_size)
+    records = _records(prompts, answers_of)
     if emit:
         for record in records:
             emit({"event": "answer", **record})
     else:
-        _show(prompts, said, console)
+        _show(prompts, answers_of, console)
     if any(cut):
         console.print(
             f"{sum(cut)} of {len(cut)} prompts did not fit beside an answer into the context of "
@@ -122,12 +110,52 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
         )
     if output:
         _write(output, records)
-        console.print(f"answers: {output}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"answers: {output}")
     return 0
 
 
-def _held_out(subject: Subject, asker: Any) -> list[Prompt]:
-    from fedlora.data.datasets import load_rows
+def _prompts(
+    texts: Sequence[str], file: Path | None, subject: Subject, asker: Asker
+) -> list[Prompt]:
+    """Those of the command line and of the file; without any, some of the run's held-out rows."""
+    from fedlora.commands.eval.asking import read_prompts
+
+    prompts = [asker.text(text) for text in texts]
+    prompts += read_prompts(file, asker) if file else []
+    return prompts or _held_out(subject, asker)
+
+
+def _answers(
+    models: Models, wanted: Sequence[str], prompts: Sequence[Prompt], number: int, batch_size: int
+) -> tuple[dict[str, list[str]], list[bool]]:
+    """Each model's answers to all prompts, and which prompts lost their beginning.
+
+    Args:
+        models: that are loaded.
+        wanted: their names, in the order in which they answer.
+        prompts: as tokens.
+        number: tokens of the longest answer.
+        batch_size: prompts at once.
+    """
+    from fedlora.commands.eval.asking import answers
+
+    answers_of: dict[str, list[str]] = {}
+    cut: list[bool] = []
+    for name in wanted:
+        with models.using(name) as model:
+            answers_of[name], cut = answers(
+                model,
+                models.tokenizer,
+                [prompt.ids for prompt in prompts],
+                max_new_tokens=number,
+                context=models.context,
+                batch_size=batch_size,
+            )
+    return answers_of, cut
+
+
+def _held_out(subject: Subject, asker: Asker) -> list[Prompt]:
+    from fedlora.data.raw_data import load_rows
     from fedlora.runs.session import resolve_paths
 
     rows = load_rows(resolve_paths(subject.config)).eval[:SAMPLES]
@@ -139,7 +167,8 @@ def _held_out(subject: Subject, asker: Any) -> list[Prompt]:
     return [asker.row(row) for row in rows]
 
 
-def _show(prompts: list[Prompt], said: dict[str, list[str]], console: Console) -> None:
+def _show(prompts: list[Prompt], answers_of: dict[str, list[str]], console: Console) -> None:
+    """Every prompt with the models' answers below each other."""
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -149,7 +178,7 @@ def _show(prompts: list[Prompt], said: dict[str, list[str]], console: Console) -
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
-        for name, texts in said.items():
+        for name, texts in answers_of.items():
             table.add_row(Text(name, style="cyan"), Text(texts[i] or "(nothing)"))
         if prompt.reference is not None:
             table.add_row(Text("reference", style="green"), Text(prompt.reference))
@@ -161,14 +190,14 @@ def _check_output(output: str | None) -> None:
         raise InputError(f"--output: {output}: there is no such directory")
 
 
-def _records(prompts: list[Prompt], said: dict[str, list[str]]) -> list[dict[str, Any]]:
+def _records(prompts: list[Prompt], answers_of: dict[str, list[str]]) -> list[dict[str, Any]]:
     """What was asked and answered, as it is kept."""
     records = []
     for i, prompt in enumerate(prompts):
         record: dict[str, Any] = {"prompt": prompt.shown}
         if prompt.reference is not None:
             record["reference"] = prompt.reference
-        record["answers"] = {name: texts[i] for name, texts in said.items()}
+        record["answers"] = {name: texts[i] for name, texts in answers_of.items()}
         records.append(record)
     return records
 

@@ -13,7 +13,7 @@ from fedlora.config.sources import settings
 from fedlora.embedded import EMBEDDED
 
 if TYPE_CHECKING:
-    from fedlora.commands.views import Division
+    from fedlora.commands.views.partition import Division
 
 HELP = """\
 fedlora partition [CONFIG.yaml] [--key value ...] [--by COLUMN] [--output FILE] [--json]
@@ -52,9 +52,10 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     quiet_libraries()
     from rich.console import Console
 
-    from fedlora.commands.views import check_picture, divide, draw_partition, show_partition
+    from fedlora.commands.views.partition import divide, show_partition
+    from fedlora.commands.views.partition_picture import check_picture, draw_partition
     from fedlora.config.clients import check_overrides, client_ranks
-    from fedlora.data.datasets import load_rows
+    from fedlora.data.raw_data import load_rows
     from fedlora.runs.session import resolve_paths
 
     picture = check_picture(output) if output else None
@@ -65,7 +66,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     if picture:
         draw_partition(division, picture)
     if emit:
-        emit(_holdings(division, picture))
+        emit(_counts(division, picture))
         return 0
     show_partition(division, Console())
     if picture:
@@ -73,7 +74,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     return 0
 
 
-def _holdings(division: Division, picture: Path | None) -> dict[str, Any]:
+def _counts(division: Division, picture: Path | None) -> dict[str, Any]:
     """Who holds what, as a program reads it."""
 
     def counted(counts: list[int]) -> dict[str, Any]:

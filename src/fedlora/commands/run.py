@@ -17,8 +17,10 @@ from fedlora.config.sources import settings
 from fedlora.embedded import EMBEDDED
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
+from fedlora.runs.file_names import CONFIG
 
 if TYPE_CHECKING:
+    from fedlora.engines.local import Result
     from fedlora.runs.session import Session
 
 
@@ -78,48 +80,65 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
             raise InputError("--dry_run checks a run that has not begun; leave --resume out")
         return _dry_run(arguments, emit)
     quiet_libraries()
-    from fedlora.commands.console import per_class, reporter
+    from fedlora.commands.console import reporter
     from fedlora.engines.local import run
 
-    config: Config | None = None
-    if resume is None:
-        config = Config(**settings(arguments, EMBEDDED))
-    elif arguments:
-        # Keys alone are held against the run's own configuration, a file against all of it.
-        kept = str(Path(resume) / "config.yaml")
-        if not Path(kept).is_file():
-            raise InputError(f"--resume {resume}: nothing to resume; there is no config.yaml")
-        config = Config(**settings(arguments, kept))
-    where = resume or (config.output_dir if config else "")
+    config = _configuration(arguments, resume)
     try:
         with reporter(emit) as report:
             result = run(config, resume=resume, report=report)
     except KeyboardInterrupt:
-        if not (Path(where) / "config.yaml").is_file():
-            print("\nstopped before anything was written", file=sys.stderr)
-        else:
-            print(
-                "\nstopped; finished rounds are saved. Go on with: fedlora run --resume "
-                + shlex.quote(where),
-                file=sys.stderr,
-            )
+        _say_stopped(resume or (config.output_dir if config else ""))
         return 130
     if emit is None:
-        last = next(x for x in reversed(result.metrics) if x["event"] in ("round", "start"))
-        shown = per_class(last.get("evaluation") or {}, str(result.output_dir))
-        print("\n".join(shown), end="\n" if shown else "")
-        end = result.metrics[-1]
-        best = "" if end["best"] is None else f"; best: round {end['best']}"
-        print(f"ended after round {end['round']}{best}; final/ holds round {end['final']}")
-        each = "" if (result.final_dir / "adapter_config.json").exists() else "/client-*"
-        print(f"final adapter: {result.final_dir}{each}  (PeftModel.from_pretrained loads it)")
+        _say_ended(result)
     return 0
 
 
+def _configuration(arguments: list[str], resume: str | None) -> Config | None:
+    """What the command line asks for; None: a run goes on, and nothing more is said of it."""
+    if resume is None:
+        return Config(**settings(arguments, EMBEDDED))
+    if not arguments:
+        return None
+    # Keys alone are held against the run's own configuration, a file against all of it.
+    kept = Path(resume) / CONFIG
+    if not kept.is_file():
+        raise InputError(f"--resume {resume}: nothing to resume; there is no config.yaml")
+    return Config(**settings(arguments, str(kept)))
+
+
+def _say_stopped(where: str) -> None:
+    """What an interrupted run leaves, and how it goes on."""
+    if not (Path(where) / CONFIG).is_file():
+        print("\nstopped before anything was written", file=sys.stderr)
+    else:
+        print(
+            "\nstopped; finished rounds are saved. Go on with: fedlora run --resume "
+            + shlex.quote(where),
+            file=sys.stderr,
+        )
+
+
+def _say_ended(result: Result) -> None:
+    """How a run ended: a classifier's scores by label, the best round, and where its model lies."""
+    from fedlora.commands.console import per_class
+
+    last = next(x for x in reversed(result.metrics) if x["event"] in ("round", "start"))
+    for line in per_class(last.get("evaluation") or {}, str(result.output_dir)):
+        print(line)
+    end = result.metrics[-1]
+    best = "" if end["best"] is None else f"; best: round {end['best']}"
+    print(f"ended after round {end['round']}{best}; final/ holds round {end['final']}")
+    each = "" if (result.final_dir / "adapter_config.json").exists() else "/client-*"
+    print(f"final adapter: {result.final_dir}{each}  (PeftModel.from_pretrained loads it)")
+
+
 def _dry_run(arguments: list[str], emit: Emit | None) -> int:
+    """Check a run and show what it would do, without weights and without writing."""
     from rich.console import Console
 
-    from fedlora.commands.views import show_plan
+    from fedlora.commands.views.plan import show_plan
     from fedlora.runs.directory import check_free
     from fedlora.runs.session import assemble
 
@@ -136,7 +155,7 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
 
 def _plan(session: Session) -> dict[str, Any]:
     """What a run would do, as a program reads it."""
-    from fedlora.commands.views import client_plans
+    from fedlora.commands.views.plan import client_plans
 
     base, data, spec = session.base, session.data, session.federation
     clients = []

@@ -40,14 +40,6 @@ def expected(annotation: Any) -> str:
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def refuse_truth(key: str, value: Any, annotation: Any) -> None:
-    """true and false are no numbers, though Python counts with them."""
-    inside = value if isinstance(value, list) else [value]
-    if bool not in members(annotation) and any(isinstance(x, bool) for x in inside):
-        why = " (a key without a value is true)" if value is True else ""
-        raise ValueError(f"{key}: {value!r}: expected {expected(annotation)}{why}")
-
-
 _LIMITS = {
     "greater_than_equal": "must be at least {ge:g}",
     "greater_than": "must be greater than {gt:g}",

@@ -7,45 +7,11 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any, get_type_hints
 
-from fedlora.config.config import CLIENT_KEYS, TRACKERS, Config, option_line
+from fedlora.config.config import CLIENT_KEYS, Config
 from fedlora.config.errors_in_words import members
+from fedlora.config.keys import NONE, JsonSchema, Schema, annotation_of
+from fedlora.config.rule_options import option_line, rules_by_option
 from fedlora.methods import METHODS
-
-Schema = dict[str, Any]
-
-NONE: Schema = {"enum": [None, "none"]}
-"""What a key takes that may be none; the text is as good as YAML's null."""
-
-# Bounds that the configuration checks in words of its own, beyond what its types say.
-_RANK: Schema = {"type": "integer", "minimum": 1}
-_SHARE: Schema = {"type": "number", "minimum": 0}
-_BY_HAND: dict[str, Schema] = {
-    "lora_alpha": {
-        "anyOf": [
-            {"type": "number", "exclusiveMinimum": 0},
-            {"type": "string", "pattern": r"^(\d*\.?\d+)?\s*\*?\s*r$", "examples": ["2r", "r"]},
-        ]
-    },
-    "client_ranks": {"anyOf": [_RANK, {"type": "array", "items": _RANK, "minItems": 1}, NONE]},
-    "rank_choices": {"anyOf": [{"type": "array", "items": _RANK, "minItems": 1}, _RANK, NONE]},
-    "rank_shares": {"anyOf": [{"type": "array", "items": _SHARE}, _SHARE, NONE]},
-    "clients_per_round": {
-        "anyOf": [
-            {"type": "integer", "minimum": 1},
-            {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-            NONE,
-        ]
-    },
-    "cohort_size": {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]},
-    "max_steps": {"type": "integer", "minimum": -1, "not": {"const": 0}},
-    "method": {"enum": list(METHODS)},
-    "report_to": {
-        "anyOf": [
-            {"enum": [*TRACKERS, "all", None, "none"]},
-            {"type": "array", "items": {"enum": [*TRACKERS, "all", "none"]}},
-        ]
-    },
-}
 
 
 def config_schema() -> Schema:
@@ -55,7 +21,7 @@ def config_schema() -> Schema:
     refused beside another rule.
     """
     keys = _keys()
-    only = [_belongs(key, rules) for key, rules in _rules_by_option().items()]
+    only = [_belongs(key, rules) for key, rules in rules_by_option().items()]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "fedlora configuration",
@@ -68,23 +34,25 @@ def config_schema() -> Schema:
 
 
 def _keys() -> dict[str, Schema]:
+    """Every key's own schema: the configuration's keys, then the rules' options."""
     generated = Config.model_json_schema()["properties"]
     out: dict[str, Schema] = {}
     for key, field in Config.model_fields.items():
         if key == "method_options":
             continue
         about = {"title": key, "description": field.description, "default": field.default}
-        own = _BY_HAND.get(key) or _lenient(generated[key], field.annotation)
+        declared = annotation_of(Config, key, JsonSchema)
+        own = declared.schema if declared else _lenient(generated[key], field.annotation)
         out[key] = {**about, **own}
     out["client_overrides"] |= _overrides(out)
-    for key, rules in _rules_by_option().items():
+    for key, rules in rules_by_option().items():
         options = METHODS[rules[0]].options
-        found = next(f for f in dataclasses.fields(options) if f.name == key)
+        option = next(f for f in dataclasses.fields(options) if f.name == key)
         out[key] = {
             "title": key,
             "description": f"{option_line(options, key)} (method {', '.join(rules)})",
-            "default": found.default,
-            **_option(get_type_hints(options)[key], found.metadata.get("bounds", {})),
+            "default": option.default,
+            **_option(get_type_hints(options)[key], option.metadata.get("bounds", {})),
         }
     out["method_options"] = {
         "title": "method_options",
@@ -105,21 +73,21 @@ def _option(annotation: Any, bounds: Mapping[str, float]) -> Schema:
     return {"anyOf": [number, {"type": "null"}]} if NoneType in kinds else number
 
 
-def _lenient(found: Mapping[str, Any], annotation: Any) -> Schema:
+def _lenient(generated: Mapping[str, Any], annotation: Any) -> Schema:
     """What pydantic says of a key, and what the configuration reads beside it.
 
     One value where a list is wanted is a list of one, and the text none is none.
     """
-    kinds: list[Schema] = [dict(x) for x in found.get("anyOf", [])]
+    kinds: list[Schema] = [dict(x) for x in generated.get("anyOf", [])]
     if not kinds:
-        keep = {k: v for k, v in found.items() if k not in ("title", "description", "default")}
-        return keep
+        described = ("title", "description", "default")
+        return {k: v for k, v in generated.items() if k not in described}
     of_list = [x["items"] for x in kinds if x.get("type") == "array"]
     optional = NoneType in members(annotation)
     kinds = [x for x in kinds if x.get("type") != "null"]
     if of_list and len(members(annotation)) == 2 and optional:
         kinds += of_list
-    if optional or {"type": "null"} in found.get("anyOf", []):
+    if optional or {"type": "null"} in generated.get("anyOf", []):
         kinds.append(NONE)
     return {"anyOf": kinds}
 
@@ -139,15 +107,6 @@ def _overrides(keys: Mapping[str, Schema]) -> Schema:
             NONE,
         ]
     }
-
-
-def _rules_by_option() -> dict[str, list[str]]:
-    """Every option, and the rules that have it."""
-    out: dict[str, list[str]] = {}
-    for name, rule in METHODS.items():
-        for f in dataclasses.fields(rule.options):
-            out.setdefault(f.name, []).append(name)
-    return out
 
 
 def _belongs(key: str, rules: list[str]) -> Schema:

@@ -34,6 +34,11 @@ SPEAKERS = ("human", "gpt", "chatgpt", "bard", "bing", "model")
 
 
 def json_of(column: str, text: str) -> Any:
+    """What JSON text in a column says.
+
+    Raises:
+        InputError: it is none.
+    """
     try:
         return loads(text)
     except (ValueError, RecursionError) as error:
@@ -55,7 +60,12 @@ LOSS_KEYS = ("weight", "train", "training", "loss")
 def messages_of(turns: Any) -> tuple[list[dict[str, Any]], list[bool]]:
     """Turns as transformers takes them, and of each whether it is left out of the loss.
 
-    A list of them may be given as JSON text, as CSV files and flat columns hold it.
+    Args:
+        turns: a list of them, or the JSON text of one, as CSV files and flat columns hold it.
+
+    Raises:
+        InputError: these are no turns.
+        UnusableRowError: a turn cannot be used.
     """
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = json_of("chat", turns)
@@ -64,33 +74,31 @@ def messages_of(turns: Any) -> tuple[list[dict[str, Any]], list[bool]]:
             f"template: chat needs a list of turns, each with role and content (or from and "
             f"value); got {repr(turns)[:60]}"
         )
-    found = [_message(turn) for turn in turns]
-    return [message for message, _ in found], [left_out for _, left_out in found]
+    messages, left_out = [], []
+    for turn in turns:
+        # A data set's columns give every turn the keys of all others, empty.
+        own = without_empty(turn)
+        message = _message(own, turn)
+        messages.append(message)
+        left_out.append(message["role"] == "assistant" and _is_left_out(own))
+    return messages, left_out
 
 
-def _message(turn: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    given = dict(turn)
-    # A data set's columns give every turn the keys of all others, empty.
-    turn = without_empty(turn)
-    if "from" in turn and "from" in given and "value" in given:
-        role = ROLES.get(str(turn["from"]))
-        if role is None:
-            raise UnusableRowError(f"unknown speaker {turn['from']!r}")
-        message: dict[str, Any] = {"role": role}
-        if "value" in turn:
-            message["content"] = turn["value"]
-        if turn["from"] == "function_call":
-            message = _function_call(message)
-    elif "role" in turn:
-        message = {key: value for key, value in turn.items() if key not in LOSS_KEYS}
-        if message["role"] in SPEAKERS:
-            message["role"] = ROLES[message["role"]]
-        if "content" not in given and "value" in message:
-            message["content"] = message.pop("value")
+def _message(own: Mapping[str, Any], turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn with role, content and tool calls as chat templates know them.
+
+    Args:
+        own: the turn without its empty keys.
+        turn: as it was given.
+    """
+    if "from" in own and "value" in turn:
+        message = _of_sharegpt(own)
+    elif "role" in own:
+        message = _of_openai(own, has_content="content" in turn)
     else:
         raise InputError(
             f"template: chat needs role and content (or from and value) in every turn; got "
-            f"{', '.join(map(str, given)) or 'nothing'}"
+            f"{', '.join(map(str, turn)) or 'nothing'}"
         )
     if not isinstance(message["role"], str):
         raise UnusableRowError("a turn's role is not text")
@@ -98,13 +106,39 @@ def _message(turn: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     if "tool_calls" not in message or message["role"] != "assistant":
         message.setdefault("content", "")
     if isinstance(message.get("content"), list):
-        message["content"] = _text_of(message["content"])
+        message["content"] = _joined_parts(message["content"])
     if not isinstance(message.get("content", ""), str):
         raise UnusableRowError("a turn's content is not text")
-    return message, message["role"] == "assistant" and _is_left_out(turn)
+    return message
 
 
-def _text_of(parts: list[Any]) -> str:
+def _of_sharegpt(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn that says `from` and `value`."""
+    role = ROLES.get(str(turn["from"]))
+    if role is None:
+        raise UnusableRowError(f"unknown speaker {turn['from']!r}")
+    message: dict[str, Any] = {"role": role}
+    if "value" in turn:
+        message["content"] = turn["value"]
+    return _function_call(message) if turn["from"] == "function_call" else message
+
+
+def _of_openai(turn: Mapping[str, Any], has_content: bool) -> dict[str, Any]:
+    """A turn that says `role` and `content`, or `value` where nobody has a content.
+
+    Args:
+        turn: without its empty keys.
+        has_content: the key is there, perhaps empty.
+    """
+    message = {key: value for key, value in turn.items() if key not in LOSS_KEYS}
+    if message["role"] in SPEAKERS:
+        message["role"] = ROLES[message["role"]]
+    if not has_content and "value" in message:
+        message["content"] = message.pop("value")
+    return message
+
+
+def _joined_parts(parts: list[Any]) -> str:
     """Content in OpenAI's parts (`{"type": "text", "text": ...}`) as one text.
 
     Raises:
@@ -119,6 +153,7 @@ def _text_of(parts: list[Any]) -> str:
 
 
 def without_empty(value: Any) -> Any:
+    """A value without keys that hold nothing, however deep."""
     if isinstance(value, Mapping):
         return {key: without_empty(inner) for key, inner in value.items() if not is_null(inner)}
     return [without_empty(inner) for inner in value] if isinstance(value, list) else value

@@ -59,6 +59,7 @@ def _beginning(tokenizer: Any) -> list[int]:
 
 
 def _documents(path: Path, letters: int | None) -> Iterator[str]:
+    """The texts of a file: a plain text is one document, at most so many letters of it."""
     if path.suffix.lower() in ENDINGS:
         rows = read_rows(path)
         if not any(isinstance(row.get("text"), str) for row in rows):

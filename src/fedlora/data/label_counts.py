@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fedlora.config.config import Config
-from fedlora.data.datasets import RawData, template_of
-from fedlora.data.rows import columns_of
+from fedlora.data.raw_data import RawData
+from fedlora.data.reading import template_of
+from fedlora.data.rows import Rows, columns_of
 from fedlora.errors import InputError
 
 MOST_VALUES = 10
@@ -17,7 +16,7 @@ MOST_VALUES = 10
 
 
 @dataclass(frozen=True)
-class Holdings:
+class LabelCounts:
     """Rows of every client by the values of one column.
 
     Args:
@@ -34,13 +33,13 @@ class Holdings:
     names: list[str]
     evaluation: list[int]
 
-    def of(self, client: int) -> Holdings:
-        """Those of one client alone."""
+    def of(self, client: int) -> LabelCounts:
+        """The counts of one client alone."""
         return replace(self, counts=[self.counts[client]], names=[self.names[client]])
 
 
-def holdings(config: Config, raw: RawData, by: str | None = None) -> Holdings:
-    """Count who holds what.
+def label_counts(config: Config, raw: RawData, by: str | None = None) -> LabelCounts:
+    """Count how many rows of each value every client holds.
 
     Args:
         config: of the run.
@@ -50,30 +49,37 @@ def holdings(config: Config, raw: RawData, by: str | None = None) -> Holdings:
     Raises:
         InputError: there is no such column.
     """
-    columns = columns_of(raw.train)
-    column = by or config.partition_column or config.label_column_name
-    if column is None and config.lora_task_type == "SEQ_CLS":
-        column = template_of(config, raw, True).columns[-1][0]
-    if by is None and column not in columns:
-        column = None  # named, and nothing is divided by it
-    if column is not None and column not in columns:
-        raise InputError(f"{column!r} is not a column; there are {', '.join(columns)}")
+    column = _counted_column(config, raw, by)
 
-    def count(rows: Sequence[Any]) -> Counter[str]:
+    def count(rows: Rows) -> Counter[str]:
         return Counter(str(row.get(column)) if column else "rows" for row in rows)
 
     values = [value for value, _ in count(raw.train).most_common()]
-    kept = values if len(values) <= MOST_VALUES else values[: MOST_VALUES - 1]
-    other = [f"{len(values) - len(kept)} others"] if len(kept) < len(values) else []
+    shown = values if len(values) <= MOST_VALUES else values[: MOST_VALUES - 1]
+    others = [f"{len(values) - len(shown)} others"] if len(shown) < len(values) else []
 
-    def row(counts: Counter[str]) -> list[int]:
-        own = [counts[value] for value in kept]
-        return own + [counts.total() - sum(own)] * len(other)
+    def by_value(rows: Rows) -> list[int]:
+        counts = count(rows)
+        own = [counts[value] for value in shown]
+        return own + [counts.total() - sum(own)] * len(others)
 
-    return Holdings(
+    return LabelCounts(
         column,
-        kept + other,
-        [row(count(rows)) for rows in raw.clients],
+        shown + others,
+        [by_value(rows) for rows in raw.clients],
         raw.names,
-        row(count(raw.eval)) if raw.eval else [],
+        by_value(raw.eval) if raw.eval else [],
     )
+
+
+def _counted_column(config: Config, raw: RawData, by: str | None) -> str | None:
+    """The column whose values are counted; None: there is none, and rows are counted."""
+    columns = columns_of(raw.train)
+    if by is None:
+        column = config.partition_column or config.label_column_name
+        if column is None and config.lora_task_type == "SEQ_CLS":
+            column = template_of(config, raw, True).columns[-1][0]
+        return column if column in columns else None  # a name may stand there and divide nothing
+    if by not in columns:
+        raise InputError(f"{by!r} is not a column; there are {', '.join(columns)}")
+    return by

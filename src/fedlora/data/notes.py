@@ -13,7 +13,7 @@ from fedlora.errors import InputError
 
 if TYPE_CHECKING:
     from fedlora.config.config import Config
-    from fedlora.data.datasets import RawData
+    from fedlora.data.raw_data import RawData
 
 
 def reasons(outcomes: Iterable[Outcome]) -> Counter[str]:
@@ -27,7 +27,7 @@ def kept(outcomes: Iterable[Outcome]) -> list[Tokens]:
 
 
 def all_dropped(outcomes: Sequence[Outcome]) -> str:
-    """Why no row is left, or nothing."""
+    """Why no row is left, as a sentence; empty where some are, or there were none."""
     why = reasons(outcomes)
     if not why or why.total() < len(outcomes):
         return ""
@@ -42,6 +42,11 @@ def all_dropped(outcomes: Sequence[Outcome]) -> str:
 
 def left_out(raw: RawData, useless: Mapping[int, str], strict: bool) -> list[str]:
     """What to say of clients without a row that can be used.
+
+    Args:
+        raw: all rows.
+        useless: such a client -> why its rows cannot be used.
+        strict: no client may be left out (`strict_clients`).
 
     Raises:
         InputError: they are all there are, or none is allowed.
@@ -58,21 +63,21 @@ def left_out(raw: RawData, useless: Mapping[int, str], strict: bool) -> list[str
 
 
 def unused(config: Config, raw: RawData, template: Template) -> list[str]:
-    """Columns that nothing reads."""
+    """A note on columns that nothing reads; none where all are read."""
     used = {*template.reads, config.partition_column, config.label_column_name}
     names = [name for name in columns_of([*raw.train, *raw.eval]) if name not in used]
     return [f"columns not used: {', '.join(map(str, names))}"] if names else []
 
 
 def alike(label_names: Sequence[str]) -> list[str]:
-    """Labels that are one and the same but for white space and capitals."""
+    """A note on labels that are one and the same but for white space and capitals."""
     groups: dict[str, list[str]] = {}
     for name in label_names:
         groups.setdefault(" ".join(name.split()).casefold(), []).append(repr(name))
-    alike = [" and ".join(names) for names in groups.values() if len(names) > 1]
-    if not alike:
+    same = [" and ".join(names) for names in groups.values() if len(names) > 1]
+    if not same:
         return []
     return [
         "labels that differ by white space or capitals alone are counted as different: "
-        + "; ".join(alike)
+        + "; ".join(same)
     ]

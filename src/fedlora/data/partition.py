@@ -16,8 +16,7 @@ from fedlora.errors import InputError
 from fedlora.text import natural
 
 Indices = NDArray[np.int64]
-
-
+"""Row numbers of one client, ascending."""
 DRAWS = 1000
 """How often a division is drawn anew until every client has rows enough."""
 
@@ -87,8 +86,8 @@ def quantity(
         )
 
     def draw() -> list[list[int]]:
-        of = rng.dirichlet(np.full(num_clients, alpha)) if shares is None else np.array(shares)
-        cuts = np.round(np.cumsum(of / of.sum())[:-1] * num_rows).astype(int)
+        sizes = rng.dirichlet(np.full(num_clients, alpha)) if shares is None else np.array(shares)
+        cuts = np.round(np.cumsum(sizes / sizes.sum())[:-1] * num_rows).astype(int)
         return [part.tolist() for part in np.split(rng.permutation(num_rows), cuts)]
 
     if shares is not None:
@@ -137,7 +136,7 @@ def few_labels(
         slots[rng.permutation(len(names))[: num_clients * labels_per_client % len(names)]] += 1
         holders: list[list[int]] = [[] for _ in names]
         for client in rng.permutation(num_clients).tolist():
-            # The labels with most places left, so that none is left with too few clients.
+            # Labels that still need most holders come first, so that each finds enough of them.
             order = np.lexsort((rng.random(len(names)), -slots))
             for label in order[:labels_per_client].tolist():
                 holders[label].append(client)
@@ -161,6 +160,7 @@ def by_column(values: Sequence[Any]) -> tuple[list[Indices], list[str]]:
 
 
 def _grouped(values: Sequence[Any]) -> dict[str, list[int]]:
+    """Value -> the rows that have it."""
     out: dict[str, list[int]] = {}
     for row, value in enumerate(values):
         out.setdefault(str(value), []).append(row)
@@ -170,6 +170,14 @@ def _grouped(values: Sequence[Any]) -> dict[str, list[int]]:
 def _drawn(
     draw: Callable[[], list[list[int]]], min_size: int, what: str, num_rows: int, clients: int
 ) -> list[Indices]:
+    """The first of `DRAWS` divisions in which every client has rows enough.
+
+    Args:
+        draw: makes a division: each client's row numbers.
+        min_size: fewest rows of a client.
+        what: the key that makes divisions uneven, for the message.
+        num_rows, clients: that are divided, for the message.
+    """
     for _ in range(DRAWS):
         parts = draw()
         if min(map(len, parts)) >= min_size:
@@ -181,6 +189,7 @@ def _drawn(
 
 
 def _enough(num_rows: int, num_clients: int, min_size: int) -> None:
+    """Refuse fewer rows than the clients need at the least."""
     if num_rows < num_clients * min_size:
         least = "" if min_size == 1 else f" and partition_min_size {min_size}"
         raise InputError(f"num_clients: {num_clients} clients{least} for {num_rows} rows of data")

@@ -62,21 +62,22 @@ def read_rows(path: str | Path) -> Rows:
 
 
 def _read(path: Path) -> Rows:
+    """The rows of a file that is what its ending says."""
     with path.open("rb") as file:
         head = file.read(256)
-    found = _kind(head)
+    kind = _kind(head)
     ending = path.suffix.lower()
     if ending == ".parquet":
-        if found != "Parquet" and head:
-            raise InputError(f"{path}: is no Parquet file; it looks like {found}")
+        if kind != "Parquet" and head:
+            raise InputError(f"{path}: is no Parquet file; it looks like {kind}")
         return _parquet(path)
-    if found not in ("JSON", "text"):
-        raise InputError(f"{path}: is {found}, not what its ending ({path.suffix}) says")
+    if kind not in ("JSON", "text"):
+        raise InputError(f"{path}: is {kind}, not what its ending ({path.suffix}) says")
     if ending == ".csv":
-        if found == "JSON" and _is_json(path):
+        if kind == "JSON" and _is_json(path):
             raise InputError(f"{path}: holds JSON, not CSV; name it .json or .jsonl")
         return _csv(path)
-    return _json(path, found)
+    return _json(path, kind)
 
 
 def _first_undecodable(content: bytes) -> int:
@@ -124,11 +125,12 @@ def _parquet(path: Path) -> Rows:
     return [without_nan(row) for row in rows]
 
 
-def _json(path: Path, found: str) -> Rows:
+def _json(path: Path, kind: str) -> Rows:
+    """The rows of a JSON list, or of one object per line."""
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         return []
-    if found == "text":
+    if kind == "text":
         first = text.strip().partition("\n")[0][:60]
         raise InputError(f"{path}, line 1: malformed JSON: {first!r}; CSV files end in .csv")
     if text.lstrip().startswith("["):
@@ -207,9 +209,9 @@ def _csv(path: Path) -> Rows:
                         f"{path}, line {begins}: row {len(rows) + 1} has more cells than the header"
                     )
                 elif cells:
-                    found = zip_longest(header, cells)
+                    pairs = zip_longest(header, cells)
                     rows.append(
-                        {column: None if cell in _NO_CELL else cell for column, cell in found}
+                        {column: None if cell in _NO_CELL else cell for column, cell in pairs}
                     )
                 begins = reader.line_num + 1
         except csv.Error as error:
@@ -237,7 +239,7 @@ def read_hub(name: str, configuration: str | None, split: str) -> Rows:
             f"{configuration!r}; leave it out"
         )
     try:
-        found = _saved(name, split) if saved else load_dataset(name, configuration, split=split)
+        loaded = _saved(name, split) if saved else load_dataset(name, configuration, split=split)
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         # Where the splits cannot be had either, the first error says all there is to say.
@@ -246,8 +248,8 @@ def read_hub(name: str, configuration: str | None, split: str) -> Rows:
             if splits and split.partition("[")[0] not in splits:
                 why = f"it has {', '.join(splits)}"
         raise InputError(f"dataset_name: {name}: split {split!r} cannot be loaded: {why}") from None
-    rows: Rows = found.to_list()
-    for column, feature in found.features.items():
+    rows: Rows = loaded.to_list()
+    for column, feature in loaded.features.items():
         if isinstance(feature, ClassLabel):
             for row in rows:
                 value = row[column]
@@ -266,11 +268,11 @@ def _saved(name: str, split: str) -> Any:
     """A split of what `save_to_disk` wrote; a data set without splits is its own only one."""
     from datasets import DatasetDict, ReadInstruction, concatenate_datasets, load_from_disk
 
-    found = load_from_disk(name)
-    if isinstance(found, DatasetDict):
-        splits = dict(found)
+    loaded = load_from_disk(name)
+    if isinstance(loaded, DatasetDict):
+        splits = dict(loaded)
     else:
-        splits = {str(found.split or "train"): found, "train": found}
+        splits = {str(loaded.split or "train"): loaded, "train": loaded}
     part = split.partition("[")[0]
     if "+" not in split and part not in splits:
         raise ValueError(f"it has {', '.join(splits)}")

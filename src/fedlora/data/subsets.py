@@ -22,12 +22,12 @@ class Subsets:
     Args:
         clients: of every client.
         eval: of the global evaluation.
-        said: how many of how many, in words; empty where all are taken.
+        in_words: how many of how many, in words; empty where all are taken.
     """
 
     clients: list[list[int]]
     eval: list[int]
-    said: tuple[str, ...]
+    in_words: tuple[str, ...]
 
 
 def subsets(config: Config, clients: Sequence[int], evaluation: int) -> Subsets:
@@ -46,13 +46,13 @@ def subsets(config: Config, clients: Sequence[int], evaluation: int) -> Subsets:
     ]
     limit = config.max_eval_samples
     held_out = drawn(evaluation, limit, config.seed, SERVER, Purpose.EVAL_ROWS)
-    said = []
+    in_words = []
     taken, whole = sum(map(len, parts)), sum(clients)
     if taken < whole:
-        said.append(f"{taken:,} of {whole:,} rows are trained on (max_train_samples)")
+        in_words.append(f"{taken:,} of {whole:,} rows are trained on (max_train_samples)")
     if len(held_out) < evaluation:
-        said.append(_evaluated(len(held_out), evaluation))
-    return Subsets(parts, held_out, tuple(said))
+        in_words.append(_evaluated(len(held_out), evaluation))
+    return Subsets(parts, held_out, tuple(in_words))
 
 
 def _evaluated(taken: int, whole: int) -> str:

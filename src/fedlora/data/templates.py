@@ -9,52 +9,12 @@ from string import Formatter
 from typing import Any
 
 from fedlora.data.chat_messages import UnusableRowError, json_of, messages_of, says, without_empty
+from fedlora.data.rendered import Chat, Classified, Rendered, Turns
 from fedlora.data.rows import Row, is_null, is_text, no_text
 from fedlora.errors import InputError
 
 BUILT_IN_CHAT = {"vicuna": Path(__file__).parent / "chat_templates" / "vicuna.jinja"}
 """Chat templates of the package, for tokenizers that have none."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation for the tokenizer's chat template.
-
-    Args:
-        messages: `{"role": ..., "content": ...}`, as transformers takes them.
-        prompt: how many of them, from the first, are the prompt; None: every assistant turn is
-            learnt.
-        extra: `tools` and `chat_template_kwargs` of the row, for the chat template.
-        left_out: which of the assistant's turns no loss is taken on (`weight: 0`).
-    """
-
-    messages: list[dict[str, Any]]
-    prompt: int | None = None
-    extra: Mapping[str, Any] | None = None
-    left_out: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Classified:
-    """A text, or a pair, and its label."""
-
-    texts: tuple[str, ...]
-    label: str
-
-
-@dataclass(frozen=True)
-class Turns:
-    """Prompts and completions by turns: all completions are learnt.
-
-    Args:
-        pairs: `(prompt, completion)`, the earliest first.
-    """
-
-    pairs: tuple[tuple[str, str], ...]
-
-
-Rendered = tuple[str, str] | Turns | Chat | Classified
-"""`(prompt, completion)`, several of them, a conversation, or a text with its label."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +62,7 @@ def _text(row: Row, *names: str) -> str:
 
 
 def _alpaca(row: Row) -> tuple[str, str] | Turns:
+    """Alpaca's prompt and response; with a history, all of its turns."""
     context = _text(row, "input", "context").strip()
     instruction = f"### Instruction:\n{_text(row, 'instruction')}"
     if context:
@@ -118,12 +79,12 @@ def _alpaca(row: Row) -> tuple[str, str] | Turns:
         middle = instruction
     if system := _text(row, "system").strip():
         lead = f"{system}\n\n{lead}"
-    pairs = [(f"### Instruction:\n{asked}", answer) for asked, answer in _history(row)]
+    pairs = [(f"### Instruction:\n{question}", answer) for question, answer in _history(row)]
     pairs.append((middle, _text(row, "output", "response")))
     begins = [lead, *["\n\n"] * (len(pairs) - 1)]
     turns = [
-        (f"{begin}{asked}\n\n### Response:\n", answer)
-        for begin, (asked, answer) in zip(begins, pairs, strict=True)
+        (f"{begin}{question}\n\n### Response:\n", answer)
+        for begin, (question, answer) in zip(begins, pairs, strict=True)
     ]
     return Turns(tuple(turns)) if turns[1:] else turns[0]
 
@@ -145,10 +106,11 @@ def _history(row: Row) -> list[tuple[str, str]]:
             "the column history holds no list of [instruction, response] pairs: "
             f"{repr(history)[:60]}; mend it, or rename the column if it is something else"
         )
-    return [(str(asked), str(answer)) for asked, answer in history]
+    return [(str(instruction), str(answer)) for instruction, answer in history]
 
 
 def _chat(row: Row) -> Chat:
+    """A conversation of the column messages, or of ShareGPT's conversations."""
     column = "conversations" if is_null(row.get("messages")) else "messages"
     messages, left_out = messages_of(row[column])
     system = _text(row, "system").strip()
@@ -173,19 +135,26 @@ def _learnable(chat: Chat) -> Chat:
     Raises:
         UnusableRowError: there is none.
     """
-    said = [
+    answers = [
         i
         for i, message in enumerate(chat.messages)
         if i >= (chat.prompt or 0) and message["role"] == "assistant" and says(message)
     ]
-    if chat.prompt is None and not said:
+    if chat.prompt is None and not answers:
         raise UnusableRowError("no assistant turn to learn")
-    if said and chat.left_out.issuperset(said):
+    if answers and chat.left_out.issuperset(answers):
         raise UnusableRowError("no assistant turn to learn: all have weight 0")
     return chat
 
 
 def _extra(row: Row) -> dict[str, Any]:
+    """What a row gives its chat template beside the messages: settings, and tools."""
+    tools = _tools(row)
+    return {**_settings(row), "tools": tools} if tools else _settings(row)
+
+
+def _settings(row: Row) -> dict[str, Any]:
+    """The column `chat_template_kwargs`, an object or the JSON text of one."""
     settings = row.get("chat_template_kwargs")
     if isinstance(settings, str) and settings.strip():
         settings = json_of("chat_template_kwargs", settings)
@@ -194,16 +163,20 @@ def _extra(row: Row) -> dict[str, Any]:
         raise InputError(
             f"template: chat_template_kwargs is no object with names: {repr(settings)[:60]}"
         )
-    extra = without_empty(settings)
+    return dict(without_empty(settings))
+
+
+def _tools(row: Row) -> list[Any]:
+    """The column `tools`: a function, a list of them, or JSON text, as TRL takes it."""
     tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():  # as TRL takes them: columns cannot hold all
+    if isinstance(tools, str) and tools.strip():
         tools = json_of("tools", tools)
     if is_null(tools) or not tools or tools == "":
-        return dict(extra)
+        return []
     tools = [tools] if isinstance(tools, Mapping) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise InputError(f"template: tools is no list of functions: {repr(tools)[:60]}")
-    return {**extra, "tools": [without_empty(tool) for tool in tools]}
+    return [without_empty(tool) for tool in tools]
 
 
 def _prompt_completion(row: Row) -> tuple[str, str] | Chat:

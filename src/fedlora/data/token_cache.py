@@ -25,11 +25,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedlora.data.templates import Chat, Rendered
+from fedlora.data.rendered import Chat, Rendered
 from fedlora.data.tokenize import IGNORE, Outcome, Tokens, labels_of, tokenize_all
 
 VERSION = 2
-"""Of what `tokens.py` and `conversations.py` make of a rendered row, and of the files; another
+"""Of what `tokenize` and `conversations` make of a rendered row, and of the files; another
 finds none of the old."""
 SMALLEST = 2**20
 """Rows of fewer bytes altogether are tokenised in less than about a second, and not kept."""
@@ -51,7 +51,7 @@ def tokens_of(
     """Rows as tokens: those of an earlier run, or made now and kept for the next.
 
     Args:
-        rendered: of `tokens.render`.
+        rendered: of `tokenize.render`.
         tokenizer: of transformers.
         max_length: tokens kept, from the first.
         completion_only: take the loss on the completion, or on all assistant turns, alone.
@@ -59,7 +59,7 @@ def tokens_of(
         threads: to make them with; none: torch's number.
 
     Raises:
-        InputError: as `tokens.tokenize`.
+        InputError: as `tokenize.tokenize`.
     """
 
     def made(rows: Sequence[Rendered | str]) -> list[Outcome]:
@@ -76,13 +76,13 @@ def tokens_of(
     path = directory / f"{key}.safetensors"
     first = dict(zip(reversed(digests), reversed(rendered), strict=True))
     order = sorted(first)
-    found = _read(path, len(order))
-    if found is None:
+    outcomes = _read(path, len(order))
+    if outcomes is None:
         unique = list(dict.fromkeys(digests))
         fresh = dict(zip(unique, made([first[digest] for digest in unique]), strict=True))
-        found = [fresh[digest] for digest in order]
-        _write(path, found)
-    table = dict(zip(order, found, strict=True))
+        outcomes = [fresh[digest] for digest in order]
+        _write(path, outcomes)
+    table = dict(zip(order, outcomes, strict=True))
     return [table[digest] for digest in digests]
 
 
@@ -215,13 +215,13 @@ def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 def _make_room(directory: Path) -> None:
     """Remove what was not used for longest until the rest is small enough."""
-    found = []
+    files = []
     for path in directory.iterdir():
         with suppress(FileNotFoundError):  # another process makes room too
             if path.suffix in (".safetensors", ".tmp"):
-                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-    size = sum(entry[1] for entry in found)
-    for _, freed, path in sorted(found):
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    size = sum(entry[1] for entry in files)
+    for _, freed, path in sorted(files):
         if size <= LARGEST:
             return
         path.unlink(missing_ok=True)
@@ -264,6 +264,7 @@ def _flat(rows: Sequence[Tokens], name: str) -> np.ndarray[Any, Any]:
 
 
 def _outcomes(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Outcome]:
+    """Rows as `_arrays` laid them out, in the order in which they were kept."""
     reasons = json.loads(arrays["reasons"].tobytes())
     ends = np.cumsum(arrays["lengths"])
     kept = iter(zip((ends - arrays["lengths"]).tolist(), ends.tolist(), strict=True))

@@ -12,9 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fedlora.data.chat_messages import UnusableRowError
-from fedlora.data.conversations import common_prefix, conversation, within
+from fedlora.data.conversations import conversation
+from fedlora.data.rendered import Chat, Classified, Rendered, Turns
 from fedlora.data.rows import Row
-from fedlora.data.templates import Chat, Classified, Rendered, Template, Turns
+from fedlora.data.spans import common_prefix, within
+from fedlora.data.templates import Template
 from fedlora.errors import InputError
 
 Tokens = Mapping[str, Any]
@@ -108,11 +110,11 @@ def tokenize_all(
     # Conversations are rendered in Python, which gains nothing from threads.
     texts = all(isinstance(row, tuple | str) for row in rendered)
     if threads < 2 or not texts or not _is_fast(tokenizer):
-        return [found for batch in batches for found in outcomes(batch)]
+        return [made for batch in batches for made in outcomes(batch)]
     # The first batch alone leaves the tokenizer in the state in which the others only read it.
-    first = [found for batch in batches[:1] for found in outcomes(batch)]
+    first = [made for batch in batches[:1] for made in outcomes(batch)]
     with ThreadPoolExecutor(threads) as pool:
-        return first + [found for part in pool.map(outcomes, batches[1:]) for found in part]
+        return first + [made for part in pool.map(outcomes, batches[1:]) for made in part]
 
 
 def labels_of(ids: Sequence[int], learnt: Sequence[bool]) -> list[int]:
@@ -131,6 +133,7 @@ def _tokens(
     completion_only: bool,
     label_names: Sequence[str],
 ) -> Tokens:
+    """The tokens of a rendered row, by its kind, cut to `max_length`."""
     if isinstance(row, Classified):
         return _classified(row, tokenizer, max_length, label_names)
     if isinstance(row, Chat):
@@ -174,8 +177,8 @@ def _together(rows: Sequence[Rendered | str], tokenizer: Any, completion_only: b
     if completion_only:
         texts += [prompt for prompt, _ in pairs if prompt]
     texts = list(dict.fromkeys(texts))
-    found = tokenizer(texts, return_attention_mask=False)["input_ids"]
-    return dict(zip(texts, found, strict=True)).__getitem__
+    encoded = tokenizer(texts, return_attention_mask=False)["input_ids"]
+    return dict(zip(texts, encoded, strict=True)).__getitem__
 
 
 def _text(
@@ -185,6 +188,7 @@ def _text(
     end: int,
     completion_only: bool,
 ) -> tuple[list[int], list[bool]]:
+    """A prompt's and its completion's tokens, and the end-of-text token behind them."""
     ids = list(encode(prompt + completion))
     if not ids or ids[-1] != end:
         ids.append(end)
@@ -202,8 +206,8 @@ def _turns(row: Turns, tokenizer: Any, completion_only: bool) -> tuple[list[int]
         text += prompt + completion.removesuffix(end) + end
         spans.append((begin, len(text)))
     text = text.removesuffix(end)  # the last one as behind any text
-    found = tokenizer(text, return_offsets_mapping=True)
-    ids, learnt = list(found["input_ids"]), within(found["offset_mapping"], spans)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, learnt = list(encoded["input_ids"]), within(encoded["offset_mapping"], spans)
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
     return ids, [*learnt[:-1], True] if completion_only else [True] * len(ids)
@@ -212,12 +216,13 @@ def _turns(row: Turns, tokenizer: Any, completion_only: bool) -> tuple[list[int]
 def _classified(
     row: Classified, tokenizer: Any, max_length: int, label_names: Sequence[str]
 ) -> Tokens:
-    found = tokenizer(*row.texts, truncation=True, max_length=max_length)
+    """A text's tokens, or a pair's, and the id of its label."""
+    encoded = tokenizer(*row.texts, truncation=True, max_length=max_length)
     if row.label not in label_names:
         raise InputError(
             f"label_names: a row has the label {row.label!r}; known are {', '.join(label_names)}"
         )
-    kept = {k: list(found[k]) for k in ("input_ids", "token_type_ids") if k in found}
+    kept = {k: list(encoded[k]) for k in ("input_ids", "token_type_ids") if k in encoded}
     if not kept["input_ids"]:
         raise UnusableRowError("the text is empty")
     return {**kept, "label": list(label_names).index(row.label)}

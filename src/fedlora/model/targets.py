@@ -43,6 +43,38 @@ class Targets:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Candidates:
+    """The linear layers of a model that `lora_target_modules` is matched against.
+
+    Args:
+        model: a transformers model without adapters.
+        model_name: what it is called in messages.
+        linear: full name -> module, of all linear layers (`nn.Linear`, Conv1D).
+        free: those of them that are not trained whole, and so may get an adapter.
+    """
+
+    model: nn.Module
+    model_name: str
+    linear: dict[str, nn.Module]
+    free: dict[str, nn.Module]
+
+    @property
+    def examples(self) -> str:
+        """The ends of the free layers' names, for a message."""
+        return _ends(self.free)
+
+    def no_match(self, wanted: Sequence[str] | str, name: str) -> InputError:
+        """The complaint that what was wanted matches no linear layer.
+
+        Args:
+            wanted: as the user gave it.
+            name: as it would stand in the names of expert weights.
+        """
+        why = _fused(self.model, name) or f"matches no linear layer of {self.model_name}"
+        return InputError(f"lora_target_modules: {wanted!r} {why}; it has {self.examples}")
+
+
 def find_targets(
     model: nn.Module,
     target_modules: Sequence[str] | str | None,
@@ -52,6 +84,9 @@ def find_targets(
     task_type: str = "CAUSAL_LM",
 ) -> Targets:
     """Resolve `lora_target_modules` as PEFT does.
+
+    A layer that can carry no adapter (`layers.why_unfit`) is left out of all-linear, and refused
+    where it is named.
 
     Args:
         model: a transformers model without adapters.
@@ -63,8 +98,6 @@ def find_targets(
         modules_to_save: modules trained whole (full names); they get no adapter.
         task_type: PEFT's name of the task.
 
-    A layer that can carry no adapter (`layers.why_unfit`) is left out of all-linear.
-
     Raises:
         InputError: nothing matches, or what is named can carry no adapter; the message lists
             candidates.
@@ -74,75 +107,26 @@ def find_targets(
         for name, module in model.named_modules()
         if name and (isinstance(module, nn.Linear) or is_conv1d(module))
     }
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    trained_whole = {n for n in linear if _inside(n, modules_to_save)}
-    free = {n: m for n, m in linear.items() if n not in trained_whole}
+    free = {n: module for n, module in linear.items() if not _inside(n, modules_to_save)}
+    candidates = _Candidates(model, model_name, linear, free)
     if target_modules is None:
-        from peft.utils import constants
-
-        kind = str(getattr(getattr(model, "config", None), "model_type", ""))
-        known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        if kind not in known:
-            raise InputError(
-                f"lora_target_modules: PEFT has no default for the architecture {kind!r}; give "
-                f"module names, for example {_candidates(free)}, or all-linear"
-            )
-        target_modules = list(known[kind])
-    if target_modules == "all-linear":
-        chosen = {n: m for n, m in free.items() if m is not head}
-    elif isinstance(target_modules, str):
-        pattern, ends = target_modules, f".{target_modules}"
-        try:
-            chosen = {
-                n: m
-                for n, m in free.items()
-                if n == pattern or n.endswith(ends) or re.fullmatch(pattern, n)
-            }
-        except re.error as error:
-            raise InputError(
-                f"lora_target_modules: {pattern!r} is no regular expression ({error}); expected "
-                f"one over full names, or a name such as {_candidates(free)}"
-            ) from None
-    else:
-        names = {w: {n for n in linear if n == w or n.endswith(f".{w}")} for w in target_modules}
-        for wanted, found in names.items():
-            if not found:
-                raise InputError(
-                    f"lora_target_modules: {wanted!r} "
-                    + (_fused(model, wanted) or f"matches no linear layer of {model_name}")
-                    + f"; it has {_candidates(free)}"
-                )
-            if found <= trained_whole:
-                raise InputError(
-                    f"lora_target_modules: {wanted!r} is trained whole (lora_modules_to_save, or a "
-                    f"classifier's head) and takes no adapter; there are {_candidates(free)}"
-                )
-        chosen = {n: m for n, m in free.items() if any(n in found for found in names.values())}
-    if not chosen:
-        wanted = str(target_modules)
-        raise InputError(
-            f"lora_target_modules: {target_modules!r} "
-            + (_fused(model, wanted) or f"matches no linear layer of {model_name}")
-            + f"; it has {_candidates(free)}"
-        )
+        target_modules = _peft_default(candidates)
+    chosen = _matching(candidates, target_modules)
     _refuse_bypassed(model, chosen)
     unfit = _lost_by_peft(model, chosen)
     unfit |= why_unfit(model, {n: m for n, m in chosen.items() if n not in unfit})
     if unfit and (target_modules != "all-linear" or len(unfit) == len(chosen)):
         name, why = next(iter(unfit.items()))
+        fit = {n: m for n, m in free.items() if n not in unfit}
         raise InputError(
             f"lora_target_modules: {name} {why}, so it can carry no adapter (nor can it in PEFT); "
-            f"name others: {_candidates({n: m for n, m in free.items() if n not in unfit})}"
+            f"name others: {_ends(fit)}"
         )
-    chosen = {n: m for n, m in chosen.items() if n not in unfit}
-    shapes = {name: shape_of(module) for name, module in chosen.items()}
-    ends_of = sorted({name.rpartition(".")[2] for name in chosen})
-    # PEFT matches the ends of all modules' names, not of linear layers alone.
-    matched = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in ends_of}
+    targets = {n: m for n, m in chosen.items() if n not in unfit}
     return Targets(
-        shapes=shapes,
-        names=ends_of if matched == set(chosen) else sorted(chosen),
-        fan_in_fan_out=any(is_conv1d(m) for m in chosen.values()),
+        shapes={name: shape_of(module) for name, module in targets.items()},
+        names=_names_for_peft(model, targets),
+        fan_in_fan_out=any(is_conv1d(module) for module in targets.values()),
         model_name=model_name,
         revision=revision,
         task_type=task_type,
@@ -150,6 +134,86 @@ def find_targets(
         left_out=unfit,
     )
 
+
+# --- what the user's words name ---
+
+
+def _peft_default(candidates: _Candidates) -> list[str]:
+    """The names that PEFT takes for the architecture where none are given."""
+    from peft.utils import constants
+
+    kind = str(getattr(getattr(candidates.model, "config", None), "model_type", ""))
+    defaults = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if kind not in defaults:
+        raise InputError(
+            f"lora_target_modules: PEFT has no default for the architecture {kind!r}; give "
+            f"module names, for example {candidates.examples}, or all-linear"
+        )
+    return list(defaults[kind])
+
+
+def _matching(candidates: _Candidates, wanted: Sequence[str] | str) -> dict[str, nn.Module]:
+    """The free layers that are meant, at least one."""
+    if wanted == "all-linear":
+        head = getattr(candidates.model, "get_output_embeddings", lambda: None)()
+        chosen = {n: module for n, module in candidates.free.items() if module is not head}
+    elif isinstance(wanted, str):
+        chosen = _matching_pattern(candidates, wanted)
+    else:
+        chosen = _matching_names(candidates, wanted)
+    if not chosen:
+        raise candidates.no_match(wanted, str(wanted))
+    return chosen
+
+
+def _matching_pattern(candidates: _Candidates, pattern: str) -> dict[str, nn.Module]:
+    """The free layers of this name, with this end of a name, or matched by it as an expression."""
+    try:
+        return {
+            name: module
+            for name, module in candidates.free.items()
+            if _has_name(name, pattern) or re.fullmatch(pattern, name)
+        }
+    except re.error as error:
+        raise InputError(
+            f"lora_target_modules: {pattern!r} is no regular expression ({error}); expected "
+            f"one over full names, or a name such as {candidates.examples}"
+        ) from None
+
+
+def _matching_names(candidates: _Candidates, wanted: Sequence[str]) -> dict[str, nn.Module]:
+    """The free layers of these names; every name has to be that of one."""
+    chosen = set()
+    for end in wanted:
+        named = {name for name in candidates.linear if _has_name(name, end)}
+        if not named:
+            raise candidates.no_match(end, end)
+        if named.isdisjoint(candidates.free):
+            raise InputError(
+                f"lora_target_modules: {end!r} is trained whole (lora_modules_to_save, or a "
+                f"classifier's head) and takes no adapter; there are {candidates.examples}"
+            )
+        chosen |= named
+    return {name: module for name, module in candidates.free.items() if name in chosen}
+
+
+def _has_name(name: str, end: str) -> bool:
+    """Whether a module's full name is this, or ends in it after a dot."""
+    return name == end or name.endswith(f".{end}")
+
+
+def _names_for_peft(model: nn.Module, targets: Mapping[str, nn.Module]) -> list[str]:
+    """The shortest `target_modules` by which PEFT finds exactly these modules.
+
+    PEFT matches the ends of all modules' names, not of linear layers alone. Where another module
+    ends alike, full names are given.
+    """
+    ends = sorted({name.rpartition(".")[2] for name in targets})
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    return ends if matched == set(targets) else sorted(targets)
+
+
+# --- what can carry no adapter ---
 
 _STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 """Architectures whose kernels read the weight of `out_proj` past any layer around it."""
@@ -184,10 +248,10 @@ def _lost_by_peft(model: nn.Module, chosen: Mapping[str, Any]) -> dict[str, str]
         config = LoraConfig(target_modules=[name])
         try:
             convert_peft_config_for_transformers(config, model=model, conversions=None)
-            found = bool(check_target_module_exists(config, name))
+            reached = bool(check_target_module_exists(config, name))
         except ValueError:  # it wants other expert weights beside this one
-            found = False
-        if not found:
+            reached = False
+        if not reached:
             lost.add(end)
     return {
         name: "has a name that PEFT takes for fused expert weights in this architecture"
@@ -220,5 +284,6 @@ def _fused(model: nn.Module, wanted: str) -> str:
     return ""
 
 
-def _candidates(linear: dict[str, Any]) -> str:
-    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+def _ends(modules: Mapping[str, Any]) -> str:
+    """The ends of modules' names, each once, for a message."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in modules))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from fedlora.config.clients import client_ranks, settled_overrides
 from fedlora.config.config import Config
+from fedlora.config.keys import Mark, keys_marked
 from fedlora.config.sources import read_yaml
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.runs.file_names import CONFIG, FINAL
-from fedlora.runs.session import AUTOMATIC, resolve_paths
+from fedlora.runs.session import resolve_paths
 
 
 def as_it_began(path: Path, config: Config | None) -> Config:
@@ -24,15 +25,14 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     saved = _saved(path)
     if config is None:
         return saved
-    shown = {
-        key: getattr(config, key) for key in ("report_to", "run_name", "project", "logging_dir")
-    }
-    saved = saved.model_copy(update=shown)  # who is told changes nothing of the run
-    now = resolve_paths(config.model_copy(update={"output_dir": str(path)}))
+    config = config.model_copy(update={"output_dir": str(path)})
+    reported = {key: getattr(config, key) for key in keys_marked(Config, Mark.OUTPUT)}
+    saved = saved.model_copy(update=reported)
+    now = resolve_paths(config)
     # The saved run holds a rank for every client, whichever key they came from.
     ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
     theirs = saved.flat()
-    automatic = set(AUTOMATIC)
+    automatic = keys_marked(Config, Mark.AUTOMATIC)
     different = [
         f"  {key}: {theirs.get(key)!r} when it began, {value!r} now"
         for key, value in ours.items()

@@ -31,7 +31,7 @@ def begin_line(session: Session) -> dict[str, Any]:
         counts: value of `column` -> rows as they were read, dropped and held-out ones among them);
         `eval_rows`; `alone`, the client that trains by itself, or None.
     """
-    base, data, spec, held = session.base, session.data, session.federation, session.holdings
+    base, data, spec, held = session.base, session.data, session.federation, session.label_counts
     model = base.model
     clients = []
     for client, part in enumerate(data.clients):

@@ -21,17 +21,12 @@ from fedlora.config.clients import (
     with_overrides_read,
 )
 from fedlora.config.config import EVALUATED, Config
-from fedlora.data.datasets import (
-    FederatedData,
-    RawData,
-    find_labels,
-    is_classification,
-    load_data,
-    load_rows,
-    template_of,
-)
+from fedlora.config.keys import Mark, keys_marked
+from fedlora.data.datasets import FederatedData, load_data
 from fedlora.data.general_text import windows
-from fedlora.data.label_counts import Holdings, holdings
+from fedlora.data.label_counts import LabelCounts, label_counts
+from fedlora.data.raw_data import RawData, load_rows
+from fedlora.data.reading import find_labels, is_classification, template_of
 from fedlora.data.subsets import subsets
 from fedlora.data.templates import BUILT_IN_CHAT
 from fedlora.data.tokenize import Tokens
@@ -47,44 +42,13 @@ from fedlora.methods.values import ServerState
 from fedlora.model.acceleration import accelerate
 from fedlora.model.base import BaseModel
 from fedlora.model.dtype import settled_dtype
-from fedlora.model.loading import (
-    Source,
-    check_place,
-    find_source,
-    label_order,
-    load_model,
-    load_tokenizer,
-)
+from fedlora.model.loading import load_model
 from fedlora.model.passes import passes_of
+from fedlora.model.sources import Source, check_place, find_source, label_order, load_tokenizer
 from fedlora.runs.starting import from_adapter, init_notes
 from fedlora.runs.trackers import check_trackers
 
-PATHS = (
-    "model_name_or_path",
-    "tokenizer_name",
-    "chat_template_path",
-    "dataset_name",
-    "train_file",
-    "eval_file",
-    "init_adapter",
-    "general_file",
-    "logging_dir",
-)
-AUTOMATIC = (
-    "num_threads",
-    "use_cpu",
-    "num_clients",
-    "client_ranks",
-    "template",
-    "lora_task_type",
-    "label_names",
-    "dtype",
-    "cohort_size",
-    "eval_exact_match",
-    "greater_is_better",
-)
-"""Keys whose automatic value is decided once, written to `config.yaml` and kept on resume."""
-SETTLED = (*AUTOMATIC, "rank_choices", "rank_shares", "client_overrides")
+SETTLED = keys_marked(Config, Mark.AUTOMATIC, Mark.REWRITTEN)
 """Keys that a resolved configuration may hold otherwise than the user wrote them."""
 
 
@@ -99,7 +63,7 @@ class Session:
         federation: who takes part.
         warnings: what the user should know before it starts.
         choices: what was decided for this machine, in words.
-        holdings: who holds what.
+        label_counts: who holds what.
         general: windows of general text, whose loss shows what is forgotten.
         asked: of the keys in `SETTLED` that `config` holds otherwise, what the user wrote.
         lone: the client that trains by itself, see `alone`; None: a federation.
@@ -112,7 +76,7 @@ class Session:
     federation: Federation
     warnings: tuple[str, ...]
     choices: tuple[str, ...] = ()
-    holdings: Holdings | None = None
+    label_counts: LabelCounts | None = None
     general: Sequence[Tokens] = ()
     asked: Mapping[str, Any] = field(default_factory=dict)
     lone: int | None = None
@@ -270,7 +234,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         federation,
         tuple(warnings),
         tuple(choices),
-        holdings(resolved, _limited(config, raw)),
+        label_counts(resolved, _limited(config, raw)),
         _general(config, tokenizer, min(context, config.max_length), task),
         {k: x for k in SETTLED if (x := getattr(written, k)) != getattr(resolved, k)},
         own_threads=open_threads,
@@ -304,7 +268,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         session,
         config=config,
         data=replace(data, clients=(data.clients[client],)),
-        holdings=session.holdings.of(client) if session.holdings else None,
+        label_counts=session.label_counts.of(client) if session.label_counts else None,
         federation=replace(
             spec,
             agreement=replace(
@@ -462,7 +426,8 @@ def resolve_paths(config: Config) -> Config:
     """The configuration with absolute paths, which a resumed run finds from any directory, and
     with the settings of single clients read from their files."""
     config = with_overrides_read(config)
-    return config.model_copy(update={key: _absolute(getattr(config, key)) for key in PATHS})
+    paths = keys_marked(Config, Mark.ABSOLUTE)
+    return config.model_copy(update={key: _absolute(getattr(config, key)) for key in paths})
 
 
 def _absolute(name: str | None) -> str | None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fedlora.adapters.bases import base_name, same_name
 from fedlora.adapters.contents import same_weights
-from fedlora.adapters.heads import label_names
-from fedlora.adapters.names import renamer
+from fedlora.adapters.labels import label_names
 from fedlora.adapters.peft_files import read_adapter_config
+from fedlora.adapters.renaming import renamer
 from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
 from fedlora.config.config import Config
 from fedlora.embedded import BASE_DIR, EMBEDDED

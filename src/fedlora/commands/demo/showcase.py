@@ -22,7 +22,7 @@ from fedlora.commands.study.statistics import mean_and_sd, paired
 from fedlora.config.clients import client_ranks
 from fedlora.config.config import Config
 from fedlora.config.sources import layered, read_yaml
-from fedlora.data.datasets import load_rows
+from fedlora.data.raw_data import load_rows
 from fedlora.embedded import CONFIG
 from fedlora.errors import FedloraError, InputError
 from fedlora.runs.metrics_log import read_metrics
@@ -114,7 +114,7 @@ def demo(overrides: Mapping[str, Any], emit: Emit | None = None) -> Shown:
     study = Study("demo", "", "", (), tuple(runs))
     with Progress(study, console) as progress:
         failed = execute(
-            runs, where, processes=processes, gpu=_on_gpu(values), told=progress, small=True
+            runs, where, processes=processes, gpu=_on_gpu(values), on_change=progress, small=True
         )
     for name, why in failed.items():
         raise FedloraError(f"{where / name}: {why}")
@@ -193,17 +193,18 @@ def _plan(values: Mapping[str, Any], seeds: Sequence[int]) -> list[Planned]:
 
 
 def _read(runs: Sequence[Planned], where: Path, seconds: float) -> Shown:
+    """What the runs' logs say, put together for the table and the picture."""
     curves: dict[str, dict[int, list[float]]] = {}
     alone: dict[int, float] = {}
     sizes: dict[str, list[tuple[int, int]]] = {}
     for run in runs:
         lines = read_metrics(where / run.directory)
-        found = [x["evaluation"][METRIC] for x in lines if x.get("evaluation")]
+        scores = [x["evaluation"][METRIC] for x in lines if x.get("evaluation")]
         if run.alone is not None:
-            alone[run.alone] = found[-1]
+            alone[run.alone] = scores[-1]
             continue
         method = run.labels["method"]
-        curves.setdefault(method, {})[run.seed] = found
+        curves.setdefault(method, {})[run.seed] = scores
         rounds = [x for x in lines if x["event"] == "round"]
         up, down = (sum(x[key] for x in rounds) for key in ("bytes_up", "bytes_down"))
         sizes.setdefault(method, []).append((up, down))
@@ -236,6 +237,7 @@ def show(shown: Shown, console: Console) -> None:
 
 
 def _table(shown: Shown) -> Table:
+    """Exact match by round, a row for each method, and the clients alone as mean and best."""
     number = len(shown.seeds)
     over = f"mean ± standard deviation over {number} seeds" if number > 1 else "one seed"
     table = Table(title=f"held-out exact match (%): {over}", box=SIMPLE_HEAD)

@@ -13,8 +13,9 @@ from jinja2 import TemplateError
 from fedlora.client.generation import generate
 from fedlora.commands.eval.subject import Subject
 from fedlora.data.chat_messages import UnusableRowError
+from fedlora.data.rendered import Chat, Turns
 from fedlora.data.rows import read_rows
-from fedlora.data.templates import BUILT_IN_CHAT, TEMPLATES, Chat, Template, Turns, custom
+from fedlora.data.templates import BUILT_IN_CHAT, TEMPLATES, Template, custom
 from fedlora.errors import InputError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -55,6 +56,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _chat_tokens(tokenizer: Any, messages: Messages, template: str | None = None) -> list[int]:
+    """Messages as the chat template renders them, up to the assistant's next words."""
     try:
         text = tokenizer.apply_chat_template(
             [dict(m) for m in messages],
@@ -192,6 +194,7 @@ class Asker:
         return {}
 
     def _of(self, template: Template, row: Mapping[str, Any], shown: str | None) -> Prompt:
+        """A row of the run's kind as a prompt, with its answer as the reference."""
         try:
             rendered = template.render(row)
         except UnusableRowError as error:
@@ -201,7 +204,7 @@ class Asker:
         if isinstance(rendered, Turns):  # earlier turns stand before the prompt
             *earlier, (before, after) = rendered.pairs
             end = str(self.tokenizer.eos_token)
-            before = "".join(f"{asked}{said}{end}" for asked, said in earlier) + before
+            before = "".join(f"{question}{answer}{end}" for question, answer in earlier) + before
         else:
             assert isinstance(rendered, tuple)
             before, after = rendered
@@ -215,8 +218,8 @@ class Asker:
         cut = len(chat.messages) - 1 if chat.prompt is None else chat.prompt
         before, after = chat.messages[:cut], chat.messages[cut:]
         reference = str(after[0].get("content", "")) if after else _BLANK
-        said = [(m["role"], str(m.get("content", ""))) for m in before]
-        shown = "\n".join(text if who == "user" else f"[{who}] {text}" for who, text in said)
+        spoken = [(m["role"], str(m.get("content", ""))) for m in before]
+        shown = "\n".join(text if who == "user" else f"[{who}] {text}" for who, text in spoken)
         known = None if reference == _BLANK else reference.strip()
         return Prompt(shown, tuple(self._turns(before)), known)
 
@@ -249,10 +252,10 @@ def read_prompts(path: Path, asker: Asker) -> list[Prompt]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    found = [asker.text(line) for line in lines if line.strip()]
-    if not found:
+    prompts = [asker.text(line) for line in lines if line.strip()]
+    if not prompts:
         raise InputError(f"{path}: holds no prompt")
-    return found
+    return prompts
 
 
 # --- answers ---
@@ -279,7 +282,7 @@ def answers(
         max_new_tokens: longest answer.
         context: the model's, in tokens.
         batch_size: prompts at once.
-        done: told how many were answered, after every batch.
+        done: called after every batch with the number of answers in it.
 
     Returns:
         The answers, and which prompts were cut.
@@ -288,11 +291,11 @@ def answers(
     new = min(max_new_tokens, context - room)
     shortened = [ids if len(ids) <= room else ids[-room:] for ids in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(shortened[i]))
-    found: dict[int, str] = {}
+    by_number: dict[int, str] = {}
     for at in range(0, len(order), batch_size):
         part = order[at : at + batch_size]
         texts = generate(model, tokenizer, [shortened[i] for i in part], new)
-        found |= dict(zip(part, texts, strict=True))
+        by_number |= dict(zip(part, texts, strict=True))
         done(len(part))
     cut = [len(ids) > room for ids in prompts]
-    return [found[i] for i in range(len(prompts))], cut
+    return [by_number[i] for i in range(len(prompts))], cut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedlora.client.evaluate import evaluate
 from fedlora.commands.eval import general, mmlu, mt_bench
-from fedlora.commands.eval.asking import conversation_form
+from fedlora.commands.eval.asking import Form, conversation_form
 from fedlora.commands.eval.harness import Harness, task_scores
 from fedlora.commands.eval.judge import Judge, JudgeError
 from fedlora.commands.eval.models import Models, load_models, tokenizer_of
@@ -110,11 +110,11 @@ def assess(options: Options, console: Console | None = None, emit: Emit | None =
     work = _Work(subject, options, results, console)
     problem = work.all()
     if emit:
-        emit({"event": "end", "results": len(results.found), "output_dir": str(results.where)})
+        emit({"event": "end", "results": len(results.scores), "output_dir": str(results.where)})
     else:
         console.print()
         show(results, options.tasks, console)
-    if results.found and not emit:
+    if results.scores and not emit:
         where = f"results: {results.where}/"
         if results.logged and subject.run:
             where += f", and eval lines in {subject.run / 'metrics.jsonl'}"
@@ -128,14 +128,14 @@ def assess(options: Options, console: Console | None = None, emit: Emit | None =
 
 def _check(subject: Subject, options: Options) -> None:
     """Refuse what cannot be done before anything is loaded."""
-    asked = {
+    measures = {
         "--tasks": options.tasks,
         "--mmlu_file": options.mmlu_file,
         "--mt_bench_file": options.mt_bench_file,
         "--general_file": options.general_file,
     }
     if subject.classifies:
-        for key, value in asked.items():
+        for key, value in measures.items():
             if value:
                 raise InputError(
                     f"{key}: {subject.name} is a classifier and writes no text; fedlora eval "
@@ -143,10 +143,10 @@ def _check(subject: Subject, options: Options) -> None:
                 )
     if not subject.of_a_run and options.held_out:
         raise InputError(f"--held_out: {subject.name} is no run, and has no rows of its own")
-    if not subject.of_a_run and not any(asked.values()):
+    if not subject.of_a_run and not any(measures.values()):
         raise InputError(
             f"{subject.name} is no run, so it has no held-out rows of its own; say what to "
-            "measure: " + ", ".join(asked)
+            "measure: " + ", ".join(measures)
         )
     if options.mmlu_dev_file and not options.mmlu_file:
         raise InputError("--mmlu_dev_file belongs to --mmlu_file")
@@ -234,6 +234,7 @@ class _Work:
     # --- measures ---
 
     def _held_out(self, models: Models, data: FederatedData) -> None:
+        """The run's own rows, those of all clients and those of each, on every model asked for."""
         config, limit = self.subject.config, self.options.limit
         sets = {HELD_OUT: (list(first(data.eval, limit)), self.own)}
         shared = [m for m in self.own if m not in self.subject.clients]
@@ -253,7 +254,7 @@ class _Work:
                 whose = f" of {name.partition(':')[2]}" if ":" in name else ""
                 saying = f"{model}: {len(rows)} held-out rows{whose}"
                 with self._saying(saying), models.using(model) as m:
-                    found = evaluate(
+                    scores = evaluate(
                         m,
                         models.tokenizer,
                         rows,
@@ -262,7 +263,7 @@ class _Work:
                         max_new_tokens=config.generation_max_new_tokens,
                         label_names=data.label_names,
                     )
-                scores = {**found, "rows": len(rows)}
+                scores = {**scores, "rows": len(rows)}
                 self.results.record(name, model, scores, self._settings(models, limit=limit))
 
     def _own_text(self) -> Path | None:
@@ -272,6 +273,7 @@ class _Work:
         return Path(config.general_file) if wanted and config.general_file else None
 
     def _general(self, models: Models, path: Path) -> None:
+        """The loss on general text, and how much more of it a model has than the base."""
         length, limit = self.options.general_length or 1024, self.options.limit
         if not self.options.general_file:  # as the run itself did
             config = self.subject.config
@@ -288,17 +290,18 @@ class _Work:
                 self._saying(f"{model}: {len(rows)} windows of general text"),
                 models.using(model) as m,
             ):
-                found = general.measured(m, rows, self.batch_size)
-            scores = dict(found.scores)
+                measured = general.measured(m, rows, self.batch_size)
+            scores = dict(measured.scores)
             if model == BASE:
-                base = found
+                base = measured
             elif base is not None:
-                scores |= general.forgetting(found, base)
+                scores |= general.forgetting(measured, base)
             self.results.record(
                 GENERAL, model, scores, self._settings(models, file=str(path), length=length)
             )
 
     def _mmlu(self, models: Models, items: list[mmlu.Item], dev: list[mmlu.Item]) -> None:
+        """MMLU's questions on every model, each question kept with what was guessed."""
         number = 5 if self.options.num_fewshot is None else self.options.num_fewshot
         examples = mmlu.shots(dev, number)
         settings = self._settings(
@@ -309,7 +312,7 @@ class _Work:
         )
         for model in self.chosen:
             with self._saying(f"{model}: {len(items)} questions of MMLU"), models.using(model) as m:
-                found = mmlu.log_likelihoods(
+                likelihoods = mmlu.log_likelihoods(
                     m,
                     models.tokenizer,
                     items,
@@ -319,18 +322,19 @@ class _Work:
                 )
             kept = (
                 {**asdict(item), "log_likelihoods": x, "guess": mmlu.guess(x)}
-                for item, x in zip(items, found, strict=True)
+                for item, x in zip(items, likelihoods, strict=True)
             )
-            self.results.record(MMLU, model, mmlu.scores(items, found), settings, kept)
+            self.results.record(MMLU, model, mmlu.scores(items, likelihoods), settings, kept)
 
     def _tasks(self, models: Models, harness: Harness) -> None:
+        """The harness's tasks on every model, each with the samples that it keeps."""
         options = self.options
         for model in self.chosen:
             with (
                 self._saying(f"{model}: {' '.join(harness.names)}", bars=True),
                 models.using(model) as m,
             ):
-                found = harness.run(
+                output = harness.run(
                     m,
                     models.tokenizer,
                     num_fewshot=options.num_fewshot,
@@ -339,15 +343,15 @@ class _Work:
                     context=models.context,
                     apply_chat_template=options.apply_chat_template,
                 )
-            for task, scores in task_scores(found).items():
+            for task, scores in task_scores(output).items():
                 settings = self._settings(
                     models,
-                    num_fewshot=(found.get("n-shot") or {}).get(task),
+                    num_fewshot=(output.get("n-shot") or {}).get(task),
                     limit=options.limit,
-                    version=(found.get("versions") or {}).get(task),
+                    version=(output.get("versions") or {}).get(task),
                     apply_chat_template=options.apply_chat_template,
                 )
-                samples: Sequence[Any] | None = (found.get("samples") or {}).get(task)
+                samples: Sequence[Any] | None = (output.get("samples") or {}).get(task)
                 self.results.record(f"{TASK}{task}", model, scores, settings, samples)
 
     # --- MT-bench ---
@@ -363,69 +367,89 @@ class _Work:
     def _mt_bench(
         self, models: Models, questions: Sequence[mt_bench.Question], judge: Judge | None
     ) -> JudgeError | None:
-        options = self.options
+        """Answers of every model, then grades of every model while the judge answers."""
         form = conversation_form(
-            self.subject, models.tokenizer, options.loading.chat_template_path is not None
+            self.subject, models.tokenizer, self.options.loading.chat_template_path is not None
         )
-        said = {}
-        for model in self.chosen:
-            path = self.results.place(model) / "mt_bench.answers.jsonl"
-            with (
-                self._saying(f"{model}: answers to {len(questions)} questions of MT-bench"),
-                models.using(model) as m,
-            ):
-                said[model], cuts = mt_bench.answered(
-                    questions,
-                    path,
-                    m,
-                    models.tokenizer,
-                    form,
-                    identity=self.subject.fingerprint(model),
-                    max_new_tokens=options.max_new_tokens,
-                    context=models.context,
-                    batch_size=self.batch_size,
-                )
-            self._say(f"{model}: answers by {form.name}: {path}")
-            if cuts:
-                self._say(
-                    f"{model}: {cuts} prompts did not fit into the context of {models.context} "
-                    "tokens and lost their beginning"
-                )
+        answers = {model: self._answers(models, model, questions, form) for model in self.chosen}
         if judge is None:
             self._say(
                 "MT-bench stops after the answers: no judge. --judge_url URL --judge_model NAME "
                 "(and OPENAI_API_KEY) grades them"
             )
             return None
-        wanted = sum(len(q.turns) for q in questions)
         for model in self.chosen:
-            path = self.results.place(model) / "mt_bench.judgements.jsonl"
-            with self._saying(f"{model}: {judge.model} judges {wanted} answers"):
-                grades, problem = mt_bench.judged(
-                    questions, said[model], path, judge, threads=options.judge_threads
-                )
-            scores = mt_bench.scores(grades, wanted)
-            if scores and not problem:
-                settings = self._settings(
-                    models,
-                    file=str(options.mt_bench_file),
-                    judge=judge.model,
-                    judge_url=judge.url,
-                    form=form.name,
-                    max_new_tokens=options.max_new_tokens,
-                    references=sum(bool(q.references) for q in questions),
-                )
-                self.results.record(MT_BENCH, model, scores, settings)
-            unrated = sum(g.rating is None for g in grades)
-            if unrated:
-                self._say(
-                    f"{model}: {unrated} judgements have no [[rating]] and do not count; the same "
-                    "command asks for them again"
-                )
+            problem = self._grades(models, model, questions, answers[model], judge, form)
             if problem:
-                self._say(f"{model}: {len(grades)} of {wanted} answers are judged: {path}")
                 return problem
         return None
+
+    def _answers(
+        self, models: Models, model: str, questions: Sequence[mt_bench.Question], form: Form
+    ) -> dict[str, list[str]]:
+        """Question -> a model's answers, which are kept as they come."""
+        path = self.results.place(model) / "mt_bench.answers.jsonl"
+        with (
+            self._saying(f"{model}: answers to {len(questions)} questions of MT-bench"),
+            models.using(model) as m,
+        ):
+            answers, cuts = mt_bench.answered(
+                questions,
+                path,
+                m,
+                models.tokenizer,
+                form,
+                identity=self.subject.fingerprint(model),
+                max_new_tokens=self.options.max_new_tokens,
+                context=models.context,
+                batch_size=self.batch_size,
+            )
+        self._say(f"{model}: answers by {form.name}: {path}")
+        if cuts:
+            self._say(
+                f"{model}: {cuts} prompts did not fit into the context of {models.context} "
+                "tokens and lost their beginning"
+            )
+        return answers
+
+    def _grades(
+        self,
+        models: Models,
+        model: str,
+        questions: Sequence[mt_bench.Question],
+        answers: Mapping[str, Sequence[str]],
+        judge: Judge,
+        form: Form,
+    ) -> JudgeError | None:
+        """A model's grades, recorded where there is one for every answer."""
+        options = self.options
+        wanted = sum(len(q.turns) for q in questions)
+        path = self.results.place(model) / "mt_bench.judgements.jsonl"
+        with self._saying(f"{model}: {judge.model} judges {wanted} answers"):
+            grades, problem = mt_bench.judged(
+                questions, answers, path, judge, threads=options.judge_threads
+            )
+        scores = mt_bench.scores(grades, wanted)
+        if scores and not problem:
+            settings = self._settings(
+                models,
+                file=str(options.mt_bench_file),
+                judge=judge.model,
+                judge_url=judge.url,
+                form=form.name,
+                max_new_tokens=options.max_new_tokens,
+                references=sum(bool(q.references) for q in questions),
+            )
+            self.results.record(MT_BENCH, model, scores, settings)
+        unrated = sum(g.rating is None for g in grades)
+        if unrated:
+            self._say(
+                f"{model}: {unrated} judgements have no [[rating]] and do not count; the same "
+                "command asks for them again"
+            )
+        if problem:
+            self._say(f"{model}: {len(grades)} of {wanted} answers are judged: {path}")
+        return problem
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -39,8 +39,8 @@ def measured(model: Any, rows: Sequence[Tokens], batch_size: int) -> Losses:
     """A model's losses on `windows`."""
     from fedlora.commands.eval.likelihood import cross_entropy, per_row
 
-    found = per_row(model, rows, batch_size, cross_entropy)
-    return Losses([float(x.to(torch.float64).sum()) for x in found], [len(x) for x in found])
+    losses = per_row(model, rows, batch_size, cross_entropy)
+    return Losses([float(x.to(torch.float64).sum()) for x in losses], [len(x) for x in losses])
 
 
 def forgetting(tuned: Losses, base: Losses) -> dict[str, float | None]:

@@ -87,7 +87,7 @@ class Harness:
                 batch_size=batch_size,
                 max_length=context,
             )
-            found = simple_evaluate(
+            output = simple_evaluate(
                 model=wrapped,
                 tasks=self.names,
                 num_fewshot=num_fewshot,
@@ -101,18 +101,18 @@ class Harness:
             raise InputError(
                 f"--tasks: {' '.join(self.names)}: the harness stops: {_short(error)}"
             ) from None
-        assert found is not None, "one process gathers all results"
-        return dict(found)
+        assert output is not None, "one process gathers all results"
+        return dict(output)
 
 
-def task_scores(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def task_scores(output: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Task or group -> metric -> value, with `_stderr` beside it and the number of items.
 
     A metric's filter is named (`exact_match,strict-match`) where there is one.
     """
     out: dict[str, dict[str, Any]] = {}
-    counts = found.get("n-samples") or {}
-    for source in (found.get("groups") or {}, found["results"]):
+    counts = output.get("n-samples") or {}
+    for source in (output.get("groups") or {}, output["results"]):
         for task, values in source.items():
             scores = out.setdefault(task, {})
             for key, value in values.items():

@@ -107,8 +107,8 @@ _RATING = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 def rating(text: str) -> float | None:
     """The first `[[x]]` of a judgement, or else `[x]`; None: it has none from 1 to 10."""
     for pattern in _RATING:
-        if found := pattern.search(text):
-            value = float(found.group(1))
+        if match := pattern.search(text):
+            value = float(match.group(1))
             return value if 1 <= value <= 10 else None
     return None
 
@@ -156,7 +156,7 @@ class Judge:
         )
         self._settings: dict[str, Any] = {"temperature": 0}
 
-    def ask(self, asked: Case) -> str:
+    def ask(self, case: Case) -> str:
         """The judge's words.
 
         Raises:
@@ -164,8 +164,8 @@ class Judge:
         """
         api = self._openai
         messages = [
-            {"role": "system", "content": asked.system},
-            {"role": "user", "content": asked.user},
+            {"role": "system", "content": case.system},
+            {"role": "user", "content": case.user},
         ]
         try:
             try:
@@ -204,10 +204,10 @@ class Judge:
             raise JudgeError(f"{self.url}: {self._said(error)}") from None
 
     def _words(self, messages: Any) -> str:
-        found = self._client.chat.completions.create(
+        completion = self._client.chat.completions.create(
             model=self.model, messages=messages, **self._settings
         )
-        choices = getattr(found, "choices", None)
+        choices = getattr(completion, "choices", None)
         if not choices:
             raise JudgeError(f"{self.url}: the answer is no chat completion; check --judge_url")
         return str(choices[0].message.content or "")

@@ -30,7 +30,7 @@ def per_row(
         rows: tokenised, with at least one label each that is not the first.
         batch_size: rows at once.
         measure: of some labelled tokens.
-        done: told how many rows were run, after every batch.
+        done: called after every batch with the number of rows in it.
     """
     model.eval()
     passes = passes_of(model)

@@ -87,6 +87,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 
 def _item(row: Row) -> Item:
+    """A question from a row, in either of the shapes that `read_items` knows."""
     subject = str(row.get("subject") or row.get("class") or row.get("category") or "all")
     if row.get("choices") is not None and row.get("question") is not None:
         choices = row["choices"]
@@ -111,10 +112,10 @@ def _index(answer: Any, number: int) -> int:
 
 def _from_text(subject: str, text: str, output: str) -> Item:
     """A question with its options in one text; the answer's own text tells where options end."""
-    found = _ANSWER.match(output)
-    if not found:
+    match = _ANSWER.match(output)
+    if not match:
         raise ValueError(f"output: {output[:60]!r} names no letter")
-    letter, stated = LETTERS.index(found.group(1)), found.group(2).strip()
+    letter, stated = LETTERS.index(match.group(1)), match.group(2).strip()
     candidates = [
         (text[: match.start()], options)
         for match in _OPTIONS.finditer(text)
@@ -200,7 +201,7 @@ def log_likelihoods(
         batch_size: rows at once.
         context: the model's, in tokens.
         examples: worked examples by subject.
-        done: told how many rows were run, after every batch.
+        done: called after every batch with the number of rows in it.
     """
     rows: list[Tokens] = []
     places: list[tuple[int, list[int] | None]] = []  # the item, and its letters' tokens if single
@@ -227,13 +228,13 @@ def log_likelihoods(
         return torch.cat([own, logits.log_softmax(-1)[:, letters]], 1)
 
     out: list[list[float]] = [[] for _ in items]
-    for (number, tokens), found in zip(
+    for (number, tokens), likelihood in zip(
         places, per_row(model, rows, batch_size, measure, done), strict=True
     ):
         if tokens is None:
-            out[number].append(float(found[:, 0].sum()))
+            out[number].append(float(likelihood[:, 0].sum()))
         else:
-            out[number] = [float(found[0, 1 + column[token]]) for token in tokens]
+            out[number] = [float(likelihood[0, 1 + column[token]]) for token in tokens]
     return out
 
 
@@ -250,11 +251,11 @@ def accuracy(right: int, rows: int) -> dict[str, Any]:
     """The share that is right, with Wilson's 95% interval."""
     from scipy.stats import binomtest
 
-    found = binomtest(right, rows).proportion_ci(0.95, method="wilson")
+    interval = binomtest(right, rows).proportion_ci(0.95, method="wilson")
     return {
         "accuracy": right / rows,
-        "low": float(found.low),
-        "high": float(found.high),
+        "low": float(interval.low),
+        "high": float(interval.high),
         "correct": right,
         "rows": rows,
     }
@@ -263,8 +264,8 @@ def accuracy(right: int, rows: int) -> dict[str, Any]:
 def scores(items: Sequence[Item], likelihoods: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Accuracy over all items, its mean over subjects, and by subject, with 95% intervals."""
     by_subject: dict[str, list[bool]] = {}
-    for item, found in zip(items, likelihoods, strict=True):
-        by_subject.setdefault(item.subject, []).append(guess(found) == item.answer)
+    for item, likelihood in zip(items, likelihoods, strict=True):
+        by_subject.setdefault(item.subject, []).append(guess(likelihood) == item.answer)
     each = {
         name: accuracy(sum(hits), len(hits))
         for name, hits in sorted(by_subject.items(), key=lambda pair: natural(pair[0]))

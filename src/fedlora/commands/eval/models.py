@@ -13,7 +13,8 @@ import torch
 from fedlora.commands.eval.subject import BASE, Subject
 from fedlora.errors import InputError
 from fedlora.model.dtype import settled_dtype
-from fedlora.model.loading import greedy, load_pretrained, load_tokenizer
+from fedlora.model.loading import greedy, load_pretrained
+from fedlora.model.sources import load_tokenizer
 
 
 class Models:
@@ -43,8 +44,8 @@ class Models:
     def context(self) -> int:
         """The longest text in tokens."""
         text = self.model.config.get_text_config()
-        found = getattr(text, "max_position_embeddings", None) or 0
-        return int(found) if 0 < found < 10**6 else 2048
+        positions = getattr(text, "max_position_embeddings", None) or 0
+        return int(positions) if 0 < positions < 10**6 else 2048
 
 
 def load_models(
@@ -102,6 +103,7 @@ def tokenizer_of(subject: Subject) -> Any:
 
 
 def _with_adapter(peft: Any, model: Any, name: str, subject: Subject, device: torch.device) -> Any:
+    """The model with one more adapter that PEFT loads; the first one wraps it."""
     from peft import PeftModel
 
     path: Path = subject.adapters[name]

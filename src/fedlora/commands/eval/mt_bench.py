@@ -69,10 +69,10 @@ def read_questions(path: Path, references: Path | None = None) -> list[Question]
         if len(turns) > 2:
             raise InputError(f"{path}: row {number}: {len(turns)} turns; the judge knows two")
         name, category = str(row["question_id"]), str(row.get("category") or "all")
-        found = known.get(name) or tuple(map(str, row.get("reference") or ()))
-        if category not in WITH_REFERENCE or len(found) != len(turns):
-            found = ()
-        out.append(Question(name, category, tuple(map(str, turns)), found))
+        answers = known.get(name) or tuple(map(str, row.get("reference") or ()))
+        if category not in WITH_REFERENCE or len(answers) != len(turns):
+            answers = ()
+        out.append(Question(name, category, tuple(map(str, turns)), answers))
     if len({q.id for q in out}) < len(out):
         raise InputError(f"{path}: a question_id stands there twice")
     return out
@@ -133,58 +133,73 @@ def answered(
         max_new_tokens: longest answer of a turn.
         context: the model's, in tokens.
         batch_size: questions at once.
-        done: told how many questions were answered.
+        done: called with the number of questions that were answered.
 
     Returns:
         Question id -> an answer for each turn, and how many prompts had to be cut.
     """
     settings = _digest(identity, form.name, str(max_new_tokens))
-    asked = {q.id: _digest(*q.turns) for q in questions}
+    digests = {q.id: _digest(*q.turns) for q in questions}
     out = {
         str(r["question_id"]): [str(x) for x in r["choices"][0]["turns"]]
         for r in kept(path)
-        if r.get("settings") == settings and r.get("asked") == asked.get(str(r["question_id"]))
+        if r.get("settings") == settings and r.get("asked") == digests.get(str(r["question_id"]))
     }
     missing = [q for q in questions if q.id not in out]
     cuts = 0
     done(len(questions) - len(missing))
+
+    def say(talks: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+        """The model's next words in each conversation."""
+        nonlocal cuts
+        texts, cut = answers(
+            model,
+            tokenizer,
+            [form.tokens(talk) for talk in talks],
+            max_new_tokens=max_new_tokens,
+            context=context,
+            batch_size=batch_size,
+        )
+        cuts += sum(cut)
+        return texts
+
     for at in range(0, len(missing), batch_size):
         part = missing[at : at + batch_size]
-        talks: dict[str, list[dict[str, str]]] = {q.id: [] for q in part}
-        for turn in range(max(len(q.turns) for q in part)):
-            now = [q for q in part if turn < len(q.turns)]
-            for q in now:
-                talks[q.id].append({"role": "user", "content": q.turns[turn]})
-            said, cut = answers(
-                model,
-                tokenizer,
-                [form.tokens(talks[q.id]) for q in now],
-                max_new_tokens=max_new_tokens,
-                context=context,
-                batch_size=batch_size,
-            )
-            cuts += sum(cut)
-            for q, text in zip(now, said, strict=True):
-                talks[q.id].append({"role": "assistant", "content": text})
-        for q in part:
-            out[q.id] = [m["content"] for m in talks[q.id] if m["role"] == "assistant"]
-        keep(
-            path,
-            [
-                {
-                    "question_id": q.id,
-                    "category": q.category,
-                    "choices": [{"index": 0, "turns": out[q.id]}],
-                    "form": form.name,
-                    "max_new_tokens": max_new_tokens,
-                    "asked": asked[q.id],
-                    "settings": settings,
-                }
-                for q in part
-            ],
-        )
+        out |= _conversed(part, say)
+        records = [
+            {
+                "question_id": q.id,
+                "category": q.category,
+                "choices": [{"index": 0, "turns": out[q.id]}],
+                "form": form.name,
+                "max_new_tokens": max_new_tokens,
+                "asked": digests[q.id],
+                "settings": settings,
+            }
+            for q in part
+        ]
+        keep(path, records)
         done(len(part))
     return {q.id: out[q.id] for q in questions}, cuts
+
+
+def _conversed(
+    questions: Sequence[Question],
+    say: Callable[[Sequence[Sequence[dict[str, str]]]], list[str]],
+) -> dict[str, list[str]]:
+    """Question id -> the answers to its turns; of each turn all questions are answered at once."""
+    talks: dict[str, list[dict[str, str]]] = {q.id: [] for q in questions}
+    for turn in range(max(len(q.turns) for q in questions)):
+        now = [q for q in questions if turn < len(q.turns)]
+        for q in now:
+            talks[q.id].append({"role": "user", "content": q.turns[turn]})
+        texts = say([talks[q.id] for q in now])
+        for q, text in zip(now, texts, strict=True):
+            talks[q.id].append({"role": "assistant", "content": text})
+    return {
+        name: [message["content"] for message in talk if message["role"] == "assistant"]
+        for name, talk in talks.items()
+    }
 
 
 def _digest(*parts: str) -> str:
@@ -205,7 +220,7 @@ class Grade:
 
 def judged(
     questions: Sequence[Question],
-    said: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[str]],
     path: Path,
     judge: Judge,
     *,
@@ -218,11 +233,11 @@ def judged(
 
     Args:
         questions: that were answered.
-        said: question id -> answers.
+        answers: question id -> answers.
         path: where judgements are kept.
         judge: the endpoint.
         threads: requests at once.
-        done: told how many turns were judged.
+        done: called with the number of turns that were judged.
 
     Returns:
         What is graded, and why the judge stopped; None: it did not.
@@ -232,19 +247,19 @@ def judged(
         for turn in range(len(q.turns)):
             upto = slice(0, turn + 1)
             references = q.references[upto] if q.references else None
-            asked = case(q.turns[upto], list(said[q.id])[upto], references)
-            cases[_digest(judge.model, q.id, asked.system, asked.user)] = q, turn, asked
+            request = case(q.turns[upto], list(answers[q.id])[upto], references)
+            cases[_digest(judge.model, q.id, request.system, request.user)] = q, turn, request
     known = {r["case"]: r["rating"] for r in kept(path) if r.get("rating") is not None}
     grades = [Grade(q, turn, known[key]) for key, (q, turn, _) in cases.items() if key in known]
     done(len(grades))
     waiting = {key: x for key, x in cases.items() if key not in known}
     problems: list[JudgeError] = []
 
-    def ask(asked: Case) -> str | None:
+    def ask(request: Case) -> str | None:
         if problems:  # what has not begun would fail in the same way
             return None
         try:
-            return judge.ask(asked)
+            return judge.ask(request)
         except JudgeError as error:
             problems.append(error)
             return None
@@ -254,7 +269,7 @@ def judged(
         futures = {pool.submit(ask, x[2]): key for key, x in waiting.items()}
         for future in as_completed(futures):
             key = futures[future]
-            q, turn, asked = waiting[key]
+            q, turn, request = waiting[key]
             words = future.result()
             if words is None:
                 continue
@@ -264,7 +279,7 @@ def judged(
                 "category": q.category,
                 "turn": turn + 1,
                 "judge": judge.model,
-                "form": asked.form,
+                "form": request.form,
                 "rating": value,
                 "judgement": words,
                 "case": key,

@@ -38,14 +38,15 @@ class Results:
         subject: what is evaluated.
         where: the directory of results.
         logged: they are the run's: a line in its `metrics.jsonl` for each.
-        emit: told each of them as JSON, where a program looks on.
+        emit: writes each of them as JSON, where a program looks on.
+        scores: what there is so far, by measure and model.
     """
 
     subject: Subject
     where: Path
     logged: bool
     emit: Emit | None = None
-    found: dict[tuple[str, str], Scores] = field(default_factory=dict)
+    scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
 
     def place(self, model: str) -> Path:
         """The directory of a model's results."""
@@ -94,11 +95,11 @@ class Results:
             append_eval(self.subject.run, line)
         if self.emit:
             self.emit(line)
-        self.found[name, model] = scores
+        self.scores[name, model] = scores
 
     def of(self, name: str) -> dict[str, Scores]:
         """Model -> scores of this name."""
-        return {model: x for (what, model), x in self.found.items() if what == name}
+        return {model: x for (what, model), x in self.scores.items() if what == name}
 
 
 def open_results(subject: Subject, output_dir: str | None, emit: Emit | None = None) -> Results:
@@ -178,13 +179,13 @@ _MEASURES = (
 
 
 def _held_out(results: Results, console: Console) -> None:
-    found = results.of(HELD_OUT)
-    if not found:
+    by_model = results.of(HELD_OUT)
+    if not by_model:
         return
-    one = next(iter(found.values()))
+    one = next(iter(by_model.values()))
     measures = [m for m in _MEASURES if m[0] in one]
     table = _table(f"held-out rows ({one['rows']})", ["model", *(m[1] for m in measures)])
-    for model, x in found.items():
+    for model, x in by_model.items():
         table.add_row(model, *(_form(x.get(key), form) for key, _, form in measures))
     _print(table, console)
 
@@ -194,7 +195,8 @@ MAIN = ("exact_match", "accuracy", "token_accuracy")
 
 
 def _by_client(results: Results, console: Console) -> None:
-    names = [n for n, _ in results.found if n.startswith(f"{HELD_OUT}:")]
+    """Each client's own held-out rows: the shared models beside the client's own."""
+    names = [n for n, _ in results.scores if n.startswith(f"{HELD_OUT}:")]
     names = list(dict.fromkeys(names))
     if not names:
         return
@@ -206,10 +208,10 @@ def _by_client(results: Results, console: Console) -> None:
     own = ["its own"] if any(n.partition(":")[2] in results.of(n) for n in names) else []
     table = _table(f"each client's own held-out rows: {heading}", ["client", "rows", *shared, *own])
     for name in names:
-        client, found = name.partition(":")[2], results.of(name)
-        rows = next(iter(found.values()))["rows"]
+        client, by_model = name.partition(":")[2], results.of(name)
+        rows = next(iter(by_model.values()))["rows"]
         cells = [
-            _form((found.get(m) or {}).get(key), ".1%")
+            _form((by_model.get(m) or {}).get(key), ".1%")
             for m in [*shared, *([client] if own else [])]
         ]
         table.add_row(client, str(rows), *cells)
@@ -217,15 +219,16 @@ def _by_client(results: Results, console: Console) -> None:
 
 
 def _general(results: Results, console: Console) -> None:
-    found = results.of(GENERAL)
-    if not found:
+    """Loss on general text, and forgetting where the base was measured too."""
+    by_model = results.of(GENERAL)
+    if not by_model:
         return
-    one = next(iter(found.values()))
+    one = next(iter(by_model.values()))
     title = f"general text ({one['tokens']:,} tokens in {one['windows']} windows)"
     columns = ["model", "loss", "perplexity"]
-    compared = any("forgetting" in x for x in found.values())
+    compared = any("forgetting" in x for x in by_model.values())
     table = _table(title, [*columns, *(["forgetting", "95% interval"] if compared else [])])
-    for model, x in found.items():
+    for model, x in by_model.items():
         cells = [_form(x["loss"], ".4f"), _form(x["perplexity"], ".5g")]
         if compared:
             low, high = x.get("forgetting_low"), x.get("forgetting_high")
@@ -237,22 +240,23 @@ def _general(results: Results, console: Console) -> None:
 
 
 def _mmlu(results: Results, console: Console) -> None:
-    found = results.of(MMLU)
-    if not found:
+    """Accuracy by subject, as many models as fit side by side, then over all subjects."""
+    by_model = results.of(MMLU)
+    if not by_model:
         return
-    one = next(iter(found.values()))
+    one = next(iter(by_model.values()))
     subjects = list(one["by_subject"])
-    for part in _few(list(found)):
+    for part in _few(list(by_model)):
         table = _table("MMLU by subject", ["subject", "questions", *part])
         for name in subjects:
-            cells = [f"{found[m]['by_subject'][name]['accuracy']:.1%}" for m in part]
+            cells = [f"{by_model[m]['by_subject'][name]['accuracy']:.1%}" for m in part]
             table.add_row(name, str(one["by_subject"][name]["rows"]), *cells)
         _print(table, console)
     table = _table(
         f"MMLU ({one['rows']:,} questions, {len(subjects)} subjects)",
         ["model", "accuracy", "95% interval", "mean of subjects"],
     )
-    for model, x in found.items():
+    for model, x in by_model.items():
         between = _between(x["low"], x["high"], ".1%")
         table.add_row(model, f"{x['accuracy']:.1%}", between, f"{x['subject_mean']:.1%}")
     _print(table, console)
@@ -263,21 +267,22 @@ def _few(models: list[str]) -> list[list[str]]:
     return [models[i : i + 4] for i in range(0, len(models), 4)]
 
 
-def _tasks(results: Results, asked: Sequence[str], console: Console) -> None:
-    names = [n.removeprefix(TASK) for n, _ in results.found if n.startswith(TASK)]
+def _tasks(results: Results, wanted: Sequence[str], console: Console) -> None:
+    """The harness's metrics with their standard errors."""
+    names = [n.removeprefix(TASK) for n, _ in results.scores if n.startswith(TASK)]
     names = list(dict.fromkeys(names))
     if not names:
         return
     # Of a group with many tasks inside, the group alone; the others are in the files.
-    names = [n for n in names if n in asked] if len(names) > 12 else names
+    names = [n for n in names if n in wanted] if len(names) > 12 else names
     models = list(results.of(TASK + names[0])) if names else []
     for part in _few(models):
         table = _table("lm-evaluation-harness", ["task", "metric", *part])
         for name in names:
-            found = results.of(TASK + name)
-            metrics = [k for k in next(iter(found.values())) if not _is_error(k) and k != "rows"]
+            by_model = results.of(TASK + name)
+            metrics = [k for k in next(iter(by_model.values())) if not _is_error(k) and k != "rows"]
             for i, metric in enumerate(metrics):
-                cells = [_with_error(found.get(m) or {}, metric) for m in part]
+                cells = [_with_error(by_model.get(m) or {}, metric) for m in part]
                 table.add_row("" if i else name, metric, *cells)
         _print(table, console)
 
@@ -296,22 +301,23 @@ def _with_error(scores: Scores, metric: str) -> str:
 
 
 def _mt_bench(results: Results, console: Console) -> None:
-    found = results.of(MT_BENCH)
-    if not found:
+    """MT-bench's scores over all questions, then by category."""
+    by_model = results.of(MT_BENCH)
+    if not by_model:
         return
     table = _table(
         "MT-bench (1 to 10)", ["model", "score", "95% interval", "turn 1", "turn 2", "rated"]
     )
-    for model, x in found.items():
+    for model, x in by_model.items():
         cells = [_form(x[k], ".2f") for k in ("turn_1", "turn_2")]
         between = _between(x["low"], x["high"], ".2f")
         table.add_row(model, f"{x['score']:.2f}", between, *cells, f"{x['rated']}/{x['turns']}")
     _print(table, console)
-    categories = list(next(iter(found.values()))["by_category"])
+    categories = list(next(iter(by_model.values()))["by_category"])
     if len(categories) > 1:
-        for part in _few(list(found)):
+        for part in _few(list(by_model)):
             table = _table("MT-bench by category", ["category", *part])
             for name in categories:
-                cells = [_form(found[m]["by_category"].get(name), ".2f") for m in part]
+                cells = [_form(by_model[m]["by_category"].get(name), ".2f") for m in part]
                 table.add_row(name, *cells)
             _print(table, console)

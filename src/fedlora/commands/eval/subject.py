@@ -16,7 +16,7 @@ from fedlora.config.sources import read_yaml
 from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import CheckpointError, InputError
 from fedlora.methods import METHODS
-from fedlora.model.loading import Source
+from fedlora.model.sources import Source
 from fedlora.runs.directory import verify
 from fedlora.runs.file_names import CONFIG, FINAL, METRICS
 from fedlora.runs.metrics_log import read_metrics
@@ -151,6 +151,7 @@ def _with(config: Config, loading: Loading, base: str | None) -> Config:
 
 
 def _model(loading: Loading) -> Subject:
+    """A model by itself, by its directory or its hub name."""
     if loading.base:
         raise InputError(f"--base: {loading.what} is a model itself; --base belongs to an adapter")
     if loading.round is not None:
@@ -170,6 +171,7 @@ def _model(loading: Loading) -> Subject:
 
 
 def _run(path: Path, loading: Loading) -> Subject:
+    """A run: its final model, or the round that is asked for, or the newest one that is whole."""
     config = _with(Config(**read_yaml(path / CONFIG)), loading, loading.base)
     notes: list[str] = []
     final, lines = path / FINAL, read_metrics(path) if (path / METRICS).is_file() else []
@@ -211,8 +213,8 @@ def _is_personal(config: Config) -> bool:
 
 
 def _saved_rounds(path: Path) -> list[int]:
-    found = (_ROUND.match(part.name) for part in path.iterdir() if part.is_dir())
-    return sorted(int(match.group(1)) for match in found if match)
+    matches = (_ROUND.match(part.name) for part in path.iterdir() if part.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def _trusted(path: Path) -> None:
@@ -243,6 +245,7 @@ def _clients_in(path: Path) -> dict[str, Path]:
 
 
 def _adapters(path: Path, loading: Loading) -> Subject:
+    """A PEFT directory by itself, or a part of a run's directory."""
     if loading.round is not None:
         raise InputError(f"--round: {path} is one adapter; name the run's directory instead")
     run = _run_around(path)

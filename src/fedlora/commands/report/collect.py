@@ -241,8 +241,8 @@ def _environment(begin: Line) -> dict[str, Any]:
 
 
 def _last_evaluation(run: Run) -> dict[str, Any]:
-    found = [mapping(x.get("evaluation")) for x in (run.start, *run.rounds)]
-    return next((x for x in reversed(found) if x), {})
+    evaluations = [mapping(x.get("evaluation")) for x in (run.start, *run.rounds)]
+    return next((x for x in reversed(evaluations) if x), {})
 
 
 def _clients(run: Run) -> Clients:
@@ -297,13 +297,13 @@ def _quality(run: Run) -> Iterable[dict[str, Any]]:
     """A row per round: every number of its evaluations, as the file has it."""
     for line in (run.start, *run.rounds):
         if line:
-            found = {kind: titled(line, kind) for kind in KINDS}
-            yield {"round": int(line["round"]), **{k: x for k, x in found.items() if x}}
+            measures = {kind: titled(line, kind) for kind in KINDS}
+            yield {"round": int(line["round"]), **{k: x for k, x in measures.items() if x}}
 
 
 def _errors(run: Run, numbers: tuple[int, ...], order: Mapping[str, int]) -> Errors:
     by_round = [mapping(line.get("layers")) for line in run.rounds]
-    named = dict.fromkeys(name for found in by_round for name in found)
+    named = dict.fromkeys(name for errors in by_round for name in errors)
     layers = tuple(sorted(named, key=lambda name: order.get(name, len(order))))
 
     def of(key: str) -> tuple[float | None, ...]:
@@ -311,7 +311,7 @@ def _errors(run: Run, numbers: tuple[int, ...], order: Mapping[str, int]) -> Err
 
     def table(key: str) -> tuple[tuple[float | None, ...], ...]:
         return tuple(
-            tuple(number(mapping(found.get(name)).get(key)) for found in by_round)
+            tuple(number(mapping(errors.get(name)).get(key)) for errors in by_round)
             for name in layers
         )
 
@@ -358,16 +358,16 @@ def _traffic(
 
 
 def _seconds(run: Run) -> dict[str, tuple[float | None, ...]]:
-    found = [mapping(line.get("seconds")) for line in run.rounds]
-    phases = dict.fromkeys(key for x in found for key in x)
-    return {phase: tuple(number(x.get(phase)) for x in found) for phase in phases}
+    seconds = [mapping(line.get("seconds")) for line in run.rounds]
+    phases = dict.fromkeys(key for x in seconds for key in x)
+    return {phase: tuple(number(x.get(phase)) for x in seconds) for phase in phases}
 
 
 def _privacy(run: Run) -> Iterable[tuple[int, float | None, float | None]]:
     for line in run.rounds:
-        found = mapping(line.get("privacy"))
-        if found:
-            yield int(line["round"]), number(found.get("epsilon")), number(found.get("delta"))
+        privacy = mapping(line.get("privacy"))
+        if privacy:
+            yield int(line["round"]), number(privacy.get("epsilon")), number(privacy.get("delta"))
 
 
 def _evals(run: Run) -> Iterable[dict[str, Any]]:
@@ -384,5 +384,5 @@ def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, fl
     for key, value in scores.items():
         if isinstance(value, Mapping):
             yield from _flat(mapping(value), f"{prefix}{key}.")
-        elif (found := number(value)) is not None:
-            yield f"{prefix}{key}", found
+        elif (plain := number(value)) is not None:
+            yield f"{prefix}{key}", plain

@@ -78,8 +78,8 @@ def draw(collected: Collected, file: Path, formats: Sequence[str]) -> list[Path]
 def _nothing(collected: Collected) -> Figure:
     """A page that says what is missing, where there is nothing to draw."""
     figure = pyplot.figure(figsize=(6.5, 3))
-    said = [f"{run.label}: {problem}" for run in collected.runs for problem in run.problems]
-    figure.text(0.02, 0.9, _plain("\n".join(["Nothing to draw.", *said])), va="top", wrap=True)
+    problems = [f"{run.label}: {problem}" for run in collected.runs for problem in run.problems]
+    figure.text(0.02, 0.9, _plain("\n".join(["Nothing to draw.", *problems])), va="top", wrap=True)
     return figure
 
 
@@ -197,10 +197,10 @@ def changes(collected: Collected) -> Figure | None:
     for axes, run in zip(flat, runs, strict=True):
         change = run.changes[0]
         for key, (label, mark, colour, face) in marks.items():
-            found = [(i, y) for i, y in enumerate(change[key]) if y is not None]
-            if found:
+            points = [(i, y) for i, y in enumerate(change[key]) if y is not None]
+            if points:
                 axes.plot(
-                    *zip(*found, strict=True), mark, label=label, color=colour,
+                    *zip(*points, strict=True), mark, label=label, color=colour,
                     markerfacecolor=face, markersize=4.5,
                 )  # fmt: skip
         axes.set_title(_plain(f"{run.label}: {change['title'].lower()}") if len(runs) > 1 else "")
@@ -342,8 +342,8 @@ def privacy(collected: Collected) -> Figure | None:
         return None
     figure, (axes,) = _grid(1, 1, 2.6)
     for i, run in enumerate(runs):
-        found = [(r, epsilon) for r, epsilon, _ in run.privacy if epsilon is not None]
-        _line(axes, i, [r for r, _ in found], [x for _, x in found], run.label)
+        spent = [(r, epsilon) for r, epsilon, _ in run.privacy if epsilon is not None]
+        _line(axes, i, [r for r, _ in spent], [x for _, x in spent], run.label)
     axes.set_ylabel("epsilon")
     _rounds(axes)
     if len(runs) > 1:

@@ -78,11 +78,11 @@ DWARFS = 20
 
 def titled(line: Line, kind: str) -> dict[str, float]:
     """The numbers of one evaluation; over several clients, the mean of those that have one."""
-    found = mapping(line.get(kind))
+    scores = mapping(line.get(kind))
     if kind not in ("client_evaluations", "personal_evaluations"):
-        return {k: x for k, value in found.items() if (x := number(value)) is not None}
+        return {k: x for k, value in scores.items() if (x := number(value)) is not None}
     by_measure: dict[str, list[float]] = {}
-    for own in found.values():
+    for own in scores.values():
         for key, value in mapping(own).items():
             if (x := number(value)) is not None:
                 by_measure.setdefault(key, []).append(x)
@@ -100,14 +100,14 @@ def by_round(run: Run, kind: str) -> dict[str, dict[int, float]]:
 
 def panels(runs: Sequence[Run], series: Sequence[Series]) -> list[Panel]:
     """The plots of quality, the leading measure first."""
-    found = {kind: [by_round(run, kind) for run in runs] for kind in KINDS}
-    named = dict.fromkeys(m for by in found.values() for run in by for m in run)
+    by_kind = {kind: [by_round(run, kind) for run in runs] for kind in KINDS}
+    named = dict.fromkeys(m for by in by_kind.values() for run in by for m in run)
     measures = sorted(named, key=lambda m: [*MEASURES, m].index(m))
 
     def lines(kind: str, measure: str) -> list[PanelLine]:
         out = []
         for one in series:
-            own = [x[measure] for i in one.runs if measure in (x := found[kind][i])]
+            own = [x[measure] for i in one.runs if measure in (x := by_kind[kind][i])]
             if own:
                 label = one.label if len(series) > 1 else KINDS[kind][0]
                 out.append(PanelLine(label, curve(own)))
@@ -189,6 +189,6 @@ def change(run: Run, clients: Sequence[int]) -> Iterable[dict[str, Any]]:
 
 def _newest(run: Run, kind: str) -> tuple[int | None, dict[str, Any]]:
     for line in reversed(run.rounds):
-        if found := mapping(line.get(kind)):
-            return int(line["round"]), found
+        if scores := mapping(line.get(kind)):
+            return int(line["round"]), scores
     return None, {}

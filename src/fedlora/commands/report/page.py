@@ -24,8 +24,8 @@ SCRIPTS = ("base.js", "plots.js", "sections.js", "page.js")
 def rounded(value: Any) -> Any:
     """The same structure with floats cut to `DIGITS` significant digits, and no NaN."""
     if isinstance(value, float):
-        found = number(value)
-        return None if found is None else float(f"{found:.{DIGITS}g}")
+        plain = number(value)
+        return None if plain is None else float(f"{plain:.{DIGITS}g}")
     if isinstance(value, Mapping):
         return {str(k): rounded(x) for k, x in value.items()}
     if isinstance(value, list | tuple):

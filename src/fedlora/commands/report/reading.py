@@ -69,8 +69,8 @@ class Run:
     @property
     def seed(self) -> int | None:
         """The seed, where it is known."""
-        found = self.config.get("seed")
-        return found if isinstance(found, int) else None
+        value = self.config.get("seed")
+        return value if isinstance(value, int) else None
 
 
 def number(value: Any) -> float | None:
@@ -85,8 +85,8 @@ def number(value: Any) -> float | None:
 
 def whole(value: Any) -> int | None:
     """A whole number that is not negative, or None."""
-    found = number(value)
-    return int(found) if found is not None and found >= 0 and found == int(found) else None
+    plain = number(value)
+    return int(plain) if plain is not None and plain >= 0 and plain == int(plain) else None
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def find_runs(paths: Sequence[str]) -> list[Path]:
     Raises:
         InputError: a path does not exist, is no directory, or holds no run.
     """
-    found: dict[Path, Path] = {}
+    runs: dict[Path, Path] = {}
     for text in paths:
         path = Path(text)
         if not path.exists():
@@ -129,8 +129,8 @@ def find_runs(paths: Sequence[str]) -> list[Path]:
                 " give what --output_dir named"
             )
         for run in inside:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())
+            runs.setdefault(run.resolve(), run)
+    return list(runs.values())
 
 
 def _below(path: Path) -> list[Path]:

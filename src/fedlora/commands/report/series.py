@@ -9,22 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.commands.report.reading import Run, whole
+from fedlora.config.config import Config
+from fedlora.config.keys import Mark, keys_marked
 from fedlora.methods import rule_keys
 
-APART = (
-    "seed",
-    "output_dir",
-    "report_to",
-    "run_name",
-    "project",
-    "logging_dir",
-    "num_threads",
-    "cohort_size",
-    "cohort_memory",
-)
+APART = keys_marked(Config, Mark.OUTPUT, Mark.REPETITION, Mark.MACHINE)
 """Keys that make no other experiment of a run."""
-OF_ALONE = ("method", "num_clients", "client_ranks", "client_overrides", "save_total_limit")
-"""Keys that a client alone has otherwise than its federation."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +50,12 @@ class Curve:
 def curve(values: Sequence[Mapping[int, float]]) -> Curve:
     """Round -> value of several runs as their mean and deviation."""
     rounds = sorted(set().union(*values)) if values else []
-    found = [[run[number] for run in values if number in run] for number in rounds]
+    by_round = [[run[number] for run in values if number in run] for number in rounds]
     return Curve(
         tuple(rounds),
-        tuple(statistics.fmean(x) for x in found),
-        tuple(statistics.stdev(x) if len(x) > 1 else None for x in found),
-        tuple(map(len, found)),
+        tuple(statistics.fmean(x) for x in by_round),
+        tuple(statistics.stdev(x) if len(x) > 1 else None for x in by_round),
+        tuple(map(len, by_round)),
     )
 
 
@@ -98,7 +88,7 @@ def written(run: Run) -> dict[str, Any]:
     config, client = run.written, lone(run)
     if client is None:
         return config
-    apart = {*OF_ALONE, *rule_keys()}
+    apart = {*keys_marked(Config, Mark.ALONE), *rule_keys()}
     return {"alone": client, **{k: x for k, x in config.items() if k not in apart}}
 
 
@@ -114,12 +104,12 @@ def group(runs: Sequence[Run]) -> list[Series]:
     for i, run in enumerate(runs):
         # A run without a configuration is like no other.
         names = [_text(x) for x in _descriptions(run)] if run.config else []
-        found = next((of[name] for name in names if name in of), None)
-        if found is None:
-            groups.append(found := [])
-        found.append(i)
+        joined = next((of[name] for name in names if name in of), None)
+        if joined is None:
+            groups.append(joined := [])
+        joined.append(i)
         for name in names:
-            of.setdefault(name, found)
+            of.setdefault(name, joined)
     parts: list[list[int]] = []
     for members in groups:
         seeds = [runs[i].seed for i in members]

@@ -114,10 +114,10 @@ def _layer(name: str, delta: LowRank) -> Layer:
     whole = min(delta.rank, *delta.shape) <= EXACT_UP_TO
     values = refactor(delta).B.double().norm(dim=0) if whole else _leading(delta)
     size = norm(delta)
-    found = [float(x) for x in values]
+    numbers = [float(x) for x in values]
     # Beyond this, a value is what rounding in float32 leaves of a zero.
-    least = found[0] * max(delta.shape) * torch.finfo(torch.float32).eps if found else 0.0
-    real = [x for x in found if x > least]
+    least = numbers[0] * max(delta.shape) * torch.finfo(torch.float32).eps if numbers else 0.0
+    real = [x for x in numbers if x > least]
     reached, energy_rank = 0.0, None
     for i, value in enumerate(real):
         reached += value * value

@@ -87,8 +87,8 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
         written += draw(collected, file, formats)
     if emit:
-        told = [{"name": x.name, "path": str(x.path), "problems": x.problems} for x in runs]
-        emit({"event": "report", "written": [str(path) for path in written], "runs": told})
+        described = [{"name": x.name, "path": str(x.path), "problems": x.problems} for x in runs]
+        emit({"event": "report", "written": [str(path) for path in written], "runs": described})
         return 0
     for run in runs:
         for problem in run.problems:

@@ -162,14 +162,14 @@ def _write_back(tuned: Any, layers: Mapping[str, AdapterLayer]) -> float:
     """Put `B = P diag(e)`, `A = Q` into the client's layers; returns the mean rank."""
     ranks = []
     for name, layer in layers.items():
-        found = tuned.base_model.model.get_submodule(name)
-        e = found.lora_E["default"].flatten()  # (r,)
-        scale = found.scaling["default"] / (float(found.ranknum["default"]) + 1e-5)
+        peft_layer = tuned.base_model.model.get_submodule(name)
+        e = peft_layer.lora_E["default"].flatten()  # (r,)
+        scale = peft_layer.scaling["default"] / (float(peft_layer.ranknum["default"]) + 1e-5)
         term = layer.clients[0]
         assert isinstance(term, ClientTerm)
         assert layer.A is not None
         assert layer.B is not None
-        layer.A.copy_(found.lora_A["default"])
-        layer.B.copy_(found.lora_B["default"] * e * (scale / term.scale))
+        layer.A.copy_(peft_layer.lora_A["default"])
+        layer.B.copy_(peft_layer.lora_B["default"] * e * (scale / term.scale))
         ranks.append(int((e != 0).sum()))
     return sum(ranks) / len(ranks)

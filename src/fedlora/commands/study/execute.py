@@ -18,8 +18,8 @@ from fedlora.commands.study.plan import Planned
 from fedlora.errors import InputError
 from fedlora.runs.file_names import CONFIG, FINAL
 
-Told = Callable[[str, Planned, Mapping[str, Any]], None]
-"""Told `(what, run, message)`: what is start, round, done, failed, or kept (done before)."""
+OnChange = Callable[[str, Planned, Mapping[str, Any]], None]
+"""Called as `(what, run, message)`: what is start, round, done, failed, or kept (done before)."""
 
 _FIRST_NEED = 2 * 2**30
 """Bytes a run is taken to need at least; the libraries alone take a part of it."""
@@ -69,7 +69,7 @@ def execute(
     *,
     processes: int | None,
     gpu: bool,
-    told: Told,
+    on_change: OnChange,
     small: bool = False,
 ) -> dict[str, str]:
     """Make all runs that are not complete, each in its own directory.
@@ -81,56 +81,109 @@ def execute(
             a round to itself, which shows what memory it takes; the others start where the
             machine's free memory holds as much.
         gpu: whether runs use one.
-        told: about what happens.
+        on_change: called when a run changes its state.
         small: a run is known to need little memory, so none has to show it first.
 
     Returns:
         Directory name -> why this run failed. The others are complete.
     """
-    waiting, seen, failed = list[Planned](), set[str](), dict[str, str]()
-    for run in runs:
-        if run.directory in seen:
-            continue
-        seen.add(run.directory)
-        if (directory / run.directory / FINAL).is_dir():
-            told("kept", run, {})
-        else:
-            waiting.append(run)
-    threads, most = threads_and_processes(processes, gpu)
-    answers: queue.Queue[tuple[_Worker, dict[str, Any]]] = queue.Queue()
-    workers: list[_Worker] = []
-    need, known = _FIRST_NEED, small
+    waiting = _incomplete(runs, directory, on_change)
+    failed: dict[str, str] = {}
+    pool = _Pool(directory, *threads_and_processes(processes, gpu), known=small)
     try:
-        while waiting or any(worker.run for worker in workers):
-            while waiting and _may_start(workers, most if known else 1, need):
-                worker = next((w for w in workers if w.run is None), None)
-                if worker is None:
-                    worker = _new_worker(threads, directory, answers)
-                    workers.append(worker)
-                _send(worker, waiting.pop(0), directory, threads)
-                assert worker.run is not None
-                told("start", worker.run, {})
-            worker, message = answers.get()
-            planned = worker.run
-            if planned is None:
-                continue  # the end of a worker that had nothing to do
-            if "peak" in message:  # one run shows what the others need beside it
-                need, known = max(need, int(message["peak"])), True
+        while waiting or pool.busy:
+            while waiting and pool.has_room():
+                run = waiting.pop(0)
+                pool.start(run)
+                on_change("start", run, {})
+            news = pool.next_message()
+            if news is None:
+                continue
+            run, message = news
             if "round" in message:
-                told("round", planned, message)
-                continue
-            worker.run, known = None, True
-            if message.get("done"):
-                told("done", planned, message)
-                continue
-            why = message.get("failed") or _end_of(worker.process, directory)
-            failed[planned.directory] = why
-            told("failed", planned, {"failed": why})
-            if "failed" not in message:
-                workers.remove(worker)
+                on_change("round", run, message)
+            elif message.get("done"):
+                on_change("done", run, message)
+            else:
+                failed[run.directory] = message["failed"]
+                on_change("failed", run, {"failed": message["failed"]})
     finally:
-        _stop(workers)
+        pool.stop()
     return failed
+
+
+def _incomplete(runs: Sequence[Planned], directory: Path, on_change: OnChange) -> list[Planned]:
+    """The runs that have to be made, each once; the others were kept."""
+    waiting: dict[str, Planned] = {}
+    kept = set()
+    for run in runs:
+        if run.directory in waiting or run.directory in kept:
+            continue
+        if (directory / run.directory / FINAL).is_dir():
+            kept.add(run.directory)
+            on_change("kept", run, {})
+        else:
+            waiting[run.directory] = run
+    return list(waiting.values())
+
+
+class _Pool:
+    """Processes that make runs, one at a time each.
+
+    Args:
+        directory: of the runs' directories.
+        threads: of a process.
+        most: processes at a time.
+        known: what memory a run needs is known; else the first run shows it, by itself.
+    """
+
+    def __init__(self, directory: Path, threads: int, most: int, known: bool) -> None:
+        self._directory, self._threads, self._most = directory, threads, most
+        self._known, self._need = known, _FIRST_NEED
+        self._workers: list[_Worker] = []
+        self._messages: queue.Queue[tuple[_Worker, dict[str, Any]]] = queue.Queue()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run is being made."""
+        return any(worker.run for worker in self._workers)
+
+    def has_room(self) -> bool:
+        """Whether another run may start now."""
+        return _may_start(self._workers, self._most if self._known else 1, self._need)
+
+    def start(self, run: Planned) -> None:
+        """Give a run to a process that has none, or to a new one."""
+        worker = next((w for w in self._workers if w.run is None), None)
+        if worker is None:
+            worker = _new_worker(self._threads, self._directory, self._messages)
+            self._workers.append(worker)
+        _send(worker, run, self._directory, self._threads)
+
+    def next_message(self) -> tuple[Planned, dict[str, Any]] | None:
+        """Wait for what a process says of its run: `round`, `done`, or `failed` with the reason.
+
+        Returns:
+            None where a process ended that had nothing to do.
+        """
+        worker, message = self._messages.get()
+        run = worker.run
+        if run is None:
+            return None
+        if "peak" in message:  # one run shows what the others need beside it
+            self._need, self._known = max(self._need, int(message["peak"])), True
+        if "round" in message:
+            return run, message
+        worker.run, self._known = None, True
+        if not message.get("done") and "failed" not in message:  # it said nothing, and is gone
+            self._workers.remove(worker)
+        if not message.get("done") and not message.get("failed"):
+            message = {**message, "failed": _end_of(worker.process, self._directory)}
+        return run, message
+
+    def stop(self) -> None:
+        """End all processes."""
+        _stop(self._workers)
 
 
 def _end_of(process: subprocess.Popen[str], directory: Path) -> str:
@@ -141,6 +194,7 @@ def _end_of(process: subprocess.Popen[str], directory: Path) -> str:
 
 
 def _may_start(workers: Sequence[_Worker], most: int, need: int) -> bool:
+    """Whether cores and memory hold another run beside those that are being made."""
     import torch
 
     from fedlora.client.memory import memory_available
@@ -158,6 +212,7 @@ def _may_start(workers: Sequence[_Worker], most: int, need: int) -> bool:
 def _new_worker(
     threads: int, directory: Path, answers: queue.Queue[tuple[_Worker, dict[str, Any]]]
 ) -> _Worker:
+    """A process that makes runs; what it says goes into the queue of answers."""
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "worker.log").open("a", encoding="utf-8") as log:
@@ -183,6 +238,7 @@ def _new_worker(
 
 
 def _send(worker: _Worker, planned: Planned, directory: Path, threads: int) -> None:
+    """Tell a process which run to make."""
     worker.run = planned
     job = {
         "path": str(directory / planned.directory),
@@ -197,6 +253,7 @@ def _send(worker: _Worker, planned: Planned, directory: Path, threads: int) -> N
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
+    """End processes: those at work are stopped, the others have nothing more to wait for."""
     for worker in workers:
         if worker.run is not None:
             worker.process.terminate()

@@ -53,12 +53,16 @@ def outcome(path: Path, metric: str) -> Outcome | str:
     if not (path / FINAL).is_dir():
         return "not complete"
     lines = read_metrics(path)
-    found = [x["evaluation"] for x in lines if x.get("evaluation") and x["event"] != "eval"]
-    if not found or metric not in found[-1]:
-        known = ", ".join(k for k, x in found[-1].items() if isinstance(x, float)) if found else ""
+    evaluations = [x["evaluation"] for x in lines if x.get("evaluation") and x["event"] != "eval"]
+    if not evaluations or metric not in evaluations[-1]:
+        known = (
+            ", ".join(k for k, x in evaluations[-1].items() if isinstance(x, float))
+            if evaluations
+            else ""
+        )
         return f"measures no {metric}" + (f" (there are {known})" if known else "")
-    values = [x[metric] for x in found if x.get(metric) is not None]
-    if found[-1][metric] is None:
+    values = [x[metric] for x in evaluations if x.get(metric) is not None]
+    if evaluations[-1][metric] is None:
         return f"ended with a {metric} that is no number"
     rounds = [line for line in lines if line["event"] == "round"]
     errors = [x["aggregation_error"] for x in rounds if x["aggregation_error"] is not None]
@@ -71,7 +75,7 @@ def outcome(path: Path, metric: str) -> Outcome | str:
         traffic = (up + down) / full
         with_base = (up + down + base * len(begin["clients"])) / full
     return Outcome(
-        value=found[-1][metric],
+        value=evaluations[-1][metric],
         best=min(values) if metric in LESS_IS_BETTER else max(values),
         error=sum(errors) / len(errors) if errors else None,
         up=up,
@@ -137,12 +141,13 @@ def tables(study: Study, runs: Path) -> list[Table]:
 
 
 def _table(part: Part, planned: Sequence[Planned], runs: Path) -> Table:
-    found: dict[tuple[tuple[str, ...], str], dict[int, Outcome]] = {}
+    """A part's outcomes by cell and label, over seeds, with differences to the reference."""
+    by_cell: dict[tuple[tuple[str, ...], str], dict[int, Outcome]] = {}
     missing: dict[str, str] = {}
     others = [axis for axis in part.axes if axis != part.compare]
     for run in planned:
         cell = tuple(run.labels[axis] for axis in others)
-        here = found.setdefault((cell, run.labels[part.compare]), {})
+        here = by_cell.setdefault((cell, run.labels[part.compare]), {})
         result = outcome(runs / run.directory, part.metric)
         if isinstance(result, Outcome):
             if run.alone is not None:  # nothing is sent to nobody
@@ -153,9 +158,9 @@ def _table(part: Part, planned: Sequence[Planned], runs: Path) -> Table:
             missing[at] = result
     rows = []
     for cell in itertools.product(*(part.axes[axis] for axis in others)):
-        base = _values(found.get((cell, part.reference), {}))
+        base = _values(by_cell.get((cell, part.reference), {}))
         for label in part.axes[part.compare]:
-            outcomes = found.get((cell, label), {})
+            outcomes = by_cell.get((cell, label), {})
             against = None
             if outcomes and base and label != part.reference:
                 against = paired(_values(outcomes), base)
@@ -182,8 +187,8 @@ def over_cells(table: Table, label: str) -> tuple[Difference, int] | None:
     seeds = set.intersection(*(a.outcomes.keys() & b.outcomes.keys() for a, b in pairs))
     mean_a = {s: sum(a.outcomes[s].value for a, _ in pairs) / len(pairs) for s in seeds}
     mean_b = {s: sum(b.outcomes[s].value for _, b in pairs) / len(pairs) for s in seeds}
-    found = paired(mean_a, mean_b)
-    return (found, len(pairs)) if found else None
+    difference = paired(mean_a, mean_b)
+    return (difference, len(pairs)) if difference else None
 
 
 # --- Markdown ---
@@ -213,6 +218,7 @@ def markdown(study: Study, all_tables: Sequence[Table], about: str = "") -> str:
 
 
 def _section(table: Table) -> list[str]:
+    """A part as Markdown: all cells side by side, each cell, and what is missing."""
     lines = []
     if len(table.cells) > 1:
         lines += [*_matrix(table), ""]
@@ -261,14 +267,15 @@ def _matrix(table: Table) -> list[str]:
     return lines
 
 
-def _overall(found: tuple[Difference, int] | None, cells: int, factor: float) -> str:
-    if found is None:
+def _overall(overall: tuple[Difference, int] | None, cells: int, factor: float) -> str:
+    if overall is None:
         return ""
-    difference, number = found
+    difference, number = overall
     return _difference(difference, factor) + (f" ({number} cells)" if number < cells else "")
 
 
 def _cell(table: Table, cell: tuple[str, ...]) -> list[str]:
+    """One cell as a Markdown table, the best value of the compared axis first."""
     part, (factor, unit) = table.part, scale_of(table.part.metric)
     rows = [row for row in table.rows if row.cell == cell]
     traffic = any(x.traffic is not None for row in rows for x in row.outcomes.values())

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.commands.json_lines import Emit
-from fedlora.commands.study.plan import Planned, Study, load_study, shipped
+from fedlora.commands.study.load import load_study
+from fedlora.commands.study.plan import Planned, Study, shipped
 from fedlora.config.arguments import Option, Syntax, parse_overrides, take
 from fedlora.errors import InputError
 
@@ -91,6 +92,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
 
 def _run(study: Study, directory: Path, processes: int | None, emit: Emit | None) -> int:
+    """Make the runs, write the tables, and show them; gives the exit code."""
     import torch
 
     from fedlora.commands.console import quiet_libraries
@@ -104,8 +106,8 @@ def _run(study: Study, directory: Path, processes: int | None, emit: Emit | None
     gpu = torch.cuda.is_available() and not all(r.keys.get("use_cpu") for r in study.runs)
     began = time.perf_counter()
     try:
-        with nullcontext(_teller(emit)) if emit else Progress(study) as told:
-            failed = execute(study.runs, runs, processes=processes, gpu=gpu, told=told)
+        with nullcontext(_teller(emit)) if emit else Progress(study) as on_change:
+            failed = execute(study.runs, runs, processes=processes, gpu=gpu, on_change=on_change)
     finally:  # what there is by now is worth a table, whatever ended the study
         if runs.is_dir():
             _write(study, directory, runs)
@@ -128,10 +130,10 @@ def _run(study: Study, directory: Path, processes: int | None, emit: Emit | None
 def _teller(emit: Emit) -> Callable[[str, Planned, Mapping[str, Any]], None]:
     """What happens to runs, as lines of JSON."""
 
-    def told(what: str, run: Planned, message: Mapping[str, Any]) -> None:
+    def on_change(what: str, run: Planned, message: Mapping[str, Any]) -> None:
         emit({"event": what, "run": run.directory, **_labels(run), **message})
 
-    return told
+    return on_change
 
 
 def _labels(run: Planned) -> dict[str, Any]:
@@ -147,11 +149,11 @@ def _runs(study: Study) -> dict[str, Any]:
 def _write(study: Study, directory: Path, runs: Path) -> None:
     from fedlora.commands.study.tables import markdown, runs_csv, summary_csv, tables
 
-    found = tables(study, runs)
+    made = tables(study, runs)
     texts = {
-        "table.md": markdown(study, found, _machine()),
+        "table.md": markdown(study, made, _machine()),
         "runs.csv": runs_csv(study, runs),
-        "summary.csv": summary_csv(found),
+        "summary.csv": summary_csv(made),
     }
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")
@@ -171,6 +173,7 @@ def _machine() -> str:
 
 
 def _list_runs(study: Study) -> None:
+    """Print the parts of a study and its runs, for `--dry_run`."""
     print(f"{study.name} ({study.size}): {len({r.directory for r in study.runs})} runs")
     for part in study.parts:
         mine = [run for run in study.runs if run.part == part.name]

@@ -72,6 +72,7 @@ def _end_with(parent: int) -> None:
 
 
 def _make(job: dict[str, Any], report: Any) -> None:
+    """Make the run that a job describes, and tell how far it is."""
     from fedlora.commands.study.trainers import trainer_of
     from fedlora.config.config import Config
     from fedlora.engines.local import run, run_session

@@ -55,8 +55,8 @@ SYNTAX = Syntax(
 
 def _told(look: Look, line: Line) -> str:
     """A round as a line of a log."""
-    found = (line.get("evaluation") or {}).items()
-    figures = [f"{name} {figure(name, x)}" for name, x in found if isinstance(x, int | float)]
+    scores = (line.get("evaluation") or {}).items()
+    figures = [f"{name} {figure(name, x)}" for name, x in scores if isinstance(x, int | float)]
     sizes = [f"{way} {human_bytes(line[f'bytes_{way}'])}" for way in ("up", "down")]
     seconds = f"{sum(line.get('seconds', {}).values()):.1f} s"
     return f"round {line['round']} of {look.num_rounds}: {', '.join([*figures, *sizes, seconds])}"
@@ -64,7 +64,7 @@ def _told(look: Look, line: Line) -> str:
 
 def _tell(reader: Reader, interval: float, console: Console) -> None:
     """Lines for a log: the state now, then what changes."""
-    told: int | None = None
+    shown_round: int | None = None
     waiting = False
     while True:
         look = reader.look()
@@ -72,16 +72,16 @@ def _tell(reader: Reader, interval: float, console: Console) -> None:
             if not waiting:
                 print(f"waiting for {reader.path}: no run there yet", flush=True)
             waiting = True
-        elif told is None:
+        elif shown_round is None:
             console.print(view(look, console.width, 40), soft_wrap=True)
         else:
             for line in look.rounds:
-                if line["round"] > told:
+                if line["round"] > shown_round:
                     print(_told(look, line), flush=True)
             if not look.alive:
                 print(status(look), flush=True)
         if look is not None:
-            told = look.finished
+            shown_round = look.finished
             if not look.alive:
                 return
         time.sleep(interval)
@@ -105,7 +105,7 @@ def _show(reader: Reader, interval: float, console: Console) -> None:
 
 def _emit_changes(reader: Reader, interval: float, emit: Emit) -> None:
     """The state now, and again whenever the run has written something."""
-    told: Any = None
+    emitted: Any = None
     while True:
         look = reader.look()
         if look is None:
@@ -114,9 +114,9 @@ def _emit_changes(reader: Reader, interval: float, emit: Emit) -> None:
         else:
             state = _state(look)
             change = look.last_sign, look.finished, look.alive, look.ended
-        if change != told:
+        if change != emitted:
             emit(state)
-            told = change
+            emitted = change
         if look is not None and not look.alive:
             return
         time.sleep(interval)

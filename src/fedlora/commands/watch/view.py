@@ -49,14 +49,14 @@ def history(lines: Sequence[Line]) -> dict[int, Client]:
     out: dict[int, Client] = {}
     rounds = [line for line in lines if line["event"] == "round"]
     for line in rounds:
-        for found in line["clients"]:
-            client, metrics = out.setdefault(found["client"], Client()), found["metrics"]
-            client.rank = found["rank"]
+        for entry in line["clients"]:
+            client, metrics = out.setdefault(entry["client"], Client()), entry["metrics"]
+            client.rank = entry["rank"]
             client.before, client.loss = client.loss, metrics.get("loss")
-            client.up += found["bytes_up"]
-            client.down += found["bytes_down"]
+            client.up += entry["bytes_up"]
+            client.down += entry["bytes_down"]
             if line is rounds[-1]:
-                client.state = "rejected" if found.get("rejected") else "done"
+                client.state = "rejected" if entry.get("rejected") else "done"
                 client.step = client.steps = int(metrics.get("steps") or 0)
     return out
 
@@ -130,11 +130,11 @@ class Reader:
                 raise InputError(f"{path}: no run; there is no {CONFIG}")
             return None
         try:
-            found = (path / METRICS).stat()
+            status = (path / METRICS).stat()
         except FileNotFoundError:
             self._seen, self._lines, self._history = None, [], {}
         else:
-            if self._seen != (seen := (found.st_mtime_ns, found.st_size)):
+            if self._seen != (seen := (status.st_mtime_ns, status.st_size)):
                 self._seen, self._lines = seen, read_metrics(path)
                 self._history = history(self._lines)
         progress = read_progress(path) or {}
@@ -241,8 +241,8 @@ def _bar(share: float, width: int) -> Text:
 
 
 def _evaluations(look: Look, name: str) -> list[tuple[float, float]]:
-    found = [(x["round"], (x.get("evaluation") or {}).get(name)) for x in look.lines]
-    return [(float(number), value) for number, value in found if value is not None]
+    scores = [(x["round"], (x.get("evaluation") or {}).get(name)) for x in look.lines]
+    return [(float(number), value) for number, value in scores if value is not None]
 
 
 # --- clients ---
@@ -270,19 +270,19 @@ def _going_on(look: Look) -> bool:
 
 def _rows(look: Look, width: int, height: int) -> list[Text]:
     """The table of clients, in so many lines: all of them, else those that train now."""
-    found = clients(look)
-    if not found or height < 3:
+    states = clients(look)
+    if not states or height < 3:
         return []
-    shown = list(found)
-    if len(found) > height - 1:
-        training = [number for number, client in found.items() if client.state == "training"]
+    shown = list(states)
+    if len(states) > height - 1:
+        training = [number for number, client in states.items() if client.state == "training"]
         shown = (training or shown)[: height - 2]
     roomy = width >= 76
     head = f"{'client':>6} {'rank':>4} {'state':<8} {'step':>{18 if roomy else 7}} {'loss':>7}"
     head += f" {'before':>7}" + (f" {'up':>8} {'down':>8}" if roomy else f" {'bytes':>8}")
     rows = [Text(head, style="bold")]
     for number in shown:
-        client = found[number]
+        client = states[number]
         row = Text(f"{number:>6} {'-' if client.rank is None else client.rank:>4} ")
         row.append(f"{client.state:<8} ", style=_STYLES.get(client.state, ""))
         steps = f"{client.step}/{client.steps}" if client.steps else "-"
@@ -294,8 +294,8 @@ def _rows(look: Look, width: int, height: int) -> list[Text]:
         sizes = (client.up, client.down) if roomy else (client.up + client.down,)
         row.append("".join(f" {human_bytes(size):>8}" for size in sizes))
         rows.append(row)
-    if len(shown) < len(found):
-        more = f"and {len(found) - len(shown):,} more clients"
+    if len(shown) < len(states):
+        more = f"and {len(states) - len(shown):,} more clients"
         rows.append(Text(f"{'':>6} {'; '.join(filter(None, [more, _counts(look)]))}", style="dim"))
     return rows
 

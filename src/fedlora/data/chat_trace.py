@@ -17,9 +17,9 @@ from typing import Any
 
 from jinja2 import Template, nodes
 
+from fedlora.data.spans import Span, joined
+
 Messages = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]
-"""Characters of a text, from the first to before the second."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def plain_rendering(
 def traced(
     tokenizer: Any, messages: Messages, extra: Mapping[str, Any], generation: bool = False
 ) -> Traced | None:
-    """The conversation with whose text is whose.
+    """A rendered conversation of which it is known for which message every character was written.
 
     Args:
         tokenizer: of transformers.
@@ -84,8 +84,8 @@ def traced(
         fedlora_named=marks.named,
         fedlora_end=marks.end,
     )
-    found = _read(marked, len(messages))
-    return found if found.text == text else None
+    trace = _read(marked, len(messages))
+    return trace if trace.text == text else None
 
 
 def _as_templates_see(messages: Messages) -> list[dict[str, Any]]:
@@ -139,6 +139,7 @@ class _Marks:
 
 @lru_cache(maxsize=8)
 def _marking(template: str) -> Template:
+    """A chat template compiled with calls that mark where a loop's iterations begin and end."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     environment = _compile_jinja_template(template).environment
@@ -150,7 +151,7 @@ def _marking(template: str) -> Template:
 
 
 def _mark(node: nodes.Node, loop: int | None, numbers: Iterator[int]) -> None:
-    """Put the calls into a syntax tree.
+    """Put the marking calls into a syntax tree.
 
     Args:
         node: whose statements are looked at.
@@ -161,26 +162,37 @@ def _mark(node: nodes.Node, loop: int | None, numbers: Iterator[int]) -> None:
         statements = getattr(node, field, None)
         if not isinstance(statements, list):
             continue
-        out = []
+        out: list[nodes.Node] = []
         for statement in statements:
-            own = next(numbers) if isinstance(statement, nodes.For) else None
-            _mark(statement, loop if own is None else own, numbers)
-            out.append(statement)
-            if own is not None:
-                names = [name.name for name in statement.target.find_all(nodes.Name)]
-                if isinstance(statement.target, nodes.Name):
-                    names = [statement.target.name]
-                begin, end = _call("fedlora_begin", own, names), _call("fedlora_end", own, [])
-                statement.body = [begin, *statement.body, end]
-                out.append(_call("fedlora_end", own, []))
-            elif (
-                loop is not None
-                and isinstance(statement, nodes.Assign)
-                and isinstance(statement.target, nodes.Name)
-            ):
-                out.append(_call("fedlora_named", loop, [statement.target.name]))
-        if field != "elif_":
+            if isinstance(statement, nodes.For):
+                number = next(numbers)
+                _mark(statement, number, numbers)
+                out += _marked_loop(statement, number)
+            else:
+                _mark(statement, loop, numbers)
+                out.append(statement)
+                if loop is not None and (name := _assigned(statement)):
+                    out.append(_call("fedlora_named", loop, [name]))
+        if field != "elif_":  # its members are conditions, which have statements of their own
             setattr(node, field, out)
+
+
+def _marked_loop(loop: nodes.For, number: int) -> list[nodes.Node]:
+    """A loop that marks its iterations, and its end: the last may be left by `break`."""
+    if isinstance(loop.target, nodes.Name):
+        names = [loop.target.name]
+    else:
+        names = [name.name for name in loop.target.find_all(nodes.Name)]
+    begin, end = _call("fedlora_begin", number, names), _call("fedlora_end", number, [])
+    loop.body = [begin, *loop.body, end]
+    return [loop, _call("fedlora_end", number, [])]
+
+
+def _assigned(statement: nodes.Node) -> str | None:
+    """The variable of `{% set name = ... %}`; None for any other statement."""
+    if isinstance(statement, nodes.Assign) and isinstance(statement.target, nodes.Name):
+        return statement.target.name
+    return None
 
 
 def _call(function: str, loop: int, names: Sequence[str]) -> nodes.Output:
@@ -190,32 +202,22 @@ def _call(function: str, loop: int, names: Sequence[str]) -> nodes.Output:
 
 
 def _read(marked: str, number: int) -> Traced:
-    """The text without its marks, and who wrote what."""
+    """The text without its marks, and which of the messages each part of it was written for."""
     pieces: list[str] = []
     parts: list[list[Span]] = [[] for _ in range(number)]
-    within: list[int] = []
-    place = length = rest = 0
+    open_messages: list[int] = []  # innermost last
+    length = rest = place = 0
     for mark in [*_MARK.finditer(marked), None]:
         piece = marked[place : mark.start() if mark else len(marked)]
-        if piece and within:
-            parts[within[-1]].append((length, length + len(piece)))
+        if piece and open_messages:
             rest = length + len(piece)
+            parts[open_messages[-1]].append((length, rest))
         pieces.append(piece)
         length += len(piece)
         if mark:
             place = mark.end()
             if mark.group(1) is not None:
-                within.append(int(mark.group(1)))
-            elif within:
-                within.pop()
-    return Traced("".join(pieces), [_joined(spans) for spans in parts], rest)
-
-
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    out: list[Span] = []
-    for lo, hi in spans:
-        if out and out[-1][1] == lo:
-            out[-1] = out[-1][0], hi
-        else:
-            out.append((lo, hi))
-    return out
+                open_messages.append(int(mark.group(1)))
+            elif open_messages:
+                open_messages.pop()
+    return Traced("".join(pieces), [joined(spans) for spans in parts], rest)

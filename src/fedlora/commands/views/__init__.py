@@ -1,0 +1,1 @@
+"""Shows a person what a verb found, each kind of thing in a module of its own."""

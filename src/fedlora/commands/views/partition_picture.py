@@ -1,0 +1,83 @@
+"""Draws who holds what as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedlora.commands.views.partition import COLOURS, Division, brief
+from fedlora.errors import InputError
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: str) -> Path:
+    """A file that a picture can be written to.
+
+    Raises:
+        InputError: another ending, or no such directory.
+    """
+    file = Path(path)
+    if file.suffix not in PICTURES:
+        raise InputError(f"--output {path}: a picture's name ends in {', '.join(PICTURES)}")
+    if file.is_dir():
+        raise InputError(f"--output {path}: is a directory")
+    if not file.parent.is_dir():
+        raise InputError(f"--output {path}: there is no directory {file.parent}")
+    return file
+
+
+def draw_partition(division: Division, path: Path) -> None:
+    """The bars as a picture: PNG, SVG or PDF by the file's ending.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    import warnings
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    clients = len(division.counts)
+    figure, axes = pyplot.subplots(figsize=(8, max(2.5, 0.32 * clients + 1.2)))
+    try:
+        _draw_bars(division, axes)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(path, bbox_inches="tight", dpi=150)
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)
+
+
+def _draw_bars(division: Division, axes: Any) -> None:
+    """A bar for each client on matplotlib's axes, divided by values, with a legend."""
+    places, left, handles = list(range(len(division.counts))), [0] * len(division.counts), []
+    for i in range(len(division.values)):
+        sizes = [counts[i] for counts in division.counts]
+        bars = axes.barh(places, sizes, left=left, color=COLOURS[i % len(COLOURS)], height=0.8)
+        handles.append(bars)
+        left = [x + y for x, y in zip(left, sizes, strict=True)]
+    labels = [
+        f"{k} {name}".strip() + f"  (r={rank})"
+        for k, (name, rank) in enumerate(zip(division.names, division.ranks, strict=True))
+    ]
+    axes.set_yticks(places, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("rows")
+    title = axes.set_title(division.heading, fontsize=9, loc="left")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    texts = [*axes.get_yticklabels(), title]
+    if division.column is not None:
+        names = [brief(value) for value in division.values]
+        legend = axes.legend(
+            handles, names, title=division.column,
+            fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
+        )  # fmt: skip
+        texts += [*legend.get_texts(), legend.get_title()]
+    for text in texts:
+        text.set_parse_math(False)  # a $ in the data is no formula

@@ -1,0 +1,102 @@
+"""Names the marks that a configuration key carries where it is declared, and finds keys by them.
+
+A field of `Config` carries its marks in its annotation, beside its type:
+
+    train_file: Annotated[str | None, Mark.FILE, Mark.ABSOLUTE] = Field(None, description="...")
+
+Who needs all keys of a kind (a client's own, paths, automatic ones) asks for the mark, so that no
+second list has to be kept in step with the fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+T = TypeVar("T")
+Schema = dict[str, Any]
+
+
+class Mark(Enum):
+    """What holds of a key beyond its type, its default and its limits."""
+
+    OF_CLIENT = "client_overrides may set it for a single client"
+    FILE = "it may name a file, which shells complete"
+    DIRECTORY = "it may name a directory, which shells complete"
+    ABSOLUTE = "a run makes a path of it absolute, so that it can be resumed from any directory"
+    AUTOMATIC = "where it is left open (none or auto), the run decides once and keeps it on resume"
+    REWRITTEN = "the run may write it to config.yaml in another form than the user did"
+    OUTPUT = "where and to whom the run reports; no number depends on it, a resume may change it"
+    REPETITION = "another value repeats the same experiment"
+    MACHINE = "fits the run to its machine; another value is the same experiment"
+    ALONE = "a client that trains by itself has another value than its federation"
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words that shells offer for a key, beyond those its type names."""
+
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JsonSchema:
+    """A key's JSON Schema, where the configuration checks more of it than its type says."""
+
+    schema: Schema
+
+
+def keys_marked(model: type[BaseModel], *marks: Mark) -> tuple[str, ...]:
+    """The keys that carry at least one of these marks, in the order of their fields."""
+    return tuple(
+        key
+        for key, field in model.model_fields.items()
+        if any(mark in field.metadata for mark in marks)
+    )
+
+
+def annotation_of(model: type[BaseModel], key: str, kind: type[T]) -> T | None:
+    """What a key carries of this kind (`Words`, `JsonSchema`), or None."""
+    return next((x for x in model.model_fields[key].metadata if isinstance(x, kind)), None)
+
+
+# --- JSON Schema of keys whose limits are checked in words of our own ---
+
+NONE: Schema = {"enum": [None, "none"]}
+"""What a key takes that may be none; the text is as good as YAML's null."""
+_RANK: Schema = {"type": "integer", "minimum": 1}
+_RANKS: Schema = {"type": "array", "items": _RANK, "minItems": 1}
+_SHARE: Schema = {"type": "number", "minimum": 0}
+
+RANK_OR_RANKS: Schema = {"anyOf": [_RANK, _RANKS, NONE]}
+LIST_OF_RANKS: Schema = {"anyOf": [_RANKS, _RANK, NONE]}
+LIST_OF_SHARES: Schema = {"anyOf": [{"type": "array", "items": _SHARE}, _SHARE, NONE]}
+ALPHA: Schema = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^(\d*\.?\d+)?\s*\*?\s*r$", "examples": ["2r", "r"]},
+    ]
+}
+NUMBER_OR_SHARE: Schema = {
+    "anyOf": [
+        {"type": "integer", "minimum": 1},
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        NONE,
+    ]
+}
+SIZE_OR_AUTO: Schema = {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}
+NUMBER_OF_STEPS: Schema = {"type": "integer", "minimum": -1, "not": {"const": 0}}
+
+
+def names_among(*names: str) -> Schema:
+    """One of these names, a list of them, or none."""
+    return {
+        "anyOf": [
+            {"enum": [*names, None, "none"]},
+            {"type": "array", "items": {"enum": [*names, "none"]}},
+        ]
+    }

@@ -1,0 +1,75 @@
+"""Divides the rows of one data set among clients by the configuration's `partition`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedlora.data.partition import Indices, by_column, dirichlet, few_labels, iid, quantity
+from fedlora.data.rows import Rows, check_column, columns_of, numbered
+from fedlora.errors import InputError
+from fedlora.seeds import SERVER, Purpose, generator
+
+if TYPE_CHECKING:
+    from fedlora.config.config import Config
+
+
+def divide(config: Config, rows: Rows, clients: int | None) -> tuple[list[Indices], list[str]]:
+    """Divide one data set among clients as `partition` says.
+
+    Args:
+        config: of the run.
+        rows: of the data set, those held out left out.
+        clients: how many; None: 10, or as many as the column has values.
+
+    Returns:
+        Each client's row numbers, and what its rows are: a value of the column, or nothing.
+
+    Raises:
+        InputError: there is no such column, or a count does not fit.
+    """
+    if config.partition == "column":
+        return _one_value_each(config, rows, clients)
+    rng = generator(config.seed, 0, SERVER, Purpose.PARTITION)
+    number, least = clients or 10, config.partition_min_size
+    alpha = config.partition_alpha
+    if config.partition == "dirichlet":
+        parts = dirichlet(_divided_by(config, rows)[1], number, alpha, rng, least)
+    elif config.partition == "labels":
+        each = config.partition_labels_per_client
+        parts = few_labels(_divided_by(config, rows)[1], number, each, rng, least)
+    elif config.partition == "quantity":
+        parts = quantity(len(rows), number, alpha, rng, least, config.partition_shares)
+    else:
+        parts = iid(len(rows), number, rng, least)
+    return parts, [""] * number
+
+
+def _divided_by(config: Config, rows: Rows) -> tuple[str, list[Any]]:
+    """The column that rows are divided by, and its value in every row."""
+    column = str(config.partition_column or config.label_column_name)
+    key = "partition_column" if config.partition_column else "label_column_name"
+    if column not in (columns := columns_of(rows)):
+        raise InputError(f"{key}: {column!r} is not a column; there are {', '.join(columns)}")
+    check_column(numbered(rows), column, "the training data")
+    values = [row.get(column) for row in rows]
+    if None in values:
+        raise InputError(f"{key}: row {values.index(None) + 1} has no {column}")
+    return column, values
+
+
+def _one_value_each(
+    config: Config, rows: Rows, clients: int | None
+) -> tuple[list[Indices], list[str]]:
+    """A client for each value of a column."""
+    column, values = _divided_by(config, rows)
+    parts, names = by_column(values)
+    if clients is not None and clients != len(parts):
+        raise InputError(
+            f"num_clients: {clients}, but partition: column makes a client of each of the "
+            f"{len(parts)} values of {column}; leave num_clients out"
+        )
+    least = config.partition_min_size
+    short = [name for name, part in zip(names, parts, strict=True) if len(part) < least]
+    if short:
+        raise InputError(f"partition_min_size: {least}, but {column} {short[0]!r} has fewer rows")
+    return parts, names
