@@ -7,6 +7,7 @@ transformers'. Batches, dropout and schedule depend on `(seed, round, client)` a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -22,6 +23,7 @@ from fedlora.model.batches import labelled
 from fedlora.model.client_rows import LayoutError, mixed
 from fedlora.model.lora_layer import ClientTerm
 from fedlora.model.passes import Done, Passes, passes_of
+from fedlora.model.torch_generator import borrowed_generator
 from fedlora.seeds import Purpose, generator, integer
 
 StepCallback = Callable[[int, int, float, int], None]
@@ -296,9 +298,11 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
     device = trainees[0].parameters[0][1].device
     model.train()
     step = 0
-    # Where the architecture draws from torch's generator it trains alone, and that one is seeded.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(all_progress[0].stream)
+    gpus = [device] if device.type == "cuda" else []
+    with contextlib.ExitStack() as stack:
+        if not passes.joint:
+            # This architecture draws from torch's own generator (or may do so), and trains alone.
+            stack.enter_context(borrowed_generator(gpus, all_progress[0].stream))
         while active := [p for p in all_progress if p.begin()]:
             began = time.perf_counter()
             waiting = active

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.model.client_rows import Layout
 from fedlora.model.lora_layer import AdapterLayer
+from fedlora.model.packed_attention import recomputing
 
 
 def accelerate(model: Any, config: Config) -> None:
@@ -35,7 +37,7 @@ def accelerate(model: Any, config: Config) -> None:
             )
         # The reentrant kind needs an input that requires gradients, which a frozen base has not.
         layouts = (m.layout for m in model.modules() if isinstance(m, AdapterLayer))
-        again = next(layouts, Layout()).recomputing
+        again = partial(recomputing, next(layouts, Layout()))
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
     if config.torch_compile:
         _compile(model)

@@ -254,7 +254,9 @@ class Layout:
             each: rows of each token.
         """
         if self._seeds is None:
-            return F.dropout(torch.ones(tuple(shape), device=device), dropout) > 0
+            return (
+                F.dropout(torch.ones(tuple(shape), dtype=torch.float32, device=device), dropout) > 0
+            )
         times = self._drawn.get((client, site), 0)
         self._drawn[client, site] = times + 1
         seed = mixed(self._seeds[client], site)
@@ -262,7 +264,8 @@ class Layout:
 
         def drawn(seed: int, shape: Sequence[int]) -> Tensor:
             source = torch.Generator(device).manual_seed(seed)
-            return torch.rand(tuple(shape), device=device, generator=source) >= dropout
+            uniform = torch.rand(tuple(shape), dtype=torch.float32, device=device, generator=source)
+            return uniform >= dropout
 
         if not self._chunked:
             return drawn(seed, shape)

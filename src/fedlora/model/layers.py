@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedlora.model.torch_generator import borrowed_generator
+
 _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -267,8 +269,7 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # it would count the rows it sees
-        with torch.random.fork_rng(devices=gpus), torch.no_grad():
-            torch.manual_seed(0)
+        with borrowed_generator(gpus, seed=0), torch.no_grad():
             yield
     finally:
         for module, mode in modes:

@@ -16,8 +16,9 @@ run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -131,26 +132,68 @@ def _group(
     )
 
 
-@dataclass
-class _Running:
-    samples: Samples | None = None
-    layout: Layout | None = None
-    windows: set[int] = field(default_factory=set)
-    """Sizes of the windows and chunks that models have told of."""
-
-
-running = _Running()
+# transformers calls attention by name and hands it no more than tensors, so what a pass consists of
+# has to be found from the outside. Context variables keep passes in several threads apart.
+_running: ContextVar[tuple[Samples, Layout] | None] = ContextVar("fedlora_pass", default=None)
+_windows: ContextVar[set[int] | None] = ContextVar("fedlora_windows", default=None)
 
 
 @contextmanager
 def attending(samples: Samples, layout: Layout) -> Iterator[None]:
-    """Let the attention of models that run meanwhile keep these samples apart."""
-    before = running.samples, running.layout
-    running.samples, running.layout = samples, layout
+    """Let the attention of models that run meanwhile in this thread keep these samples apart."""
+    token = _running.set((samples, layout))
     try:
         yield
     finally:
-        running.samples, running.layout = before
+        _running.reset(token)
+
+
+def running_samples() -> Samples:
+    """The samples of the pass that runs in this thread.
+
+    Raises:
+        PackingError: none runs.
+    """
+    running = _running.get()
+    if running is None:
+        raise PackingError("no packed pass is running")
+    return running[0]
+
+
+@contextmanager
+def noting_windows() -> Iterator[set[int]]:
+    """Collect the sizes of the windows and chunks for which models ask for masks meanwhile."""
+    windows = set[int]()
+    token = _windows.set(windows)
+    try:
+        yield windows
+    finally:
+        _windows.reset(token)
+
+
+def recomputing(
+    layout: Layout,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`: a layer that is computed again gets what it got.
+
+    It draws the same dropout and attends to the same samples. On a GPU the second computation runs
+    in a thread of autograd's, which would not see the context variable of the pass.
+
+    Returns:
+        Contexts for the first computation and for the second.
+    """
+    first, again = layout.recomputing()
+    running = _running.get()
+
+    @contextmanager
+    def as_then() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(again)
+            if running is not None:
+                stack.enter_context(attending(*running))
+            yield
+
+    return first, as_then()
 
 
 def _spread(x: Tensor, group: Group, *, zero: bool = False) -> Tensor:
@@ -285,7 +328,7 @@ def _keeps(
                 p,
                 like.device,
             )
-            kept[:, row, :length, :length] = drawn / (1 - p)
+            kept[:, row, :length, :length] = drawn.float() / (1 - p)
         out.append(kept.view(-1, group.length, group.length))
     return out
 
@@ -313,12 +356,13 @@ def sample_mask(
     Raises:
         PackingError: the rule depends on where in the pass a sample lies.
     """
-    samples = running.samples
-    if samples is None or (batch_size, kv_length) != (1, sum(samples.lengths)):
+    running = _running.get()
+    if running is None or (batch_size, kv_length) != (1, sum(running[0].lengths)):
         raise PackingError(f"a mask over {batch_size} x {kv_length}")
+    samples, windows = running[0], _windows.get()
     longest = samples.groups[0].length
-    if local_size is not None:
-        running.windows.add(int(local_size))
+    if local_size is not None and windows is not None:
+        windows.add(int(local_size))
     short = longest <= local_size if local_size is not None else longest > PLAIN
     if short and not use_vmap:
         return None
@@ -356,10 +400,11 @@ def packed_attention(
     Raises:
         PackingError: a form of attention that is not known here.
     """
-    samples, layout = running.samples, running.layout
+    running = _running.get()
     unknown = [k for k in UNKNOWN if others.get(k) is not None]
-    if samples is None or layout is None or unknown:
+    if running is None or unknown:
         raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
+    samples, layout = running
     longest, mask = samples.groups[0].length, None
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, longest, longest):

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
-from fedlora.model.packed_attention import running
+from fedlora.model.packed_attention import noting_windows
 from fedlora.model.wide import BOUNDS, SAME_SHAPES, Kept, agree, wide_dtype, widely
 
 LENGTHS = (7, 9, 12)
@@ -82,20 +82,20 @@ def examine(
     with torch.no_grad():
         auxiliary = 0.0 if classifier else auxiliary_share(model, configs, dtype)
         together, offset = False, None
-        running.windows.clear()
-        # Whatever an architecture stumbles over here: rows of one length can be run together.
-        try:
-            with widely(configs, dtype):
-                alone = torch.cat([own([row]) for row in rows])
-                together = agree(own(rows), alone, dtype)
-            if packed is not None:
-                offset = _offset(model, configs, rows, packed, alone)
-        except Exception:
-            pass
+        with noting_windows() as windows:
+            # Whatever an architecture stumbles over here: rows of one length can be run together.
+            try:
+                with widely(configs, dtype):
+                    alone = torch.cat([own([row]) for row in rows])
+                    together = agree(own(rows), alone, dtype)
+                if packed is not None:
+                    offset = _offset(model, configs, rows, packed, alone)
+            except Exception:
+                pass
         factors.kept.restore()
         factors.find_out(model, dtype)
     positions = [n for n in positions_of(model.config) if n > sum(LENGTHS)]
-    longest, longest_padded = unexplained(model, configs, running.windows), UNBOUNDED
+    longest, longest_padded = unexplained(model, configs, windows), UNBOUNDED
     if positions and not factors.heard:
         longest_padded = positions[0]
     if positions and not (factors.heard and _of_transformers(model)):

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +28,12 @@ from fedlora.model.find_rows import find_rows
 from fedlora.model.full_modules import full_modules_of
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.loss import CrossEntropy, summed_loss
-from fedlora.model.packed_attention import PackingError, Samples, attending, samples_of
+from fedlora.model.packed_attention import PackingError, attending, running_samples, samples_of
 from fedlora.model.packing import UNBOUNDED, Factors
+from fedlora.model.per_model import PerModel
 from fedlora.model.plans import Kind, planned, runs
 from fedlora.model.rms_norm import fast_norm
+from fedlora.model.torch_generator import borrowed_generator
 from fedlora.model.trunk import instead, unpadded
 from fedlora.model.wide import Kept
 
@@ -147,7 +148,10 @@ class Passes:
         counts = [labelled(part) for part in parts]
         device = _device(model)
         each = torch.cat(
-            [torch.full((n,), w, device=device) for n, w in zip(counts, weights, strict=True)]
+            [
+                torch.full((n,), w, dtype=torch.float32, device=device)
+                for n, w in zip(counts, weights, strict=True)
+            ]
         )
         streams = contextlib.nullcontext() if seeds is None else self.layout.seeded(seeds)
         try:
@@ -180,8 +184,7 @@ class Passes:
                 if seeds is not None:
                     stack.enter_context(self.layout.seeded(seeds))
                     devices = [device] if device.type == "cuda" else []
-                    stack.enter_context(torch.random.fork_rng(devices=devices))
-                    torch.manual_seed(seeds[client])
+                    stack.enter_context(borrowed_generator(devices, seeds[client]))
                 loss, _, _ = self._padded(model, part)
                 (loss * weights[client]).backward()
             losses[client] = float(loss.detach()) * weights[client]
@@ -287,7 +290,7 @@ class Passes:
         found, at = [], 0
         for count in tokens:
             if not count:
-                found.append(torch.zeros((), device=_device(model)))
+                found.append(torch.zeros((), dtype=torch.float32, device=_device(model)))
                 continue
             own = tuple(x[at : at + count] for x in out.router_logits)
             given = type(out)(
@@ -363,8 +366,7 @@ class Passes:
         return forward
 
     def _positions(self, device: torch.device) -> Tensor:
-        samples = cast(Samples, attention.running.samples)
-        steps = [torch.arange(n, device=device) for n in samples.lengths]
+        steps = [torch.arange(n, device=device) for n in running_samples().lengths]
         return torch.cat(steps)[None] + self.offset
 
     def _trunk_output(self, ids: Tensor) -> Any:
@@ -432,7 +434,7 @@ class Passes:
         """Whether a training pass leaves torch's own generator alone."""
         model.train()
         devices = [_device(model)] if _device(model).type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.layout.seeded([0]):
+        with borrowed_generator(devices), self.layout.seeded([0]):
             before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
             self._outputs(model, rows)
             after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
@@ -464,14 +466,8 @@ class Passes:
         return known
 
 
-_known: WeakKeyDictionary[Any, Passes] = WeakKeyDictionary()
-
-
-def passes_of(model: Any) -> Passes:
-    """How this model is run; found out once."""
-    if model not in _known:
-        _known[model] = Passes(model)
-    return _known[model]
+passes_of = PerModel(Passes)
+"""How a model is run, `model -> Passes`; found out once."""
 
 
 def _hidden(out: Any) -> Tensor:
