@@ -15,7 +15,7 @@ from fedlora.client.trainer import Budget, train
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
 from fedlora.model.targets import find_targets
-from fedlora.model.wide import widely
+from fedlora.model.wide import computing_in
 
 THREADS, ROUNDS = 2, 3
 
@@ -104,7 +104,7 @@ def test_what_is_computed_in_a_wide_dtype_in_one_thread_is_not_in_another() -> N
 
     thread = threading.Thread(target=other)
     thread.start()
-    with widely([], torch.float64):
+    with computing_in([], torch.float64):
         begun.set()
         seen.wait()
         for made in (

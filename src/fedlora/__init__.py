@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedlora.adapters.aggregate import aggregate, save_adapter
     from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
-    from fedlora.client.trainer import Budget
+    from fedlora.client.trainer import Budget, LocalTraining
     from fedlora.config.config import Config
     from fedlora.engines.local import Result, RoundResult, run
     from fedlora.errors import CheckpointError, FedloraError, InputError
@@ -30,6 +30,7 @@ _HOMES = {
     "Dense": "lowrank",
     "FedloraError": "errors",
     "InputError": "errors",
+    "LocalTraining": "client.trainer",
     "LowRank": "lowrank",
     "METHODS": "methods",
     "Result": "engines.local",
@@ -49,6 +50,7 @@ __all__ = [
     "Dense",
     "FedloraError",
     "InputError",
+    "LocalTraining",
     "LowRank",
     "Result",
     "RoundResult",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedlora.client.generation import exact_matches, turns_of
 from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.model.passes import passes_of
+from fedlora.model.passes import runner_of
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
         (mean over rows) and what `scores` gives.
     """
     model.eval()
-    passes = passes_of(model)
+    passes = runner_of(model)
     total, count = 0.0, 0
     guesses, truths = [], []
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # rows of one length: no padding

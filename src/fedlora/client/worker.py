@@ -21,9 +21,9 @@ from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix, scaling
 from fedlora.methods import METHODS
 from fedlora.methods.values import Start, Training
 from fedlora.model.base import BaseModel
-from fedlora.model.client_rows import LayoutError
-from fedlora.model.lora_layer import Seat
-from fedlora.model.passes import passes_of
+from fedlora.model.client_rows import MixedRowsError
+from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.passes import runner_of
 
 
 def budget_of(config: Config) -> Budget:
@@ -61,7 +61,7 @@ class _Turn:
 
     broadcast: Broadcast
     start: Start
-    seat: Seat
+    seat: ClientAdapter
     budget: Budget
     data: ClientData
     asked: Training
@@ -117,10 +117,10 @@ class Worker:
         frozen = [broadcasts[0].base_delta, first]
         budgets, rows = [t.budget for t in turns], [t.data.train for t in turns]
         if self.train_function is train:
-            self.base.seat(frozen, [t.seat for t in turns])
+            self.base.load_clients(frozen, [t.seat for t in turns])
             try:
                 metrics: Sequence[Mapping[str, Any]] = train_cohort(self.base, rows, budgets)
-            except LayoutError:
+            except MixedRowsError:
                 # What no probe has shown. Training depends on what a client was sent alone.
                 if len(turns) == 1:
                     raise
@@ -129,7 +129,12 @@ class Worker:
             turn = turns[0]
             seat = turn.seat
             self.base.load(
-                [*frozen, seat.own], seat.adapter, seat.scale, seat.dropout, seat.dense, seat.trains
+                [*frozen, seat.private],
+                seat.adapter,
+                seat.scale,
+                seat.dropout,
+                seat.full_params,
+                seat.trains,
             )
             metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
         return [self._update(turn, k, metrics[k]) for k, turn in enumerate(turns)]
@@ -154,7 +159,7 @@ class Worker:
     def joint(self) -> bool:
         """Whether several clients can train in one pass: not with a user's own training."""
         ours = self.train_function is train and not self.base.tied
-        return ours and passes_of(self.base.model).joint
+        return ours and runner_of(self.base.model).joint
 
     def _turn(self, broadcast: Broadcast, on_step: Callable[[int], StepCallback | None]) -> _Turn:
         """What one client trains, and how."""
@@ -171,13 +176,13 @@ class Worker:
             config.seed,
             self.states.get(client),
         )
-        seat = Seat(
+        seat = ClientAdapter(
             adapter=start.adapter,
-            own=start.own,
+            private=start.own,
             scale=scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora),
             dropout=config.lora_dropout,
             trains=asked.trained(broadcast.round),
-            dense=broadcast.dense,
+            full_params=broadcast.dense,
         )
         budget = replace(
             budget_of(config),
@@ -207,6 +212,6 @@ class Worker:
             adapter={name: _only(x, sends) for name, x in adapter.items()},
             sends=sends,
             num_examples=len(turn.data.train),
-            dense=self.base.read_dense(place),
+            dense=self.base.read_full_params(place),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )

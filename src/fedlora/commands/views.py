@@ -27,7 +27,7 @@ from fedlora.data.label_counts import holdings
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.errors import InputError
 from fedlora.lowrank import scaling
-from fedlora.model.batches import labelled
+from fedlora.model.batches import count_labelled
 from fedlora.runs.session import Session, dropped_line
 from fedlora.text import human_bytes
 
@@ -241,7 +241,7 @@ def _say(console: Console, text: str) -> None:
 def token_lengths(data: FederatedData) -> tuple[list[int], int]:
     """Tokens of every client's rows, ascending, and how many tokens a loss is taken on."""
     rows = [row for part in data.clients for row in (*part.train, *part.eval)]
-    learnt = 0 if data.label_names else labelled(rows)
+    learnt = 0 if data.label_names else count_labelled(rows)
     return sorted(len(row["input_ids"]) for row in rows), learnt
 
 
@@ -372,7 +372,7 @@ class ClientPlan:
 def client_plans(session: Session) -> list[ClientPlan]:
     """What every client would do, from the shapes of the model and the tokenised data."""
     spec, plans = session.federation, []
-    dense = sum(p.numel() for p in session.base.dense.values())
+    dense = sum(p.numel() for p in session.base.full_params.values())
     for client, part in enumerate(session.data.clients):
         own, rank = session.config.of_client(client), spec.ranks[client]
         asked = spec.trained_by(client)
@@ -395,7 +395,7 @@ def show_plan(session: Session, console: Console) -> None:
     """What a run would do, from the shapes of the model and the tokenised data."""
     config, base, data, spec = session.config, session.base, session.data, session.federation
     parameters = sum(p.numel() for p in base.model.parameters())
-    dense = sum(p.numel() for p in base.dense.values())
+    dense = sum(p.numel() for p in base.full_params.values())
     _say(
         console,
         f"{config.model_name_or_path}: {type(base.model).__name__}, {_count(parameters)} "

@@ -21,7 +21,7 @@ BLOCK = 256
 """Tokens whose dropout is drawn at once where a pass runs in chunks."""
 
 
-class LayoutError(RuntimeError):
+class MixedRowsError(RuntimeError):
     """A layer got rows that cannot be told apart by client; train one client at a time."""
 
 
@@ -69,11 +69,11 @@ class Form:
         """Entries of each of `number` tokens.
 
         Raises:
-            LayoutError: the axis is not that of so many.
+            MixedRowsError: the axis is not that of so many.
         """
         each, rest = divmod(x.shape[self.axis], number)
         if rest or each not in self.multiples:
-            raise LayoutError(f"{tuple(x.shape)} is no form of {number} {self.unit}")
+            raise MixedRowsError(f"{tuple(x.shape)} is no form of {number} {self.unit}")
         return each
 
     def narrow(self, x: Tensor, number: int, span: Span) -> Tensor:
@@ -114,7 +114,7 @@ class Form:
         return moved.flatten(0, 1).movedim(0, self.axis)
 
 
-class Layout:
+class ClientRows:
     """The pass that is running; shared by all layers of a model."""
 
     def __init__(self) -> None:
@@ -200,14 +200,14 @@ class Layout:
             form: of the input; None: it is not known.
 
         Raises:
-            LayoutError: it cannot be known.
+            MixedRowsError: it cannot be known.
         """
         number = 0 if form is None else self.number(form.unit)
         alone = clients == 1 or self._only is not None
         if form is None or not number or rows % number:
             if alone:
                 return (Span(self._only or 0, 0, rows),)
-            raise LayoutError(f"{rows} rows of {clients} clients cannot be told apart")
+            raise MixedRowsError(f"{rows} rows of {clients} clients cannot be told apart")
         each = rows // number
         return tuple(
             Span(s.client, s.begin * each, s.end * each, s.first * each)
@@ -259,8 +259,10 @@ class Layout:
             )
         times = self._drawn.get((client, site), 0)
         self._drawn[client, site] = times + 1
-        seed = mixed(self._seeds[client], site)
-        seed = mixed(seed, times) if times else seed  # a module that runs several times in a pass
+        seed = mix_seed(self._seeds[client], site)
+        seed = (
+            mix_seed(seed, times) if times else seed
+        )  # a module that runs several times in a pass
 
         def drawn(seed: int, shape: Sequence[int]) -> Tensor:
             source = torch.Generator(device).manual_seed(seed)
@@ -272,7 +274,7 @@ class Layout:
         rows, size, parts = shape[0], BLOCK * each, []
         for block in range(first // size, -(-(first + rows) // size)):
             begin, end = max(first - block * size, 0), min(first + rows - block * size, size)
-            whole = drawn(mixed(seed, -block) if block else seed, (size, *shape[1:]))
+            whole = drawn(mix_seed(seed, -block) if block else seed, (size, *shape[1:]))
             parts.append(whole[begin:end])
         return torch.cat(parts)
 
@@ -295,7 +297,7 @@ class Layout:
         return nullcontext(), as_then()
 
 
-def mixed(seed: int, number: int) -> int:
+def mix_seed(seed: int, number: int) -> int:
     """A 63-bit seed from a seed and a number (splitmix64): torch keeps only some of its bits."""
     x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)

@@ -246,14 +246,14 @@ def _replaced(
                 poison = torch.full((1, 1), torch.nan, dtype=weight.dtype, device=weight.device)
                 poison = poison.expand(weight.shape)
             watches[name] = _Watch(module, poison)
-            put(model, name, watches[name])
+            replace_module(model, name, watches[name])
         yield watches
     finally:
         for name in watches:
-            put(model, name, modules[name])
+            replace_module(model, name, modules[name])
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Another module in the place of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, child, module)

@@ -29,7 +29,7 @@ class Term:
         begin, end: the rows.
         A, B: `(r, n)` and `(m, r)`, what is trained; None: nothing.
         scale: s.
-        own: the frozen `B_0 A_0` on the same rows, or None.
+        private: the frozen `B_0 A_0` on the same rows, or None.
         keep: which entries of the rows dropout keeps `(end - begin, n)`, or None.
         dropout: p.
     """
@@ -39,7 +39,7 @@ class Term:
     A: Tensor | None
     B: Tensor | None
     scale: float
-    own: LowRank | None
+    private: LowRank | None
     keep: Tensor | None
     dropout: float
 
@@ -96,8 +96,8 @@ class _Adapted(torch.autograd.Function):
         kept = list[Tensor | None]()
         for term in terms:
             rows, to = x[term.begin : term.end], out[term.begin : term.end]
-            if term.own is not None:
-                to.addmm_(rows @ term.own.A.T, term.own.B.T)
+            if term.private is not None:
+                to.addmm_(rows @ term.private.A.T, term.private.B.T)
             if term.A is None or term.B is None:
                 kept += [None, None]
                 continue
@@ -128,8 +128,8 @@ class _Adapted(torch.autograd.Function):
         for i, term in enumerate(terms):
             rows, gs = x[term.begin : term.end], g[term.begin : term.end]
             to = None if dx is None else dx[term.begin : term.end]
-            if to is not None and term.own is not None:
-                to.addmm_(gs @ term.own.B, term.own.A)
+            if to is not None and term.private is not None:
+                to.addmm_(gs @ term.private.B, term.private.A)
             (low, masked), (a, b) = kept[2 * i : 2 * i + 2], factors[2 * i : 2 * i + 2]
             if a is None or b is None:
                 out += [None, None]

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.model.client_rows import Layout
+from fedlora.model.client_rows import ClientRows
 
 NAME = "fedlora_packed"
 SITES = 2_000_000
-"""Where attention's sites of dropout begin, see `Layout.keep`."""
+"""Where attention's sites of dropout begin, see `ClientRows.keep`."""
 LONGEST_PRODUCT = 512
 """Samples up to this length are computed with products that are kept, length x length."""
 UNKNOWN = (
@@ -134,14 +134,14 @@ def _group(
 
 # transformers calls attention by name and hands it no more than tensors, so what a pass consists of
 # has to be found from the outside. Context variables keep passes in several threads apart.
-_running: ContextVar[tuple[Samples, Layout] | None] = ContextVar("fedlora_pass", default=None)
+_running: ContextVar[tuple[Samples, ClientRows] | None] = ContextVar("fedlora_pass", default=None)
 _windows: ContextVar[set[int] | None] = ContextVar("fedlora_windows", default=None)
 
 
 @contextmanager
-def attending(samples: Samples, layout: Layout) -> Iterator[None]:
+def attending(samples: Samples, client_rows: ClientRows) -> Iterator[None]:
     """Let the attention of models that run meanwhile in this thread keep these samples apart."""
-    token = _running.set((samples, layout))
+    token = _running.set((samples, client_rows))
     try:
         yield
     finally:
@@ -172,7 +172,7 @@ def noting_windows() -> Iterator[set[int]]:
 
 
 def recomputing(
-    layout: Layout,
+    client_rows: ClientRows,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `torch.utils.checkpoint`: a layer that is computed again gets what it got.
 
@@ -182,7 +182,7 @@ def recomputing(
     Returns:
         Contexts for the first computation and for the second.
     """
-    first, again = layout.recomputing()
+    first, again = client_rows.recomputing()
     running = _running.get()
 
     @contextmanager
@@ -312,7 +312,7 @@ def _fused(
 
 
 def _keeps(
-    samples: Samples, layout: Layout, site: int, heads: int, p: float, like: Tensor
+    samples: Samples, client_rows: ClientRows, site: int, heads: int, p: float, like: Tensor
 ) -> list[Tensor]:
     """Dropout on the probabilities of every group: each sample's own draw, over 1 - p."""
     out = []
@@ -321,7 +321,7 @@ def _keeps(
         for row, sample in enumerate(group.samples):
             length = samples.lengths[sample]
             first = samples.clients.index(samples.clients[sample])
-            drawn = layout.keep(
+            drawn = client_rows.keep(
                 samples.clients[sample],
                 site + sample - first,
                 (heads, length, length),
@@ -404,7 +404,7 @@ def packed_attention(
     unknown = [k for k in UNKNOWN if others.get(k) is not None]
     if running is None or unknown:
         raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
-    samples, layout = running
+    samples, client_rows = running
     longest, mask = samples.groups[0].length, None
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, longest, longest):
@@ -412,7 +412,7 @@ def packed_attention(
         mask = attention_mask[0, 0]
     elif sliding_window is not None and sliding_window < longest:
         raise PackingError(f"a window of {sliding_window} without a mask")
-    layout.mixing |= layout.whole > 0
+    client_rows.mixing |= client_rows.whole > 0
     if query.shape[0] != 1 or {query.shape[2], key.shape[2]} != {sum(samples.lengths)}:
         raise PackingError(f"attention over {tuple(query.shape)}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -422,8 +422,8 @@ def packed_attention(
         k, v = (x.repeat_interleave(heads // len(k), dim=0) for x in (k, v))
     products = not q.is_cuda and samples.groups[0].length <= LONGEST_PRODUCT
     if products or dropout:
-        site = SITES + 10_000 * layout.place(module)
-        keep = _keeps(samples, layout, site, heads, dropout, q) if dropout else None
+        site = SITES + 10_000 * client_rows.place(module)
+        keep = _keeps(samples, client_rows, site, heads, dropout, q) if dropout else None
         grouped = (samples.groups, causal, mask, scale, keep)
         out: Tensor = _Products.apply(q, k, v, *grouped)  # type: ignore[no-untyped-call]
         return out[None], None

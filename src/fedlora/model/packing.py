@@ -3,12 +3,12 @@
 The judge is the model's own forward pass of every sample alone. Both are computed in float64 by the
 model's own modules (`wide.py`), so that a difference is an error and not rounding, whatever the
 dtype of the base. Whether anything of one sample gets to another is decided without any bound: the
-embeddings of one are made NaN, which no weight, however small, can hide (`isolated`).
+embeddings of one are made NaN, which no weight, however small, can hide (`keeps_samples_apart`).
 
 What depends on lengths beyond those tried: masks are the model's own at any length
 (`attention.sample_mask`); rotary factors that follow the longest sample are looked for at positions
-far out (`Factors`); a number of the configuration that may be a length, and that neither explains,
-bounds the tokens of a pass (`unexplained`).
+far out (`RotaryFactors`); a number of the configuration that may be a length, and that neither
+explains, bounds the tokens of a pass (`smallest_unexplained`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from torch.nn import functional as F
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.model.packed_attention import noting_windows
-from fedlora.model.wide import BOUNDS, SAME_SHAPES, Kept, agree, wide_dtype, widely
+from fedlora.model.wide import (
+    BOUNDS,
+    SAME_SHAPES,
+    ForwardState,
+    computing_in,
+    nearly_equal,
+    wide_dtype,
+)
 
 LENGTHS = (7, 9, 12)
 """Tokens of the samples that are tried: two of them are padded to one length inside attention."""
@@ -37,7 +44,7 @@ Run = Callable[[Sequence[Tokens]], Tensor]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PackingVerdict:
     """How a model is to be run.
 
     Args:
@@ -60,18 +67,18 @@ class Verdict:
 def examine(
     model: Any,
     configs: Sequence[Any],
-    factors: Factors,
+    factors: RotaryFactors,
     rows: Sequence[Tokens],
     own: Run,
     packed: Callable[[Sequence[Tokens], int], Tensor] | None,
-) -> Verdict:
+) -> PackingVerdict:
     """Hold a packed pass, and a padded one, against the model's own of each row alone.
 
     Args:
         model: in evaluation mode, without adapters; nothing of it changes.
         configs: its own and those of its parts.
         factors: that have not been found out yet.
-        rows: as `some_rows` gives them.
+        rows: as `random_rows` gives them.
         own: the model's own forward pass of padded samples.
         packed: a packed pass, positions counted from a number; None: there is none.
 
@@ -85,9 +92,9 @@ def examine(
         with noting_windows() as windows:
             # Whatever an architecture stumbles over here: rows of one length can be run together.
             try:
-                with widely(configs, dtype):
+                with computing_in(configs, dtype):
                     alone = torch.cat([own([row]) for row in rows])
-                    together = agree(own(rows), alone, dtype)
+                    together = nearly_equal(own(rows), alone, dtype)
                 if packed is not None:
                     offset = _offset(model, configs, rows, packed, alone)
             except Exception:
@@ -95,12 +102,14 @@ def examine(
         factors.kept.restore()
         factors.find_out(model, dtype)
     positions = [n for n in positions_of(model.config) if n > sum(LENGTHS)]
-    longest, longest_padded = unexplained(model, configs, windows), UNBOUNDED
+    longest, longest_padded = smallest_unexplained(model, configs, windows), UNBOUNDED
     if positions and not factors.heard:
         longest_padded = positions[0]
     if positions and not (factors.heard and _of_transformers(model)):
         longest = min(longest, positions[0])
-    return Verdict(offset is not None, offset or 0, together, longest, longest_padded, auxiliary)
+    return PackingVerdict(
+        offset is not None, offset or 0, together, longest, longest_padded, auxiliary
+    )
 
 
 def _offset(
@@ -114,11 +123,11 @@ def _offset(
     padding = getattr(model.config, "pad_token_id", None) or 0
     for offset in (0, padding + 1):
         try:
-            with widely(configs, alone.dtype):
+            with computing_in(configs, alone.dtype):
                 found = packed(rows, offset)
         except Exception:  # as positions beyond a table
             continue
-        if agree(found, alone, alone.dtype) and isolated(
+        if nearly_equal(found, alone, alone.dtype) and keeps_samples_apart(
             model, rows, partial(packed, rows, offset)
         ):
             return offset
@@ -133,7 +142,7 @@ def _of_transformers(model: Any) -> bool:
 # --- what is tried ---
 
 
-def some_rows(
+def random_rows(
     model: Any, padding: int, classifier: bool, lengths: Sequence[int] = LENGTHS, seed: int = 0
 ) -> list[Tokens]:
     """Random samples of so many tokens, all of them learnt; none is padding."""
@@ -158,7 +167,7 @@ def _vocabulary(model: Any) -> int:
     return min(read, written)
 
 
-def isolated(model: Any, rows: Sequence[Tokens], packed: Callable[[], Tensor]) -> bool:
+def keeps_samples_apart(model: Any, rows: Sequence[Tokens], packed: Callable[[], Tensor]) -> bool:
     """Whether nothing of the second of three samples gets to the two others.
 
     Args:
@@ -228,7 +237,7 @@ def longest_table(config: Any) -> int:
     return max((n for n in found if isinstance(n, int)), default=0)
 
 
-def unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
+def smallest_unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
     """The smallest number of the configurations that may be a length and that nothing explains.
 
     Widths are known from the parameters; windows and chunks from the masks the model has asked for.
@@ -257,7 +266,7 @@ def unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
 
 
 @dataclass
-class Factors:
+class RotaryFactors:
     """Which lengths get the same rotary factors, so that their samples may share a pass.
 
     Two samples of six tokens run side by side, the second at positions up to `length - 1`; where
@@ -270,13 +279,13 @@ class Factors:
         padding: a token that is no padding has another id.
     """
 
-    kept: Kept
+    kept: ForwardState
     configs: Sequence[Any]
     padding: int
     heard: bool = False
     """The model's forward pass goes by the positions it is given."""
     follow: bool = False
-    """Factors differ between lengths."""
+    """RotaryFactors differ between lengths."""
 
     def __post_init__(self) -> None:
         self.lengths = list[int]()  # ascending
@@ -290,7 +299,7 @@ class Factors:
         if plain is None:
             return
         moved = self._run(model, 9)
-        self.heard = moved is not None and not agree(moved[1], plain[1], dtype, SAME_SHAPES)
+        self.heard = moved is not None and not nearly_equal(moved[1], plain[1], dtype, SAME_SHAPES)
         self.results.append(plain[0])
         self._note(6, 0)
         if not self.heard:
@@ -320,7 +329,7 @@ class Factors:
         if found is None:  # beyond a table of positions, where no pass can be run
             return -length
         for number, wanted in enumerate(self.results):
-            if agree(found[0], wanted, self.dtype, SAME_SHAPES):
+            if nearly_equal(found[0], wanted, self.dtype, SAME_SHAPES):
                 return self._note(length, number)
         self.follow = True
         self.results.append(found[0])
@@ -345,7 +354,7 @@ class Factors:
         model.eval()
         self.kept.restore()
         try:
-            with torch.no_grad(), widely(self.configs, self.dtype):
+            with torch.no_grad(), computing_in(self.configs, self.dtype):
                 logits = model(
                     input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places
                 ).logits
@@ -374,7 +383,7 @@ def auxiliary_share(model: Any, configs: Sequence[Any], dtype: torch.dtype) -> f
     for length in (11, 16):
         ids = torch.randint(vocabulary, (1, length), generator=source)
         ids = ids.to(next(model.parameters()).device)
-        with torch.no_grad(), widely(configs, dtype):
+        with torch.no_grad(), computing_in(configs, dtype):
             out = model(input_ids=ids, labels=ids, use_cache=False)
             plain = F.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:])
             extra = float(out.loss - plain)

@@ -22,27 +22,27 @@ from torch.nn import functional as F
 from fedlora.data.tokenize import Tokens
 from fedlora.model import packed_attention as attention
 from fedlora.model import packing
-from fedlora.model.batches import collate, flat, labelled
-from fedlora.model.client_rows import Form, Layout, Span, mixed, spans_of
+from fedlora.model.batches import collate, count_labelled, flatten_rows
+from fedlora.model.client_rows import ClientRows, Form, Span, mix_seed, spans_of
 from fedlora.model.find_rows import find_rows
 from fedlora.model.full_modules import full_modules_of
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.loss import CrossEntropy, summed_loss
 from fedlora.model.packed_attention import PackingError, attending, running_samples, samples_of
-from fedlora.model.packing import UNBOUNDED, Factors
+from fedlora.model.packing import UNBOUNDED, RotaryFactors
 from fedlora.model.per_model import PerModel
-from fedlora.model.plans import Kind, planned, runs
+from fedlora.model.plans import PassKind, consecutive_passes, plan_passes
 from fedlora.model.rms_norm import fast_norm
 from fedlora.model.torch_generator import borrowed_generator
-from fedlora.model.trunk import instead, unpadded
-from fedlora.model.wide import Kept
+from fedlora.model.trunk import replaced_forward, unpadded_trunk
+from fedlora.model.wide import ForwardState
 
 CHUNK_NUMBERS = 2**24
 """Logits held at once, as numbers: 64 MiB in float32."""
 
 
 @dataclass(frozen=True)
-class Done:
+class PassResult:
     """What a pass has computed.
 
     Args:
@@ -54,8 +54,8 @@ class Done:
     slots: int
 
 
-class Passes:
-    """How one model is run; `passes_of` keeps one for each.
+class PackedRunner:
+    """How one model is run; `runner_of` keeps one for each.
 
     Args:
         model: of transformers, in the state in which it is to be compared: nothing of it changes.
@@ -74,7 +74,7 @@ class Passes:
 
     def __init__(self, model: Any) -> None:
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
-        self.layout = layers[0].layout if layers else Layout()
+        self.client_rows = layers[0].client_rows if layers else ClientRows()
         self.padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self.trunk = getattr(model, "base_model", model)
         self.classifier = type(model).__name__.endswith("ForSequenceClassification")
@@ -87,8 +87,8 @@ class Passes:
         self._norms = [(m, f) for m in model.modules() if (f := fast_norm(m)) is not None]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
-        self._kept = Kept(model)
-        self._factors = Factors(self._kept, self._configs, self.padding)
+        self._kept = ForwardState(model)
+        self._factors = RotaryFactors(self._kept, self._configs, self.padding)
         if self.trunk is model:  # holding it would keep the model alive
             self.trunk = None
         if self._configs:
@@ -105,31 +105,31 @@ class Passes:
         parts: Sequence[Sequence[Tokens]],
         weights: Sequence[float],
         seeds: Sequence[int] | None = None,
-    ) -> Done:
+    ) -> PassResult:
         """Add to the gradients those of `sum_k w_k sum_{labelled tokens of client k} CE`.
 
         Args:
             model: the model.
-            parts: each client's rows, in the order of their seats; empty where it has none.
+            parts: each client's rows, slot by slot; empty where it has none.
             weights: w_k.
             seeds: of each client's dropout in this pass; None draws from torch's generator.
 
         Raises:
-            LayoutError: several clients, and an architecture that mixes their rows.
+            MixedRowsError: several clients, and an architecture that mixes their rows.
         """
         losses, slots = [0.0] * len(parts), 0
-        for step in planned(parts, partial(self._kind, model), self.longest):
+        for step in plan_passes(parts, partial(self._kind, model), self.longest):
             part = [step.rows.get(k, []) for k in range(len(parts))]
             again = seeds
             if seeds is not None and any(step.numbers.values()):
                 again = [
-                    mixed(seed, n) if (n := step.numbers.get(k)) else seed
+                    mix_seed(seed, n) if (n := step.numbers.get(k)) else seed
                     for k, seed in enumerate(seeds)
                 ]
             done = self._run(model, step.own, part, weights, again)
             losses = [x + y for x, y in zip(losses, done.losses, strict=True)]
             slots += done.slots
-        return Done(losses, slots)
+        return PassResult(losses, slots)
 
     def _run(
         self,
@@ -138,14 +138,14 @@ class Passes:
         parts: Sequence[Sequence[Tokens]],
         weights: Sequence[float],
         seeds: Sequence[int] | None,
-    ) -> Done:
+    ) -> PassResult:
         """One pass and its backward pass."""
         if self._factors.follow:
             self._kept.restore()
         if own:
             return self._backward_padded(model, parts, weights, seeds)
         rows = [row for part in parts for row in part]
-        counts = [labelled(part) for part in parts]
+        counts = [count_labelled(part) for part in parts]
         device = _device(model)
         each = torch.cat(
             [
@@ -153,7 +153,7 @@ class Passes:
                 for n, w in zip(counts, weights, strict=True)
             ]
         )
-        streams = contextlib.nullcontext() if seeds is None else self.layout.seeded(seeds)
+        streams = contextlib.nullcontext() if seeds is None else self.client_rows.seeded(seeds)
         try:
             with streams, self._packing(parts, device):
                 if self.classifier:
@@ -164,7 +164,7 @@ class Passes:
             self._bound(rows)
             return self.backward(model, parts, weights, seeds)
         sums = torch.stack([x.sum() for x in losses.split(counts)])
-        return Done(sums.tolist(), sum(len(row["input_ids"]) for row in rows))
+        return PassResult(sums.tolist(), sum(len(row["input_ids"]) for row in rows))
 
     def _backward_padded(
         self,
@@ -172,7 +172,7 @@ class Passes:
         parts: Sequence[Sequence[Tokens]],
         weights: Sequence[float],
         seeds: Sequence[int] | None,
-    ) -> Done:
+    ) -> PassResult:
         """The model's own forward pass of each client's rows, padded, and its backward pass."""
         losses, slots, device = [0.0] * len(parts), 0, _device(model)
         for client, part in enumerate(parts):
@@ -180,16 +180,16 @@ class Passes:
                 continue
             with contextlib.ExitStack() as stack:
                 if len(parts) > 1:
-                    stack.enter_context(self.layout.only(client))
+                    stack.enter_context(self.client_rows.only(client))
                 if seeds is not None:
-                    stack.enter_context(self.layout.seeded(seeds))
+                    stack.enter_context(self.client_rows.seeded(seeds))
                     devices = [device] if device.type == "cuda" else []
                     stack.enter_context(borrowed_generator(devices, seeds[client]))
                 loss, _, _ = self._padded(model, part)
                 (loss * weights[client]).backward()
             losses[client] = float(loss.detach()) * weights[client]
             slots += max(len(row["input_ids"]) for row in part) * len(part)
-        return Done(losses, slots)
+        return PassResult(losses, slots)
 
     def forward(self, model: Any, rows: Sequence[Tokens]) -> Any:
         """What a packed training pass computes before its loss, with all it keeps."""
@@ -198,18 +198,18 @@ class Passes:
         del batch["labels"]
         if any(self._kind(model, len(row["input_ids"]))[0] for row in rows):
             return model(**batch).logits
-        with self.layout.seeded([0]), self._packing([rows], device):
+        with self.client_rows.seeded([0]), self._packing([rows], device):
             if not self.classifier:
-                return self._trunk_output(flat(rows, device)[0])
+                return self._trunk_output(flatten_rows(rows, device)[0])
             return self._row_logits(model, rows)
 
     def scored(self, model: Any, rows: Sequence[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits in float32 `(n, vocabulary or classes)` and labels `(n,)`, chunk by chunk."""
 
-        def kind(length: int) -> Kind:
+        def kind(length: int) -> PassKind:
             return self._kind(model, length, self.classifier)
 
-        for own, part in runs(rows, kind, self.longest):
+        for own, part in consecutive_passes(rows, kind, self.longest):
             yield from self._scored(model, part, own)
 
     def _scored(
@@ -225,7 +225,7 @@ class Passes:
         device = _device(model)
         try:
             with self._packing([rows], device):
-                ids, places, labels = flat(rows, device)
+                ids, places, labels = flatten_rows(rows, device)
                 out = self._trunk_output(ids)
                 for at in self._chunks(model, len(places)):
                     yield self._logits(model, out, _hidden(out)[places[at]]), labels[at]
@@ -235,7 +235,7 @@ class Passes:
 
     # --- what shares a pass ---
 
-    def _kind(self, model: Any, length: int, padded: bool = False) -> Kind:
+    def _kind(self, model: Any, length: int, padded: bool = False) -> PassKind:
         """How a sample is run: whether by the model's own pass, and which others it may join."""
         if self.packed and not padded and length <= self.longest:
             return False, self._factors.alike(model, length)
@@ -260,13 +260,13 @@ class Passes:
         weights: Tensor,
     ) -> Tensor:
         """Weighted cross-entropies `(labelled tokens,)`, detached, after the backward pass."""
-        ids, places, labels = flat([row for part in parts for row in part], weights.device)
+        ids, places, labels = flatten_rows([row for part in parts for row in part], weights.device)
         out = self._trunk_output(ids)
         picked = _hidden(out)[places]
         apart = picked.detach().requires_grad_(picked.requires_grad)
         losses, ends = [], spans_of(counts)
         for at in self._chunks(model, len(places)):
-            with self.layout.divided(chunked=True, tokens=_within(ends, at)):
+            with self.client_rows.divided(chunked=True, tokens=_within(ends, at)):
                 logits = self._logits(model, out, apart[at])
                 loss: Tensor = CrossEntropy.apply(logits, labels[at], weights[at])  # type: ignore[no-untyped-call]
                 loss.sum().backward()
@@ -296,7 +296,7 @@ class Passes:
             given = type(out)(
                 last_hidden_state=out.last_hidden_state[:, :1].detach(), router_logits=own
             )
-            with instead(self.trunk, lambda *_, given=given, **__: given):
+            with replaced_forward(self.trunk, lambda *_, given=given, **__: given):
                 ids = torch.zeros(1, 1, dtype=torch.long, device=_device(model))
                 found.append(model(input_ids=ids, use_cache=False).aux_loss)
             at += count
@@ -314,7 +314,7 @@ class Passes:
         """A classifier's logits `(rows, classes)`, its trunk run without padding."""
         batch = collate(rows, _device(model), self.padding)
         del batch["labels"]
-        with unpadded(self.trunk, self._positions):
+        with unpadded_trunk(self.trunk, self._positions):
             return cast(Tensor, model(**batch).logits)
 
     @contextlib.contextmanager
@@ -327,12 +327,14 @@ class Passes:
         of_tokens, of_samples = spans_of(tokens), spans_of([len(part) for part in parts])
         before = [(c, getattr(c, "_attn_implementation", None)) for c in self._configs]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(attending(samples, self.layout))
-            stack.enter_context(self.layout.divided(tokens=of_tokens, samples=of_samples))
+            stack.enter_context(attending(samples, self.client_rows))
+            stack.enter_context(self.client_rows.divided(tokens=of_tokens, samples=of_samples))
             for number, module in enumerate(self._dropouts):
-                stack.enter_context(instead(module, self._dropout(module, number, len(parts))))
+                stack.enter_context(
+                    replaced_forward(module, self._dropout(module, number, len(parts)))
+                )
             for norm, forward in self._norms:
-                stack.enter_context(instead(norm, forward))
+                stack.enter_context(replaced_forward(norm, forward))
             for config, _ in before:
                 config._attn_implementation_internal = attention.NAME
             try:
@@ -345,21 +347,21 @@ class Passes:
         """A dropout layer that draws from each client's own stream."""
 
         def forward(x: Tensor) -> Tensor:
-            if not module.training or not self.layout.streams:
+            if not module.training or not self.client_rows.streams:
                 return F.dropout(x, module.p, module.training)
             form = self._dropout_forms[number].get(x.ndim)
             if form is None or form.in_order(x):
                 return dropped(x, form)
-            return form.back(dropped(form.first(x, self.layout.number(form.unit)), form))
+            return form.back(dropped(form.first(x, self.client_rows.number(form.unit)), form))
 
         def dropped(x: Tensor, form: Form | None) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            each = len(rows) // self.layout.number(form.unit) if form else 1
+            each = len(rows) // self.client_rows.number(form.unit) if form else 1
             parts = []
-            for span in self.layout.spans(len(rows), clients, form):
+            for span in self.client_rows.spans(len(rows), clients, form):
                 part = rows[span.begin : span.end]
                 drawn = part.shape, module.p, x.device, span.first, each
-                keep = self.layout.keep(span.client, 1_000_000 + number, *drawn)
+                keep = self.client_rows.keep(span.client, 1_000_000 + number, *drawn)
                 parts.append(part * (keep.to(x.dtype) / (1 - module.p)))
             return torch.cat(parts).view_as(x)
 
@@ -377,7 +379,7 @@ class Passes:
     def _logits(self, model: Any, out: Any, hidden: Tensor) -> Tensor:
         """What the model makes of a part of its trunk's output: `(n, vocabulary)`, float32."""
         given = type(out)(**{**out, "last_hidden_state": hidden[None]})
-        with instead(self.trunk, lambda *_, **__: given):
+        with replaced_forward(self.trunk, lambda *_, **__: given):
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             return cast(Tensor, model(input_ids=ids, use_cache=False).logits)[0].float()
 
@@ -395,7 +397,7 @@ class Passes:
     # --- whether it can be packed ---
 
     def _find_out(self, model: Any) -> None:
-        rows = packing.some_rows(model, self.padding, self.classifier)
+        rows = packing.random_rows(model, self.padding, self.classifier)
         training = model.training
         model.eval()
 
@@ -404,7 +406,7 @@ class Passes:
             return self._outputs(model, rows)
 
         try:
-            with self.layout.without_clients():
+            with self.client_rows.without_clients():
                 found = packing.examine(
                     model,
                     self._configs,
@@ -417,7 +419,7 @@ class Passes:
                 self.longest, self.longest_padded = found.longest, found.longest_padded
                 self.auxiliary = found.auxiliary
                 if self.packed:
-                    self.joint = self._draws_nothing(model, rows) and not self.layout.mixing
+                    self.joint = self._draws_nothing(model, rows) and not self.client_rows.mixing
         finally:
             self._kept.restore()
             model.train(training)
@@ -426,7 +428,7 @@ class Passes:
         with self._packing([rows], _device(model)):
             if self.classifier:
                 return self._row_logits(model, rows).float()
-            ids, places, _ = flat(rows, _device(model))
+            ids, places, _ = flatten_rows(rows, _device(model))
             out = self._trunk_output(ids)
             return self._logits(model, out, _hidden(out)[places])
 
@@ -434,7 +436,7 @@ class Passes:
         """Whether a training pass leaves torch's own generator alone."""
         model.train()
         devices = [_device(model)] if _device(model).type == "cuda" else []
-        with borrowed_generator(devices), self.layout.seeded([0]):
+        with borrowed_generator(devices), self.client_rows.seeded([0]):
             before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
             self._outputs(model, rows)
             after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
@@ -450,14 +452,14 @@ class Passes:
                 self.forward(model, rows)
                 return
             with self._packing([rows], _device(model)):
-                out = self._trunk_output(flat(rows, _device(model))[0])
+                out = self._trunk_output(flatten_rows(rows, _device(model))[0])
                 self._logits(model, out, _hidden(out))
 
         training = model.training
         model.eval()
-        with self.layout.without_clients(), torch.no_grad():
+        with self.client_rows.without_clients(), torch.no_grad():
             others = [*layers, *self._dropouts]
-            draw = partial(packing.some_rows, model, self.padding, self.classifier)
+            draw = partial(packing.random_rows, model, self.padding, self.classifier)
             known, forms = find_rows(draw, full_modules_of(model), others, run)
         model.train(training)
         for layer in layers:
@@ -466,8 +468,8 @@ class Passes:
         return known
 
 
-passes_of = PerModel(Passes)
-"""How a model is run, `model -> Passes`; found out once."""
+runner_of = PerModel(PackedRunner)
+"""How a model is run, `model -> PackedRunner`; found out once."""
 
 
 def _hidden(out: Any) -> Tensor:

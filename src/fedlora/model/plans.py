@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from fedlora.data.tokenize import Tokens
 
-Kind = tuple[bool, int]
+PassKind = tuple[bool, int]
 """How a row is run: through the model's own forward pass or not, and which rows may share it."""
 
 
 @dataclass
-class Planned:
+class PlannedPass:
     """One pass of a step.
 
     Args:
@@ -21,7 +21,7 @@ class Planned:
         numbers: by client, of which of its passes in this step it is.
     """
 
-    kind: Kind
+    kind: PassKind
     rows: dict[int, list[Tokens]]
     numbers: dict[int, int]
 
@@ -36,9 +36,9 @@ class Planned:
         return sum(len(row["input_ids"]) for rows in self.rows.values() for row in rows)
 
 
-def planned(
-    parts: Sequence[Sequence[Tokens]], kind: Callable[[int], Kind], longest: int
-) -> list[Planned]:
+def plan_passes(
+    parts: Sequence[Sequence[Tokens]], kind: Callable[[int], PassKind], longest: int
+) -> list[PlannedPass]:
     """The passes of these rows; nearly always it is one.
 
     Which of a client's rows are run together depends on its own rows alone, as its dropout does.
@@ -48,15 +48,15 @@ def planned(
         kind: of a row of so many tokens.
         longest: tokens of a packed pass.
     """
-    passes = list[Planned]()
+    passes = list[PlannedPass]()
     for client, part in enumerate(parts):
-        chunks = list[Planned]()
+        chunks = list[PlannedPass]()
         for row in part:
             length = len(row["input_ids"])
             how = kind(length)
             last = next((c for c in reversed(chunks) if c.kind == how), None)
             if last is None or (not last.own and last.tokens + length > longest):
-                last = Planned(how, {client: []}, {client: len(chunks)})
+                last = PlannedPass(how, {client: []}, {client: len(chunks)})
                 chunks.append(last)
             last.rows[client].append(row)
         for chunk in chunks:
@@ -71,10 +71,14 @@ def planned(
     return passes
 
 
-def runs(
-    rows: Sequence[Tokens], kind: Callable[[int], Kind], longest: int
+def consecutive_passes(
+    rows: Sequence[Tokens], kind: Callable[[int], PassKind], longest: int
 ) -> Iterator[tuple[bool, Sequence[Tokens]]]:
-    """Rows in their order, cut into runs that can share a pass; the first as of `Planned.own`."""
+    """Rows in their order, cut into runs that can share a pass.
+
+    Yields:
+        As `PlannedPass.own`, and the rows.
+    """
     at = 0
     while at < len(rows):
         how, end, tokens = kind(len(rows[at]["input_ids"])), at, 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def unpadded(trunk: Any, positions: Callable[[torch.device], Tensor]) -> Iterator[None]:
+def unpadded_trunk(trunk: Any, positions: Callable[[torch.device], Tensor]) -> Iterator[None]:
     """The trunk takes and gives padded tensors, and computes without padding inside.
 
     Args:
@@ -41,15 +41,17 @@ def unpadded(trunk: Any, positions: Callable[[torch.device], Tensor]) -> Iterato
         return out
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(instead(trunk, forward))
+        stack.enter_context(replaced_forward(trunk, forward))
         if isinstance(pooler, nn.Module):
             pool = pooler.forward
-            stack.enter_context(instead(pooler, lambda x, *a, **k: pool(padded(x), *a, **k)))
+            stack.enter_context(
+                replaced_forward(pooler, lambda x, *a, **k: pool(padded(x), *a, **k))
+            )
         yield
 
 
 @contextlib.contextmanager
-def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another `forward` for a while."""
     own = module.__dict__.get("forward")
     module.forward = forward

@@ -25,7 +25,7 @@ WEIGHT_PART = 2**25
 """Numbers of a weight that are held in a wider dtype at once."""
 
 
-class Wide(TorchFunctionMode):
+class WideMode(TorchFunctionMode):
     """Compute in a wider dtype than the weights': each is widened where it is used.
 
     Args:
@@ -109,14 +109,14 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 @contextmanager
-def widely(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
-    """`Wide`, with experts computed one by one: their fused kernels know few dtypes."""
+def computing_in(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
+    """`WideMode`, with experts computed one by one: their fused kernels know few dtypes."""
     name = "_experts_implementation_internal"
     before = [(c, getattr(c, name)) for c in configs if getattr(c, name, None) is not None]
     try:
         for config, _ in before:
             setattr(config, name, "eager")
-        with Wide(dtype):
+        with WideMode(dtype):
             yield
     finally:
         for config, value in before:
@@ -129,7 +129,7 @@ def wide_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32 if many else torch.float64
 
 
-class Kept:
+class ForwardState:
     """What modules change in their forward pass beside their parameters, to be put back.
 
     Rotary factors that follow the longest sample seen are such a state.
@@ -174,7 +174,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
+def nearly_equal(found: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
     """Whether two results, computed in this dtype, are the same but for rounding."""
     if found.shape != wanted.shape:
         return False

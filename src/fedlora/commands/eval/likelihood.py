@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.model.passes import passes_of
+from fedlora.model.passes import runner_of
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """Logits `(n, vocabulary)` and labels `(n,)` of n labelled tokens -> `(n, ...)`."""
@@ -33,7 +33,7 @@ def per_row(
         done: told how many rows were run, after every batch.
     """
     model.eval()
-    passes = passes_of(model)
+    passes = runner_of(model)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     out: dict[int, Tensor] = {}
     with torch.inference_mode():
