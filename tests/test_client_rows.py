@@ -269,7 +269,7 @@ def test_a_heads_dropout_does_not_depend_on_its_chunks(
         return drawn[-1]
 
     alone = trained(base, data, [[0], [1], [2]], dropout=0.3)
-    monkeypatch.setattr("fedlora.model.passes.CHUNK_NUMBERS", 64 * 60)
+    monkeypatch.setattr("fedlora.model.head.CHUNK_NUMBERS", 64 * 60)
     assert_alike(trained(base, data, [[0, 1, 2]], dropout=0.3), alone, base.read_full_params())
     monkeypatch.setattr(ClientRows, "keep", keeping)
     one = trained(base, data[:1], [[0]], dropout=0.3)

@@ -473,7 +473,9 @@ def test_a_pass_without_padding_scores_as_the_model_does(name: str) -> None:
     passes = runner_of(base.model)
     base.model.eval()
     with torch.inference_mode():
-        logits, labels = (torch.cat(x) for x in zip(*passes.scored(base.model, rows), strict=True))
+        logits, labels = (
+            torch.cat(x) for x in zip(*passes.logits_and_labels(base.model, rows), strict=True)
+        )
         at = 0
         for row in rows:
             out = base.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
@@ -492,7 +494,7 @@ def test_the_head_in_chunks_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch)
     base = base_of("llama")
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
     whole = trained(base, seats_of(base), data, budgets_of(), TOGETHER)
-    monkeypatch.setattr("fedlora.model.passes.CHUNK_NUMBERS", 64 * 100)
+    monkeypatch.setattr("fedlora.model.head.CHUNK_NUMBERS", 64 * 100)
     assert max(count_labelled(rows) for rows in data) > 64
     close(trained(base, seats_of(base), data, budgets_of(), TOGETHER), whole, 1e-5)
 
@@ -540,9 +542,9 @@ def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         passes = runner_of(model)
         assert passes.packed
         with torch.inference_mode():
-            found = torch.cat([x for x, _ in passes.scored(model, rows)])
+            found = torch.cat([x for x, _ in passes.logits_and_labels(model, rows)])
             monkeypatch.setattr(passes, "packed", False)
-            wanted = torch.cat([x for x, _ in passes.scored(model, rows)])
+            wanted = torch.cat([x for x, _ in passes.logits_and_labels(model, rows)])
             monkeypatch.setattr(passes, "packed", True)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

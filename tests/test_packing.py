@@ -92,8 +92,8 @@ def found(model: Any, rows: Sequence[Tokens]) -> list[Tensor]:
     counts = [1 if "label" in row else len(row["input_ids"]) - 1 for row in rows]
     with torch.no_grad():
         if passes.classifier and passes.packed:
-            return list(passes._outputs(model, rows).split(counts))
-        got = torch.cat([logits for logits, _ in passes.scored(model, rows)])
+            return list(passes._packed_logits(model, rows).split(counts))
+        got = torch.cat([logits for logits, _ in passes.logits_and_labels(model, rows)])
     return list(got.split(counts))
 
 
@@ -106,7 +106,7 @@ def same(model: Any, rows: Sequence[Tokens], bound: float = 1e-5) -> None:
 def steps_of(model: Any, parts: Sequence[Sequence[Tokens]]) -> int:
     """In how many passes these rows are run."""
     passes = runner_of(model)
-    return len(plan_passes(parts, lambda n: passes._kind(model, n), passes.longest))
+    return len(plan_passes(parts, lambda n: passes._pass_kind(model, n), passes.longest))
 
 
 # --- windows ---
@@ -256,7 +256,7 @@ def test_rotary_factors_that_do_not_follow_lengths_split_no_pass() -> None:
         model = built("llama", {**SIZES, "rope_parameters": rope})
         passes = runner_of(model)
         assert passes.packed
-        assert not passes._factors.follow
+        assert not passes._rotary.follow_longest
         assert steps_of(model, [rows_of([12, 100, 70])]) == 1
 
 
@@ -350,7 +350,9 @@ def test_a_sample_of_no_numbers_leaves_the_others_alone() -> None:
 
     handle = table.register_forward_hook(poison)
     with torch.no_grad():
-        logits = torch.cat([x for x, _ in passes.scored(model, rows)]).split([19, 17, 16])
+        logits = torch.cat([x for x, _ in passes.logits_and_labels(model, rows)]).split(
+            [19, 17, 16]
+        )
     handle.remove()
     assert not torch.isfinite(logits[0]).any()
     assert torch.equal(logits[1], clean[1])

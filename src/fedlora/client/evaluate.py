@@ -53,7 +53,7 @@ def evaluate(
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # rows of one length: no padding
     with torch.inference_mode():
         for at in range(0, len(ordered), batch_size):
-            for logits, labels in passes.scored(model, ordered[at : at + batch_size]):
+            for logits, labels in passes.logits_and_labels(model, ordered[at : at + batch_size]):
                 total += float(F.cross_entropy(logits, labels, reduction="sum"))
                 count += labels.numel()
                 guesses.append(logits.argmax(-1))

@@ -13,8 +13,9 @@ from fedlora.client.cohort import ENOUGH_TOKENS
 from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import Adapter, LowRank
 from fedlora.model.base import BaseModel
+from fedlora.model.head import CHUNK_NUMBERS
 from fedlora.model.lora_layer import ClientAdapter
-from fedlora.model.passes import CHUNK_NUMBERS, runner_of
+from fedlora.model.passes import runner_of
 from fedlora.seeds import Purpose, fresh_factors
 
 _STATE_BYTES = 16

@@ -204,8 +204,8 @@ class LocalRun:
         self.stream = integer(budget.seed, budget.round, budget.client, Purpose.DROPOUT)
         self.losses = list[float]()
         self.micro: list[list[Tokens]] = []
-        self.counted, self.value, self.tokens, self.slots = 0, 0.0, 0, 0.0
-        self.seconds, self.slots_before, self.scale = 0.0, 0.0, scale
+        self.counted, self.value, self.tokens, self.computed = 0, 0.0, 0, 0.0
+        self.seconds, self.computed_before, self.scale = 0.0, 0.0, scale
 
     @property
     def factor_of_loss(self) -> float:
@@ -222,14 +222,14 @@ class LocalRun:
         if all(bool(g.isfinite().all()) for g in grads if g is not None):
             return False
         self.optimizer.zero_grad(set_to_none=False)
-        self.scale, self.value, self.slots = self.scale / 16, 0.0, self.slots_before
+        self.scale, self.value, self.computed = self.scale / 16, 0.0, self.computed_before
         return True
 
     def begin(self) -> bool:
         """Take the next step's micro-batches; whether there is one."""
         self.micro = next(self.batches, [])
         self.counted, self.value = sum(count_labelled(rows) for rows in self.micro), 0.0
-        self.slots_before = self.slots
+        self.computed_before = self.computed
         return bool(self.micro)
 
     def rows(self, number: int) -> Sequence[Tokens]:
@@ -270,7 +270,7 @@ class LocalRun:
             "loss_last": self.losses[-1],
             "steps": len(self.losses),
             "tokens": self.tokens,
-            "padding": 1 - self.tokens / self.slots,
+            "padding": 1 - self.tokens / self.computed,
             "seconds": self.seconds,
         }
 
@@ -283,7 +283,7 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
     of steps are its own. A client that has done its steps leaves the pass.
 
     Args:
-        model: with the clients' adapters in the slots of its layers, in the order of `trainees`.
+        model: with the clients' adapters in the computed of its layers, in the order of `trainees`.
         trainees: at least one.
 
     Returns:
@@ -350,11 +350,11 @@ def _share(
     factors: Sequence[float],
     done: PassResult,
 ) -> None:
-    """Book a pass: losses, and the slots by the rows each client had in it."""
+    """Book a pass: losses, and the computed by the rows each client had in it."""
     rows = [sum(len(row["input_ids"]) for row in part) for part in parts]
     for p, loss, tokens, factor in zip(all_progress, done.losses, rows, factors, strict=True):
         p.value += loss / factor
-        p.slots += done.slots * tokens / sum(rows)
+        p.computed += done.computed * tokens / sum(rows)
 
 
 def _took(active: Sequence[LocalRun], seconds: float) -> None:

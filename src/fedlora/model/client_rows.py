@@ -48,6 +48,17 @@ def spans_of(counts: Sequence[int]) -> tuple[Span, ...]:
     return tuple(out)
 
 
+def spans_within(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
+    """The parts of spans that lie in a slice of the rows, counted from the slice's beginning."""
+    parts = []
+    for span in spans:
+        begin, end = max(span.begin, rows.start), min(span.end, rows.stop)
+        if begin < end:
+            first = span.first + begin - span.begin
+            parts.append(Span(span.client, begin - rows.start, end - rows.start, first))
+    return tuple(parts)
+
+
 @dataclass(frozen=True)
 class Form:
     """Where the tokens, or the samples, of a pass lie in a tensor.

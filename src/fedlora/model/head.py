@@ -1,8 +1,9 @@
 """Computes a language model's loss from its trunk's output: on labelled tokens alone, in chunks.
 
-The logits of a token are as many numbers as the vocabulary has entries, by far the largest tensor of
-a pass. So only the tokens whose successor is labelled get any, and only `CHUNK_NUMBERS` of them are
-held at once: each chunk's backward pass runs before the next chunk's logits are computed.
+The logits of a token are as many numbers as the vocabulary has entries; together they would be by
+far the largest tensor of a pass. So only the tokens whose successor is labelled get any, and only
+`CHUNK_NUMBERS` are held at once: each chunk's backward pass runs before the next chunk's logits are
+computed.
 
 A head is the model itself, called with a trunk that gives back what the real one has computed. So
 whatever an architecture does to its logits (scaling, soft caps) is done here too.
@@ -111,9 +112,7 @@ def head_backward(
     return HeadPass(torch.cat(losses), hidden, cut_off.grad)
 
 
-def auxiliary_losses(
-    model: Any, trunk: Any, trunk_output: Any, tokens: Sequence[int]
-) -> Tensor:
+def auxiliary_losses(model: Any, trunk: Any, trunk_output: Any, tokens: Sequence[int]) -> Tensor:
     """The model's own auxiliary loss of each client's tokens.
 
     Routers balance their experts over the tokens of a batch, so each client's tokens have to be a

@@ -96,23 +96,23 @@ def examine(
                     alone = torch.cat([own([row]) for row in rows])
                     together = nearly_equal(own(rows), alone, dtype)
                 if packed is not None:
-                    offset = _offset(model, configs, rows, packed, alone)
+                    offset = _position_offset(model, configs, rows, packed, alone)
             except Exception:
                 pass
-        factors.kept.restore()
-        factors.find_out(model, dtype)
+        factors.forward_state.restore()
+        factors.examine(model, dtype)
     positions = [n for n in positions_of(model.config) if n > sum(LENGTHS)]
     longest, longest_padded = smallest_unexplained(model, configs, windows), UNBOUNDED
-    if positions and not factors.heard:
+    if positions and not factors.uses_positions:
         longest_padded = positions[0]
-    if positions and not (factors.heard and _of_transformers(model)):
+    if positions and not (factors.uses_positions and _of_transformers(model)):
         longest = min(longest, positions[0])
     return PackingVerdict(
         offset is not None, offset or 0, together, longest, longest_padded, auxiliary
     )
 
 
-def _offset(
+def _position_offset(
     model: Any,
     configs: Sequence[Any],
     rows: Sequence[Tokens],
@@ -274,17 +274,17 @@ class RotaryFactors:
 
     Args:
         model: asked with `position_ids` of its own forward pass.
-        kept: of the model.
+        forward_state: of the model.
         configs: the model's and those of its parts.
         padding: a token that is no padding has another id.
     """
 
-    kept: ForwardState
+    forward_state: ForwardState
     configs: Sequence[Any]
     padding: int
-    heard: bool = False
+    uses_positions: bool = False
     """The model's forward pass goes by the positions it is given."""
-    follow: bool = False
+    follow_longest: bool = False
     """RotaryFactors differ between lengths."""
 
     def __post_init__(self) -> None:
@@ -292,46 +292,48 @@ class RotaryFactors:
         self.classes = list[int]()  # of each of them
         self.results = list[Tensor]()  # of each class
 
-    def find_out(self, model: Any, dtype: torch.dtype) -> None:
+    def examine(self, model: Any, dtype: torch.dtype) -> None:
         """Try the longest length the configuration has against a short one."""
         self.dtype = dtype
         plain = self._run(model, 6)
         if plain is None:
             return
         moved = self._run(model, 9)
-        self.heard = moved is not None and not nearly_equal(moved[1], plain[1], dtype, SAME_SHAPES)
+        self.uses_positions = moved is not None and not nearly_equal(
+            moved[1], plain[1], dtype, SAME_SHAPES
+        )
         self.results.append(plain[0])
         self._note(6, 0)
-        if not self.heard:
+        if not self.uses_positions:
             return
         longest = longest_table(model.config)
         if longest > max(LENGTHS):
-            self._class(model, longest)
-        if self.follow:
+            self._find_class(model, longest)
+        if self.follow_longest:
             for length in positions_of(model.config):
                 if length < longest:
-                    self._class(model, length)
-                    self._class(model, length + 1)
+                    self._find_class(model, length)
+                    self._find_class(model, length + 1)
 
-    def alike(self, model: Any, length: int) -> int:
+    def class_of(self, model: Any, length: int) -> int:
         """The class of a length: samples of one class may share a pass."""
-        if not self.heard:
+        if not self.uses_positions:
             return 0
         at = bisect.bisect_left(self.lengths, length)
         if at == 0 or (at < len(self.lengths) and self.lengths[at] == length):
             return self.classes[at]
         if at < len(self.lengths) and self.classes[at - 1] == self.classes[at]:
             return self.classes[at]
-        return self._class(model, length)
+        return self._find_class(model, length)
 
-    def _class(self, model: Any, length: int) -> int:
+    def _find_class(self, model: Any, length: int) -> int:
         found = self._run(model, length)
         if found is None:  # beyond a table of positions, where no pass can be run
             return -length
         for number, wanted in enumerate(self.results):
             if nearly_equal(found[0], wanted, self.dtype, SAME_SHAPES):
                 return self._note(length, number)
-        self.follow = True
+        self.follow_longest = True
         self.results.append(found[0])
         return self._note(length, len(self.results) - 1)
 
@@ -352,7 +354,7 @@ class RotaryFactors:
         places = torch.stack([steps, steps.where(steps < 3, steps + length - 6)])
         training = model.training
         model.eval()
-        self.kept.restore()
+        self.forward_state.restore()
         try:
             with torch.no_grad(), computing_in(self.configs, self.dtype):
                 logits = model(
@@ -361,7 +363,7 @@ class RotaryFactors:
         except Exception:  # it takes no positions, or has none of these
             return None
         finally:
-            self.kept.restore()
+            self.forward_state.restore()
             model.train(training)
         return logits[0], logits[1]
 

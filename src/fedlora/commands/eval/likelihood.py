@@ -41,7 +41,7 @@ def per_row(
             part = order[at : at + batch_size]
             chunks = [
                 measure(logits, labels).cpu()
-                for logits, labels in passes.scored(model, [rows[i] for i in part])
+                for logits, labels in passes.logits_and_labels(model, [rows[i] for i in part])
             ]
             counts = [sum(x != IGNORE for x in rows[i]["labels"][1:]) for i in part]
             out |= dict(zip(part, torch.cat(chunks).split(counts), strict=True))
