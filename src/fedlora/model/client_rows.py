@@ -2,7 +2,7 @@
 
 Several clients share one forward and backward pass: their samples lie one client after the other,
 so that every layer's input has a run of tokens, or of samples, for each of them. Where in a tensor
-they lie is not guessed from its shape: a `Form` says it, which `client_rows.py` finds out.
+they lie is not guessed from its shape: a `Form` says it, which `find_rows` finds out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MixedRowsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `begin` to `end` of a layer's input belong to this client (its place in the pass).
+    """Rows `begin` to `end` of a layer's input belong to this client (its slot in the pass).
 
     `first` is the number of the first of them among the client's own rows of the pass.
     """
@@ -132,7 +132,7 @@ class ClientRows:
         self.bare = False
         self.mixing = False
         """Attention was found inside a module trained whole: its rows cannot be divided."""
-        self._places: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self.whole = 0  # modules trained whole that are running
         self._spans: Mapping[str, tuple[Span, ...]] = {}
         self._seeds: Sequence[int] | None = None
@@ -225,9 +225,9 @@ class ClientRows:
             for s in self.of_unit(form.unit)
         )
 
-    def place(self, module: Any) -> int:
+    def number_of(self, module: Any) -> int:
         """A number of the module's own, in the order of their first use."""
-        return self._places.setdefault(module, len(self._places))
+        return self._numbers.setdefault(module, len(self._numbers))
 
     @property
     def sole(self) -> int | None:
