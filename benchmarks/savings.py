@@ -54,7 +54,7 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     from fedlora.config.config import Config
     from fedlora.lowrank import LowRank
     from fedlora.model.acceleration import accelerate
-    from fedlora.model.lora_layer import Seat
+    from fedlora.model.lora_layer import ClientAdapter
     from fedlora.runs.session import assemble
     from fedlora.seeds import Purpose, fresh_factors
 
@@ -67,7 +67,7 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     keys |= {"dtype": case.get("dtype", "float32"), "cohort_size": 1, "num_threads": threads}
     session = assemble(Config(**keys))
     base, ranks = session.base, session.federation.ranks
-    passes = fedlora.model.passes.passes_of(base.model)
+    passes = fedlora.model.passes.runner_of(base.model)
     if case.get("padded"):
         passes.packed = passes.joint = False
     accelerate(
@@ -83,7 +83,7 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
         fresh = fresh_factors(1, 0, client, Purpose.CLIENT_INIT, shapes)
         return {n: LowRank(fresh(n, rank), torch.zeros(m, rank)) for n, (m, _) in shapes.items()}
 
-    seats = [Seat(adapter(k, rank)) for k, rank in enumerate(ranks)]
+    seats = [ClientAdapter(adapter(k, rank)) for k, rank in enumerate(ranks)]
     whole = adapter(99, 80)  # what lies frozen beside the base, of the rank it has after one round
     rows = [part.train for part in session.data.clients]
     size = case.get("cohort", 1)
@@ -93,7 +93,9 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
         for at in range(0, len(seats), size):
             together = list(range(len(seats)))[at : at + size]
             again = {n: LowRank(x.A, x.B) for n, x in whole.items()}  # equal, but not known
-            base.seat([again if case.get("refreeze") else whole], [seats[k] for k in together])
+            base.load_clients(
+                [again if case.get("refreeze") else whole], [seats[k] for k in together]
+            )
             budgets = [
                 Budget(client=k, per_device_train_batch_size=4, max_steps=2) for k in together
             ]

@@ -148,10 +148,12 @@ def load_base(name: str, *, target_modules: Any, weights: bool = True, **keys: A
 
 def give(layer: Any, frozen: Any, adapter: Any, scale: float = 1.0, dropout: float = 0.0) -> None:
     """One client's adapter into a single layer, and what lies frozen beside it."""
-    from fedlora.model.lora_layer import Seat
+    from fedlora.model.lora_layer import ClientAdapter
 
     layer.freeze(frozen)
-    layer.seat("it", [] if adapter is None else [Seat({"it": adapter}, {}, scale, dropout)])
+    layer.load_clients(
+        "it", [] if adapter is None else [ClientAdapter({"it": adapter}, {}, scale, dropout)]
+    )
 
 
 def rows(number: int, offset: int = 0) -> list[dict[str, str]]:

@@ -15,8 +15,8 @@ import fedlora
 from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.model.acceleration import accelerate
-from fedlora.model.dtype import settled_dtype
-from fedlora.model.passes import passes_of
+from fedlora.model.dtype import resolve_dtype
+from fedlora.model.passes import runner_of
 from fedlora.model.rms_norm import fast_norm
 from test_cohort import RANKS, TOGETHER, base_of, budgets_of, close, rows_of, seats_of, trained
 
@@ -38,7 +38,7 @@ def test_recomputed_activations_give_the_same(name: str, dropout: float) -> None
 
 def kept_by(base: Any, seats: Any, rows: Any) -> int:
     """Bytes that a forward pass of one client keeps for the backward pass."""
-    base.seat([], seats[:1])
+    base.load_clients([], seats[:1])
     base.model.train()
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
@@ -48,7 +48,7 @@ def kept_by(base: Any, seats: Any, rows: Any) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = passes_of(base.model).forward(base.model, rows)
+        out = runner_of(base.model).forward(base.model, rows)
     del out
     return sum(size for where, size in kept.items() if where not in own)
 
@@ -145,13 +145,13 @@ def test_the_dtype_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {torch.float32: 3.0, torch.bfloat16: 1.0}
     monkeypatch.setattr("fedlora.model.dtype._seconds", lambda width, dtype: times[dtype])
     cpu = torch.device("cpu")
-    assert settled_dtype(config(768), cpu) == (
+    assert resolve_dtype(config(768), cpu) == (
         torch.bfloat16,
         "a layer takes 1/3.0 of the time it takes in float32",
     )
-    assert settled_dtype(config(128), cpu)[0] == torch.float32
+    assert resolve_dtype(config(128), cpu)[0] == torch.float32
     times[torch.bfloat16] = 6.0
-    dtype, why = settled_dtype(config(768), cpu)
+    dtype, why = resolve_dtype(config(768), cpu)
     assert (dtype, why) == (torch.float32, "a layer in bfloat16 takes 2.0 times as long")
 
 
@@ -159,7 +159,7 @@ def test_the_dtype_found_is_that_of_the_run(
     small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = torch.bfloat16, "so it was measured"
-    monkeypatch.setattr("fedlora.runs.session.settled_dtype", lambda config, device: found)
+    monkeypatch.setattr("fedlora.runs.session.resolve_dtype", lambda config, device: found)
     events: list[Any] = []
 
     def stop(_: Any) -> None:
@@ -171,6 +171,6 @@ def test_the_dtype_found_is_that_of_the_run(
     assert "dtype: bfloat16" in (Path(small_run["output_dir"]) / "config.yaml").read_text()
     # And a resumed run does not measure again.
     monkeypatch.setattr(
-        "fedlora.runs.session.settled_dtype", lambda *_: pytest.fail("measured again")
+        "fedlora.runs.session.resolve_dtype", lambda *_: pytest.fail("measured again")
     )
     fedlora.run(resume=small_run["output_dir"])

@@ -176,7 +176,7 @@ class Trained:
     def ours(self) -> BaseModel:
         """The global model, put together once more by the package itself."""
         base = assemble(self.config).base
-        base.load([self.state.base_delta, self.state.adapter], dense=self.state.dense)
+        base.load([self.state.base_delta, self.state.adapter], full_params=self.state.dense)
         return base
 
 

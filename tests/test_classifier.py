@@ -234,9 +234,9 @@ def shape(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("shape", SHAPES, indirect=True)
 def test_everything_new_is_trained_whole(shape: Path, data: Path, tmp_path: Path) -> None:
     session = session_of(shape, data, tmp_path)
-    owners = {name.rpartition(".")[0] for name in session.base.dense}
+    owners = {name.rpartition(".")[0] for name in session.base.full_params}
     assert owners == HEADS[shape.name]
-    start = session.base.read_dense()
+    start = session.base.read_full_params()
     after = train_federation(keys_of(shape, data, tmp_path / "out", True)).state.dense
     assert after.keys() == start.keys()
     assert all(not torch.equal(after[name], start[name]) for name in start)
@@ -268,16 +268,16 @@ def test_heads_are_averaged_by_every_rule(
 
 def test_a_new_head_is_drawn_from_the_seed_alone(bert: Path, data: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    first = session_of(bert, data, tmp_path).base.read_dense()
+    first = session_of(bert, data, tmp_path).base.read_full_params()
     torch.manual_seed(2)
     torch.rand(5)
     state = torch.get_rng_state()
-    again = session_of(bert, data, tmp_path, method="flora", lora_r=5).base.read_dense()
+    again = session_of(bert, data, tmp_path, method="flora", lora_r=5).base.read_full_params()
     assert torch.equal(torch.get_rng_state(), state)
     assert first.keys() == again.keys() == {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(again[name], x) for name, x in first.items())
     assert first["classifier.weight"].abs().min() > 0
-    other = session_of(bert, data, tmp_path, seed=43).base.read_dense()
+    other = session_of(bert, data, tmp_path, seed=43).base.read_full_params()
     assert not torch.equal(other["classifier.weight"], first["classifier.weight"])
 
 
@@ -285,15 +285,15 @@ def test_a_new_head_is_drawn_from_the_seed_alone(bert: Path, data: Path, tmp_pat
 def test_a_head_is_float32_on_a_bfloat16_base(shape: Path, data: Path, tmp_path: Path) -> None:
     keys = keys_of(shape, data, tmp_path / "out", True, dtype="bfloat16", max_steps=6)
     base = assemble(fedlora.Config(**keys)).base
-    assert {x.dtype for x in base.dense.values()} == {torch.float32}
-    frozen = {p.dtype for n, p in base.model.named_parameters() if n not in base.dense}
+    assert {x.dtype for x in base.full_params.values()} == {torch.float32}
+    frozen = {p.dtype for n, p in base.model.named_parameters() if n not in base.full_params}
     assert frozen == {torch.bfloat16}
     found = logits(base.model)
     assert found.dtype == torch.float32
     wide = assemble(fedlora.Config(**{**keys, "dtype": "float32"})).base
     torch.testing.assert_close(found, logits(wide.model), rtol=0.05, atol=0.02)
     trained = train_federation(keys)
-    start = base.read_dense()
+    start = base.read_full_params()
     for name, value in trained.state.dense.items():
         moved = value - start[name]
         assert moved.any()
@@ -334,7 +334,7 @@ def test_modules_of_a_causal_model_are_trained_whole(
     )
     trained = train_federation(keys)
     base = assemble(trained.config).base
-    start, modules = base.read_dense(), [module for name in whole for module in WHOLE[name]]
+    start, modules = base.read_full_params(), [module for name in whole for module in WHOLE[name]]
     assert set(base.targets.modules_to_save) == set(modules)
     plain = hf.AutoModelForCausalLM.from_pretrained(llama)
     inside = {
@@ -366,7 +366,7 @@ def test_an_output_head_is_trained_under_every_rule(
     more = {"lora_modules_to_save": ["lm_head"], "method": method, "client_ranks": [3, 3]}
     keys = keys_of(llama, data, tmp_path / "out", False, **more)
     trained = train_federation(keys)
-    start = assemble(trained.config).base.read_dense()
+    start = assemble(trained.config).base.read_full_params()
     assert not torch.equal(trained.state.dense["lm_head.weight"], start["lm_head.weight"])
     assert_same_logits(trained.ours().model, by_peft(trained))
     without = {**keys, "lora_modules_to_save": None, "output_dir": str(tmp_path / "without")}
@@ -379,7 +379,7 @@ def test_tied_weights_are_trained_whole_on_both_their_ends(data: Path, tmp_path:
     trained = train_federation(keys_of(path, data, tmp_path / "out", False, **both))
     one, other = trained.state.dense.values()
     assert torch.equal(one, other)
-    assert not torch.equal(one, assemble(trained.config).base.read_dense()["lm_head.weight"])
+    assert not torch.equal(one, assemble(trained.config).base.read_full_params()["lm_head.weight"])
     assert_same_logits(trained.ours().model, by_peft(trained))
 
 
@@ -506,7 +506,7 @@ def test_the_best_round_brings_its_head(best: str, bert: Path, data: Path, tmp_p
     last = load_adapter(run.result.output_dir / "round-4")
     assert not torch.equal(final.dense["classifier.weight"], last.dense["classifier.weight"])
     if best == "the start":
-        start = assemble(run.config).base.read_dense()
+        start = assemble(run.config).base.read_full_params()
         assert all(torch.equal(final.dense[name], x) for name, x in start.items())
         assert not any(to_dense(x).any() for x in final.deltas.values())
     else:
@@ -589,7 +589,7 @@ def peft_classifier(path: Path, session: Session) -> Any:
         layer.lora_A["default"].weight.data = a
         layer.lora_B["default"].weight.data = b
     for name, parameter in heads_of(model).items():
-        parameter.data = base.read_dense()[name]
+        parameter.data = base.read_full_params()[name]
     return model
 
 
@@ -632,7 +632,7 @@ def compare(path: Path, session: Session, budget: Budget, where: Path) -> list[f
     """Train both ways; losses, adapters and heads are the same."""
     base, data = session.base, session.data.clients[0].train
     assert len({len(row["input_ids"]) for row in data}) > 2  # there is padding
-    model, start = peft_classifier(path, session), base.read_dense()
+    model, start = peft_classifier(path, session), base.read_full_params()
     assert heads_of(model).keys() == start.keys()
     losses, _ = by_trainer(model, data, budget, where)
     ours = losses_of(base, data, budget)
@@ -640,7 +640,7 @@ def compare(path: Path, session: Session, budget: Budget, where: Path) -> list[f
     assert max(losses) - min(losses) > 0.05
     assert ours == pytest.approx(losses, rel=3e-5)
     same(base.read_adapter(), adapter_of(model, base), 5e-3)
-    trained = base.read_dense()
+    trained = base.read_full_params()
     for name, theirs in heads_of(model).items():
         limit = 5e-3 * float(theirs.abs().max())
         torch.testing.assert_close(trained[name], theirs.detach(), rtol=0, atol=limit)
@@ -669,9 +669,9 @@ def test_an_accumulated_step_is_that_of_the_whole_batch(
     session = session_of(bert, data, tmp_path)
     rows_of = session.data.clients[0].train[:8]
     at_once = replace(CLIPPED, per_device_train_batch_size=8, num_train_epochs=4)
-    start = session.base.read_dense()
+    start = session.base.read_full_params()
     whole = losses_of(session.base, rows_of, at_once)
-    session.base.load([], None, dense=start)
+    session.base.load([], None, full_params=start)
     parts = replace(at_once, per_device_train_batch_size=3, gradient_accumulation_steps=3)
     assert losses_of(session.base, rows_of, parts) == pytest.approx(whole, rel=1e-5)
 
@@ -686,7 +686,7 @@ def gradients(base: BaseModel, data: Any) -> tuple[float, float]:
     micro = next(iter(batches(data, CLIPPED, 1)))
     base.model.train()
     (summed_loss(base.model, collate(micro[0]))[0] / len(micro[0])).backward()
-    heads = {id(p) for p in base.dense.values()}
+    heads = {id(p) for p in base.full_params.values()}
     trained = [p for p in base.model.parameters() if p.requires_grad]
     sums = [0.0, 0.0]
     for p in trained:
@@ -718,12 +718,12 @@ def test_gradients_are_clipped_over_adapter_and_head_together(
         weight_decay=0.0,
         max_steps=1,
     )
-    start = base.read_dense()
+    start = base.read_full_params()
 
     def moved(max_grad_norm: float) -> dict[str, Tensor]:
-        base.load([], None, dense=start)
+        base.load([], None, full_params=start)
         losses_of(base, part, replace(budget, max_grad_norm=max_grad_norm))
-        return {name: x - start[name] for name, x in base.read_dense().items()}
+        return {name: x - start[name] for name, x in base.read_full_params().items()}
 
     free, clipped = moved(0.0), moved(limit)
     for name, x in free.items():
@@ -734,9 +734,9 @@ def test_gradients_are_clipped_over_adapter_and_head_together(
 
 def test_clipping_is_active_in_the_comparison(bert: Path, data: Path, tmp_path: Path) -> None:
     session = session_of(bert, data, tmp_path)
-    part, start = session.data.clients[0].train, session.base.read_dense()
+    part, start = session.data.clients[0].train, session.base.read_full_params()
     clipped = losses_of(session.base, part, CLIPPED)
-    session.base.load([], None, dense=start)
+    session.base.load([], None, full_params=start)
     free = losses_of(session.base, part, replace(CLIPPED, max_grad_norm=0.0))
     assert free != pytest.approx(clipped, rel=1e-3)
 
@@ -915,7 +915,7 @@ def test_the_same_labels_keep_the_order_and_the_head(
     session = session_of(path, data, tmp_path)
     assert session.data.label_names == tuple(order)
     saved = load_file(path / "model.safetensors")
-    for name, value in session.base.read_dense().items():
+    for name, value in session.base.read_full_params().items():
         assert torch.equal(value, saved[name])
     plain = hf.AutoModelForSequenceClassification.from_pretrained(path)
     assert_same_logits(plain, session.base.model)
@@ -938,14 +938,14 @@ def test_other_labels_get_a_new_head(
     assert session.data.label_names == LABELS
     assert session.base.model.config.id2label == dict(enumerate(LABELS))
     old = load_file(path / "model.safetensors")
-    new = session.base.read_dense()
+    new = session.base.read_full_params()
     assert new["classifier.weight"].shape == (3, 32)
     assert not torch.equal(new["classifier.weight"], old["classifier.weight"])
     assert not torch.equal(new["classifier.bias"], old["classifier.bias"])
     assert new["classifier.weight"].abs().max() < 0.2  # of the size of new weights, 0.02
-    again = session_of(path, data, tmp_path).base.read_dense()
+    again = session_of(path, data, tmp_path).base.read_full_params()
     assert all(torch.equal(again[name], x) for name, x in new.items())
-    other = session_of(path, data, tmp_path, seed=43).base.read_dense()
+    other = session_of(path, data, tmp_path, seed=43).base.read_full_params()
     assert not torch.equal(other["classifier.weight"], new["classifier.weight"])
     assert set(session.base.targets.modules_to_save) == {"classifier"}
 
@@ -955,11 +955,11 @@ def test_names_given_in_another_order_do_not_exchange_the_meaning_of_a_head(
 ) -> None:
     """Its rows follow their labels, or it is drawn anew; it is never read in a wrong order."""
     path = classifier_of(bert, tmp_path / "classifier", LABELS)
-    kept = session_of(path, data, tmp_path).base.read_dense()["classifier.weight"]
+    kept = session_of(path, data, tmp_path).base.read_full_params()["classifier.weight"]
     turned = session_of(path, data, tmp_path, label_names=list(LABELS[::-1]))
     assert turned.data.label_names == LABELS[::-1]
-    found = turned.base.read_dense()["classifier.weight"]
-    fresh = session_of(bert, data, tmp_path, label_names=list(LABELS[::-1])).base.read_dense()
+    found = turned.base.read_full_params()["classifier.weight"]
+    fresh = session_of(bert, data, tmp_path, label_names=list(LABELS[::-1])).base.read_full_params()
     assert torch.equal(found, kept.flip(0)) or torch.equal(found, fresh["classifier.weight"])
 
 

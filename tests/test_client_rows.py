@@ -18,9 +18,9 @@ from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.lowrank import LowRank
 from fedlora.model.acceleration import accelerate
 from fedlora.model.base import BaseModel, attach
-from fedlora.model.client_rows import Layout
-from fedlora.model.lora_layer import Seat
-from fedlora.model.passes import passes_of
+from fedlora.model.client_rows import ClientRows
+from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.passes import runner_of
 from fedlora.model.targets import find_targets
 from fedlora.seeds import Purpose, fresh_factors
 
@@ -156,10 +156,11 @@ def trained(
     size: int = 8,
 ) -> Ends:
     """A few steps of these clients in these groups: what each trained, and its metrics."""
-    start, found = base.read_dense(), dict[int, Any]()
+    start, found = base.read_full_params(), dict[int, Any]()
     for group in groups:
         seats = [
-            Seat(adapter_of(base, 2 + k, k), scale=2.0, dropout=dropout, dense=start) for k in group
+            ClientAdapter(adapter_of(base, 2 + k, k), scale=2.0, dropout=dropout, full_params=start)
+            for k in group
         ]
         budgets = [
             Budget(
@@ -172,17 +173,17 @@ def trained(
             )
             for k in group
         ]
-        base.seat([], seats)
+        base.load_clients([], seats)
         metrics = train_cohort(base, [data[k] for k in group], budgets)
         for place, k in enumerate(group):
-            values = base.read_dense(place)
+            values = base.read_full_params(place)
             for n, x in base.read_adapter(place).items():
                 values |= {f"{n}.A": x.A, f"{n}.B": x.B}
             found[k] = values, metrics[place]
-    base.seat([], [])
+    base.load_clients([], [])
     with torch.no_grad():
         for n, value in start.items():
-            base.dense[n].copy_(value)
+            base.full_params[n].copy_(value)
     return [found[k] for k in range(len(data))]
 
 
@@ -211,11 +212,11 @@ LENGTHS: dict[str, list[list[int]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_together_is_alone(name: str, lengths: list[list[int]]) -> None:
     base = base_of(name)
-    assert passes_of(base.model).joint
+    assert runner_of(base.model).joint
     data = [rows_of(part, k) for k, part in enumerate(lengths)]
     everybody = list(range(len(data)))
     alone = trained(base, data, [[k] for k in everybody])
-    assert_alike(trained(base, data, [everybody]), alone, base.read_dense())
+    assert_alike(trained(base, data, [everybody]), alone, base.read_full_params())
 
 
 def test_what_cannot_be_found_out_trains_alone() -> None:
@@ -238,8 +239,8 @@ def test_what_cannot_be_found_out_trains_alone() -> None:
         names = ["model.layers.1.mlp.inner"] if whole else []
         targets = ["q_proj"] if whole else ["q_proj", "inner"]
         base = attach(model, None, find_targets(model, targets, "it", None, names, "CAUSAL_LM"))
-        assert passes_of(base.model).packed
-        assert not passes_of(base.model).joint
+        assert runner_of(base.model).packed
+        assert not runner_of(base.model).joint
 
 
 @pytest.mark.parametrize(
@@ -257,22 +258,22 @@ def test_a_heads_dropout_does_not_depend_on_its_chunks(
         whole = ["lm_head"]
     targets = ["q_proj"] if inner else ["q_proj", "lm_head"]
     base = attach(model, None, find_targets(model, targets, "it", None, whole, "CAUSAL_LM"))
-    assert passes_of(base.model).joint
+    assert runner_of(base.model).joint
     data = [rows_of([90, 80, 70 + 9 * k, 30], k) for k in range(3)]
     monkeypatch.setattr("fedlora.model.client_rows.BLOCK", 32)
     drawn = list[torch.Tensor]()
-    keep = Layout.keep
+    keep = ClientRows.keep
 
-    def keeping(self: Layout, *given: Any) -> torch.Tensor:
+    def keeping(self: ClientRows, *given: Any) -> torch.Tensor:
         drawn.append(keep(self, *given))
         return drawn[-1]
 
     alone = trained(base, data, [[0], [1], [2]], dropout=0.3)
-    monkeypatch.setattr("fedlora.model.passes.CHUNK_NUMBERS", 64 * 60)
-    assert_alike(trained(base, data, [[0, 1, 2]], dropout=0.3), alone, base.read_dense())
-    monkeypatch.setattr(Layout, "keep", keeping)
+    monkeypatch.setattr("fedlora.model.head.CHUNK_NUMBERS", 64 * 60)
+    assert_alike(trained(base, data, [[0, 1, 2]], dropout=0.3), alone, base.read_full_params())
+    monkeypatch.setattr(ClientRows, "keep", keeping)
     one = trained(base, data[:1], [[0]], dropout=0.3)
-    assert_alike(one, alone[:1], base.read_dense())
+    assert_alike(one, alone[:1], base.read_full_params())
     # No row of the head has the mask of another one.
     masks = torch.cat([x for x in drawn[2:] if x.shape[-1] == 32][1:])[: 90 // 2 + 40 + 35 + 15]
     assert len(masks.unique(dim=0)) == len(masks)
@@ -281,14 +282,14 @@ def test_a_heads_dropout_does_not_depend_on_its_chunks(
 def test_a_module_that_runs_twice_draws_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer in two places of the model, also when it is computed again for its gradient."""
     masks = dict[Any, list[torch.Tensor]]()
-    keep = Layout.keep
+    keep = ClientRows.keep
 
-    def keeping(self: Layout, client: int, site: int, *given: Any) -> torch.Tensor:
+    def keeping(self: ClientRows, client: int, site: int, *given: Any) -> torch.Tensor:
         drawn = keep(self, client, site, *given)
         masks.setdefault((client, site, (self._seeds or [0])[client]), []).append(drawn)
         return drawn
 
-    monkeypatch.setattr(Layout, "keep", keeping)
+    monkeypatch.setattr(ClientRows, "keep", keeping)
     found = dict[bool, Ends]()
     for again in (False, True):
         torch.manual_seed(0)
@@ -299,7 +300,7 @@ def test_a_module_that_runs_twice_draws_twice(monkeypatch: pytest.MonkeyPatch) -
         base = attach(model, None, find_targets(model, "all-linear", "it", None, [], "CAUSAL_LM"))
         if again:
             accelerate(base.model, Config(gradient_checkpointing=True))
-        assert passes_of(base.model).joint
+        assert runner_of(base.model).joint
         data = [rows_of(x, k) for k, x in enumerate([[5, 7], [9, 4], [3]])]
         masks.clear()
         found[again] = trained(base, data, [[0], [1], [2]], dropout=0.2)
@@ -311,7 +312,7 @@ def test_a_module_that_runs_twice_draws_twice(monkeypatch: pytest.MonkeyPatch) -
                 assert torch.equal(drawn[1], drawn[2])
                 assert torch.equal(drawn[0], drawn[3])
         together = trained(base, data, [[0, 1, 2]], dropout=0.2)
-        assert_alike(together, found[again], base.read_dense())
+        assert_alike(together, found[again], base.read_full_params())
     for (x, _), (y, _) in zip(found[False], found[True], strict=True):
         for name in x:
             torch.testing.assert_close(x[name], y[name], rtol=1e-5, atol=1e-6)

@@ -29,10 +29,10 @@ from fedlora.client.trainer import Budget, train
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.lowrank import Adapter, Deltas, Dense, LowRank, add, prefix, scale, to_dense
 from fedlora.model.base import BaseModel, attach
-from fedlora.model.batches import labelled
-from fedlora.model.client_rows import LayoutError
-from fedlora.model.lora_layer import Seat
-from fedlora.model.passes import passes_of
+from fedlora.model.batches import count_labelled
+from fedlora.model.client_rows import MixedRowsError
+from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.passes import runner_of
 from fedlora.model.targets import find_targets
 from fedlora.seeds import Purpose, fresh_factors
 
@@ -149,11 +149,11 @@ def adapter_of(base: BaseModel, rank: int, client: int) -> dict[str, LowRank]:
     }
 
 
-def seats_of(base: BaseModel, **keys: Any) -> list[Seat]:
+def seats_of(base: BaseModel, **keys: Any) -> list[ClientAdapter]:
     """One seat for each of `RANKS`; heads start alike."""
-    dense = base.read_dense()
+    dense = base.read_full_params()
     return [
-        Seat(adapter_of(base, rank, k), scale=2.0, dense=dense, **keys)
+        ClientAdapter(adapter_of(base, rank, k), scale=2.0, full_params=dense, **keys)
         for k, rank in enumerate(RANKS)
     ]
 
@@ -173,7 +173,7 @@ Ends = list[tuple[dict[str, LowRank], dict[str, Tensor], dict[str, Any]]]
 
 def trained(
     base: BaseModel,
-    seats: Sequence[Seat],
+    seats: Sequence[ClientAdapter],
     data: Sequence[Sequence[Tokens]],
     budgets: Sequence[Budget],
     groups: Sequence[Sequence[int]],
@@ -182,10 +182,10 @@ def trained(
     """Train these clients in these groups; adapter, head and metrics of each at its end."""
     found: dict[int, Any] = {}
     for group in groups:
-        base.seat(frozen, [seats[k] for k in group])
+        base.load_clients(frozen, [seats[k] for k in group])
         metrics = train_cohort(base, [data[k] for k in group], [budgets[k] for k in group])
         for place, k in enumerate(group):
-            found[k] = base.read_adapter(place), base.read_dense(place), metrics[place]
+            found[k] = base.read_adapter(place), base.read_full_params(place), metrics[place]
     return [found[k] for k in range(len(seats))]
 
 
@@ -204,7 +204,7 @@ def close(one: Ends, other: Ends, tolerance: float) -> None:
         assert (m["steps"], m["tokens"]) == (n["steps"], n["tokens"])
 
 
-def distance(one: Ends, seats: Sequence[Seat]) -> float:
+def distance(one: Ends, seats: Sequence[ClientAdapter]) -> float:
     """How far the clients have come, relative to where they began."""
     return min(
         float((x[n].A - s.adapter[n].A).norm() / s.adapter[n].A.norm())
@@ -223,7 +223,7 @@ def test_fifty_steps_together_are_fifty_steps_alone(name: str) -> None:
     base = base_of(name)
     seats, budgets = seats_of(base), budgets_of(max_steps=50, learning_rate=5e-4)
     data = [rows_of(name, 14, k) for k in range(len(RANKS))]
-    assert passes_of(base.model).joint
+    assert runner_of(base.model).joint
     alone = trained(base, seats, data, budgets, ALONE)
     close(trained(base, seats, data, budgets, TOGETHER), alone, 1e-5)
     close(trained(base, seats, data, budgets, [[2, 0], [3, 1]]), alone, 1e-5)
@@ -266,7 +266,7 @@ def test_each_client_has_its_own(name: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("where", ["before the adapter", "in the base"])
 def test_dropout_is_drawn_from_each_clients_own_stream(name: str, where: str) -> None:
     base = base_of(name, 0.2 if where == "in the base" else 0.0)
-    assert passes_of(base.model).joint
+    assert runner_of(base.model).joint
     seats = seats_of(base, dropout=0.0 if where == "in the base" else 0.3)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
     budgets = budgets_of()
@@ -328,13 +328,14 @@ def test_a_common_update_less_each_start_is_each_clients_rest(
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
     budgets = budgets_of()
     common = [
-        Seat(start, {n: scale(x, -1.0) for n, x in start.items()}, 2.0, dropout) for start in starts
+        ClientAdapter(start, {n: scale(x, -1.0) for n, x in start.items()}, 2.0, dropout)
+        for start in starts
     ]
     together = trained(base, common, data, budgets, TOGETHER, [{}, whole])
     for k, start in enumerate(starts):
         rest = {n: add([whole[n], scale(x, -1.0)]) for n, x in start.items()}
-        one = [Seat(start, {}, 2.0, dropout)]
-        base.seat([rest], one)
+        one = [ClientAdapter(start, {}, 2.0, dropout)]
+        base.load_clients([rest], one)
         metrics = train_cohort(base, [data[k]], [budgets[k]])[0]
         close([(base.read_adapter(), {}, metrics)], [together[k]], 1e-5)
 
@@ -351,7 +352,7 @@ def test_in_bfloat16_a_shared_branch_gives_what_merging_gives_in_float32() -> No
     ends = []
     for base in (narrow, wide):
         whole = whole_update(base, 6, dense=False)
-        base.seat([whole], [])
+        base.load_clients([whole], [])
         layer = next(iter(base.layers.values()))
         assert (layer.branch is not None) == (base is narrow)
         budgets = budgets_of(learning_rate=1e-4)
@@ -367,13 +368,13 @@ def test_in_bfloat16_a_shared_branch_gives_what_merging_gives_in_float32() -> No
 def test_frozen_parts_are_added_once(dtype: torch.dtype) -> None:
     base = base_of("llama", dtype=dtype)
     whole = whole_update(base, 6, dense=False)
-    base.seat([whole], seats_of(base))
+    base.load_clients([whole], seats_of(base))
     layer = next(iter(base.layers.values()))
     held = layer.merged if dtype == torch.float32 else layer.branch
     assert held is not None
-    base.seat([{}, whole], seats_of(base))
+    base.load_clients([{}, whole], seats_of(base))
     assert (layer.merged if dtype == torch.float32 else layer.branch) is held
-    base.seat([dict(whole_update(base, 6, dense=False))], [])
+    base.load_clients([dict(whole_update(base, 6, dense=False))], [])
     assert (layer.merged if dtype == torch.float32 else layer.branch) is not held
 
 
@@ -395,10 +396,10 @@ def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
     model = OPTForCausalLM(config)
     targets = find_targets(model, "all-linear", "opt", None, [], "CAUSAL_LM")
     base = attach(model, None, targets)
-    assert not passes_of(base.model).packed
-    base.seat([], seats_of(base))
+    assert not runner_of(base.model).packed
+    base.load_clients([], seats_of(base))
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    with pytest.raises(LayoutError, match="one client at a time"):
+    with pytest.raises(MixedRowsError, match="one client at a time"):
         train_cohort(base, data, budgets_of())
     ends = trained(base, seats_of(base), data, budgets_of(), ALONE)
     assert all(m["padding"] > 0 for _, _, m in ends)
@@ -406,8 +407,8 @@ def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
 
 def test_several_clients_on_rows_that_nobody_divided_are_refused() -> None:
     base = base_of("llama")
-    base.seat([], seats_of(base))
-    with pytest.raises(LayoutError, match="cannot be told apart"):
+    base.load_clients([], seats_of(base))
+    with pytest.raises(MixedRowsError, match="cannot be told apart"):
         base.model(input_ids=torch.ones(1, 3, dtype=torch.long))
 
 
@@ -469,10 +470,12 @@ def test_a_pass_without_padding_scores_as_the_model_does(name: str) -> None:
     base = base_of(name)
     base.load([whole_update(base, 3, False)])
     rows = rows_of(name, 7, 5)
-    passes = passes_of(base.model)
+    passes = runner_of(base.model)
     base.model.eval()
     with torch.inference_mode():
-        logits, labels = (torch.cat(x) for x in zip(*passes.scored(base.model, rows), strict=True))
+        logits, labels = (
+            torch.cat(x) for x in zip(*passes.logits_and_labels(base.model, rows), strict=True)
+        )
         at = 0
         for row in rows:
             out = base.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
@@ -484,15 +487,15 @@ def test_a_pass_without_padding_scores_as_the_model_does(name: str) -> None:
             torch.testing.assert_close(logits[at : at + len(truth)], wanted, rtol=1e-4, atol=1e-5)
             assert labels[at : at + len(truth)].tolist() == truth.tolist()
             at += len(truth)
-        assert at == len(labels) == labelled(rows)
+        assert at == len(labels) == count_labelled(rows)
 
 
 def test_the_head_in_chunks_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama")
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
     whole = trained(base, seats_of(base), data, budgets_of(), TOGETHER)
-    monkeypatch.setattr("fedlora.model.passes.CHUNK_NUMBERS", 64 * 100)
-    assert max(labelled(rows) for rows in data) > 64
+    monkeypatch.setattr("fedlora.model.head.CHUNK_NUMBERS", 64 * 100)
+    assert max(count_labelled(rows) for rows in data) > 64
     close(trained(base, seats_of(base), data, budgets_of(), TOGETHER), whole, 1e-5)
 
 
@@ -506,10 +509,10 @@ def test_both_ways_to_compute_attention_agree(
     monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
     rows = rows_of(name, 9, 1)
     gradients: list[Mapping[str, Tensor]] = []
-    passes = passes_of(base.model)
+    passes = runner_of(base.model)
     for packed in (True, False):
         monkeypatch.setattr(passes, "packed", packed)
-        base.seat([], seats_of(base)[:1])
+        base.load_clients([], seats_of(base)[:1])
         passes.backward(base.model, [rows], [0.1])
         gradients.append({n: p.grad for n, p in base.parameters_of(0) if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -536,12 +539,12 @@ def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows
     for longest in (512, 0):
         monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
-        passes = passes_of(model)
+        passes = runner_of(model)
         assert passes.packed
         with torch.inference_mode():
-            found = torch.cat([x for x, _ in passes.scored(model, rows)])
+            found = torch.cat([x for x, _ in passes.logits_and_labels(model, rows)])
             monkeypatch.setattr(passes, "packed", False)
-            wanted = torch.cat([x for x, _ in passes.scored(model, rows)])
+            wanted = torch.cat([x for x, _ in passes.logits_and_labels(model, rows)])
             monkeypatch.setattr(passes, "packed", True)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

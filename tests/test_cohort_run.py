@@ -24,9 +24,9 @@ from fedlora.engines.local import Result
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.model.base import BaseModel
-from fedlora.model.client_rows import Layout
+from fedlora.model.client_rows import ClientRows
 from fedlora.model.lora_layer import AdapterLayer
-from fedlora.model.passes import Passes
+from fedlora.model.passes import PackedRunner
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import assemble
 from test_architectures import COMMON, DISTILBERT, GPT2, GROUPED, keys_of, save_model
@@ -575,18 +575,18 @@ def test_no_two_places_drop_the_same_entries(
 ) -> None:
     """In a pass each client draws once for every layer, attention and adapter among them."""
     drawn: list[list[tuple[int, int]]] = [[]]  # first what is drawn to try the architecture
-    backward, keep = Passes.backward, Layout.keep
+    backward, keep = PackedRunner.backward, ClientRows.keep
 
-    def a_pass(self: Passes, *given: Any) -> Any:
+    def a_pass(self: PackedRunner, *given: Any) -> Any:
         drawn.append([])
         return backward(self, *given)
 
-    def drawing(self: Layout, client: int, site: int, *given: Any) -> Any:
+    def drawing(self: ClientRows, client: int, site: int, *given: Any) -> Any:
         drawn[-1].append((client, site))
         return keep(self, client, site, *given)
 
-    monkeypatch.setattr(Passes, "backward", a_pass)
-    monkeypatch.setattr(Layout, "keep", drawing)
+    monkeypatch.setattr(PackedRunner, "backward", a_pass)
+    monkeypatch.setattr(ClientRows, "keep", drawing)
     path = save_model(tmp_path / "model", DROPPING[name]())
     classify = "bert" in name
     keys = keys_of(path, four, tmp_path / "out", classify, num_rounds=1, lora_dropout=0.1)
@@ -610,7 +610,7 @@ def test_modules_beside_adapters_train_together(
     if whole == ["down_proj"]:
         more["lora_target_modules"] = ["q_proj", "v_proj"]
     keys = keys_of(path, four, tmp_path / "out", False, **more, lora_dropout=0.1)
-    start = assemble(Config(**keys)).base.read_dense()
+    start = assemble(Config(**keys)).base.read_full_params()
     paths = {size: run(keys, f"size-{size}", cohort_size=size).output_dir for size in (1, 4)}
     close(paths[4], paths[1])
     ends = fedlora.load_adapter(paths[4] / "final").dense

@@ -12,7 +12,7 @@ from fedlora.client.trainer import Budget
 from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
-from fedlora.model.lora_layer import Seat
+from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.targets import find_targets
 
 RATE = 1e3
@@ -51,14 +51,14 @@ def change_of(
     for _ in range(clients):
         drawn = [torch.randint(3, 3000, (30,), generator=source).tolist() for _ in range(6)]
         rows.append([{"input_ids": ids, "labels": ids} for ids in drawn])
-    monkeypatch.setattr("fedlora.client.trainer.labelled", lambda rows: tokens)
+    monkeypatch.setattr("fedlora.client.trainer.count_labelled", lambda rows: tokens)
     adapter = {
         name: LowRank(
             torch.randn(4, n, generator=source) / n**0.5, 0.1 * torch.randn(m, 4, generator=source)
         )
         for name, (m, n) in base.targets.shapes.items()
     }
-    seat = Seat(adapter, scale=2.0, dense=base.read_dense())
+    seat = ClientAdapter(adapter, scale=2.0, full_params=base.read_full_params())
     budget = Budget(
         max_steps=1,
         learning_rate=RATE,
@@ -66,14 +66,14 @@ def change_of(
         max_grad_norm=0.0,
         per_device_train_batch_size=6,
     )
-    base.seat([], [seat] * clients)
+    base.load_clients([], [seat] * clients)
     train_cohort(base, rows, [budget] * clients)
     out = []
     for k in range(clients):
-        ended, dense = base.read_adapter(k), base.read_dense(k)
+        ended, dense = base.read_adapter(k), base.read_full_params(k)
         parts = [(ended[n].A - x.A).flatten() for n, x in adapter.items()]
         parts += [(ended[n].B - x.B).flatten() for n, x in adapter.items()]
-        parts += [(dense[n] - x).flatten() for n, x in seat.dense.items()]
+        parts += [(dense[n] - x).flatten() for n, x in seat.full_params.items()]
         out.append(torch.cat(parts) * tokens)
     return torch.stack(out)
 

@@ -9,7 +9,7 @@ import torch
 
 from fedlora.client.memory import automatic_size, largest_need, memory_available
 from fedlora.lowrank import LowRank, refactor, to_dense
-from fedlora.model.passes import passes_of
+from fedlora.model.passes import runner_of
 from test_cohort import (
     ALONE,
     MODELS,
@@ -43,7 +43,7 @@ def plain_float32() -> Iterator[None]:
 def test_together_is_alone(name: str, dropout: float) -> None:
     base = base_of(name, dropout)
     base.model.to("cuda")
-    assert passes_of(base.model).joint
+    assert runner_of(base.model).joint
     seats = seats_of(base, dropout=dropout)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
     alone = trained(base, seats, data, budgets_of(), ALONE)

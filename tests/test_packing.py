@@ -17,13 +17,13 @@ from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
-from fedlora.model.batches import collate, labelled
-from fedlora.model.client_rows import LayoutError
-from fedlora.model.lora_layer import Seat
-from fedlora.model.passes import Passes, passes_of
-from fedlora.model.plans import planned
+from fedlora.model.batches import collate, count_labelled
+from fedlora.model.client_rows import MixedRowsError
+from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.passes import PackedRunner, runner_of
+from fedlora.model.plans import plan_passes
 from fedlora.model.targets import find_targets
-from fedlora.model.wide import widely
+from fedlora.model.wide import computing_in
 from fedlora.seeds import Purpose, fresh_factors
 
 SIZES: dict[str, Any] = {
@@ -88,12 +88,12 @@ def alone(model: Any, rows: Sequence[Tokens]) -> list[Tensor]:
 
 def found(model: Any, rows: Sequence[Tokens]) -> list[Tensor]:
     """What a pass gives for each row: packed where the model is."""
-    passes = passes_of(model)
+    passes = runner_of(model)
     counts = [1 if "label" in row else len(row["input_ids"]) - 1 for row in rows]
     with torch.no_grad():
         if passes.classifier and passes.packed:
-            return list(passes._outputs(model, rows).split(counts))
-        got = torch.cat([logits for logits, _ in passes.scored(model, rows)])
+            return list(passes._packed_logits(model, rows).split(counts))
+        got = torch.cat([logits for logits, _ in passes.logits_and_labels(model, rows)])
     return list(got.split(counts))
 
 
@@ -105,8 +105,8 @@ def same(model: Any, rows: Sequence[Tokens], bound: float = 1e-5) -> None:
 
 def steps_of(model: Any, parts: Sequence[Sequence[Tokens]]) -> int:
     """In how many passes these rows are run."""
-    passes = passes_of(model)
-    return len(planned(parts, lambda n: passes._kind(model, n), passes.longest))
+    passes = runner_of(model)
+    return len(plan_passes(parts, lambda n: passes._pass_kind(model, n), passes.longest))
 
 
 # --- windows ---
@@ -132,7 +132,7 @@ def test_a_window_longer_than_what_was_tried_is_kept(
     name, config, classify = case
     monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
     model = built(name, config, classify)
-    assert passes_of(model).packed
+    assert runner_of(model).packed
     rows = rows_of([70, 7, 60, 100, 41], classify)
     same(model, rows)
     # And the window counts: without it the model gives something else.
@@ -155,7 +155,7 @@ def test_a_windows_gradient_is_that_of_the_model(packed: bool) -> None:
     """Also in a bidirectional model, with samples padded inside attention."""
     model = built("modernbert", {**SIZES, "local_attention": 16, "num_hidden_layers": 4}, True)
     rows = rows_of([30, 35, 40, 8], True)
-    passes = passes_of(model)
+    passes = runner_of(model)
     assert passes.packed
     passes.packed = packed
     for p in model.parameters():
@@ -174,7 +174,7 @@ def test_a_windows_gradient_is_that_of_the_model(packed: bool) -> None:
 def test_a_mask_that_only_comes_with_length_is_met_with_padding() -> None:
     """A model that makes a mask of its own once rows are longer than was tried."""
     model = built("llama", SIZES)
-    passes = passes_of(model)
+    passes = runner_of(model)
     assert passes.packed
     run = model.model.forward
 
@@ -220,7 +220,7 @@ def test_a_short_row_beside_a_long_one_keeps_its_rotary_factors(
     case: tuple[str, dict[str, Any]], packed: bool
 ) -> None:
     model = built(*case)
-    passes = passes_of(model)
+    passes = runner_of(model)
     assert passes.packed
     passes.packed = packed
     rows = rows_of([12, 50, 30, 31, 60, 20])
@@ -254,9 +254,9 @@ def test_rotary_factors_that_do_not_follow_lengths_split_no_pass() -> None:
     yarn["original_max_position_embeddings"] = 64
     for rope in ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, yarn):
         model = built("llama", {**SIZES, "rope_parameters": rope})
-        passes = passes_of(model)
+        passes = runner_of(model)
         assert passes.packed
-        assert not passes._factors.follow
+        assert not passes._rotary.follow_longest
         assert steps_of(model, [rows_of([12, 100, 70])]) == 1
 
 
@@ -304,7 +304,7 @@ def test_what_mixes_samples_is_never_packed(name: str, width: int, dtype: torch.
         config |= {"d_model": width}
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(hf.CONFIG_MAPPING[kind](**config)).to(dtype).eval()
-    passes = passes_of(model)
+    passes = runner_of(model)
     assert not passes.packed
     if dtype == torch.float32 and width == 32:
         same(model, rows_of([5, 30, 12, 31]))
@@ -326,7 +326,7 @@ PACKED: dict[str, tuple[str, dict[str, Any], bool]] = {
 def test_what_keeps_samples_apart_stays_packed(name: str, dtype: torch.dtype) -> None:
     kind, config, classify = PACKED[name]
     model = built(kind, config, classify, dtype)
-    passes = passes_of(model)
+    passes = runner_of(model)
     assert passes.packed
     assert passes.joint
     assert next(model.parameters()).dtype == dtype
@@ -338,7 +338,7 @@ def test_what_keeps_samples_apart_stays_packed(name: str, dtype: torch.dtype) ->
 def test_a_sample_of_no_numbers_leaves_the_others_alone() -> None:
     """One client's diverged rows are nobody else's, though samples are padded in attention."""
     model = built("llama", SIZES)
-    passes = passes_of(model)
+    passes = runner_of(model)
     rows = rows_of([20, 18, 17])
     clean = found(model, rows)
     table = model.get_input_embeddings()
@@ -350,7 +350,9 @@ def test_a_sample_of_no_numbers_leaves_the_others_alone() -> None:
 
     handle = table.register_forward_hook(poison)
     with torch.no_grad():
-        logits = torch.cat([x for x, _ in passes.scored(model, rows)]).split([19, 17, 16])
+        logits = torch.cat([x for x, _ in passes.logits_and_labels(model, rows)]).split(
+            [19, 17, 16]
+        )
     handle.remove()
     assert not torch.isfinite(logits[0]).any()
     assert torch.equal(logits[1], clean[1])
@@ -364,7 +366,7 @@ def test_judging_changes_nothing() -> None:
     wanted = torch.rand(3)
     torch.manual_seed(5)
     model.train()
-    Passes(model)
+    PackedRunner(model)
     assert torch.equal(torch.rand(3), wanted)
     assert model.training
     after = dict([*model.named_parameters(), *model.named_buffers()])
@@ -387,7 +389,7 @@ def test_a_leak_smaller_than_any_rounding_is_found() -> None:
     for hook, packed in ((drops, True), (mixes, False)):
         model = built("llama", SIZES)
         model.model.layers[0].mlp.register_forward_hook(hook)
-        assert passes_of(model).packed is packed
+        assert runner_of(model).packed is packed
 
 
 # --- arithmetic in a wider dtype ---
@@ -401,9 +403,9 @@ def test_a_narrow_model_is_computed_in_a_wide_dtype(name: str) -> None:
     wide = copy.deepcopy(narrow).double()
     ids = torch.randint(3, 100, (2, 9))
     with torch.no_grad():
-        with widely([narrow.config], torch.float64):
+        with computing_in([narrow.config], torch.float64):
             got = narrow(input_ids=ids).logits
-        with widely([wide.config], torch.float64):
+        with computing_in([wide.config], torch.float64):
             wanted = wide(input_ids=ids).logits
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
@@ -435,14 +437,14 @@ def routed(name: str) -> Any:
 def test_the_auxiliary_loss_is_the_models_own(name: str, packed: bool) -> None:
     model = routed(name)
     rows = rows_of([9, 21, 14])
-    passes = passes_of(model)
+    passes = runner_of(model)
     assert passes.auxiliary == pytest.approx(0.05)
     if not packed:
         passes.packed = False
     elif not passes.packed:
         pytest.skip("this architecture is padded")
     model.zero_grad()
-    done = passes.backward(model, [rows], [1 / labelled(rows)])
+    done = passes.backward(model, [rows], [1 / count_labelled(rows)])
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     batch = collate(rows)
@@ -460,7 +462,7 @@ def test_the_auxiliary_loss_is_the_models_own(name: str, packed: bool) -> None:
 
 def test_without_the_setting_there_is_no_auxiliary_loss() -> None:
     model = built(*MIXTURES["mixtral"])
-    assert passes_of(model).auxiliary == 0
+    assert runner_of(model).auxiliary == 0
 
 
 def test_an_auxiliary_loss_of_another_form_is_refused() -> None:
@@ -475,7 +477,7 @@ def test_an_auxiliary_loss_of_another_form_is_refused() -> None:
 
     model.forward = forward
     with pytest.raises(InputError, match="set it to false"):
-        passes_of(model)
+        runner_of(model)
 
 
 # --- several clients ---
@@ -499,8 +501,8 @@ def ends(base: BaseModel, data: Sequence[Sequence[Tokens]], groups: Sequence[Seq
     """Each client's trained factors as one vector, and its losses."""
     out: dict[int, Any] = {}
     for group in groups:
-        seats = [Seat(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group]
-        base.seat([], seats)
+        seats = [ClientAdapter(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group]
+        base.load_clients([], seats)
         budgets = [
             Budget(client=k, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, seed=3)
             for k in group
@@ -525,7 +527,7 @@ TOGETHER: dict[str, Any] = {
 @pytest.mark.parametrize("case", TOGETHER)
 def test_together_is_alone(case: str) -> None:
     base = base_of(TOGETHER[case]())
-    passes = passes_of(base.model)
+    passes = runner_of(base.model)
     assert passes.joint
     if case == "a number nothing explains":
         assert passes.longest == 45
@@ -544,22 +546,24 @@ def test_modules_trained_whole_beside_rows_that_run_padded(name: str) -> None:
     whole = [n for n, m in model.named_modules() if n.endswith("norm") and len([*m.parameters()])]
     targets = find_targets(model, "all-linear", "it", None, whole, "CAUSAL_LM")
     base = attach(model, None, targets)
-    passes = passes_of(base.model)
+    passes = runner_of(base.model)
     assert passes.joint
     assert passes.longest == 45
     data = [rows_of([10, 50, 33, 28, 60, 7], seed=k) for k in range(3)]
-    start, dense = base.read_dense(), []
+    start, dense = base.read_full_params(), []
     for groups in ([[0], [1], [2]], [[0, 1, 2]]):
         found: dict[int, Any] = {}
         for group in groups:
-            seats = [Seat(adapter_of(base, k), dropout=0.2, dense=start) for k in group]
-            base.seat([], seats)
+            seats = [
+                ClientAdapter(adapter_of(base, k), dropout=0.2, full_params=start) for k in group
+            ]
+            base.load_clients([], seats)
             budgets = [
                 Budget(client=k, per_device_train_batch_size=4, max_steps=3, learning_rate=2e-3)
                 for k in group
             ]
             train_cohort(base, [data[k] for k in group], budgets)
-            found |= {k: base.read_dense(place) for place, k in enumerate(group)}
+            found |= {k: base.read_full_params(place) for place, k in enumerate(group)}
         dense.append(found)
     one, all_ = dense
     for k in range(3):
@@ -572,5 +576,5 @@ def test_modules_trained_whole_beside_rows_that_run_padded(name: str) -> None:
 def test_what_cannot_be_packed_trains_one_client_at_a_time() -> None:
     kind, config = LEAKING["LFM2"]
     base = base_of(built(kind, config))
-    with pytest.raises(LayoutError, match="one client at a time"):
+    with pytest.raises(MixedRowsError, match="one client at a time"):
         ends(base, [rows_of([9, 5]), rows_of([4, 7])], [[0, 1]])

@@ -16,6 +16,7 @@ PROGRAM = '''
 """A user's program: all of fedlora's public names, each with the type it has to have."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_type
 
@@ -33,6 +34,7 @@ from fedlora import (
     Federation,
     FedloraError,
     InputError,
+    LocalTraining,
     LowRank,
     Result,
     RoundResult,
@@ -56,6 +58,10 @@ def seen(result: RoundResult) -> None:
 def my_training(model: Any, dataset: Any, budget: Budget) -> dict[str, float]:
     assert_type(budget.learning_rate, float)
     return {"loss": 0.0}
+
+
+def longer(training: LocalTraining) -> Budget:
+    return replace(training, max_steps=2 * training.max_steps)
 
 
 def told(event: Mapping[str, Any]) -> None:

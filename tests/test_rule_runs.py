@@ -889,7 +889,7 @@ def test_classifiers_by_every_rule(quick: dict[str, Any], tmp_path: Path, method
         model = AutoModelForSequenceClassification.from_pretrained(
             quick["model_name_or_path"], num_labels=3
         )
-        ours.load(run.model_of(client), dense=run.last.dense)
+        ours.load(run.model_of(client), full_params=run.last.dense)
         assert difference(ours.model, PeftModel.from_pretrained(model, path)) < 1e-5
 
 

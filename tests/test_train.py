@@ -19,9 +19,9 @@ from fedlora.data.templates import TEMPLATES
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
 from fedlora.lowrank import LowRank, unfold
 from fedlora.model.base import BaseModel
-from fedlora.model.batches import collate, labelled
+from fedlora.model.batches import collate, count_labelled
 from fedlora.model.loss import summed_loss
-from fedlora.model.passes import passes_of
+from fedlora.model.passes import runner_of
 from fedlora.seeds import Purpose, fresh_factors, generator
 
 SCALE, RANK = 2.0, 4
@@ -469,7 +469,7 @@ def test_padding_changes_no_loss(llama: BaseModel) -> None:
         together, logits, labels = summed_loss(llama.model, collate(data))
         alone = sum(float(summed_loss(llama.model, collate([row]))[0]) for row in data)
     assert float(together) == pytest.approx(alone, rel=1e-5)
-    assert len(logits) == len(labels) == labelled(data)
+    assert len(logits) == len(labels) == count_labelled(data)
     assert labels.tolist() == [t for row in data for t in row["labels"][1:] if t != IGNORE]
 
 
@@ -479,8 +479,8 @@ def test_padding_changes_no_loss(llama: BaseModel) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_metrics(llama: BaseModel, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packed:  # as an architecture is run that needs padding
-        monkeypatch.setattr(passes_of(llama.model), "packed", False)
-        monkeypatch.setattr(passes_of(llama.model), "joint", False)
+        monkeypatch.setattr(runner_of(llama.model), "packed", False)
+        monkeypatch.setattr(runner_of(llama.model), "joint", False)
     data = dataset_of(llama, 8)
     losses: list[float] = []
     budget = Budget(

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedlora.adapters.aggregate import aggregate, save_adapter
     from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
-    from fedlora.client.trainer import Budget
+    from fedlora.client.trainer import Budget, LocalTraining
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
     from fedlora.engines.local import Result, RoundResult, run
@@ -38,6 +38,7 @@ _HOMES = {
     "Federation": "federation.participants",
     "FedloraError": "errors",
     "InputError": "errors",
+    "LocalTraining": "client.trainer",
     "LowRank": "lowrank",
     "METHODS": "methods",
     "Result": "engines.local",
@@ -63,6 +64,7 @@ __all__ = [
     "Federation",
     "FedloraError",
     "InputError",
+    "LocalTraining",
     "LowRank",
     "Result",
     "RoundResult",

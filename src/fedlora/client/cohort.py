@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedlora.client.trainer import Budget, Trainee, train_together
+from fedlora.client.trainer import LocalTraining, Trainee, train_together
 from fedlora.data.tokenize import Tokens
 from fedlora.model.base import BaseModel
 
@@ -20,12 +20,12 @@ ENOUGH_TOKENS = {"cpu": 2**12, "cuda": 2**16}
 
 
 def train_cohort(
-    base: BaseModel, rows: Sequence[Sequence[Tokens]], budgets: Sequence[Budget]
+    base: BaseModel, rows: Sequence[Sequence[Tokens]], budgets: Sequence[LocalTraining]
 ) -> list[dict[str, Any]]:
-    """Train the clients in the seats of a model (`BaseModel.seat`) together.
+    """Train the clients whose adapters a model holds (`BaseModel.load_clients`) together.
 
     Args:
-        base: with as many seats as there are clients.
+        base: with as many slots as there are clients.
         rows: each client's tokenised rows.
         budgets: each client's budget.
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedlora.client.generation import exact_matches, turns_of
 from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.model.passes import passes_of
+from fedlora.model.passes import runner_of
 
 
 def evaluate(
@@ -47,13 +47,13 @@ def evaluate(
         (mean over rows) and what `scores` gives.
     """
     model.eval()
-    passes = passes_of(model)
+    passes = runner_of(model)
     total, count = 0.0, 0
     guesses, truths = [], []
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # rows of one length: no padding
     with torch.inference_mode():
         for at in range(0, len(ordered), batch_size):
-            for logits, labels in passes.scored(model, ordered[at : at + batch_size]):
+            for logits, labels in passes.logits_and_labels(model, ordered[at : at + batch_size]):
                 total += float(F.cross_entropy(logits, labels, reduction="sum"))
                 count += labels.numel()
                 guesses.append(logits.argmax(-1))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.model.per_model import PerModel
 
 _MARK = "\ue000\uf8ff\ue001"
 
@@ -222,7 +222,8 @@ PADDED, EQUAL, ALONE = "padded", "equal", "alone"
 NEVER = 2**31 - 1
 """A token that no model has: answers go on to their limit."""
 _SHORT, _STEPS = 3, 3
-_known: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
+_batchings = PerModel[dict[int, str]](lambda model: {})
+"""Of each model what `batching` has found, by the length that was tried."""
 
 
 def _groups(
@@ -252,7 +253,7 @@ def batching(model: Any, tokenizer: Any, longest: int) -> str:
     Returns:
         `PADDED`: of any lengths, padded on the left; `EQUAL`: of one length; `ALONE`: in none.
     """
-    known = _known.setdefault(model, {})
+    known = _batchings(model)
     size = max(8, 1 << (longest - 1).bit_length())  # one trial for all lengths up to it
     for length in (size, longest):  # the first may be beyond the model's positions
         if length in known:

@@ -13,8 +13,9 @@ from fedlora.client.cohort import ENOUGH_TOKENS
 from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import Adapter, LowRank
 from fedlora.model.base import BaseModel
-from fedlora.model.lora_layer import Seat
-from fedlora.model.passes import CHUNK_NUMBERS, passes_of
+from fedlora.model.head import CHUNK_NUMBERS
+from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.passes import runner_of
 from fedlora.seeds import Purpose, fresh_factors
 
 _STATE_BYTES = 16
@@ -22,7 +23,7 @@ _STATE_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """What one client needs in a pass: memory at its largest, tokens as they usually are.
 
     Args:
@@ -43,11 +44,11 @@ class Need:
 
 def largest_need(
     base: BaseModel, clients: Sequence[tuple[Sequence[Tokens], int, int]], seed: int = 0
-) -> Need:
+) -> MemoryNeed:
     """What the largest micro-batch any client can have keeps, by a forward pass of its longest row.
 
     Args:
-        base: the model; its seats are emptied afterwards.
+        base: the model; it holds no adapters afterwards.
         clients: of each its rows, its micro-batch's size and its rank; at least one with rows.
         seed: of the adapter that is tried.
     """
@@ -63,7 +64,7 @@ def largest_need(
         name: LowRank(draw(name, rank), torch.zeros(m, rank))
         for name, (m, _) in base.targets.shapes.items()
     }
-    base.seat([], [Seat(adapter, dense=base.read_dense())])
+    base.load_clients([], [ClientAdapter(adapter, full_params=base.read_full_params())])
     row = max(batch, key=lambda row: len(row["input_ids"]))
     known = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
     kept: dict[int, int] = {}
@@ -77,14 +78,14 @@ def largest_need(
     base.model.train()
     # What is kept has to stay until it is counted: a freed address would be taken again.
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.enable_grad():
-        out = passes_of(base.model).forward(base.model, [row])
+        out = runner_of(base.model).forward(base.model, [row])
     del out
     base.model.eval()
     numbers = sum(p.numel() for _, p in base.parameters_of(0))
-    base.seat([], [])
+    base.load_clients([], [])
     activations = sum(kept.values()) * _tokens(batch) // len(row["input_ids"])
     usual = [min(size, len(rows)) * _tokens(rows) / len(rows) for rows, size, _ in clients if rows]
-    return Need(round(sum(usual) / len(usual)), activations, _STATE_BYTES * numbers)
+    return MemoryNeed(round(sum(usual) / len(usual)), activations, _STATE_BYTES * numbers)
 
 
 def _tokens(rows: Sequence[Tokens]) -> int:
@@ -102,7 +103,7 @@ def memory_available(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def automatic_size(need: Need, clients: int, budget: int, device: torch.device) -> int:
+def automatic_size(need: MemoryNeed, clients: int, budget: int, device: torch.device) -> int:
     """How many clients share a pass: as many as the budget holds and as make it faster.
 
     Args:

@@ -7,6 +7,7 @@ transformers'. Batches, dropout and schedule depend on `(seed, round, client)` a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fedlora.data.tokenize import Tokens
-from fedlora.model.batches import labelled
-from fedlora.model.client_rows import LayoutError, mixed
+from fedlora.model.batches import count_labelled
+from fedlora.model.client_rows import MixedRowsError, mix_seed
 from fedlora.model.lora_layer import ClientTerm
-from fedlora.model.passes import Done, Passes, passes_of
+from fedlora.model.passes import PackedRunner, PassResult, runner_of
+from fedlora.model.torch_generator import borrowed_generator
 from fedlora.seeds import Purpose, generator, integer
 
 StepCallback = Callable[[int, int, float, int], None]
@@ -29,7 +31,7 @@ StepCallback = Callable[[int, int, float, int], None]
 
 
 @dataclass(frozen=True)
-class Budget:
+class LocalTraining:
     """What a client may spend in one round. Names are those of `Config`.
 
     Args:
@@ -70,11 +72,16 @@ class Budget:
         return math.ceil(self.num_train_epochs * per_epoch)
 
 
-TrainFunction = Callable[[Any, Sequence[Tokens], Budget], Mapping[str, Any]]
+Budget = LocalTraining
+"""The public name of earlier versions; in privacy, a budget is an epsilon."""
+
+TrainFunction = Callable[[Any, Sequence[Tokens], LocalTraining], Mapping[str, Any]]
 """`(model, dataset, budget) -> metrics`: trains the parameters that require gradients, in place."""
 
 
-def batches(dataset: Sequence[Tokens], budget: Budget, steps: int) -> Iterator[list[list[Tokens]]]:
+def batches(
+    dataset: Sequence[Tokens], budget: LocalTraining, steps: int
+) -> Iterator[list[list[Tokens]]]:
     """For every step its micro-batches: shuffled epochs, cut as transformers' Trainer cuts them."""
     size, accumulate = budget.per_device_train_batch_size, budget.gradient_accumulation_steps
     rng = generator(budget.seed, budget.round, budget.client, Purpose.BATCHES)
@@ -89,7 +96,7 @@ def batches(dataset: Sequence[Tokens], budget: Budget, steps: int) -> Iterator[l
             done += 1
 
 
-def schedule(budget: Budget, steps: int) -> Callable[[int], float]:
+def schedule(budget: LocalTraining, steps: int) -> Callable[[int], float]:
     """The factor on the learning rate at a step (from 0) of this round."""
     from transformers import get_scheduler
 
@@ -115,13 +122,13 @@ def _undecayed(model: Any) -> Callable[[str], bool]:
     return lambda name: bool(_UNDECAYED.search(name.lower())) or name.startswith(norms)
 
 
-def tail_penalty(terms: Sequence[ClientTerm], budget: Budget) -> Tensor:
+def tail_penalty(terms: Sequence[ClientTerm], budget: LocalTraining) -> Tensor:
     """`lambda sum_modules ||s B[:, t:]|| ||A[t:]||`, HetLoRA's rank penalty (arXiv 2401.06432)."""
     tails = [term.tail(budget.tail_from) for term in terms]
     return budget.tail_penalty * torch.stack([t for t in tails if t is not None]).sum()
 
 
-class _Flat:
+class FlatParameters:
     """Parameters as one vector, and their gradients as another: a step is a handful of operations.
 
     The parameters become views of the vector; their values stay.
@@ -150,7 +157,7 @@ class Trainee:
 
     parameters: Sequence[tuple[str, torch.nn.Parameter]]
     dataset: Sequence[Tokens]
-    budget: Budget
+    budget: LocalTraining
     terms: Sequence[ClientTerm] = ()
 
 
@@ -161,7 +168,7 @@ FLOAT16_LEAST = 2.0**-8
 """Below this it is not the scale that overflows, but the model."""
 
 
-class _Progress:
+class LocalRun:
     """A trainee's optimiser, batches and figures.
 
     Args:
@@ -182,7 +189,7 @@ class _Progress:
         kinds: dict[Any, list[torch.nn.Parameter]] = {}
         for name, p in trainee.parameters:
             kinds.setdefault((undecayed(name), p.dtype, p.device), []).append(p)
-        self.flats = [_Flat(parameters) for parameters in kinds.values()]
+        self.flats = [FlatParameters(parameters) for parameters in kinds.values()]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [flat.value], "weight_decay": 0.0 if free else budget.weight_decay}
@@ -197,8 +204,8 @@ class _Progress:
         self.stream = integer(budget.seed, budget.round, budget.client, Purpose.DROPOUT)
         self.losses = list[float]()
         self.micro: list[list[Tokens]] = []
-        self.counted, self.value, self.tokens, self.slots = 0, 0.0, 0, 0.0
-        self.seconds, self.slots_before, self.scale = 0.0, 0.0, scale
+        self.counted, self.value, self.tokens, self.computed = 0, 0.0, 0, 0.0
+        self.seconds, self.computed_before, self.scale = 0.0, 0.0, scale
 
     @property
     def factor_of_loss(self) -> float:
@@ -215,14 +222,14 @@ class _Progress:
         if all(bool(g.isfinite().all()) for g in grads if g is not None):
             return False
         self.optimizer.zero_grad(set_to_none=False)
-        self.scale, self.value, self.slots = self.scale / 16, 0.0, self.slots_before
+        self.scale, self.value, self.computed = self.scale / 16, 0.0, self.computed_before
         return True
 
     def begin(self) -> bool:
         """Take the next step's micro-batches; whether there is one."""
         self.micro = next(self.batches, [])
-        self.counted, self.value = sum(labelled(rows) for rows in self.micro), 0.0
-        self.slots_before = self.slots
+        self.counted, self.value = sum(count_labelled(rows) for rows in self.micro), 0.0
+        self.computed_before = self.computed
         return bool(self.micro)
 
     def rows(self, number: int) -> Sequence[Tokens]:
@@ -263,7 +270,7 @@ class _Progress:
             "loss_last": self.losses[-1],
             "steps": len(self.losses),
             "tokens": self.tokens,
-            "padding": 1 - self.tokens / self.slots,
+            "padding": 1 - self.tokens / self.computed,
             "seconds": self.seconds,
         }
 
@@ -276,7 +283,7 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
     of steps are its own. A client that has done its steps leaves the pass.
 
     Args:
-        model: with the clients' adapters in the seats of its layers, in the order of `trainees`.
+        model: with the clients' adapters in the computed of its layers, in the order of `trainees`.
         trainees: at least one.
 
     Returns:
@@ -285,20 +292,22 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
 
     Raises:
         ValueError: no rows, or nothing to train.
-        LayoutError: several clients, and an architecture that mixes their rows.
+        MixedRowsError: several clients, and an architecture that mixes their rows.
     """
-    passes, undecayed = passes_of(model), _undecayed(model)
+    passes, undecayed = runner_of(model), _undecayed(model)
     if len(trainees) > 1 and not passes.joint:
-        raise LayoutError("this architecture trains one client at a time")
+        raise MixedRowsError("this architecture trains one client at a time")
     half = any(p.dtype == torch.float16 for p in model.parameters())
     scale = FLOAT16_SCALE if half else None
-    all_progress = [_Progress(trainee, undecayed, scale) for trainee in trainees]
+    all_progress = [LocalRun(trainee, undecayed, scale) for trainee in trainees]
     device = trainees[0].parameters[0][1].device
     model.train()
     step = 0
-    # Where the architecture draws from torch's generator it trains alone, and that one is seeded.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(all_progress[0].stream)
+    gpus = [device] if device.type == "cuda" else []
+    with contextlib.ExitStack() as stack:
+        if not passes.joint:
+            # This architecture draws from torch's own generator (or may do so), and trains alone.
+            stack.enter_context(borrowed_generator(gpus, all_progress[0].stream))
         while active := [p for p in all_progress if p.begin()]:
             began = time.perf_counter()
             waiting = active
@@ -315,9 +324,9 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
 
 def _pass(
     model: Any,
-    passes: Passes,
-    all_progress: Sequence[_Progress],
-    active: Sequence[_Progress],
+    passes: PackedRunner,
+    all_progress: Sequence[LocalRun],
+    active: Sequence[LocalRun],
     step: int,
 ) -> None:
     """The gradients of a step of the active ones."""
@@ -328,32 +337,34 @@ def _pass(
             model,
             parts,
             [x / max(p.counted, 1) for x, p in zip(factors, all_progress, strict=True)],
-            [mixed(mixed(p.stream, step), number) for p in all_progress] if passes.joint else None,
+            [mix_seed(mix_seed(p.stream, step), number) for p in all_progress]
+            if passes.joint
+            else None,
         )
         _share(all_progress, parts, factors, done)
 
 
 def _share(
-    all_progress: Sequence[_Progress],
+    all_progress: Sequence[LocalRun],
     parts: Sequence[Sequence[Tokens]],
     factors: Sequence[float],
-    done: Done,
+    done: PassResult,
 ) -> None:
-    """Book a pass: losses, and the slots by the rows each client had in it."""
+    """Book a pass: losses, and the computed by the rows each client had in it."""
     rows = [sum(len(row["input_ids"]) for row in part) for part in parts]
     for p, loss, tokens, factor in zip(all_progress, done.losses, rows, factors, strict=True):
         p.value += loss / factor
-        p.slots += done.slots * tokens / sum(rows)
+        p.computed += done.computed * tokens / sum(rows)
 
 
-def _took(active: Sequence[_Progress], seconds: float) -> None:
+def _took(active: Sequence[LocalRun], seconds: float) -> None:
     """Book a step's time, by tokens."""
     tokens = [sum(len(row["input_ids"]) for rows in p.micro for row in rows) for p in active]
     for p, count in zip(active, tokens, strict=True):
         p.seconds += seconds * count / sum(tokens)
 
 
-def train(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
+def train(model: Any, dataset: Sequence[Tokens], budget: LocalTraining) -> dict[str, Any]:
     """Train the parameters of `model` that require gradients, in place.
 
     With `theta` all that is trained and `theta_0` its start, the loss of a step is

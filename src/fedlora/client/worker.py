@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedlora.client.cohort import train_cohort
-from fedlora.client.trainer import Budget, StepCallback, TrainFunction, train
+from fedlora.client.trainer import LocalTraining, StepCallback, TrainFunction, train
 from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
 from fedlora.federation.exchange import Agreement, client_start
@@ -21,15 +21,15 @@ from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
 from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix, scaling
 from fedlora.methods.values import Start, Training
 from fedlora.model.base import BaseModel
-from fedlora.model.client_rows import LayoutError
-from fedlora.model.lora_layer import Seat
-from fedlora.model.passes import passes_of
+from fedlora.model.client_rows import MixedRowsError
+from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.passes import runner_of
 
 
-def budget_of(config: Config) -> Budget:
+def budget_of(config: Config) -> LocalTraining:
     """The part of a configuration that local training reads."""
-    names = set(Budget.__dataclass_fields__) & set(Config.model_fields)
-    return Budget(**{name: getattr(config, name) for name in names})
+    names = set(LocalTraining.__dataclass_fields__) & set(Config.model_fields)
+    return LocalTraining(**{name: getattr(config, name) for name in names})
 
 
 def _plain(key: str, value: Any) -> float | str | None:
@@ -61,8 +61,8 @@ class _Turn:
 
     broadcast: Broadcast
     start: Start
-    seat: Seat
-    budget: Budget
+    own: ClientAdapter
+    budget: LocalTraining
     data: ClientData
 
 
@@ -133,7 +133,7 @@ class Worker:
         if self.joint and _share_what_is_frozen(turns):
             # Where the model turns out not to keep the clients' rows apart, which no probe has
             # shown, they train one by one. Training depends on what a client was sent alone.
-            with suppress(LayoutError):
+            with suppress(MixedRowsError):
                 return self._train(turns)
         return [trained for turn in turns for trained in self._train([turn])]
 
@@ -141,20 +141,20 @@ class Worker:
     def joint(self) -> bool:
         """Whether several clients can train in one pass: not with a user's own training."""
         ours = self.train_function is train and not self.base.tied
-        return ours and passes_of(self.base.model).joint
+        return ours and runner_of(self.base.model).joint
 
     def _turn(self, broadcast: Broadcast, on_step: Callable[[int], StepCallback | None]) -> _Turn:
         """What one client trains, and how."""
         client, asked = broadcast.client, self.agreement.training
         config = self.config.of_client(client)
         start = client_start(broadcast, self.agreement, self.states.get(client))
-        seat = Seat(
+        own = ClientAdapter(
             adapter=start.adapter,
-            own=start.private,
+            private=start.private,
             scale=scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora),
             dropout=config.lora_dropout,
             trains=asked.trained(broadcast.round),
-            dense=broadcast.dense,
+            full_params=broadcast.dense,
         )
         budget = replace(
             budget_of(config),
@@ -164,33 +164,38 @@ class Worker:
             tail_from=asked.tail_from,
             on_step=on_step(client),
         )
-        return _Turn(broadcast, start, seat, budget, self.clients[client])
+        return _Turn(broadcast, start, own, budget, self.clients[client])
 
     def _train(self, turns: Sequence[_Turn]) -> list[Trained]:
         """Train these clients in one pass.
 
         Raises:
-            LayoutError: the model does not keep the rows of several clients apart.
+            MixedRowsError: the model does not keep the rows of several clients apart.
         """
         frozen = [turns[0].broadcast.base_delta, turns[0].start.shared]
         metrics: Sequence[Mapping[str, Any]]
         if self.train_function is train:
-            self.base.seat(frozen, [turn.seat for turn in turns])
+            self.base.load_clients(frozen, [turn.own for turn in turns])
             rows, budgets = [turn.data.train for turn in turns], [turn.budget for turn in turns]
             metrics = train_cohort(self.base, rows, budgets)
         else:
             (turn,) = turns
-            seat = turn.seat
+            own = turn.own
             self.base.load(
-                [*frozen, seat.own], seat.adapter, seat.scale, seat.dropout, seat.dense, seat.trains
+                [*frozen, own.private],
+                own.adapter,
+                own.scale,
+                own.dropout,
+                own.full_params,
+                own.trains,
             )
             metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
-        return [self._trained(turn, place, metrics[place]) for place, turn in enumerate(turns)]
+        return [self._trained(turn, slot, metrics[slot]) for slot, turn in enumerate(turns)]
 
-    def _trained(self, turn: _Turn, place: int, metrics: Mapping[str, Any]) -> Trained:
-        """What became of the client in a seat; what it keeps for itself is kept."""
+    def _trained(self, turn: _Turn, slot: int, metrics: Mapping[str, Any]) -> Trained:
+        """What became of the client in a slot; what it keeps for itself is kept."""
         asked, broadcast, start = self.agreement.training, turn.broadcast, turn.start
-        adapter = self.base.read_adapter(place)
+        adapter = self.base.read_adapter(slot)
         if asked.prunes and _tail(adapter, asked) < _tail(start.adapter, asked):
             rank = max(1, int(asked.tail_from * broadcast.rank))
             adapter = {name: prefix(x, rank) for name, x in adapter.items()}
@@ -205,7 +210,7 @@ class Worker:
             adapter={name: _only(x, sends) for name, x in adapter.items()},
             sends=sends,
             num_examples=len(turn.data.train),
-            dense=self.base.read_dense(place),
+            dense=self.base.read_full_params(slot),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )
         return Trained(update, (broadcast.base_delta, start.shared, start.private, adapter))

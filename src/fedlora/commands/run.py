@@ -168,7 +168,7 @@ def _plan(session: Session) -> dict[str, Any]:
         "architecture": type(base.model).__name__,
         "parameters": sum(p.numel() for p in base.model.parameters()),
         "modules": {name: list(shape) for name, shape in spec.shapes.items()},
-        "dense_parameters": sum(p.numel() for p in base.dense.values()),
+        "dense_parameters": sum(p.numel() for p in base.full_params.values()),
         "clients_per_round": len(spec.sample(1)),
         "clients": clients,
         "eval_rows": len(data.eval),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from fedlora.config.config import Config
 from fedlora.errors import InputError
-from fedlora.model.client_rows import Layout
+from fedlora.model.client_rows import ClientRows
 from fedlora.model.lora_layer import AdapterLayer
+from fedlora.model.packed_attention import recomputing
 
 
 def accelerate(model: Any, config: Config) -> None:
@@ -34,8 +36,8 @@ def accelerate(model: Any, config: Config) -> None:
                 "use a smaller per_device_train_batch_size"
             )
         # The reentrant kind needs an input that requires gradients, which a frozen base has not.
-        layouts = (m.layout for m in model.modules() if isinstance(m, AdapterLayer))
-        again = next(layouts, Layout()).recomputing
+        layouts = (m.client_rows for m in model.modules() if isinstance(m, AdapterLayer))
+        again = partial(recomputing, next(layouts, ClientRows()))
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
     if config.torch_compile:
         _compile(model)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.lowrank import Adapter, Deltas, LowRank
-from fedlora.model.client_rows import Layout
+from fedlora.model.client_rows import ClientRows
 from fedlora.model.fingerprint import weights_fingerprint
 from fedlora.model.full_modules import FullModule, make_float32
-from fedlora.model.layers import put
-from fedlora.model.lora_layer import AdapterLayer, ClientTerm, Seat
+from fedlora.model.layers import replace_module
+from fedlora.model.lora_layer import AdapterLayer, ClientAdapter, ClientTerm
 from fedlora.model.targets import Targets
 
 
@@ -33,7 +33,7 @@ class BaseModel:
         targets: where the adapters go.
         layers: target module name -> its layer.
         fingerprint: of the base weights, to recognise another base on resume.
-        dense: parameters trained whole (a classifier's head), by full name, in float32.
+        full_params: parameters trained whole (a classifier's head), by full name, in float32.
         heads: the modules that hold them, by full name.
         tied: one of these parameters is used in other modules too, so that there is but one of it.
     """
@@ -43,7 +43,7 @@ class BaseModel:
     targets: Targets
     layers: Mapping[str, AdapterLayer]
     fingerprint: str
-    dense: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    full_params: Mapping[str, nn.Parameter] = field(default_factory=dict)
     heads: Mapping[str, FullModule] = field(default_factory=dict)
     tied: bool = False
 
@@ -58,7 +58,7 @@ class BaseModel:
         adapter: Adapter | None = None,
         scale: float = 1.0,
         dropout: float = 0.0,
-        dense: Mapping[str, Tensor] | None = None,
+        full_params: Mapping[str, Tensor] | None = None,
         trains: str = "AB",
     ) -> None:
         """Set all layers: `W_0 + sum frozen`, and what one client trains on top.
@@ -68,59 +68,67 @@ class BaseModel:
             adapter: what is trained; a module it does not name has nothing to train.
             scale: of the adapter.
             dropout: before the adapter.
-            dense: values of the parameters trained whole; None leaves them as they are.
+            full_params: values of the parameters trained whole; None leaves them as they are.
             trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
         """
-        one = [] if adapter is None else [Seat(adapter, {}, scale, dropout, trains, dense or {})]
-        self.seat(frozen, one)
+        one = (
+            []
+            if adapter is None
+            else [ClientAdapter(adapter, {}, scale, dropout, trains, full_params or {})]
+        )
+        self.load_clients(frozen, one)
         with torch.no_grad():
-            for name, value in (dense or {}).items():
-                self.dense[name].copy_(value)
+            for name, value in (full_params or {}).items():
+                self.full_params[name].copy_(value)
 
-    def seat(self, frozen: Sequence[Deltas], seats: Sequence[Seat]) -> None:
+    def load_clients(
+        self, frozen: Sequence[Deltas], client_adapters: Sequence[ClientAdapter]
+    ) -> None:
         """Set all layers for clients that train in one pass.
 
         Args:
             frozen: what lies beside the base for all of them.
-            seats: what each of them brings; a single one trains the model's own dense parameters,
-                several train copies.
+            client_adapters: what each of them brings; a single one trains the model's own
+                parameters where modules are trained whole, several train copies.
         """
         for name, layer in self.layers.items():
             layer.freeze([deltas[name] for deltas in frozen if name in deltas])
-            layer.seat(name, seats)
+            layer.load_clients(name, client_adapters)
         for name, head in self.heads.items():
-            head.seat(name, [s.dense for s in seats] if len(seats) > 1 else ())
-        if len(seats) == 1:
+            head.load_copies(
+                name, [s.full_params for s in client_adapters] if len(client_adapters) > 1 else ()
+            )
+        if len(client_adapters) == 1:
             with torch.no_grad():
-                for name, value in seats[0].dense.items():
-                    self.dense[name].copy_(value)
+                for name, value in client_adapters[0].full_params.items():
+                    self.full_params[name].copy_(value)
 
     def terms_of(self, client: int) -> list[ClientTerm]:
-        """The terms of the client in this seat, layer by layer."""
+        """The terms of the client in this slot of the pass, layer by layer."""
         return [cast(ClientTerm, layer.clients[client]) for layer in self.layers.values()]
 
     def parameters_of(self, client: int) -> list[tuple[str, nn.Parameter]]:
-        """What the client in this seat trains, by name."""
+        """What the client in this slot trains, by name."""
         out = []
         for name, term in zip(self.layers, self.terms_of(client), strict=True):
             for factor in ("A", "B"):
                 value = getattr(term, factor)
                 if value is not None and value.requires_grad:
                     out.append((f"{name}.{factor}", value))
-        return [*out, *self._dense_of(client).items()]
+        return [*out, *self._full_params_of(client).items()]
 
-    def _dense_of(self, client: int) -> dict[str, nn.Parameter]:
-        """The parameters trained whole of the client in this seat, by full name."""
+    def _full_params_of(self, client: int) -> dict[str, nn.Parameter]:
+        """The parameters trained whole of the client in this slot, by full name."""
         copies = {
             f"{name}.{end}": value
             for name, head in self.heads.items()
             if head.copies
             for end, value in head.copies[client].items()
         }
-        return {**self.dense, **copies}
+        return {**self.full_params, **copies}
 
     def read_adapter(self, client: int = 0) -> dict[str, LowRank]:
-        """The adapter in a seat as it now is, scale folded, in float32, on the CPU.
+        """The adapter in a slot as it now is, scale folded, in float32, on the CPU.
 
         `B` is its start plus the scaled change, so that what was not trained comes back to the bit:
         dividing by a scale and multiplying again would count as learning.
@@ -136,9 +144,11 @@ class BaseModel:
             raise ValueError("the model holds no adapter")
         return out
 
-    def read_dense(self, client: int = 0) -> dict[str, Tensor]:
-        """The parameters trained whole in a seat as they now are. Copies, on the CPU."""
-        return {n: value.detach().cpu().clone() for n, value in self._dense_of(client).items()}
+    def read_full_params(self, client: int = 0) -> dict[str, Tensor]:
+        """The parameters trained whole in a slot as they now are. Copies, on the CPU."""
+        return {
+            n: value.detach().cpu().clone() for n, value in self._full_params_of(client).items()
+        }
 
 
 def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
@@ -147,18 +157,18 @@ def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
     The model is changed in place.
     """
     model.requires_grad_(False)
-    dense, heads, layout = {}, {}, Layout()
+    full_params, heads, client_rows = {}, {}, ClientRows()
     for name in targets.modules_to_save:
         module = model.get_submodule(name)
         make_float32(module, keep_output="." not in name)
         for end, parameter in module.named_parameters(name):
-            dense[end] = parameter.requires_grad_(True)
-        heads[name] = FullModule(module, layout)
-    fingerprint = weights_fingerprint(model, skip=dense)
+            full_params[end] = parameter.requires_grad_(True)
+        heads[name] = FullModule(module, client_rows)
+    fingerprint = weights_fingerprint(model, skip=full_params)
     layers = {}
     for site, name in enumerate(targets.shapes):
-        layers[name] = AdapterLayer(model.get_submodule(name), layout, site)
-        put(model, name, layers[name])
+        layers[name] = AdapterLayer(model.get_submodule(name), client_rows, site)
+        replace_module(model, name, layers[name])
     places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    tied = any(places.count(id(p)) > 1 for p in dense.values())
-    return BaseModel(model, tokenizer, targets, layers, fingerprint, dense, heads, tied)
+    tied = any(places.count(id(p)) > 1 for p in full_params.values())
+    return BaseModel(model, tokenizer, targets, layers, fingerprint, full_params, heads, tied)

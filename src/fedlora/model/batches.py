@@ -10,7 +10,7 @@ from torch import Tensor
 from fedlora.data.tokenize import IGNORE, Tokens
 
 
-def labelled(rows: Sequence[Tokens]) -> int:
+def count_labelled(rows: Sequence[Tokens]) -> int:
     """What a loss is a mean over: labelled tokens (never a row's first), or a classifier's rows."""
     if rows and "label" in rows[0]:
         return len(rows)
@@ -45,7 +45,7 @@ def collate(
     return batch
 
 
-def flat(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def flatten_rows(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """All token ids `(tokens,)`, where a labelled token is predicted `(n,)`, and its label."""
     ids = [token for row in rows for token in row["input_ids"]]
     following = [label for row in rows for label in (*row["labels"][1:], IGNORE)]

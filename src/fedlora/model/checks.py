@@ -13,7 +13,7 @@ from fedlora.errors import InputError
 from fedlora.lowrank import LowRank, to_dense
 from fedlora.model.base import BaseModel
 from fedlora.model.layers import short_pass, undisturbed
-from fedlora.model.lora_layer import AdapterLayer, Seat
+from fedlora.model.lora_layer import AdapterLayer, ClientAdapter
 
 _TEXTS = 3
 _LARGEST = {torch.float32: 1e-2, torch.float64: 1e-2}
@@ -79,16 +79,16 @@ def _wrong(base: BaseModel, names: list[str], text: int) -> bool:
     moved = float((wanted - plain).norm())
     if not moved > bound * float(plain.norm()) / 2:  # nor where it is NaN
         return False
-    seat = Seat(updates, dense=base.read_dense())
-    for frozen, seats in (([updates], []), ([], [seat])):
-        base.seat(frozen, seats)
+    client_adapter = ClientAdapter(updates, full_params=base.read_full_params())
+    for frozen, client_adapters in (([updates], []), ([], [client_adapter])):
+        base.load_clients(frozen, client_adapters)
         try:
             with _last_layer(base) as last:
                 found = _logits(base, text)
         except Exception as error:
             raise _FailsError(last[-1] if last else names[0], error) from None
         finally:
-            base.seat([], [])
+            base.load_clients([], [])
         if not float((found - wanted).norm()) <= bound * moved:
             return True
     return False

@@ -2,7 +2,7 @@
 
 Several clients share one forward and backward pass: their samples lie one client after the other,
 so that every layer's input has a run of tokens, or of samples, for each of them. Where in a tensor
-they lie is not guessed from its shape: a `Form` says it, which `client_rows.py` finds out.
+they lie is not guessed from its shape: a `Form` says it, which `find_rows` finds out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ BLOCK = 256
 """Tokens whose dropout is drawn at once where a pass runs in chunks."""
 
 
-class LayoutError(RuntimeError):
+class MixedRowsError(RuntimeError):
     """A layer got rows that cannot be told apart by client; train one client at a time."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `begin` to `end` of a layer's input belong to this client (its place in the pass).
+    """Rows `begin` to `end` of a layer's input belong to this client (its slot in the pass).
 
     `first` is the number of the first of them among the client's own rows of the pass.
     """
@@ -46,6 +46,17 @@ def spans_of(counts: Sequence[int]) -> tuple[Span, ...]:
             out.append(Span(client, at, at + count))
         at += count
     return tuple(out)
+
+
+def spans_within(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
+    """The parts of spans that lie in a slice of the rows, counted from the slice's beginning."""
+    parts = []
+    for span in spans:
+        begin, end = max(span.begin, rows.start), min(span.end, rows.stop)
+        if begin < end:
+            first = span.first + begin - span.begin
+            parts.append(Span(span.client, begin - rows.start, end - rows.start, first))
+    return tuple(parts)
 
 
 @dataclass(frozen=True)
@@ -69,11 +80,11 @@ class Form:
         """Entries of each of `number` tokens.
 
         Raises:
-            LayoutError: the axis is not that of so many.
+            MixedRowsError: the axis is not that of so many.
         """
         each, rest = divmod(x.shape[self.axis], number)
         if rest or each not in self.multiples:
-            raise LayoutError(f"{tuple(x.shape)} is no form of {number} {self.unit}")
+            raise MixedRowsError(f"{tuple(x.shape)} is no form of {number} {self.unit}")
         return each
 
     def narrow(self, x: Tensor, number: int, span: Span) -> Tensor:
@@ -114,14 +125,14 @@ class Form:
         return moved.flatten(0, 1).movedim(0, self.axis)
 
 
-class Layout:
+class ClientRows:
     """The pass that is running; shared by all layers of a model."""
 
     def __init__(self) -> None:
         self.bare = False
         self.mixing = False
         """Attention was found inside a module trained whole: its rows cannot be divided."""
-        self._places: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self.whole = 0  # modules trained whole that are running
         self._spans: Mapping[str, tuple[Span, ...]] = {}
         self._seeds: Sequence[int] | None = None
@@ -200,23 +211,23 @@ class Layout:
             form: of the input; None: it is not known.
 
         Raises:
-            LayoutError: it cannot be known.
+            MixedRowsError: it cannot be known.
         """
         number = 0 if form is None else self.number(form.unit)
         alone = clients == 1 or self._only is not None
         if form is None or not number or rows % number:
             if alone:
                 return (Span(self._only or 0, 0, rows),)
-            raise LayoutError(f"{rows} rows of {clients} clients cannot be told apart")
+            raise MixedRowsError(f"{rows} rows of {clients} clients cannot be told apart")
         each = rows // number
         return tuple(
             Span(s.client, s.begin * each, s.end * each, s.first * each)
             for s in self.of_unit(form.unit)
         )
 
-    def place(self, module: Any) -> int:
+    def number_of(self, module: Any) -> int:
         """A number of the module's own, in the order of their first use."""
-        return self._places.setdefault(module, len(self._places))
+        return self._numbers.setdefault(module, len(self._numbers))
 
     @property
     def sole(self) -> int | None:
@@ -254,22 +265,27 @@ class Layout:
             each: rows of each token.
         """
         if self._seeds is None:
-            return F.dropout(torch.ones(tuple(shape), device=device), dropout) > 0
+            return (
+                F.dropout(torch.ones(tuple(shape), dtype=torch.float32, device=device), dropout) > 0
+            )
         times = self._drawn.get((client, site), 0)
         self._drawn[client, site] = times + 1
-        seed = mixed(self._seeds[client], site)
-        seed = mixed(seed, times) if times else seed  # a module that runs several times in a pass
+        seed = mix_seed(self._seeds[client], site)
+        seed = (
+            mix_seed(seed, times) if times else seed
+        )  # a module that runs several times in a pass
 
         def drawn(seed: int, shape: Sequence[int]) -> Tensor:
             source = torch.Generator(device).manual_seed(seed)
-            return torch.rand(tuple(shape), device=device, generator=source) >= dropout
+            uniform = torch.rand(tuple(shape), dtype=torch.float32, device=device, generator=source)
+            return uniform >= dropout
 
         if not self._chunked:
             return drawn(seed, shape)
         rows, size, parts = shape[0], BLOCK * each, []
         for block in range(first // size, -(-(first + rows) // size)):
             begin, end = max(first - block * size, 0), min(first + rows - block * size, size)
-            whole = drawn(mixed(seed, -block) if block else seed, (size, *shape[1:]))
+            whole = drawn(mix_seed(seed, -block) if block else seed, (size, *shape[1:]))
             parts.append(whole[begin:end])
         return torch.cat(parts)
 
@@ -292,7 +308,7 @@ class Layout:
         return nullcontext(), as_then()
 
 
-def mixed(seed: int, number: int) -> int:
+def mix_seed(seed: int, number: int) -> int:
     """A 63-bit seed from a seed and a number (splitmix64): torch keeps only some of its bits."""
     x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)

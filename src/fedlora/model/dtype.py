@@ -16,7 +16,7 @@ WORTH = 1.5
 """How many times faster bfloat16 has to be."""
 
 
-def settled_dtype(config: Any, device: torch.device) -> tuple[torch.dtype, str]:
+def resolve_dtype(config: Any, device: torch.device) -> tuple[torch.dtype, str]:
     """float32, or bfloat16 where it is clearly faster; adapters are float32 beside either.
 
     On the CPU one feed-forward layer of the model's width is run forwards and backwards in both:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fedlora.model.client_rows import Form, Layout, LayoutError
+from fedlora.model.client_rows import ClientRows, Form, MixedRowsError
 
 Kinds = tuple[int | None, ...]
 """What a module is called with, or returns: each tensor's number of axes, None for all else."""
@@ -26,7 +26,7 @@ class FullModule:
 
     Args:
         module: its `forward` is wrapped, nothing else is changed.
-        layout: whose rows are whose.
+        client_rows: whose rows are whose.
 
     Attributes:
         inputs: kinds of a call -> where the clients' rows lie in each tensor; None: it is no
@@ -35,15 +35,15 @@ class FullModule:
         watch: told what it is called with and what it returns where it runs undivided.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout) -> None:
-        self.module, self.layout, self.forward = module, layout, module.forward
+    def __init__(self, module: nn.Module, client_rows: ClientRows) -> None:
+        self.module, self.client_rows, self.forward = module, client_rows, module.forward
         self.copies: list[dict[str, nn.Parameter]] = []
         self.inputs: dict[Kinds, tuple[Form | None, ...]] = {}
         self.outputs: dict[Kinds, tuple[Form | None, ...]] = {}
         self.watch: Callable[[str, Any], None] | None = None
         module.forward = self._forward
 
-    def seat(self, name: str, values: Sequence[Mapping[str, Tensor]]) -> None:
+    def load_copies(self, name: str, values: Sequence[Mapping[str, Tensor]]) -> None:
         """Make copies for clients with these values, by full name; none: the module's own."""
         own = dict(self.module.named_parameters())
         self.copies = [
@@ -58,11 +58,11 @@ class FullModule:
         """Each client's rows by its copy.
 
         Raises:
-            LayoutError: they cannot be told apart.
+            MixedRowsError: they cannot be told apart.
         """
-        layout = self.layout
-        if not self.copies or layout.bare:
-            layout.whole += 1
+        client_rows = self.client_rows
+        if not self.copies or client_rows.bare:
+            client_rows.whole += 1
             try:
                 if self.watch is None:
                     return self.forward(*given, **named)
@@ -71,28 +71,30 @@ class FullModule:
                 self.watch("outputs", out)
                 return out
             finally:
-                layout.whole -= 1
-        if layout.sole is not None:
-            with _swapped(self.module, self.copies[layout.sole]):
+                client_rows.whole -= 1
+        if client_rows.sole is not None:
+            with _swapped(self.module, self.copies[client_rows.sole]):
                 return self.forward(*given, **named)
         leaves, tree = tree_flatten((given, named))
         forms = self.inputs.get(kinds_of(leaves))
         unit = next((form.unit for form in forms or () if form is not None), None)
-        if forms is None or unit is None or not layout.number(unit):
-            raise LayoutError(f"{type(self.module).__name__} got rows that cannot be told apart")
-        results, clients = [], [span.client for span in layout.of_unit(unit)]
+        if forms is None or unit is None or not client_rows.number(unit):
+            raise MixedRowsError(f"{type(self.module).__name__} got rows that cannot be told apart")
+        results, clients = [], [span.client for span in client_rows.of_unit(unit)]
         for client in clients:
             part = [
                 x if form is None else self._part(x, form, client)
                 for x, form in zip(leaves, forms, strict=True)
             ]
             args, keys = tree_unflatten(part, tree)
-            with _swapped(self.module, self.copies[client]), layout.only(client):
+            with _swapped(self.module, self.copies[client]), client_rows.only(client):
                 results.append(tree_flatten(self.forward(*args, **keys)))
         found, shape = results[0]
         out = self.outputs.get(kinds_of(found))
         if out is None:
-            raise LayoutError(f"{type(self.module).__name__} returned what cannot be put together")
+            raise MixedRowsError(
+                f"{type(self.module).__name__} returned what cannot be put together"
+            )
         joined = [
             found[i]
             if form is None
@@ -102,13 +104,13 @@ class FullModule:
         return tree_unflatten(joined, shape)
 
     def _part(self, x: Tensor, form: Form, client: int) -> Tensor:
-        span = next((s for s in self.layout.of_unit(form.unit) if s.client == client), None)
+        span = next((s for s in self.client_rows.of_unit(form.unit) if s.client == client), None)
         if span is None:
-            raise LayoutError(f"a client has no {form.unit} here")
-        return form.narrow(x, self.layout.number(form.unit), span)
+            raise MixedRowsError(f"a client has no {form.unit} here")
+        return form.narrow(x, self.client_rows.number(form.unit), span)
 
     def _counts(self, form: Form, clients: Sequence[int]) -> list[int]:
-        spans = {s.client: s.end - s.begin for s in self.layout.of_unit(form.unit)}
+        spans = {s.client: s.end - s.begin for s in self.client_rows.of_unit(form.unit)}
         return [spans[client] for client in clients]
 
 

@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedlora.model.torch_generator import borrowed_generator
+
 _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -244,14 +246,14 @@ def _replaced(
                 poison = torch.full((1, 1), torch.nan, dtype=weight.dtype, device=weight.device)
                 poison = poison.expand(weight.shape)
             watches[name] = _Watch(module, poison)
-            put(model, name, watches[name])
+            replace_module(model, name, watches[name])
         yield watches
     finally:
         for name in watches:
-            put(model, name, modules[name])
+            replace_module(model, name, modules[name])
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Another module in the place of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent) if parent else model, child, module)
@@ -267,8 +269,7 @@ def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # it would count the rows it sees
-        with torch.random.fork_rng(devices=gpus), torch.no_grad():
-            torch.manual_seed(0)
+        with borrowed_generator(gpus, seed=0), torch.no_grad():
             yield
     finally:
         for module, mode in modes:

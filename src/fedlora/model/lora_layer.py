@@ -11,30 +11,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.lowrank import Adapter, Delta, LowRank, add, fold, to_dense, unfold
-from fedlora.model.client_rows import Form, Layout
+from fedlora.model.client_rows import ClientRows, Form
 from fedlora.model.layers import is_conv1d, is_plain, shape_of
 from fedlora.model.lora_linear import Term, adapted
 
 
 @dataclass(frozen=True)
-class Seat:
+class ClientAdapter:
     """What one client brings into the model.
 
     Args:
         adapter: what it trains; a module it does not name has nothing to train.
-        own: what is frozen and its own, as factors.
+        private: what is frozen and its own, as factors.
         scale: LoRA's scale of the adapter.
         dropout: before the adapter.
         trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
-        dense: its values of the parameters trained whole.
+        full_params: its values of the parameters trained whole.
     """
 
     adapter: Adapter
-    own: Adapter = field(default_factory=dict)
+    private: Adapter = field(default_factory=dict)
     scale: float = 1.0
     dropout: float = 0.0
     trains: str = "AB"
-    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    full_params: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ClientTerm(nn.Module):
@@ -42,25 +42,29 @@ class ClientTerm(nn.Module):
 
     Args:
         adapter: what is trained, or None.
-        own: `B_0 A_0`, or None.
-        seat: its scale, dropout and what it trains.
+        private: `B_0 A_0`, or None.
+        client_adapter: its scale, dropout and what it trains.
         weight: of the layer, for device and dtype.
     """
 
     def __init__(
-        self, adapter: LowRank | None, own: LowRank | None, seat: Seat, weight: Tensor
+        self,
+        adapter: LowRank | None,
+        private: LowRank | None,
+        client_adapter: ClientAdapter,
+        weight: Tensor,
     ) -> None:
         super().__init__()
-        self.scale, self.dropout = seat.scale, seat.dropout
+        self.scale, self.dropout = client_adapter.scale, client_adapter.dropout
         self.A: nn.Parameter | None = None  # (r, n)
         self.B: nn.Parameter | None = None  # (m, r)
         self.start: tuple[Tensor, Tensor] | None = None  # B at the start, with and without scale
-        self.own = None if own is None else _like(own, weight)
+        self.private = None if private is None else _like(private, weight)
         if adapter is not None:
-            a, b = unfold(adapter, seat.scale)
+            a, b = unfold(adapter, client_adapter.scale)
             self.start = adapter.B, b.clone()
-            self.A = nn.Parameter(a.to(weight.device), requires_grad="A" in seat.trains)
-            self.B = nn.Parameter(b.to(weight.device), requires_grad="B" in seat.trains)
+            self.A = nn.Parameter(a.to(weight.device), requires_grad="A" in client_adapter.trains)
+            self.B = nn.Parameter(b.to(weight.device), requires_grad="B" in client_adapter.trains)
 
     def tail(self, share: float) -> Tensor | None:
         """`||s B[:, t:]||_F ||A[t:]||_F` with `t = share * r`, rounded down, for HetLoRA."""
@@ -89,14 +93,16 @@ class AdapterLayer(nn.Module):
 
     Args:
         base: the layer to wrap; its weight is left as it is.
-        layout: whose rows are whose; one for all layers of a model.
+        client_rows: whose rows are whose; one for all layers of a model.
         site: the layer's number among those that draw dropout.
     """
 
-    def __init__(self, base: nn.Module, layout: Layout | None = None, site: int = 0) -> None:
+    def __init__(
+        self, base: nn.Module, client_rows: ClientRows | None = None, site: int = 0
+    ) -> None:
         super().__init__()
         self.base = base
-        self.layout = layout or Layout()
+        self.client_rows = client_rows or ClientRows()
         self.site = site
         self.conv1d, self.plain = is_conv1d(base), is_plain(base)
         self.clients = nn.ModuleList()
@@ -153,17 +159,18 @@ class AdapterLayer(nn.Module):
         else:
             self.branch = _like(total, weight)
 
-    def seat(self, name: str, seats: Sequence[Seat]) -> None:
+    def load_clients(self, name: str, client_adapters: Sequence[ClientAdapter]) -> None:
         """Take the adapters of these clients under this module's name."""
         self.clients = nn.ModuleList(
-            ClientTerm(s.adapter.get(name), s.own.get(name), s, self.weight) for s in seats
+            ClientTerm(s.adapter.get(name), s.private.get(name), s, self.weight)
+            for s in client_adapters
         )
 
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
         """`x (..., n)` -> `(..., m)`; what else a layer of its own kind is given goes to it."""
         y = None if self.plain else cast(Tensor, self.base(x, *given, **named))
         form = self.forms.get(x.ndim)
-        number = self.layout.number(form.unit) if form is not None else 0
+        number = self.client_rows.number(form.unit) if form is not None else 0
         if form is None or not number or form.in_order(x):
             return self._in_order(x, y, form)
         first = None if y is None else form.first(y, number)
@@ -183,7 +190,7 @@ class AdapterLayer(nn.Module):
                 return y
             # A layer may compute in another dtype than it is given, or than its weights have.
             self.branch = _in_dtype(self.branch, y.dtype)
-            terms = [replace(t, own=_in_dtype(t.own, y.dtype)) for t in terms]
+            terms = [replace(t, private=_in_dtype(t.private, y.dtype)) for t in terms]
             return adapted(x.to(y.dtype), y, None, None, self.branch, terms)
         weight = self.merged if self.merged is not None else self.weight
         if not terms and self.branch is None and self.merged is None:
@@ -195,21 +202,21 @@ class AdapterLayer(nn.Module):
 
     def _terms(self, x: Tensor, form: Form | None) -> list[Term]:
         """The clients' terms with the rows of `x` they act on."""
-        if not len(self.clients) or self.layout.bare:
+        if not len(self.clients) or self.client_rows.bare:
             return []
         rows = x.numel() // x.shape[-1]
-        spans = self.layout.spans(rows, len(self.clients), form)
-        each = rows // number if form and (number := self.layout.number(form.unit)) else 1
+        spans = self.client_rows.spans(rows, len(self.clients), form)
+        each = rows // number if form and (number := self.client_rows.number(form.unit)) else 1
         out = []
         for span in spans:
             client = cast(ClientTerm, self.clients[span.client])
-            if client.A is None and client.own is None:
+            if client.A is None and client.private is None:
                 continue
             keep = None
             if client.A is not None and client.dropout and self.training:
                 shape = (span.end - span.begin, x.shape[-1])
                 drawn = shape, client.dropout, x.device, span.first, each
-                keep = self.layout.keep(span.client, self.site, *drawn)
+                keep = self.client_rows.keep(span.client, self.site, *drawn)
             out.append(
                 Term(
                     span.begin,
@@ -217,7 +224,7 @@ class AdapterLayer(nn.Module):
                     client.A,
                     client.B,
                     client.scale,
-                    client.own,
+                    client.private,
                     keep,
                     client.dropout,
                 )

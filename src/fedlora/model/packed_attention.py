@@ -16,19 +16,22 @@ run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.model.client_rows import Layout
+from fedlora.model.client_rows import ClientRows
 
 NAME = "fedlora_packed"
 SITES = 2_000_000
-"""Where attention's sites of dropout begin, see `Layout.keep`."""
+"""Where attention's sites of dropout begin, see `ClientRows.keep`."""
+SITES_OF_LAYER = 10_000
+"""Sites between one attention layer and the next: one for each sample of a client."""
 LONGEST_PRODUCT = 512
 """Samples up to this length are computed with products that are kept, length x length."""
 UNKNOWN = (
@@ -57,18 +60,18 @@ class Group:
 
     Args:
         size, length: samples, and tokens of the longest.
-        gather: `(size * length,)` the token at every place; padding points to the first token of
-            its own sample, so that not even a NaN gets from one sample to another.
-        places: `(tokens,)` the places that hold tokens; None: all of them, in order.
-        padding: `(padding,)` the other places.
-        tokens: `(tokens,)` the token at every place of `places`.
+        gather: `(size * length,)` the token in every cell of the padded group; padding points to
+            the first token of its own sample, so that not even a NaN gets from one to another.
+        real: `(tokens,)` the cells that hold tokens; None: all of them, in order.
+        padding: `(padding,)` the other cells.
+        tokens: `(tokens,)` the token in every cell of `real`.
         samples: which samples.
     """
 
     size: int
     length: int
     gather: Tensor
-    places: Tensor | None
+    real: Tensor | None
     padding: Tensor
     tokens: Tensor
     samples: tuple[int, ...]
@@ -124,33 +127,75 @@ def _group(
         size=len(chosen),
         length=longest,
         gather=torch.where(real, tokens, begins.expand(-1, longest).reshape(-1)).to(device),
-        places=None if whole else real.nonzero()[:, 0].to(device),
+        real=None if whole else real.nonzero()[:, 0].to(device),
         padding=(~real).nonzero()[:, 0].to(device),
         tokens=tokens[real].to(device),
         samples=tuple(chosen),
     )
 
 
-@dataclass
-class _Running:
-    samples: Samples | None = None
-    layout: Layout | None = None
-    windows: set[int] = field(default_factory=set)
-    """Sizes of the windows and chunks that models have told of."""
-
-
-running = _Running()
+# transformers calls attention by name and hands it no more than tensors, so what a pass consists of
+# has to be found from the outside. Context variables keep passes in several threads apart.
+_running: ContextVar[tuple[Samples, ClientRows] | None] = ContextVar("fedlora_pass", default=None)
+_windows: ContextVar[set[int] | None] = ContextVar("fedlora_windows", default=None)
 
 
 @contextmanager
-def attending(samples: Samples, layout: Layout) -> Iterator[None]:
-    """Let the attention of models that run meanwhile keep these samples apart."""
-    before = running.samples, running.layout
-    running.samples, running.layout = samples, layout
+def attending(samples: Samples, client_rows: ClientRows) -> Iterator[None]:
+    """Let the attention of models that run meanwhile in this thread keep these samples apart."""
+    token = _running.set((samples, client_rows))
     try:
         yield
     finally:
-        running.samples, running.layout = before
+        _running.reset(token)
+
+
+def running_samples() -> Samples:
+    """The samples of the pass that runs in this thread.
+
+    Raises:
+        PackingError: none runs.
+    """
+    running = _running.get()
+    if running is None:
+        raise PackingError("no packed pass is running")
+    return running[0]
+
+
+@contextmanager
+def noting_windows() -> Iterator[set[int]]:
+    """Collect the sizes of the windows and chunks for which models ask for masks meanwhile."""
+    windows = set[int]()
+    token = _windows.set(windows)
+    try:
+        yield windows
+    finally:
+        _windows.reset(token)
+
+
+def recomputing(
+    client_rows: ClientRows,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`: a layer that is computed again gets what it got.
+
+    It draws the same dropout and attends to the same samples. On a GPU the second computation runs
+    in a thread of autograd's, which would not see the context variable of the pass.
+
+    Returns:
+        Contexts for the first computation and for the second.
+    """
+    first, again = client_rows.recomputing()
+    running = _running.get()
+
+    @contextmanager
+    def as_then() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(again)
+            if running is not None:
+                stack.enter_context(attending(*running))
+            yield
+
+    return first, as_then()
 
 
 def _spread(x: Tensor, group: Group, *, zero: bool = False) -> Tensor:
@@ -165,7 +210,7 @@ def _spread(x: Tensor, group: Group, *, zero: bool = False) -> Tensor:
 def _collect(x: Tensor, group: Group, heads: int) -> Tensor:
     """`(heads * size, length, d)` -> `(heads, tokens of the group, d)`."""
     out = x.view(heads, group.size * group.length, x.shape[-1])
-    return out if group.places is None else out.index_select(1, group.places)
+    return out if group.real is None else out.index_select(1, group.real)
 
 
 def _barred(group: Group, like: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
@@ -182,13 +227,24 @@ def _barred(group: Group, like: Tensor, causal: bool, mask: Tensor | None) -> Te
         real = torch.ones(group.size * length, dtype=torch.bool, device=like.device)
         real[group.padding] = False
         real = real.view(group.size, 1, length)
-        # What a place of padding sees nobody reads; but it has to see something.
+        # Nobody reads what padding sees, but a softmax over nothing would be NaN: it sees all.
         bar = (bar | ~real) & real.transpose(1, 2)
     return torch.zeros_like(bar, dtype=like.dtype).masked_fill_(bar, float("-inf"))
 
 
-class _Products(torch.autograd.Function):
-    """Attention as matrix products; the probabilities are kept for the backward pass."""
+class _AttentionProducts(torch.autograd.Function):
+    """Attention as matrix products, group by group.
+
+    With `P = softmax(c Q K^T + bar)` and dropout's factors D (`keep / (1 - p)`), each of a sample:
+
+        O = (P o D) V
+        dV = (P o D)^T dO           dP = (dO V^T) o D
+        dS = c P o (dP - rowsum(P o dP))                     (the softmax's own gradient, times c)
+        dQ = dS K                   dK = dS^T Q
+
+    P and the padded Q, K, V are kept for the backward pass: a fused kernel would compute P again,
+    in products that are slower than the memory they save is worth at these lengths.
+    """
 
     @staticmethod
     def forward(
@@ -200,7 +256,7 @@ class _Products(torch.autograd.Function):
         causal: bool,
         mask: Tensor | None,
         scale: float,
-        keep: Sequence[Tensor] | None,
+        dropout: Sequence[Tensor] | None,
     ) -> Tensor:
         heads = len(q)
         out, kept = v.new_empty(v.shape[1], heads, v.shape[2]), []
@@ -208,36 +264,36 @@ class _Products(torch.autograd.Function):
             qs, ks, vs = (_spread(x, group) for x in (q, k, v))
             scores = torch.bmm(qs, ks.transpose(1, 2)).mul_(scale)
             if (bar := _barred(group, scores, causal, mask)) is not None:
-                shape = (heads, group.size, group.length, group.length)
-                scores = scores.view(shape).add_(bar).view_as(scores)
+                by_sample = (heads, group.size, group.length, group.length)
+                scores = scores.view(by_sample).add_(bar).view_as(scores)
             p = torch.softmax(scores, -1)
             kept += [p, qs, ks, vs]
-            seen = p if keep is None else p * keep[i]
-            found = _collect(torch.bmm(seen, vs), group, heads)
-            out.index_copy_(0, group.tokens, found.transpose(0, 1))
-        ctx.groups, ctx.scale, ctx.keep = groups, scale, keep
+            dropped = p if dropout is None else p * dropout[i]
+            outputs = _collect(torch.bmm(dropped, vs), group, heads)
+            out.index_copy_(0, group.tokens, outputs.transpose(0, 1))
+        ctx.groups, ctx.scale, ctx.dropout = groups, scale, dropout
         ctx.shapes = q.shape, k.shape, v.shape
         ctx.save_for_backward(*kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        g, kept = grads[0].transpose(0, 1), ctx.saved_tensors
-        heads = len(g)
-        dq, dk, dv = (g.new_empty(shape) for shape in ctx.shapes)
+        d_out, kept = grads[0].transpose(0, 1), ctx.saved_tensors
+        heads = len(d_out)
+        dq, dk, dv = (d_out.new_empty(shape) for shape in ctx.shapes)
         for i, group in enumerate(ctx.groups):
             p, qs, ks, vs = kept[4 * i : 4 * i + 4]
-            gs = _spread(g, group, zero=True)
-            seen = p if ctx.keep is None else p * ctx.keep[i]
-            back = torch.bmm(seen.transpose(1, 2), gs)
-            dv.index_copy_(1, group.tokens, _collect(back, group, heads))
-            dp = torch.bmm(gs, vs.transpose(1, 2))
-            if ctx.keep is not None:
-                dp = dp * ctx.keep[i]
+            d_outs = _spread(d_out, group, zero=True)
+            dropped = p if ctx.dropout is None else p * ctx.dropout[i]
+            dvs = torch.bmm(dropped.transpose(1, 2), d_outs)
+            dv.index_copy_(1, group.tokens, _collect(dvs, group, heads))
+            dp = torch.bmm(d_outs, vs.transpose(1, 2))
+            if ctx.dropout is not None:
+                dp = dp * ctx.dropout[i]
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
             dq.index_copy_(1, group.tokens, _collect(torch.bmm(ds, ks), group, heads))
-            back = torch.bmm(ds.transpose(1, 2), qs)
-            dk.index_copy_(1, group.tokens, _collect(back, group, heads))
+            dks = torch.bmm(ds.transpose(1, 2), qs)
+            dk.index_copy_(1, group.tokens, _collect(dks, group, heads))
         return dq, dk, dv, None, None, None, None, None
 
 
@@ -268,26 +324,34 @@ def _fused(
     )
 
 
-def _keeps(
-    samples: Samples, layout: Layout, site: int, heads: int, p: float, like: Tensor
+def _dropout_factors(
+    samples: Samples, client_rows: ClientRows, layer: int, heads: int, p: float, like: Tensor
 ) -> list[Tensor]:
-    """Dropout on the probabilities of every group: each sample's own draw, over 1 - p."""
-    out = []
+    """Dropout on the probabilities: `keep / (1 - p)` of every group, `(heads * size, l, l)`.
+
+    Every sample has a site of its own, numbered within its client's samples of the pass, so that it
+    draws the same whatever other clients are in the pass and however samples are grouped.
+
+    Args:
+        samples: of the pass.
+        client_rows: of the model.
+        layer: the attention layer's number.
+        heads: of the layer.
+        p: the share of probabilities that is dropped.
+        like: gives device and dtype.
+    """
+    factors = []
     for group in samples.groups:
-        kept = like.new_zeros(heads, group.size, group.length, group.length)
+        padded = like.new_zeros(heads, group.size, group.length, group.length)
         for row, sample in enumerate(group.samples):
-            length = samples.lengths[sample]
-            first = samples.clients.index(samples.clients[sample])
-            drawn = layout.keep(
-                samples.clients[sample],
-                site + sample - first,
-                (heads, length, length),
-                p,
-                like.device,
-            )
-            kept[:, row, :length, :length] = drawn / (1 - p)
-        out.append(kept.view(-1, group.length, group.length))
-    return out
+            client, length = samples.clients[sample], samples.lengths[sample]
+            of_client = sample - samples.clients.index(client)
+            site = SITES + SITES_OF_LAYER * layer + of_client
+            keep = client_rows.keep(client, site, (heads, length, length), p, like.device)
+            # In float32 whatever torch's default dtype is; and only then in that of the model.
+            padded[:, row, :length, :length] = keep.float() / (1 - p)
+        factors.append(padded.view(-1, group.length, group.length))
+    return factors
 
 
 def sample_mask(
@@ -313,12 +377,13 @@ def sample_mask(
     Raises:
         PackingError: the rule depends on where in the pass a sample lies.
     """
-    samples = running.samples
-    if samples is None or (batch_size, kv_length) != (1, sum(samples.lengths)):
+    running = _running.get()
+    if running is None or (batch_size, kv_length) != (1, sum(running[0].lengths)):
         raise PackingError(f"a mask over {batch_size} x {kv_length}")
+    samples, windows = running[0], _windows.get()
     longest = samples.groups[0].length
-    if local_size is not None:
-        running.windows.add(int(local_size))
+    if local_size is not None and windows is not None:
+        windows.add(int(local_size))
     short = longest <= local_size if local_size is not None else longest > PLAIN
     if short and not use_vmap:
         return None
@@ -356,36 +421,63 @@ def packed_attention(
     Raises:
         PackingError: a form of attention that is not known here.
     """
-    samples, layout = running.samples, running.layout
+    running = _running.get()
     unknown = [k for k in UNKNOWN if others.get(k) is not None]
-    if samples is None or layout is None or unknown:
+    if running is None or unknown:
         raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
-    longest, mask = samples.groups[0].length, None
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, longest, longest):
-            raise PackingError(f"attention with a mask of shape {tuple(attention_mask.shape)}")
-        mask = attention_mask[0, 0]
-    elif sliding_window is not None and sliding_window < longest:
-        raise PackingError(f"a window of {sliding_window} without a mask")
-    layout.mixing |= layout.whole > 0
+    samples, client_rows = running
+    mask = _sample_mask_of(attention_mask, sliding_window, samples.groups[0].length)
+    client_rows.mixing |= client_rows.whole > 0
     if query.shape[0] != 1 or {query.shape[2], key.shape[2]} != {sum(samples.lengths)}:
         raise PackingError(f"attention over {tuple(query.shape)}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     q, k, v = (x.squeeze(0) for x in (query, key, value))  # (heads, tokens, d)
     heads, scale = len(q), query.shape[-1] ** -0.5 if scaling is None else scaling
-    if len(k) != heads:
+    if len(k) != heads:  # several heads of queries share one of keys and values
         k, v = (x.repeat_interleave(heads // len(k), dim=0) for x in (k, v))
     products = not q.is_cuda and samples.groups[0].length <= LONGEST_PRODUCT
-    if products or dropout:
-        site = SITES + 10_000 * layout.place(module)
-        keep = _keeps(samples, layout, site, heads, dropout, q) if dropout else None
-        grouped = (samples.groups, causal, mask, scale, keep)
-        out: Tensor = _Products.apply(q, k, v, *grouped)  # type: ignore[no-untyped-call]
-        return out[None], None
-    parts = [_fused(q, k, v, g, causal, mask, scale) for g in samples.groups]
-    tokens = torch.cat([group.tokens for group in samples.groups])
-    out = parts[0].new_zeros(v.shape[1], heads, v.shape[2])
-    return out.index_copy(0, tokens, torch.cat(parts, 1).transpose(0, 1))[None], None
+    if not products and not dropout:
+        return _all_fused(q, k, v, samples.groups, causal, mask, scale)[None], None
+    factors = None
+    if dropout:  # torch's kernel would draw from its own generator, not from each client's stream
+        layer = client_rows.number_of(module)
+        factors = _dropout_factors(samples, client_rows, layer, heads, dropout, q)
+    grouped = (samples.groups, causal, mask, scale, factors)
+    out: Tensor = _AttentionProducts.apply(q, k, v, *grouped)  # type: ignore[no-untyped-call]
+    return out[None], None
+
+
+def _sample_mask_of(
+    attention_mask: Tensor | None, sliding_window: int | None, longest: int
+) -> Tensor | None:
+    """The mask `(longest, longest)` that `sample_mask` made for the model; None: there is none.
+
+    Raises:
+        PackingError: the model's mask was made by something else.
+    """
+    if attention_mask is None:
+        if sliding_window is not None and sliding_window < longest:
+            raise PackingError(f"a window of {sliding_window} without a mask")
+        return None
+    if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, longest, longest):
+        raise PackingError(f"attention with a mask of shape {tuple(attention_mask.shape)}")
+    return attention_mask[0, 0]
+
+
+def _all_fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Sequence[Group],
+    causal: bool,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """All groups through torch's kernel, `(heads, tokens, d)` each -> `(tokens, heads, d)`."""
+    parts = [_fused(q, k, v, group, causal, mask, scale) for group in groups]
+    tokens = torch.cat([group.tokens for group in groups])
+    out = parts[0].new_zeros(v.shape[1], len(q), v.shape[2])
+    return out.index_copy(0, tokens, torch.cat(parts, 1).transpose(0, 1))
 
 
 def register() -> None:

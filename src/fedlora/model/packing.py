@@ -3,12 +3,12 @@
 The judge is the model's own forward pass of every sample alone. Both are computed in float64 by the
 model's own modules (`wide.py`), so that a difference is an error and not rounding, whatever the
 dtype of the base. Whether anything of one sample gets to another is decided without any bound: the
-embeddings of one are made NaN, which no weight, however small, can hide (`isolated`).
+embeddings of one are made NaN, which no weight, however small, can hide (`keeps_samples_apart`).
 
 What depends on lengths beyond those tried: masks are the model's own at any length
 (`attention.sample_mask`); rotary factors that follow the longest sample are looked for at positions
-far out (`Factors`); a number of the configuration that may be a length, and that neither explains,
-bounds the tokens of a pass (`unexplained`).
+far out (`RotaryFactors`); a number of the configuration that may be a length, and that neither
+explains, bounds the tokens of a pass (`smallest_unexplained`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ from torch.nn import functional as F
 
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
-from fedlora.model.packed_attention import running
-from fedlora.model.wide import BOUNDS, SAME_SHAPES, Kept, agree, wide_dtype, widely
+from fedlora.model.packed_attention import noting_windows
+from fedlora.model.wide import (
+    BOUNDS,
+    SAME_SHAPES,
+    ForwardState,
+    computing_in,
+    nearly_equal,
+    wide_dtype,
+)
 
 LENGTHS = (7, 9, 12)
 """Tokens of the samples that are tried: two of them are padded to one length inside attention."""
@@ -37,7 +44,7 @@ Run = Callable[[Sequence[Tokens]], Tensor]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PackingVerdict:
     """How a model is to be run.
 
     Args:
@@ -60,18 +67,18 @@ class Verdict:
 def examine(
     model: Any,
     configs: Sequence[Any],
-    factors: Factors,
+    factors: RotaryFactors,
     rows: Sequence[Tokens],
     own: Run,
     packed: Callable[[Sequence[Tokens], int], Tensor] | None,
-) -> Verdict:
+) -> PackingVerdict:
     """Hold a packed pass, and a padded one, against the model's own of each row alone.
 
     Args:
         model: in evaluation mode, without adapters; nothing of it changes.
         configs: its own and those of its parts.
         factors: that have not been found out yet.
-        rows: as `some_rows` gives them.
+        rows: as `random_rows` gives them.
         own: the model's own forward pass of padded samples.
         packed: a packed pass, positions counted from a number; None: there is none.
 
@@ -82,28 +89,30 @@ def examine(
     with torch.no_grad():
         auxiliary = 0.0 if classifier else auxiliary_share(model, configs, dtype)
         together, offset = False, None
-        running.windows.clear()
-        # Whatever an architecture stumbles over here: rows of one length can be run together.
-        try:
-            with widely(configs, dtype):
-                alone = torch.cat([own([row]) for row in rows])
-                together = agree(own(rows), alone, dtype)
-            if packed is not None:
-                offset = _offset(model, configs, rows, packed, alone)
-        except Exception:
-            pass
-        factors.kept.restore()
-        factors.find_out(model, dtype)
+        with noting_windows() as windows:
+            # Whatever an architecture stumbles over here: rows of one length can be run together.
+            try:
+                with computing_in(configs, dtype):
+                    alone = torch.cat([own([row]) for row in rows])
+                    together = nearly_equal(own(rows), alone, dtype)
+                if packed is not None:
+                    offset = _position_offset(model, configs, rows, packed, alone)
+            except Exception:
+                pass
+        factors.forward_state.restore()
+        factors.examine(model, dtype)
     positions = [n for n in positions_of(model.config) if n > sum(LENGTHS)]
-    longest, longest_padded = unexplained(model, configs, running.windows), UNBOUNDED
-    if positions and not factors.heard:
+    longest, longest_padded = smallest_unexplained(model, configs, windows), UNBOUNDED
+    if positions and not factors.uses_positions:
         longest_padded = positions[0]
-    if positions and not (factors.heard and _of_transformers(model)):
+    if positions and not (factors.uses_positions and _of_transformers(model)):
         longest = min(longest, positions[0])
-    return Verdict(offset is not None, offset or 0, together, longest, longest_padded, auxiliary)
+    return PackingVerdict(
+        offset is not None, offset or 0, together, longest, longest_padded, auxiliary
+    )
 
 
-def _offset(
+def _position_offset(
     model: Any,
     configs: Sequence[Any],
     rows: Sequence[Tokens],
@@ -114,11 +123,11 @@ def _offset(
     padding = getattr(model.config, "pad_token_id", None) or 0
     for offset in (0, padding + 1):
         try:
-            with widely(configs, alone.dtype):
+            with computing_in(configs, alone.dtype):
                 found = packed(rows, offset)
         except Exception:  # as positions beyond a table
             continue
-        if agree(found, alone, alone.dtype) and isolated(
+        if nearly_equal(found, alone, alone.dtype) and keeps_samples_apart(
             model, rows, partial(packed, rows, offset)
         ):
             return offset
@@ -133,7 +142,7 @@ def _of_transformers(model: Any) -> bool:
 # --- what is tried ---
 
 
-def some_rows(
+def random_rows(
     model: Any, padding: int, classifier: bool, lengths: Sequence[int] = LENGTHS, seed: int = 0
 ) -> list[Tokens]:
     """Random samples of so many tokens, all of them learnt; none is padding."""
@@ -158,7 +167,7 @@ def _vocabulary(model: Any) -> int:
     return min(read, written)
 
 
-def isolated(model: Any, rows: Sequence[Tokens], packed: Callable[[], Tensor]) -> bool:
+def keeps_samples_apart(model: Any, rows: Sequence[Tokens], packed: Callable[[], Tensor]) -> bool:
     """Whether nothing of the second of three samples gets to the two others.
 
     Args:
@@ -228,7 +237,7 @@ def longest_table(config: Any) -> int:
     return max((n for n in found if isinstance(n, int)), default=0)
 
 
-def unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
+def smallest_unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
     """The smallest number of the configurations that may be a length and that nothing explains.
 
     Widths are known from the parameters; windows and chunks from the masks the model has asked for.
@@ -257,7 +266,7 @@ def unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
 
 
 @dataclass
-class Factors:
+class RotaryFactors:
     """Which lengths get the same rotary factors, so that their samples may share a pass.
 
     Two samples of six tokens run side by side, the second at positions up to `length - 1`; where
@@ -265,64 +274,66 @@ class Factors:
 
     Args:
         model: asked with `position_ids` of its own forward pass.
-        kept: of the model.
+        forward_state: of the model.
         configs: the model's and those of its parts.
         padding: a token that is no padding has another id.
     """
 
-    kept: Kept
+    forward_state: ForwardState
     configs: Sequence[Any]
     padding: int
-    heard: bool = False
+    uses_positions: bool = False
     """The model's forward pass goes by the positions it is given."""
-    follow: bool = False
-    """Factors differ between lengths."""
+    follow_longest: bool = False
+    """RotaryFactors differ between lengths."""
 
     def __post_init__(self) -> None:
         self.lengths = list[int]()  # ascending
         self.classes = list[int]()  # of each of them
         self.results = list[Tensor]()  # of each class
 
-    def find_out(self, model: Any, dtype: torch.dtype) -> None:
+    def examine(self, model: Any, dtype: torch.dtype) -> None:
         """Try the longest length the configuration has against a short one."""
         self.dtype = dtype
         plain = self._run(model, 6)
         if plain is None:
             return
         moved = self._run(model, 9)
-        self.heard = moved is not None and not agree(moved[1], plain[1], dtype, SAME_SHAPES)
+        self.uses_positions = moved is not None and not nearly_equal(
+            moved[1], plain[1], dtype, SAME_SHAPES
+        )
         self.results.append(plain[0])
         self._note(6, 0)
-        if not self.heard:
+        if not self.uses_positions:
             return
         longest = longest_table(model.config)
         if longest > max(LENGTHS):
-            self._class(model, longest)
-        if self.follow:
+            self._find_class(model, longest)
+        if self.follow_longest:
             for length in positions_of(model.config):
                 if length < longest:
-                    self._class(model, length)
-                    self._class(model, length + 1)
+                    self._find_class(model, length)
+                    self._find_class(model, length + 1)
 
-    def alike(self, model: Any, length: int) -> int:
+    def class_of(self, model: Any, length: int) -> int:
         """The class of a length: samples of one class may share a pass."""
-        if not self.heard:
+        if not self.uses_positions:
             return 0
         at = bisect.bisect_left(self.lengths, length)
         if at == 0 or (at < len(self.lengths) and self.lengths[at] == length):
             return self.classes[at]
         if at < len(self.lengths) and self.classes[at - 1] == self.classes[at]:
             return self.classes[at]
-        return self._class(model, length)
+        return self._find_class(model, length)
 
-    def _class(self, model: Any, length: int) -> int:
+    def _find_class(self, model: Any, length: int) -> int:
         found = self._run(model, length)
         if found is None:  # beyond a table of positions, where no pass can be run
             return -length
         for number, wanted in enumerate(self.results):
-            if agree(found[0], wanted, self.dtype, SAME_SHAPES):
+            if nearly_equal(found[0], wanted, self.dtype, SAME_SHAPES):
                 return self._note(length, number)
-        self.follow = True
+        self.follow_longest = True
         self.results.append(found[0])
         return self._note(length, len(self.results) - 1)
 
@@ -343,16 +354,16 @@ class Factors:
         places = torch.stack([steps, steps.where(steps < 3, steps + length - 6)])
         training = model.training
         model.eval()
-        self.kept.restore()
+        self.forward_state.restore()
         try:
-            with torch.no_grad(), widely(self.configs, self.dtype):
+            with torch.no_grad(), computing_in(self.configs, self.dtype):
                 logits = model(
                     input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places
                 ).logits
         except Exception:  # it takes no positions, or has none of these
             return None
         finally:
-            self.kept.restore()
+            self.forward_state.restore()
             model.train(training)
         return logits[0], logits[1]
 
@@ -374,7 +385,7 @@ def auxiliary_share(model: Any, configs: Sequence[Any], dtype: torch.dtype) -> f
     for length in (11, 16):
         ids = torch.randint(vocabulary, (1, length), generator=source)
         ids = ids.to(next(model.parameters()).device)
-        with torch.no_grad(), widely(configs, dtype):
+        with torch.no_grad(), computing_in(configs, dtype):
             out = model(input_ids=ids, labels=ids, use_cache=False)
             plain = F.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:])
             extra = float(out.loss - plain)

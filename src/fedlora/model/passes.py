@@ -1,10 +1,10 @@
 """Runs forward and backward passes that compute nothing that is not needed.
 
-Samples lie one after the other without padding (`attention.py` keeps them apart), the output head
-runs on the labelled tokens alone and in chunks, and several clients share one pass. Whether an
-architecture can be run so is found out once (`packing.py`); where it cannot, samples are padded and
-clients train one at a time. Whatever is run, a row gets what the model's own pass of it alone
-gives: rows that would feel each other are run in passes of their own.
+Samples lie one after the other without padding (`packed_attention` keeps them apart), the output
+head runs on the labelled tokens alone and in chunks (`head`), and several clients share one pass.
+Whether an architecture can be run so is found out once (`packing`); where it cannot, samples are
+padded and clients train one at a time. Whatever is run, a row gets what the model's own pass of it
+alone gives: rows that would feel each other are run in passes of their own (`plans`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +22,46 @@ from torch.nn import functional as F
 from fedlora.data.tokenize import Tokens
 from fedlora.model import packed_attention as attention
 from fedlora.model import packing
-from fedlora.model.batches import collate, flat, labelled
-from fedlora.model.client_rows import Form, Layout, Span, mixed, spans_of
+from fedlora.model.batches import collate, count_labelled, flatten_rows
+from fedlora.model.client_dropout import client_dropout
+from fedlora.model.client_rows import ClientRows, Form, mix_seed, spans_of
 from fedlora.model.find_rows import find_rows
 from fedlora.model.full_modules import full_modules_of
+from fedlora.model.head import (
+    HeadPass,
+    auxiliary_losses,
+    chunks,
+    head_backward,
+    head_logits,
+    hidden_states,
+)
 from fedlora.model.lora_layer import AdapterLayer
-from fedlora.model.loss import CrossEntropy, summed_loss
-from fedlora.model.packed_attention import PackingError, Samples, attending, samples_of
-from fedlora.model.packing import UNBOUNDED, Factors
-from fedlora.model.plans import Kind, planned, runs
+from fedlora.model.loss import summed_loss
+from fedlora.model.packed_attention import PackingError, attending, running_samples, samples_of
+from fedlora.model.packing import UNBOUNDED, RotaryFactors
+from fedlora.model.per_model import PerModel
+from fedlora.model.plans import PassKind, PlannedPass, consecutive_passes, plan_passes
 from fedlora.model.rms_norm import fast_norm
-from fedlora.model.trunk import instead, unpadded
-from fedlora.model.wide import Kept
-
-CHUNK_NUMBERS = 2**24
-"""Logits held at once, as numbers: 64 MiB in float32."""
+from fedlora.model.torch_generator import borrowed_generator
+from fedlora.model.trunk import replaced_forward, unpadded_trunk
+from fedlora.model.wide import ForwardState
 
 
 @dataclass(frozen=True)
-class Done:
+class PassResult:
     """What a pass has computed.
 
     Args:
         losses: by client, the weighted sum of its cross-entropies.
-        slots: token slots computed, padding among them.
+        computed: token computed computed, padding among them.
     """
 
     losses: list[float]
-    slots: int
+    computed: int
 
 
-class Passes:
-    """How one model is run; `passes_of` keeps one for each.
+class PackedRunner:
+    """Runs one model; `runner_of` keeps a runner for each.
 
     Args:
         model: of transformers, in the state in which it is to be compared: nothing of it changes.
@@ -73,7 +80,7 @@ class Passes:
 
     def __init__(self, model: Any) -> None:
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
-        self.layout = layers[0].layout if layers else Layout()
+        self.client_rows = layers[0].client_rows if layers else ClientRows()
         self.padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         self.trunk = getattr(model, "base_model", model)
         self.classifier = type(model).__name__.endswith("ForSequenceClassification")
@@ -86,15 +93,15 @@ class Passes:
         self._norms = [(m, f) for m in model.modules() if (f := fast_norm(m)) is not None]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
-        self._kept = Kept(model)
-        self._factors = Factors(self._kept, self._configs, self.padding)
+        self._forward_state = ForwardState(model)
+        self._rotary = RotaryFactors(self._forward_state, self._configs, self.padding)
         if self.trunk is model:  # holding it would keep the model alive
             self.trunk = None
         if self._configs:
             attention.register()
-            self._find_out(model)
+            self._examine(model)
             if self.joint:
-                self.joint = self._rows_are_known(model)
+                self.joint = self._locate_rows(model)
 
     # --- training and evaluation ---
 
@@ -104,63 +111,61 @@ class Passes:
         parts: Sequence[Sequence[Tokens]],
         weights: Sequence[float],
         seeds: Sequence[int] | None = None,
-    ) -> Done:
+    ) -> PassResult:
         """Add to the gradients those of `sum_k w_k sum_{labelled tokens of client k} CE`.
 
         Args:
             model: the model.
-            parts: each client's rows, in the order of their seats; empty where it has none.
+            parts: each client's rows, slot by slot; empty where it has none.
             weights: w_k.
             seeds: of each client's dropout in this pass; None draws from torch's generator.
 
         Raises:
-            LayoutError: several clients, and an architecture that mixes their rows.
+            MixedRowsError: several clients, and an architecture that mixes their rows.
         """
-        losses, slots = [0.0] * len(parts), 0
-        for step in planned(parts, partial(self._kind, model), self.longest):
-            part = [step.rows.get(k, []) for k in range(len(parts))]
-            again = seeds
-            if seeds is not None and any(step.numbers.values()):
-                again = [
-                    mixed(seed, n) if (n := step.numbers.get(k)) else seed
-                    for k, seed in enumerate(seeds)
-                ]
-            done = self._run(model, step.own, part, weights, again)
-            losses = [x + y for x, y in zip(losses, done.losses, strict=True)]
-            slots += done.slots
-        return Done(losses, slots)
+        losses, computed = [0.0] * len(parts), 0
+        for step in plan_passes(parts, partial(self._pass_kind, model), self.longest):
+            rows = [step.rows.get(client, []) for client in range(len(parts))]
+            streams = None if seeds is None else _streams_of(step, seeds)
+            result = self._one_pass(model, step.padded, rows, weights, streams)
+            losses = [x + y for x, y in zip(losses, result.losses, strict=True)]
+            computed += result.computed
+        return PassResult(losses, computed)
 
-    def _run(
+    def _one_pass(
         self,
         model: Any,
-        own: bool,
+        padded: bool,
         parts: Sequence[Sequence[Tokens]],
         weights: Sequence[float],
         seeds: Sequence[int] | None,
-    ) -> Done:
-        """One pass and its backward pass."""
-        if self._factors.follow:
-            self._kept.restore()
-        if own:
+    ) -> PassResult:
+        """One pass, forwards and backwards; see `backward`."""
+        if self._rotary.follow_longest:
+            self._forward_state.restore()
+        if padded:
             return self._backward_padded(model, parts, weights, seeds)
         rows = [row for part in parts for row in part]
-        counts = [labelled(part) for part in parts]
+        counts = [count_labelled(part) for part in parts]
         device = _device(model)
         each = torch.cat(
-            [torch.full((n,), w, device=device) for n, w in zip(counts, weights, strict=True)]
+            [
+                torch.full((n,), w, dtype=torch.float32, device=device)
+                for n, w in zip(counts, weights, strict=True)
+            ]
         )
-        streams = contextlib.nullcontext() if seeds is None else self.layout.seeded(seeds)
+        streams = contextlib.nullcontext() if seeds is None else self.client_rows.seeded(seeds)
         try:
-            with streams, self._packing(parts, device):
+            with streams, self._packed_pass(parts, device):
                 if self.classifier:
-                    losses = self._classified(model, rows, each)
+                    losses = self._classifier_backward(model, rows, each)
                 else:
-                    losses = self._learnt(model, parts, counts, each)
+                    losses = self._language_model_backward(model, parts, counts, each)
         except PackingError:  # of the forward pass, before any gradient
-            self._bound(rows)
+            self._shorten_passes(rows)
             return self.backward(model, parts, weights, seeds)
         sums = torch.stack([x.sum() for x in losses.split(counts)])
-        return Done(sums.tolist(), sum(len(row["input_ids"]) for row in rows))
+        return PassResult(sums.tolist(), sum(len(row["input_ids"]) for row in rows))
 
     def _backward_padded(
         self,
@@ -168,88 +173,91 @@ class Passes:
         parts: Sequence[Sequence[Tokens]],
         weights: Sequence[float],
         seeds: Sequence[int] | None,
-    ) -> Done:
+    ) -> PassResult:
         """The model's own forward pass of each client's rows, padded, and its backward pass."""
-        losses, slots, device = [0.0] * len(parts), 0, _device(model)
+        losses, computed, device = [0.0] * len(parts), 0, _device(model)
         for client, part in enumerate(parts):
             if not part:
                 continue
             with contextlib.ExitStack() as stack:
                 if len(parts) > 1:
-                    stack.enter_context(self.layout.only(client))
+                    stack.enter_context(self.client_rows.only(client))
                 if seeds is not None:
-                    stack.enter_context(self.layout.seeded(seeds))
+                    stack.enter_context(self.client_rows.seeded(seeds))
                     devices = [device] if device.type == "cuda" else []
-                    stack.enter_context(torch.random.fork_rng(devices=devices))
-                    torch.manual_seed(seeds[client])
-                loss, _, _ = self._padded(model, part)
+                    stack.enter_context(borrowed_generator(devices, seeds[client]))
+                loss, _, _ = self._own_pass(model, part)
                 (loss * weights[client]).backward()
             losses[client] = float(loss.detach()) * weights[client]
-            slots += max(len(row["input_ids"]) for row in part) * len(part)
-        return Done(losses, slots)
+            computed += max(len(row["input_ids"]) for row in part) * len(part)
+        return PassResult(losses, computed)
 
     def forward(self, model: Any, rows: Sequence[Tokens]) -> Any:
         """What a packed training pass computes before its loss, with all it keeps."""
         device = _device(model)
         batch = collate(rows, device, self.padding)
         del batch["labels"]
-        if any(self._kind(model, len(row["input_ids"]))[0] for row in rows):
+        if any(self._pass_kind(model, len(row["input_ids"])).padded for row in rows):
             return model(**batch).logits
-        with self.layout.seeded([0]), self._packing([rows], device):
+        with self.client_rows.seeded([0]), self._packed_pass([rows], device):
             if not self.classifier:
-                return self._trunk_output(flat(rows, device)[0])
+                return self._trunk_output(flatten_rows(rows, device)[0])
             return self._row_logits(model, rows)
 
-    def scored(self, model: Any, rows: Sequence[Tokens]) -> Iterator[tuple[Tensor, Tensor]]:
+    def logits_and_labels(
+        self, model: Any, rows: Sequence[Tokens]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits in float32 `(n, vocabulary or classes)` and labels `(n,)`, chunk by chunk."""
 
-        def kind(length: int) -> Kind:
-            return self._kind(model, length, self.classifier)
+        def kind(length: int) -> PassKind:
+            return self._pass_kind(model, length, self.classifier)
 
-        for own, part in runs(rows, kind, self.longest):
-            yield from self._scored(model, part, own)
+        for padded, part in consecutive_passes(rows, kind, self.longest):
+            yield from self._pass_logits_and_labels(model, part, padded)
 
-    def _scored(
-        self, model: Any, rows: Sequence[Tokens], own: bool
+    def _pass_logits_and_labels(
+        self, model: Any, rows: Sequence[Tokens], padded: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Of rows that can be run in one pass."""
-        if self._factors.follow:
-            self._kept.restore()
-        if own:
-            _, logits, labels = self._padded(model, rows)
+        if self._rotary.follow_longest:
+            self._forward_state.restore()
+        if padded:
+            _, logits, labels = self._own_pass(model, rows)
             yield logits, labels
             return
         device = _device(model)
         try:
-            with self._packing([rows], device):
-                ids, places, labels = flat(rows, device)
+            with self._packed_pass([rows], device):
+                ids, predicted_at, labels = flatten_rows(rows, device)
                 out = self._trunk_output(ids)
-                for at in self._chunks(model, len(places)):
-                    yield self._logits(model, out, _hidden(out)[places[at]]), labels[at]
+                for at in chunks(model, len(predicted_at)):
+                    hidden = hidden_states(out)[predicted_at[at]]
+                    yield head_logits(model, self.trunk, out, hidden), labels[at]
         except PackingError:  # before anything was given
-            self._bound(rows)
-            yield from self.scored(model, rows)
+            self._shorten_passes(rows)
+            yield from self.logits_and_labels(model, rows)
 
     # --- what shares a pass ---
 
-    def _kind(self, model: Any, length: int, padded: bool = False) -> Kind:
+    def _pass_kind(self, model: Any, length: int, padded: bool = False) -> PassKind:
         """How a sample is run: whether by the model's own pass, and which others it may join."""
         if self.packed and not padded and length <= self.longest:
-            return False, self._factors.alike(model, length)
+            return PassKind(False, self._rotary.class_of(model, length))
         if self.together and length <= self.longest_padded:
-            return True, self._factors.alike(model, length)
-        return True, length
+            return PassKind(True, self._rotary.class_of(model, length))
+        return PassKind(True, length)
 
-    def _bound(self, rows: Sequence[Tokens]) -> None:
+    def _shorten_passes(self, rows: Sequence[Tokens]) -> None:
         """Run smaller passes from now on: this one could not be packed."""
         lengths = [len(row["input_ids"]) for row in rows]
-        self.longest = max(max(lengths) - (len(rows) == 1), sum(lengths) // 2)
         if len(rows) == 1:
             self.longest = lengths[0] - 1
+        else:
+            self.longest = max(max(lengths), sum(lengths) // 2)
 
     # --- packed ---
 
-    def _learnt(
+    def _language_model_backward(
         self,
         model: Any,
         parts: Sequence[Sequence[Tokens]],
@@ -257,49 +265,41 @@ class Passes:
         weights: Tensor,
     ) -> Tensor:
         """Weighted cross-entropies `(labelled tokens,)`, detached, after the backward pass."""
-        ids, places, labels = flat([row for part in parts for row in part], weights.device)
+        ids, *labels = flatten_rows([row for part in parts for row in part], weights.device)
         out = self._trunk_output(ids)
-        picked = _hidden(out)[places]
-        apart = picked.detach().requires_grad_(picked.requires_grad)
-        losses, ends = [], spans_of(counts)
-        for at in self._chunks(model, len(places)):
-            with self.layout.divided(chunked=True, tokens=_within(ends, at)):
-                logits = self._logits(model, out, apart[at])
-                loss: Tensor = CrossEntropy.apply(logits, labels[at], weights[at])  # type: ignore[no-untyped-call]
-                loss.sum().backward()
-            losses.append(loss.detach())
-            del logits, loss
-        if not self.auxiliary:
-            if apart.grad is not None:
-                picked.backward(apart.grad)
-            return torch.cat(losses)
-        extra = self._auxiliaries(model, out, parts)  # (clients,)
+        head = head_backward(
+            model,
+            self.trunk,
+            out,
+            (labels[0], labels[1]),
+            weights,
+            spans_of(counts),
+            self.client_rows,
+        )
+        if self.auxiliary:
+            tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
+            extra = auxiliary_losses(model, self.trunk, out, tokens)  # (clients,)
+            return self._backward_with_auxiliary(head, extra, counts, weights)
+        if head.gradient is not None:
+            head.hidden.backward(head.gradient)
+        return head.losses
+
+    def _backward_with_auxiliary(
+        self, head: HeadPass, extra: Tensor, counts: Sequence[int], weights: Tensor
+    ) -> Tensor:
+        """Run the trunk backwards from its head and from its routers at once.
+
+        A client's auxiliary loss counts as one of its tokens' cross-entropies: `aux_loss` stands
+        beside their mean, and the weights of its tokens make that mean of their sum.
+        """
         share = self.auxiliary * torch.stack([w.sum() for w in weights.split(list(counts))])
-        ends_in = [x for x in (picked, (extra * share).sum()) if x.requires_grad]
-        begins = [apart.grad, None][-len(ends_in) :] if ends_in else []
-        torch.autograd.backward(ends_in, begins)
+        sources = [x for x in (head.hidden, (extra * share).sum()) if x.requires_grad]
+        gradients = [head.gradient, None][-len(sources) :] if sources else []
+        torch.autograd.backward(sources, gradients)
         each = torch.repeat_interleave(extra.detach(), torch.tensor(counts, device=extra.device))
-        return torch.cat(losses) + self.auxiliary * each * weights
+        return head.losses + self.auxiliary * each * weights
 
-    def _auxiliaries(self, model: Any, out: Any, parts: Sequence[Sequence[Tokens]]) -> Tensor:
-        """The model's own auxiliary loss of each client's tokens, 0 where it has none."""
-        tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
-        found, at = [], 0
-        for count in tokens:
-            if not count:
-                found.append(torch.zeros((), device=_device(model)))
-                continue
-            own = tuple(x[at : at + count] for x in out.router_logits)
-            given = type(out)(
-                last_hidden_state=out.last_hidden_state[:, :1].detach(), router_logits=own
-            )
-            with instead(self.trunk, lambda *_, given=given, **__: given):
-                ids = torch.zeros(1, 1, dtype=torch.long, device=_device(model))
-                found.append(model(input_ids=ids, use_cache=False).aux_loss)
-            at += count
-        return torch.stack(found)
-
-    def _classified(self, model: Any, rows: Sequence[Tokens], weights: Tensor) -> Tensor:
+    def _classifier_backward(self, model: Any, rows: Sequence[Tokens], weights: Tensor) -> Tensor:
         """Weighted cross-entropies `(rows,)`, detached, after the backward pass."""
         labels = torch.tensor([row["label"] for row in rows], device=weights.device)
         logits = self._row_logits(model, rows).float()
@@ -311,11 +311,13 @@ class Passes:
         """A classifier's logits `(rows, classes)`, its trunk run without padding."""
         batch = collate(rows, _device(model), self.padding)
         del batch["labels"]
-        with unpadded(self.trunk, self._positions):
+        with unpadded_trunk(self.trunk, self._positions):
             return cast(Tensor, model(**batch).logits)
 
     @contextlib.contextmanager
-    def _packing(self, parts: Sequence[Sequence[Tokens]], device: torch.device) -> Iterator[None]:
+    def _packed_pass(
+        self, parts: Sequence[Sequence[Tokens]], device: torch.device
+    ) -> Iterator[None]:
         """All that makes a pass without padding one, for these rows of these clients."""
         lengths = [len(row["input_ids"]) for part in parts for row in part]
         whose = [client for client, part in enumerate(parts) for _ in part]
@@ -324,12 +326,14 @@ class Passes:
         of_tokens, of_samples = spans_of(tokens), spans_of([len(part) for part in parts])
         before = [(c, getattr(c, "_attn_implementation", None)) for c in self._configs]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(attending(samples, self.layout))
-            stack.enter_context(self.layout.divided(tokens=of_tokens, samples=of_samples))
+            stack.enter_context(attending(samples, self.client_rows))
+            stack.enter_context(self.client_rows.divided(tokens=of_tokens, samples=of_samples))
             for number, module in enumerate(self._dropouts):
-                stack.enter_context(instead(module, self._dropout(module, number, len(parts))))
+                stack.enter_context(
+                    replaced_forward(module, self._client_dropout(number, len(parts)))
+                )
             for norm, forward in self._norms:
-                stack.enter_context(instead(norm, forward))
+                stack.enter_context(replaced_forward(norm, forward))
             for config, _ in before:
                 config._attn_implementation_internal = attention.NAME
             try:
@@ -338,33 +342,12 @@ class Passes:
                 for config, name in before:
                     config._attn_implementation_internal = name
 
-    def _dropout(self, module: nn.Dropout, number: int, clients: int) -> Callable[[Tensor], Tensor]:
-        """A dropout layer that draws from each client's own stream."""
-
-        def forward(x: Tensor) -> Tensor:
-            if not module.training or not self.layout.streams:
-                return F.dropout(x, module.p, module.training)
-            form = self._dropout_forms[number].get(x.ndim)
-            if form is None or form.in_order(x):
-                return dropped(x, form)
-            return form.back(dropped(form.first(x, self.layout.number(form.unit)), form))
-
-        def dropped(x: Tensor, form: Form | None) -> Tensor:
-            rows = x.reshape(-1, x.shape[-1])
-            each = len(rows) // self.layout.number(form.unit) if form else 1
-            parts = []
-            for span in self.layout.spans(len(rows), clients, form):
-                part = rows[span.begin : span.end]
-                drawn = part.shape, module.p, x.device, span.first, each
-                keep = self.layout.keep(span.client, 1_000_000 + number, *drawn)
-                parts.append(part * (keep.to(x.dtype) / (1 - module.p)))
-            return torch.cat(parts).view_as(x)
-
-        return forward
+    def _client_dropout(self, number: int, clients: int) -> Callable[[Tensor], Tensor]:
+        module, forms = self._dropouts[number], self._dropout_forms[number]
+        return client_dropout(module, number, forms, self.client_rows, clients)
 
     def _positions(self, device: torch.device) -> Tensor:
-        samples = cast(Samples, attention.running.samples)
-        steps = [torch.arange(n, device=device) for n in samples.lengths]
+        steps = [torch.arange(n, device=device) for n in running_samples().lengths]
         return torch.cat(steps)[None] + self.offset
 
     def _trunk_output(self, ids: Tensor) -> Any:
@@ -372,74 +355,62 @@ class Passes:
         places = self._positions(ids.device)
         return self.trunk(input_ids=ids[None], position_ids=places, use_cache=False)
 
-    def _logits(self, model: Any, out: Any, hidden: Tensor) -> Tensor:
-        """What the model makes of a part of its trunk's output: `(n, vocabulary)`, float32."""
-        given = type(out)(**{**out, "last_hidden_state": hidden[None]})
-        with instead(self.trunk, lambda *_, **__: given):
-            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            return cast(Tensor, model(input_ids=ids, use_cache=False).logits)[0].float()
-
-    def _chunks(self, model: Any, number: int) -> Iterator[slice]:
-        size = max(64, CHUNK_NUMBERS // model.get_input_embeddings().num_embeddings)
-        for at in range(0, number, size):
-            yield slice(at, min(at + size, number))
-
     # --- padded ---
 
-    def _padded(self, model: Any, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
+    def _own_pass(self, model: Any, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
         batch = collate(rows, _device(model), self.padding)
         return summed_loss(model, batch, self.auxiliary)
 
     # --- whether it can be packed ---
 
-    def _find_out(self, model: Any) -> None:
-        rows = packing.some_rows(model, self.padding, self.classifier)
+    def _examine(self, model: Any) -> None:
+        rows = packing.random_rows(model, self.padding, self.classifier)
         training = model.training
         model.eval()
 
         def packed(rows: Sequence[Tokens], offset: int) -> Tensor:
             self.offset = offset
-            return self._outputs(model, rows)
+            return self._packed_logits(model, rows)
 
         try:
-            with self.layout.without_clients():
+            with self.client_rows.without_clients():
                 found = packing.examine(
                     model,
                     self._configs,
-                    self._factors,
+                    self._rotary,
                     rows,
-                    lambda rows: self._padded(model, rows)[1],
+                    lambda rows: self._own_pass(model, rows)[1],
                     None if self.trunk is None else packed,
                 )
                 self.packed, self.offset, self.together = found.packed, found.offset, found.together
                 self.longest, self.longest_padded = found.longest, found.longest_padded
                 self.auxiliary = found.auxiliary
                 if self.packed:
-                    self.joint = self._draws_nothing(model, rows) and not self.layout.mixing
+                    self.joint = self._draws_nothing(model, rows) and not self.client_rows.mixing
         finally:
-            self._kept.restore()
+            self._forward_state.restore()
             model.train(training)
 
-    def _outputs(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
-        with self._packing([rows], _device(model)):
+    def _packed_logits(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
+        with self._packed_pass([rows], _device(model)):
             if self.classifier:
                 return self._row_logits(model, rows).float()
-            ids, places, _ = flat(rows, _device(model))
+            ids, places, _ = flatten_rows(rows, _device(model))
             out = self._trunk_output(ids)
-            return self._logits(model, out, _hidden(out)[places])
+            return head_logits(model, self.trunk, out, hidden_states(out)[places])
 
     def _draws_nothing(self, model: Any, rows: Sequence[Tokens]) -> bool:
         """Whether a training pass leaves torch's own generator alone."""
         model.train()
         devices = [_device(model)] if _device(model).type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self.layout.seeded([0]):
+        with borrowed_generator(devices), self.client_rows.seeded([0]):
             before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-            self._outputs(model, rows)
+            self._packed_logits(model, rows)
             after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
         model.eval()
         return all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
-    def _rows_are_known(self, model: Any) -> bool:
+    def _locate_rows(self, model: Any) -> bool:
         """Find out where the clients' rows lie in all that must tell them apart."""
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
 
@@ -447,15 +418,15 @@ class Passes:
             if self.classifier:
                 self.forward(model, rows)
                 return
-            with self._packing([rows], _device(model)):
-                out = self._trunk_output(flat(rows, _device(model))[0])
-                self._logits(model, out, _hidden(out))
+            with self._packed_pass([rows], _device(model)):
+                out = self._trunk_output(flatten_rows(rows, _device(model))[0])
+                head_logits(model, self.trunk, out, hidden_states(out))
 
         training = model.training
         model.eval()
-        with self.layout.without_clients(), torch.no_grad():
+        with self.client_rows.without_clients(), torch.no_grad():
             others = [*layers, *self._dropouts]
-            draw = partial(packing.some_rows, model, self.padding, self.classifier)
+            draw = partial(packing.random_rows, model, self.padding, self.classifier)
             known, forms = find_rows(draw, full_modules_of(model), others, run)
         model.train(training)
         for layer in layers:
@@ -464,31 +435,15 @@ class Passes:
         return known
 
 
-_known: WeakKeyDictionary[Any, Passes] = WeakKeyDictionary()
+runner_of = PerModel(PackedRunner)
+"""How a model is run, `model -> PackedRunner`; found out once."""
 
 
-def passes_of(model: Any) -> Passes:
-    """How this model is run; found out once."""
-    if model not in _known:
-        _known[model] = Passes(model)
-    return _known[model]
-
-
-def _hidden(out: Any) -> Tensor:
-    """`(tokens, width)`."""
-    return cast(Tensor, out.last_hidden_state).squeeze(0)
+def _streams_of(step: PlannedPass, seeds: Sequence[int]) -> list[int]:
+    """The seeds of a pass: a client's second pass of a step must not draw what its first drew."""
+    numbers = [step.numbers.get(client, 0) for client in range(len(seeds))]
+    return [mix_seed(seed, n) if n else seed for seed, n in zip(seeds, numbers, strict=True)]
 
 
 def _device(model: Any) -> torch.device:
     return cast(torch.device, next(model.parameters()).device)
-
-
-def _within(spans: Sequence[Span], at: slice) -> tuple[Span, ...]:
-    """The spans of a slice of rows, counted from its beginning."""
-    out = []
-    for span in spans:
-        begin, end = max(span.begin, at.start), min(span.end, at.stop)
-        if begin < end:
-            first = span.first + begin - span.begin
-            out.append(Span(span.client, begin - at.start, end - at.start, first))
-    return tuple(out)

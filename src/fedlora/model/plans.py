@@ -4,31 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedlora.data.tokenize import Tokens
 
-Kind = tuple[bool, int]
-"""How a row is run: through the model's own forward pass or not, and which rows may share it."""
+
+class PassKind(NamedTuple):
+    """How a row is run. Rows share a pass only if their kinds are equal.
+
+    Args:
+        padded: through the model's own forward pass, padded, client by client; else packed.
+        group: which rows may share the pass: those of one length, or with the same rotary factors.
+    """
+
+    padded: bool
+    group: int
 
 
 @dataclass
-class Planned:
+class PlannedPass:
     """One pass of a step.
 
     Args:
         kind: of all its rows.
         rows: by client.
-        numbers: by client, of which of its passes in this step it is.
+        numbers: by client, which of the client's passes in this step it is, from 0.
     """
 
-    kind: Kind
+    kind: PassKind
     rows: dict[int, list[Tokens]]
     numbers: dict[int, int]
 
     @property
-    def own(self) -> bool:
-        """Through the model's own forward pass, client by client; else packed."""
-        return self.kind[0]
+    def padded(self) -> bool:
+        """See `PassKind`."""
+        return self.kind.padded
 
     @property
     def tokens(self) -> int:
@@ -36,53 +46,70 @@ class Planned:
         return sum(len(row["input_ids"]) for rows in self.rows.values() for row in rows)
 
 
-def planned(
-    parts: Sequence[Sequence[Tokens]], kind: Callable[[int], Kind], longest: int
-) -> list[Planned]:
+def plan_passes(
+    parts: Sequence[Sequence[Tokens]], kind: Callable[[int], PassKind], longest: int
+) -> list[PlannedPass]:
     """The passes of these rows; nearly always it is one.
 
-    Which of a client's rows are run together depends on its own rows alone, as its dropout does.
+    Which of a client's rows are run together depends on its own rows alone, because its dropout is
+    drawn pass by pass: with other clients beside it, it has to draw what it draws alone.
 
     Args:
         parts: each client's rows.
         kind: of a row of so many tokens.
         longest: tokens of a packed pass.
     """
-    passes = list[Planned]()
-    for client, part in enumerate(parts):
-        chunks = list[Planned]()
-        for row in part:
-            length = len(row["input_ids"])
-            how = kind(length)
-            last = next((c for c in reversed(chunks) if c.kind == how), None)
-            if last is None or (not last.own and last.tokens + length > longest):
-                last = Planned(how, {client: []}, {client: len(chunks)})
-                chunks.append(last)
-            last.rows[client].append(row)
-        for chunk in chunks:
-            for other in passes:
-                fits = other.own or other.tokens + chunk.tokens <= longest
-                if other.kind == chunk.kind and fits and client not in other.rows:
-                    other.rows |= chunk.rows
-                    other.numbers |= chunk.numbers
-                    break
-            else:
+    passes = list[PlannedPass]()
+    for client, rows in enumerate(parts):
+        for chunk in _of_one_client(client, rows, kind, longest):
+            shared = next((p for p in passes if _has_room(p, chunk, client, longest)), None)
+            if shared is None:
                 passes.append(chunk)
+            else:
+                shared.rows |= chunk.rows
+                shared.numbers |= chunk.numbers
     return passes
 
 
-def runs(
-    rows: Sequence[Tokens], kind: Callable[[int], Kind], longest: int
+def _of_one_client(
+    client: int, rows: Sequence[Tokens], kind: Callable[[int], PassKind], longest: int
+) -> list[PlannedPass]:
+    """The passes a client's rows would be run in if it were alone."""
+    chunks = list[PlannedPass]()
+    for row in rows:
+        length = len(row["input_ids"])
+        how = kind(length)
+        chunk = next((c for c in reversed(chunks) if c.kind == how), None)
+        if chunk is None or (not chunk.padded and chunk.tokens + length > longest):
+            chunk = PlannedPass(how, {client: []}, {client: len(chunks)})
+            chunks.append(chunk)
+        chunk.rows[client].append(row)
+    return chunks
+
+
+def _has_room(shared: PlannedPass, chunk: PlannedPass, client: int, longest: int) -> bool:
+    """Whether a client's chunk may join a pass of other clients."""
+    if shared.kind != chunk.kind or client in shared.rows:
+        return False
+    return shared.padded or shared.tokens + chunk.tokens <= longest
+
+
+def consecutive_passes(
+    rows: Sequence[Tokens], kind: Callable[[int], PassKind], longest: int
 ) -> Iterator[tuple[bool, Sequence[Tokens]]]:
-    """Rows in their order, cut into runs that can share a pass; the first as of `Planned.own`."""
-    at = 0
-    while at < len(rows):
-        how, end, tokens = kind(len(rows[at]["input_ids"])), at, 0
+    """Rows in their order, cut into runs that can share a pass.
+
+    Yields:
+        Whether the run is padded, see `PassKind`, and its rows.
+    """
+    begin = 0
+    while begin < len(rows):
+        how, end, tokens = kind(len(rows[begin]["input_ids"])), begin, 0
         while end < len(rows):
             length = len(rows[end]["input_ids"])
-            full = not how[0] and end > at and tokens + length > longest
+            full = not how.padded and end > begin and tokens + length > longest
             if full or kind(length) != how:
                 break
             end, tokens = end + 1, tokens + length
-        yield how[0], rows[at:end]
-        at = end
+        yield how.padded, rows[begin:end]
+        begin = end

@@ -6,7 +6,7 @@ whatever the dtype of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ WEIGHT_PART = 2**25
 """Numbers of a weight that are held in a wider dtype at once."""
 
 
-class Wide(TorchFunctionMode):
+class WideMode(TorchFunctionMode):
     """Compute in a wider dtype than the weights': each is widened where it is used.
 
     Args:
@@ -53,8 +53,18 @@ class Wide(TorchFunctionMode):
             first = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
             args = tuple(x if first and i == 0 else self._wide(x) for i, x in enumerate(args))
             named = {key: x if key == "out" else self._wide(x) for key, x in named.items()}
+        elif _takes_the_default(func, args, named):
+            # Not by `torch.set_default_dtype`, which other threads would meet. Rounding such a
+            # number afterwards would be too late: the lowest of float64 is -inf in float32.
+            named["dtype"] = self.dtype
         out = func(*args, **named)
-        return out.to(self.dtype) if func is F.embedding else out
+        return out.to(self.dtype) if func is F.embedding or self._was_made(out, args) else out
+
+    def _was_made(self, out: Any, args: tuple[Any, ...]) -> bool:
+        """Whether an operation made narrow numbers of none, as a quotient of integers."""
+        if not isinstance(out, Tensor) or out.dtype not in self.narrow:
+            return False
+        return not any(x.is_floating_point() for x in _tensors(args))
 
     def _type(self, x: Any) -> Any:
         return self.dtype if isinstance(x, torch.dtype) and x in self.narrow else x
@@ -73,6 +83,23 @@ class Wide(TorchFunctionMode):
         return out if bias is None else out + bias.to(self.dtype)
 
 
+_FLOATS = {torch.zeros, torch.ones, torch.empty, torch.eye, torch.rand, torch.randn, torch.linspace}
+"""What makes tensors of torch's default dtype unless it is given another."""
+_FLOATS_OF_FLOATS = {torch.full, torch.tensor, torch.scalar_tensor, torch.arange}
+"""What does so where one of its arguments is a float."""
+
+
+def _takes_the_default(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether a call makes a tensor of torch's default dtype."""
+    if named.get("dtype") is not None:
+        return False
+    return func in _FLOATS or (func in _FLOATS_OF_FLOATS and _has_float([*args, *named.values()]))
+
+
+def _has_float(values: Iterable[Any]) -> bool:
+    return any(_has_float(x) if type(x) in (list, tuple) else isinstance(x, float) for x in values)
+
+
 def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
     for x in values:
         if isinstance(x, Tensor):
@@ -82,19 +109,16 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 @contextmanager
-def widely(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
-    """`Wide`, with experts computed one by one: their fused kernels know few dtypes."""
+def computing_in(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
+    """`WideMode`, with experts computed one by one: their fused kernels know few dtypes."""
     name = "_experts_implementation_internal"
     before = [(c, getattr(c, name)) for c in configs if getattr(c, name, None) is not None]
-    usual = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(dtype)  # of constants, as the lowest number of a dtype
         for config, _ in before:
             setattr(config, name, "eager")
-        with Wide(dtype):
+        with WideMode(dtype):
             yield
     finally:
-        torch.set_default_dtype(usual)
         for config, value in before:
             setattr(config, name, value)
 
@@ -105,7 +129,7 @@ def wide_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32 if many else torch.float64
 
 
-class Kept:
+class ForwardState:
     """What modules change in their forward pass beside their parameters, to be put back.
 
     Rotary factors that follow the longest sample seen are such a state.
@@ -150,7 +174,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
+def nearly_equal(found: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
     """Whether two results, computed in this dtype, are the same but for rounding."""
     if found.shape != wanted.shape:
         return False

@@ -48,7 +48,7 @@ class Rating:
             return self._of_each(state)
         base, rows, own = self.session.base, self.session.data.eval, self._own_rows()
         out: dict[str, Any] = {}
-        base.load([state.base_delta, state.adapter], dense=state.dense)
+        base.load([state.base_delta, state.adapter], full_params=state.dense)
         if rows:
             out["evaluation"] = self._measured(rows)
         if own:
@@ -65,7 +65,7 @@ class Rating:
             model: all that is added to the base.
             dense: its parameters trained whole.
         """
-        self.session.base.load([model], dense=dense)
+        self.session.base.load([model], full_params=dense)
         return self._measured(self._own_rows().get(client) or self.session.data.eval)
 
     def own(self, state: ServerState, client: int) -> Adapter:
@@ -86,7 +86,7 @@ class Rating:
             rows = own_rows.get(client) or self.session.data.eval
             if not part.train or not (rows or self.session.general):
                 continue
-            base.load([state.base_delta, self.own(state, client)], dense=state.dense)
+            base.load([state.base_delta, self.own(state, client)], full_params=state.dense)
             if rows:
                 found[client] = self._measured(rows)
             if self.session.general:

@@ -59,7 +59,7 @@ def begin_line(session: Session) -> dict[str, Any]:
         "task": session.config.lora_task_type,
         "num_rounds": session.config.num_rounds,
         "modules": {name: list(shape) for name, shape in spec.shapes.items()},
-        "dense_parameters": sum(p.numel() for p in base.dense.values()),
+        "dense_parameters": sum(p.numel() for p in base.full_params.values()),
         "clients": clients,
         "column": held.column if held else None,
         "eval_rows": len(data.eval),

@@ -41,9 +41,9 @@ from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
 from fedlora.model.acceleration import accelerate
 from fedlora.model.base import BaseModel
-from fedlora.model.dtype import settled_dtype
+from fedlora.model.dtype import resolve_dtype
 from fedlora.model.loading import load_model
-from fedlora.model.passes import passes_of
+from fedlora.model.passes import runner_of
 from fedlora.model.sources import Source, check_place, find_source, label_order, load_tokenizer
 from fedlora.runs.starting import from_adapter, init_notes
 from fedlora.runs.trackers import check_trackers
@@ -317,7 +317,7 @@ def _with_dtype(config: Config, source: Source) -> tuple[Config, list[str]]:
     if config.dtype != "auto":
         return config, []
     cuda = torch.cuda.is_available() and not config.use_cpu
-    dtype, why = settled_dtype(source.config, torch.device("cuda" if cuda else "cpu"))
+    dtype, why = resolve_dtype(source.config, torch.device("cuda" if cuda else "cpu"))
     name = str(dtype).removeprefix("torch.")
     return config.model_copy(update={"dtype": name}), [f"base in {name}: {why}"]
 
@@ -326,7 +326,7 @@ def _cohort_size(
     config: Config, base: BaseModel, data: FederatedData, federation: Federation
 ) -> int:
     """How many clients train in one pass: as configured, or as is found out."""
-    passes = passes_of(base.model)  # what cannot be trained is refused here, before any round
+    passes = runner_of(base.model)  # what cannot be trained is refused here, before any round
     if config.cohort_size != "auto":
         return config.cohort_size
     if not passes.joint or base.tied:
@@ -343,7 +343,7 @@ def _cohort_size(
 
 
 def _frozen_dtype(base: BaseModel) -> torch.dtype:
-    frozen = (p for name, p in base.model.named_parameters() if name not in base.dense)
+    frozen = (p for name, p in base.model.named_parameters() if name not in base.full_params)
     return cast(torch.dtype, next(frozen).dtype)
 
 
@@ -415,7 +415,7 @@ def starting_state(session: Session) -> ServerState:
         InputError: `init_adapter` cannot be read, or changes what is no target module.
     """
     given: Mapping[str, LowRank] = {}
-    dense, source = session.base.read_dense(), session.config.init_adapter
+    dense, source = session.base.read_full_params(), session.config.init_adapter
     if source:
         shapes, names = session.federation.shapes, session.data.label_names
         given, dense = from_adapter(source, session.base.model, shapes, dense, names)

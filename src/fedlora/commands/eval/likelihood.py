@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.model.passes import passes_of
+from fedlora.model.passes import runner_of
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 """Logits `(n, vocabulary)` and labels `(n,)` of n labelled tokens -> `(n, ...)`."""
@@ -33,7 +33,7 @@ def per_row(
         done: called after every batch with the number of rows in it.
     """
     model.eval()
-    passes = passes_of(model)
+    passes = runner_of(model)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     out: dict[int, Tensor] = {}
     with torch.inference_mode():
@@ -41,7 +41,7 @@ def per_row(
             part = order[at : at + batch_size]
             chunks = [
                 measure(logits, labels).cpu()
-                for logits, labels in passes.scored(model, [rows[i] for i in part])
+                for logits, labels in passes.logits_and_labels(model, [rows[i] for i in part])
             ]
             counts = [sum(x != IGNORE for x in rows[i]["labels"][1:]) for i in part]
             out |= dict(zip(part, torch.cat(chunks).split(counts), strict=True))

@@ -12,7 +12,7 @@ import torch
 
 from fedlora.commands.eval.subject import BASE, Subject
 from fedlora.errors import InputError
-from fedlora.model.dtype import settled_dtype
+from fedlora.model.dtype import resolve_dtype
 from fedlora.model.loading import greedy, load_pretrained
 from fedlora.model.sources import load_tokenizer
 
@@ -67,7 +67,7 @@ def load_models(
         torch.set_num_threads(config.num_threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     if config.dtype == "auto":
-        dtype, _ = settled_dtype(subject.source.config, device)
+        dtype, _ = resolve_dtype(subject.source.config, device)
         config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     tokenizer = tokenizer or tokenizer_of(subject)
     model, _ = load_pretrained(subject.source, config, label_names, True)

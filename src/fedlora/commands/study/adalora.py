@@ -20,7 +20,7 @@ from fedlora.client.trainer import Budget, batches, schedule
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.lowrank import to_dense
-from fedlora.model.batches import collate, labelled
+from fedlora.model.batches import collate, count_labelled
 from fedlora.model.lora_layer import AdapterLayer, ClientTerm
 
 KEPT = 0.5
@@ -76,12 +76,12 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
     device = next(iter(parameters)).device
     tuned.train()
     for step, micro in enumerate(batches(dataset, budget, steps)):
-        counted = sum(labelled(part) for part in micro)
+        counted = sum(count_labelled(part) for part in micro)
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * factor(step)
         loss = 0.0
         for part in micro:
-            if not (share := labelled(part) / max(counted, 1)):
+            if not (share := count_labelled(part) / max(counted, 1)):
                 continue  # the model's own loss is a mean over no token
             # PEFT adds the orthogonality penalty in the tuner; its outer model goes round it.
             own = tuned.base_model(**collate(part, device)).loss * share
@@ -145,9 +145,9 @@ def _linear(layer: AdapterLayer) -> nn.Linear:
     if layer.branch is not None:
         weight = weight + to_dense(layer.branch).to(weight)
     term = layer.clients[0] if len(layer.clients) else None
-    own = term.own if isinstance(term, ClientTerm) else None
-    if own is not None:
-        weight = weight + to_dense(own).to(weight)
+    private = term.private if isinstance(term, ClientTerm) else None
+    if private is not None:
+        weight = weight + to_dense(private).to(weight)
     out = nn.Linear(
         weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=weight.dtype
     )

@@ -46,7 +46,7 @@ class ClientPlan:
 def client_plans(session: Session) -> list[ClientPlan]:
     """What every client would do, from the shapes of the model and the tokenised data."""
     spec, plans = session.federation, []
-    dense = sum(p.numel() for p in session.base.dense.values())
+    dense = sum(p.numel() for p in session.base.full_params.values())
     for client, part in enumerate(session.data.clients):
         own, rank = session.config.of_client(client), spec.ranks[client]
         trained = spec.trained_by(client)
@@ -69,7 +69,7 @@ def show_plan(session: Session, console: Console) -> None:
     """What a run would do, from the shapes of the model and the tokenised data."""
     config, base, data, spec = session.config, session.base, session.data, session.federation
     parameters = sum(p.numel() for p in base.model.parameters())
-    dense = sum(p.numel() for p in base.dense.values())
+    dense = sum(p.numel() for p in base.full_params.values())
     say(
         console,
         f"{config.model_name_or_path}: {type(base.model).__name__}, {_count(parameters)} "

@@ -13,14 +13,14 @@ from fedlora.commands.views.sentences import say
 from fedlora.config.config import Config
 from fedlora.data.datasets import FederatedData
 from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.model.batches import labelled
+from fedlora.model.batches import count_labelled
 from fedlora.runs.session import dropped_line
 
 
 def token_lengths(data: FederatedData) -> tuple[list[int], int]:
     """Tokens of every client's rows, ascending, and how many tokens a loss is taken on."""
     rows = [row for part in data.clients for row in (*part.train, *part.eval)]
-    learnt = 0 if data.label_names else labelled(rows)
+    learnt = 0 if data.label_names else count_labelled(rows)
     return sorted(len(row["input_ids"]) for row in rows), learnt
 
 
