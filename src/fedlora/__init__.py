@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
     from fedlora.client.trainer import Budget
     from fedlora.config.config import Config
-    from fedlora.engines.local import Result, RoundResult, run
+    from fedlora.engines.local import run
     from fedlora.errors import CheckpointError, FedloraError, InputError
     from fedlora.lowrank import Dense, LowRank
     from fedlora.methods import METHODS
+    from fedlora.runs.course import Result, RoundResult
 
 _HOMES = {
     "Budget": "client.trainer",
@@ -32,8 +33,8 @@ _HOMES = {
     "InputError": "errors",
     "LowRank": "lowrank",
     "METHODS": "methods",
-    "Result": "engines.local",
-    "RoundResult": "engines.local",
+    "Result": "runs.course",
+    "RoundResult": "runs.course",
     "SavedAdapter": "adapters.saved_adapter",
     "aggregate": "adapters.aggregate",
     "load_adapter": "adapters.saved_adapter",
