@@ -20,13 +20,13 @@ from fedlora.adapters.saved_adapter import WEIGHTS_NAME
 from fedlora.client.trainer import Budget, train
 from fedlora.commands.cli import main
 from fedlora.data.tokenize import Tokens
-from fedlora.engines.local import Result
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.model.base import BaseModel
 from fedlora.model.client_rows import ClientRows
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.passes import PackedRunner
+from fedlora.runs.course import Result
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import assemble
 from test_architectures import COMMON, DISTILBERT, GPT2, GROUPED, keys_of, save_model

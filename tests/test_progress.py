@@ -1,12 +1,13 @@
-"""`progress.json`: what it says at every moment, and what it costs."""
+"""`progress.json`: what it says at every moment, and how often it is written."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import time
 from pathlib import Path
+from threading import Lock, Semaphore, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,46 +154,82 @@ def test_a_loss_that_is_none(tmp_path: Path) -> None:
     assert found["losses"] == []
 
 
-def test_it_is_written_about_once_a_second(tmp_path: Path) -> None:
-    show = Progress(tmp_path, interval=0.2)
-    written = set()
-    show(begin())
-    show(round_begin(1))
-    show(client_begin(0))
-    until = time.monotonic() + 1.1
-    number = 0
-    while time.monotonic() < until:
-        number += 1
-        show(step(0, number, 2.0, 10**9))
-        if number % 100 == 0:
-            written.add((tmp_path / PROGRESS).stat().st_mtime_ns)
-    show.close()
-    assert 2 <= len(written) <= 7
+class Turns:
+    """Stands for the event a writer waits for between two writes: the test says when it goes on."""
+
+    def __init__(self) -> None:
+        self.waited: list[float] = []
+        self._go, self._done, self._closing = Semaphore(0), Semaphore(0), False
+
+    def wait(self, seconds: float) -> bool:
+        if self.waited:
+            self._done.release()
+        self.waited.append(seconds)
+        self._go.acquire()
+        return self._closing
+
+    def set(self) -> None:
+        self._closing = True
+        self._go.release()
+
+    def next(self) -> None:
+        """Let the writer wake once, and wait until it waits again."""
+        self._go.release()
+        assert self._done.acquire(timeout=60)
 
 
-def test_it_shows_that_the_process_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step can take minutes."""
-    monkeypatch.setattr(module, "HEARTBEAT", 0.1)
-    show = Progress(tmp_path, interval=0.05)
-    before = now(show)["updated"]
-    time.sleep(0.5)
-    found = read_progress(tmp_path)
-    show.close()
-    assert found is not None
-    assert found["updated"] > before
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
+    made = Turns()
+    own = SimpleNamespace(Lock=Lock, Thread=Thread, Event=lambda: made)
+    monkeypatch.setattr(module, "threading", own)
+    return made
 
 
-def test_steps_cost_nothing_noticeable(tmp_path: Path) -> None:
-    show = Progress(tmp_path)
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever the file is replaced."""
+    replace, made = os.replace, list[int]()
+
+    def counted(*names: Any) -> None:
+        made.append(1)
+        replace(*names)
+
+    monkeypatch.setattr(module.os, "replace", counted)
+    return made
+
+
+def test_it_is_written_once_in_an_interval(tmp_path: Path, turns: Turns, writes: list[int]) -> None:
+    """However many events there are; and not at all where there are none."""
+    show = Progress(tmp_path, interval=0.5)
+    assert len(writes) == 1
     for event in (begin(), round_begin(1), client_begin(0)):
         show(event)
-    events = [step(0, number, 2.0, 100_000) for number in range(1, 100_001)]
-    began = time.perf_counter()
-    for event in events:
-        show(event)
-    taken = time.perf_counter() - began
+    for number in range(1000):
+        show(step(0, number + 1, 2.0, 10**9))
+    assert len(writes) == 1  # an event changes what is in memory alone
+    turns.next()
+    assert len(writes) == 2
+    turns.next()
+    assert len(writes) == 2
     show.close()
-    assert taken < 3  # a quarter of a second on an idle machine
+    assert len(writes) == 3
+    assert set(turns.waited) == {0.5}
+
+
+def test_it_shows_that_the_process_lives(
+    tmp_path: Path, turns: Turns, writes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step can take minutes."""
+    monkeypatch.setattr(module, "HEARTBEAT", 3.0)
+    show = Progress(tmp_path, interval=1.0)
+    before = len(writes)
+    counts = []
+    for _ in range(6):
+        turns.next()
+        counts.append(len(writes) - before)
+    show.close()
+    assert counts == [0, 0, 1, 1, 1, 2]
 
 
 def test_ten_thousand_clients(tmp_path: Path) -> None:
@@ -236,13 +273,13 @@ def test_the_series_stays_short(tmp_path: Path) -> None:
     assert all(y == pytest.approx(x + 1, abs=0.6) for x, y in losses)
 
 
-def test_a_directory_that_is_gone_is_not_the_end(tmp_path: Path) -> None:
+def test_a_directory_that_is_gone_is_not_the_end(tmp_path: Path, turns: Turns) -> None:
     (tmp_path / "run").mkdir()
-    show = Progress(tmp_path / "run", interval=0.05)
+    show = Progress(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     for event in (begin(), round_begin(1)):
         show(event)
-    time.sleep(0.2)
+    turns.next()
     show.close()
     assert not (tmp_path / "run").exists()
 

@@ -28,7 +28,6 @@ from fedlora.data.datasets import load_data
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.embedded import BASE_DIR
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
-from fedlora.engines.local import Result
 from fedlora.errors import InputError
 from fedlora.federation.exchange import Agreement, client_start, global_delta
 from fedlora.federation.messages import Broadcast, ClientUpdate
@@ -40,6 +39,7 @@ from fedlora.methods.values import ServerState
 from fedlora.model.base import BaseModel
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs import evaluation as rating
+from fedlora.runs.course import Result
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import assemble
 from test_resume import Driver, begin, course, whole_lines

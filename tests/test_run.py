@@ -24,7 +24,6 @@ from fedlora.client.trainer import Budget, train
 from fedlora.client.worker import Worker
 from fedlora.data.datasets import load_data
 from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.engines.local import Result, RoundResult
 from fedlora.errors import InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import client_start, global_delta
@@ -32,6 +31,7 @@ from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import total_norm
 from fedlora.model.lora_layer import AdapterLayer
+from fedlora.runs.course import Result, RoundResult
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import Session, assemble
 

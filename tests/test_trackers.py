@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.runs import trackers
+from fedlora.runs.observers import observers
 from fedlora.runs.progress import read_progress
-from fedlora.runs.trackers import check_trackers, longest, observers, round_values
+from fedlora.runs.trackers import check_trackers, longest, round_values
 
 Event = dict[str, Any]
 Series = dict[int, float]

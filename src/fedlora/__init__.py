@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedlora.client.trainer import Budget, LocalTraining
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
-    from fedlora.engines.local import Result, RoundResult, run
+    from fedlora.engines.local import run
     from fedlora.errors import CheckpointError, FedloraError, InputError
     from fedlora.federation.messages import Broadcast, ClientUpdate
     from fedlora.federation.participants import Federation
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedlora.lowrank import Dense, LowRank
     from fedlora.methods import METHODS
     from fedlora.methods.rule import Rule
+    from fedlora.runs.course import Result, RoundResult
 
 _HOMES = {
     "Broadcast": "federation.messages",
@@ -41,8 +42,8 @@ _HOMES = {
     "LocalTraining": "client.trainer",
     "LowRank": "lowrank",
     "METHODS": "methods",
-    "Result": "engines.local",
-    "RoundResult": "engines.local",
+    "Result": "runs.course",
+    "RoundResult": "runs.course",
     "Rule": "methods.rule",
     "SavedAdapter": "adapters.saved_adapter",
     "Server": "federation.server",

@@ -40,3 +40,9 @@ def finite(value: Any) -> Any:
 def natural(text: str) -> list[Any]:
     """A key to sort by in which `site_10` follows `site_9`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, without its full stop; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

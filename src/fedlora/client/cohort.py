@@ -6,7 +6,7 @@ its backward pass and what memory there is (`automatic_size`), and halved when m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -64,25 +64,40 @@ class Cohorts:
         self.size, self.warn = size, warn
 
     def train(
-        self, clients: Sequence[Asked], handle: Callable[[Sequence[Asked]], list[Answer]]
-    ) -> list[Answer]:
-        """What `handle` makes of these clients, together or in smaller groups, in their order.
+        self,
+        clients: Sequence[Asked],
+        handle: Callable[[Sequence[Asked]], list[Answer]],
+        *,
+        joint: bool = True,
+    ) -> Iterator[Answer]:
+        """What `handle` makes of these clients, group by group, in their order.
 
         Training depends on what a client was sent alone, so a pass that failed can be repeated.
+
+        Args:
+            clients: of a round.
+            handle: trains a group in one pass, and answers for each of it.
+            joint: whether several clients can share a pass; else each has one of its own.
         """
-        answers, waiting = list[Answer](), clients
+        waiting = clients
         while waiting:
-            part = waiting[: self.size]
+            group = waiting[: self.size if joint else 1]
             try:
-                answers += handle(part)
-                waiting = waiting[len(part) :]
-                continue
+                answers = handle(group)
             except Exception as error:
-                if not out_of_memory(error) or len(part) == 1:
+                if not out_of_memory(error) or len(group) == 1:
                     raise
-            # Beyond the handler, where the failed pass is no longer held.
-            self.size = half = (len(part) + 1) // 2
-            self.warn(f"memory ran out with {len(part)} clients in one pass; going on with {half}")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        return answers
+                answers = []
+            if not answers:  # outside of `except`, where the failed pass is no longer held
+                self._halve(len(group))
+                continue
+            waiting = waiting[len(group) :]
+            yield from answers
+            del answers  # not to be held while the next group trains
+
+    def _halve(self, number: int) -> None:
+        """Let half as many clients share a pass as there was no memory for."""
+        self.size = (number + 1) // 2
+        self.warn(f"memory ran out with {number} clients in one pass; going on with {self.size}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

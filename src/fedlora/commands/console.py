@@ -1,6 +1,6 @@
 """Shows a run to a person: bars in a terminal, plain lines elsewhere, JSON for programs.
 
-Each is a function of the events a run reports (`fedlora.engines.local.Report`).
+Each is a function of the events a run reports (`fedlora.runs.events.Report`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,8 @@ from rich.progress import (
 from rich.text import Text
 
 from fedlora.commands.json_lines import Emit
+from fedlora.runs.events import DETAILS, Event, Report
 from fedlora.text import human_bytes
-
-Event = Mapping[str, Any]
-
-
-_EVERY_STEP = {"step", "client_begin", "client_end", "round_begin", "evaluate_begin"}
 
 
 def quiet_libraries() -> None:
@@ -45,11 +41,11 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def json_events(emit: Emit) -> Callable[[Event], None]:
-    """One JSON object per line, without the events of single steps."""
+def json_events(emit: Emit) -> Report:
+    """One JSON object per line, without the details of a round."""
 
     def told(event: Event) -> None:
-        if event["event"] not in _EVERY_STEP:
+        if event["event"] not in DETAILS:
             emit(event)
 
     return told
@@ -295,7 +291,7 @@ class Terminal:
 @contextmanager
 def reporter(
     emit: Emit | None = None, console: Console | None = None, title: str = ""
-) -> Iterator[Callable[[Event], None]]:
+) -> Iterator[Report]:
     """The right view for where standard output goes, for as long as a run lasts."""
     console = console or Console()
     if emit:

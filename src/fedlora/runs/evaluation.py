@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from fedlora.client.evaluate import evaluate
 from fedlora.data.tokenize import Tokens
 from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Adapter, Deltas, LowRank
 from fedlora.methods.values import ServerState
+from fedlora.runs.events import Evaluations
 from fedlora.runs.session import Session
 
 
+def own_adapter(state: ServerState, kept: ClientState) -> Adapter:
+    """A client's adapter, were it to start a round now: the shared factor with its own.
+
+    Args:
+        state: of the server.
+        kept: what the client keeps; what is missing in it is as in the server's state.
+    """
+    return {
+        name: LowRank(x.A, kept.factors.get(f"{name}.B", x.B))
+        for name, x in state.adapter.items()
+        if isinstance(x, LowRank)
+    }
+
+
 @dataclass(frozen=True)
-class Rating:
+class Evaluator:
     """Evaluates models of a run on the base in memory.
 
     Args:
@@ -32,9 +49,9 @@ class Rating:
     def possible(self) -> bool:
         """Whether there is anything to evaluate on."""
         session = self.session
-        return bool(session.data.eval or session.general or self._own_rows())
+        return bool(session.data.eval or session.general or self._held_out())
 
-    def of_server(self, state: ServerState) -> dict[str, Any]:
+    def of_server(self, state: ServerState) -> Evaluations:
         """The state's global model on the common rows, on every client's, and on general text.
 
         Where every client has a model of its own and there is no global one, it is the clients'
@@ -44,20 +61,9 @@ class Rating:
             `evaluation`, `client_evaluations` (client -> its rows) and `general_evaluation`, each
             where there are rows for it.
         """
-        if self.personal:
-            return self._of_each(state)
-        base, rows, own = self.session.base, self.session.data.eval, self._own_rows()
-        out: dict[str, Any] = {}
-        base.load([state.base_delta, state.adapter], full_params=state.dense)
-        if rows:
-            out["evaluation"] = self._measured(rows)
-        if own:
-            out["client_evaluations"] = {str(k): self._measured(x) for k, x in own.items()}
-        if self.session.general:
-            out["general_evaluation"] = self._measured(self.session.general, general=True)
-        return out
+        return self._of_each_client(state) if self.personal else self._of_global_model(state)
 
-    def of_client(self, client: int, model: Deltas, dense: Mapping[str, Any]) -> dict[str, Any]:
+    def of_client(self, client: int, model: Deltas, dense: Mapping[str, Tensor]) -> dict[str, Any]:
         """A client's own model, on its own held-out rows or else the common ones.
 
         Args:
@@ -66,40 +72,49 @@ class Rating:
             dense: its parameters trained whole.
         """
         self.session.base.load([model], full_params=dense)
-        return self._measured(self._own_rows().get(client) or self.session.data.eval)
+        return self._measure(self._held_out().get(client) or self.session.data.eval)
 
-    def own(self, state: ServerState, client: int) -> Adapter:
-        """The shared factor with the client's own: its adapter, were it to start a round now."""
-        own = self.states.get(client, ClientState()).factors
-        adapter = {n: x for n, x in state.adapter.items() if isinstance(x, LowRank)}
-        return {n: LowRank(x.A, own.get(f"{n}.B", x.B)) for n, x in adapter.items()}
+    def _held_out(self) -> dict[int, Sequence[Tokens]]:
+        """Client -> its own held-out rows, where it has any."""
+        return {k: part.eval for k, part in enumerate(self.session.data.clients) if part.eval}
 
-    def _own_rows(self) -> dict[int, Any]:
-        return {k: c.eval for k, c in enumerate(self.session.data.clients) if c.eval}
+    def _of_global_model(self, state: ServerState) -> Evaluations:
+        session, held_out = self.session, self._held_out()
+        session.base.load([state.base_delta, state.adapter], full_params=state.dense)
+        out = Evaluations()
+        if session.data.eval:
+            out["evaluation"] = self._measure(session.data.eval)
+        if held_out:
+            out["client_evaluations"] = {str(k): self._measure(x) for k, x in held_out.items()}
+        if session.general:
+            out["general_evaluation"] = self._measure(session.general, general=True)
+        return out
 
-    def _of_each(self, state: ServerState) -> dict[str, Any]:
+    def _of_each_client(self, state: ServerState) -> Evaluations:
         """Every client's own model, on its own held-out rows or else the common ones, and on
         general text; the means."""
-        base, own_rows = self.session.base, self._own_rows()
-        found, general = dict[int, dict[str, Any]](), list[dict[str, Any]]()
-        for client, part in enumerate(self.session.data.clients):
-            rows = own_rows.get(client) or self.session.data.eval
-            if not part.train or not (rows or self.session.general):
+        session, held_out = self.session, self._held_out()
+        by_client, general = dict[int, dict[str, Any]](), list[dict[str, Any]]()
+        for client, part in enumerate(session.data.clients):
+            rows = held_out.get(client) or session.data.eval
+            if not part.train or not (rows or session.general):
                 continue
-            base.load([state.base_delta, self.own(state, client)], full_params=state.dense)
+            own = own_adapter(state, self.states.get(client, ClientState()))
+            session.base.load([state.base_delta, own], full_params=state.dense)
             if rows:
-                found[client] = self._measured(rows)
-            if self.session.general:
-                general.append(self._measured(self.session.general, general=True))
-        out: dict[str, Any] = {}
-        if found:
-            out["evaluation"] = _mean(list(found.values()))
-            out["client_evaluations"] = {str(client): x for client, x in found.items()}
+                by_client[client] = self._measure(rows)
+            if session.general:
+                general.append(self._measure(session.general, general=True))
+        out = Evaluations()
+        if by_client:
+            out["evaluation"] = _mean(list(by_client.values()))
+            out["client_evaluations"] = {str(client): x for client, x in by_client.items()}
         if general:
             out["general_evaluation"] = _mean(general)
         return out
 
-    def _measured(self, rows: list[Tokens] | Any, general: bool = False) -> dict[str, Any]:
+    def _measure(self, rows: Sequence[Tokens], general: bool = False) -> dict[str, Any]:
+        """The scores of the model that is loaded; on general text nothing is generated."""
         base, config = self.session.base, self.session.config
         return evaluate(
             base.model,
@@ -112,7 +127,7 @@ class Rating:
         )
 
 
-def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of every score that is a number."""
-    scores = [key for key, x in found[0].items() if isinstance(x, float)]
-    return {key: sum(x[key] for x in found) / len(found) for key in scores}
+def _mean(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean over the clients of every score that is a number."""
+    names = [name for name, value in scores[0].items() if isinstance(value, float)]
+    return {name: sum(x[name] for x in scores) / len(scores) for name in names}

@@ -30,12 +30,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-Event = Mapping[str, Any]
+from fedlora.runs.events import Event
+
 PROGRESS = "progress.json"
 HEARTBEAT = 5.0
 """Seconds after which it is written though nothing happened: a step can take minutes."""

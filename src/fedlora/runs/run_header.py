@@ -1,4 +1,4 @@
-"""Describes what was run, on what and with what, in the first line of `metrics.jsonl`."""
+"""Describes what is run, on what and with what, to listeners and in a run's files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
 
 from fedlora import __version__
+from fedlora.runs.events import Begin, Header, HeaderClient
 from fedlora.runs.file_names import AS_WRITTEN
 from fedlora.runs.session import Session
 
@@ -21,56 +22,72 @@ def config_file(session: Session) -> str:
     return f"{session.config.to_yaml()}{AS_WRITTEN}{asked}\n"
 
 
-def begin_line(session: Session) -> dict[str, Any]:
-    """A run's `begin` line.
+def begin_event(session: Session, output_dir: Path, resumed_from: int | None) -> Begin:
+    """What a run tells its listeners when it begins or goes on."""
+    config, federation = session.config, session.federation
+    return Begin(
+        event="begin",
+        output_dir=str(output_dir),
+        resumed_from=resumed_from,
+        model=config.model_name_or_path,
+        method=config.method,
+        task=config.lora_task_type,
+        num_rounds=config.num_rounds,
+        parameters=_parameters(session),
+        modules=len(federation.shapes),
+        ranks=list(federation.ranks),
+        rows=list(federation.num_examples),
+        eval_rows=len(session.data.eval),
+        choices=list(session.choices),
+    )
 
-    Returns:
-        started (ISO 8601, UTC), the versions and the device; model, its architecture and number of
-        `parameters`; method and task; `modules` (target module -> `[m, n]`); `dense_parameters`
-        trained whole; `clients` (rank, rows and tokens to train on, eval_rows held out, and
-        counts: value of `column` -> rows as they were read, dropped and held-out ones among them);
-        `eval_rows`; `alone`, the client that trains by itself, or None.
-    """
-    base, data, spec, held = session.base, session.data, session.federation, session.label_counts
-    model = base.model
-    clients = []
-    for client, part in enumerate(data.clients):
-        counts = dict(zip(held.values, held.counts[client], strict=True)) if held else {}
-        clients.append(
-            {
-                "client": client,
-                "name": held.names[client] if held else "",
-                "rank": spec.ranks[client],
-                "rows": len(part.train),
-                "eval_rows": len(part.eval),
-                "tokens": sum(len(row["input_ids"]) for row in part.train),
-                "counts": {value: n for value, n in counts.items() if n},
-            }
-        )
-    return {
-        "event": "begin",
-        "round": 0,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fedlora": __version__,
-        "model": session.config.model_name_or_path,
-        "architecture": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "method": session.config.method,
-        "task": session.config.lora_task_type,
-        "num_rounds": session.config.num_rounds,
-        "modules": {name: list(shape) for name, shape in spec.shapes.items()},
-        "dense_parameters": sum(p.numel() for p in base.full_params.values()),
-        "clients": clients,
-        "column": held.column if held else None,
-        "eval_rows": len(data.eval),
-        "alone": session.lone,
-        "environment": {
+
+def header(session: Session) -> Header:
+    """The first line of a run's `metrics.jsonl`."""
+    base, data, spec, config = session.base, session.data, session.federation, session.config
+    held = session.label_counts
+    return Header(
+        event="begin",
+        round=0,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        fedlora=__version__,
+        model=config.model_name_or_path,
+        architecture=type(base.model).__name__,
+        parameters=_parameters(session),
+        method=config.method,
+        task=config.lora_task_type,
+        num_rounds=config.num_rounds,
+        modules={name: list(shape) for name, shape in spec.shapes.items()},
+        dense_parameters=sum(p.numel() for p in base.full_params.values()),
+        clients=[_client(session, client) for client in range(len(data.clients))],
+        column=held.column if held else None,
+        eval_rows=len(data.eval),
+        alone=session.lone,
+        environment={
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "peft")},
             "device": _device(session),
-            "threads": session.config.num_threads,
+            "threads": config.num_threads,
         },
-    }
+    )
+
+
+def _client(session: Session, client: int) -> HeaderClient:
+    part, held = session.data.clients[client], session.label_counts
+    counts = dict(zip(held.values, held.counts[client], strict=True)) if held else {}
+    return HeaderClient(
+        client=client,
+        name=held.names[client] if held else "",
+        rank=session.federation.ranks[client],
+        rows=len(part.train),
+        eval_rows=len(part.eval),
+        tokens=sum(len(row["input_ids"]) for row in part.train),
+        counts={value: count for value, count in counts.items() if count},
+    )
+
+
+def _parameters(session: Session) -> int:
+    return sum(p.numel() for p in session.base.model.parameters())
 
 
 def _device(session: Session) -> str:

@@ -18,8 +18,8 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,13 +28,10 @@ from typing import Any, Protocol
 
 from fedlora.config.config import TRACKERS, Config
 from fedlora.errors import InputError
+from fedlora.runs.events import Event
 from fedlora.runs.file_names import METRICS
 from fedlora.runs.metrics_log import read_metrics
-from fedlora.runs.progress import Progress
-from fedlora.text import nearest
-
-Event = Mapping[str, Any]
-
+from fedlora.text import first_line, nearest
 
 Values = dict[str, float]
 
@@ -75,7 +72,7 @@ def check_trackers(config: Config) -> list[str]:
             import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
         except Exception as error:  # whatever a broken installation raises
             raise InputError(
-                f"report_to: {name} cannot be imported: {_first_line(error)}; "
+                f"report_to: {name} cannot be imported: {first_line(error)}; "
                 "pip install 'fedlora[trackers]'"
             ) from None
     if "wandb" in names:
@@ -98,14 +95,9 @@ def _check_login() -> None:
         online = wandb.setup().settings.mode in ("online", "run", "shared")
         known = not online or wandb.login(prompt=False)
     except Exception as error:
-        raise InputError(f"report_to: wandb: {_first_line(error)}; {remedy}") from None
+        raise InputError(f"report_to: wandb: {first_line(error)}; {remedy}") from None
     if not known:
         raise InputError(f"report_to: wandb: nobody is logged in; {remedy}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _numbers(prefix: str, found: Mapping[str, Any]) -> Values:
@@ -319,7 +311,7 @@ _OPEN: dict[str, Callable[[_Opening], _Tracker]] = {
 
 
 @dataclass
-class _Reporting:
+class Trackers:
     """The trackers of a run; one that fails is left out from then on, and the run goes on."""
 
     config: Config
@@ -404,7 +396,7 @@ class _Reporting:
 
     def _gone(self, name: str, error: Exception) -> None:
         self.trackers.pop(name, None)
-        self.warn(f"report_to: {name}: {_first_line(error)}; it is told nothing more")
+        self.warn(f"report_to: {name}: {first_line(error)}; it is told nothing more")
 
     def close(self, name: str, succeeded: bool) -> None:
         """Close a tracker, if it is open."""
@@ -413,46 +405,3 @@ class _Reporting:
                 tracker.close(succeeded)
             except Exception as error:
                 self._gone(name, error)
-
-
-def _to_stderr(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def observers(
-    config: Config, output_dir: str | Path, warn: Callable[[str], None] = _to_stderr
-) -> Iterator[Callable[[Event], None]]:
-    """`progress.json` and the trackers of `report_to`, as a function of a run's events.
-
-    All are closed in any case. None of them makes a run fail once it has begun.
-
-    Args:
-        config: the run's.
-        output_dir: its directory, which exists.
-        warn: told once about a tracker that fails.
-
-    Raises:
-        InputError: as `check_trackers`.
-    """
-    output_dir = Path(output_dir)
-    reporting = _Reporting(config, output_dir, check_trackers(config), warn)
-    progress = Progress(output_dir)
-    problem: str | None = None
-
-    def observe(event: Event) -> None:
-        progress(event)
-        reporting(event)
-
-    def close(name: str) -> None:
-        reporting.close(name, succeeded=problem is None)
-
-    with ExitStack() as stack:
-        for name in reporting.names:
-            stack.callback(close, name)
-        stack.callback(lambda: progress.close(problem))  # first: an upload may take its time
-        try:
-            yield observe
-        except BaseException as error:
-            problem = "interrupted" if isinstance(error, KeyboardInterrupt) else _first_line(error)
-            raise

@@ -1,0 +1,442 @@
+"""Takes a run from its first round to its last: plan, exchange, fold, evaluate, save, log, end.
+
+The course knows the server and the run's directory. Who carries messages to the clients, and where
+these train, is the engine's to know (`fedlora.runs.engine`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter, write_adapter
+from fedlora.errors import CheckpointError, InputError
+from fedlora.federation.aggregators.mean import Mean
+from fedlora.federation.exchange import global_delta
+from fedlora.federation.messages import Broadcast, ClientState
+from fedlora.federation.records import RoundRecord
+from fedlora.federation.server import Server
+from fedlora.lowrank import Deltas, add_all
+from fedlora.methods import METHODS
+from fedlora.methods.values import ServerState
+from fedlora.runs.directory import RunDirectory, Saved, verify, write_errors_are_explained
+from fedlora.runs.engine import Answer, Engine, EngineState, Failure
+from fedlora.runs.evaluation import own_adapter
+from fedlora.runs.events import (
+    ClientEnd,
+    End,
+    EvaluateBegin,
+    Evaluations,
+    Notice,
+    Report,
+    Resume,
+    Round,
+    RoundBegin,
+    Scores,
+    Start,
+)
+from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.round_clock import RoundClock
+from fedlora.runs.run_header import begin_event, header
+from fedlora.runs.session import Session
+from fedlora.runs.state_file import settled
+from fedlora.text import finite
+from fedlora.threads import Watcher
+
+Models = dict[int, tuple[Deltas, Mapping[str, Tensor]]]
+"""Client number -> the model it ended a round with: what is added to the base, what is trained
+whole."""
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What a callback is told after a round.
+
+    Args:
+        record: the round.
+        metrics: its line in `metrics.jsonl`.
+        state: the server's state after it.
+    """
+
+    record: RoundRecord
+    metrics: Mapping[str, Any]
+    state: ServerState
+
+
+Callbacks = Sequence[Callable[[RoundResult], None]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run returns.
+
+    Args:
+        output_dir: the run's directory.
+        final_dir: the final adapter as a PEFT directory.
+        adapter: the final global update, target module -> update.
+        metrics: the lines of `metrics.jsonl`, in order.
+        best_round: the round with the best metric; None without an evaluation.
+    """
+
+    output_dir: Path
+    final_dir: Path
+    adapter: Deltas
+    metrics: list[dict[str, Any]]
+    best_round: int | None
+
+    @property
+    def evaluations(self) -> dict[int, dict[str, Any]]:
+        """Round -> global evaluation, round 0 being the base."""
+        return {
+            line["round"]: line["evaluation"] for line in self.metrics if line.get("evaluation")
+        }
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far.
+
+    Args:
+        round: when it was measured; None before there was one.
+        value: of the metric that decides (`metric_for_best_model`).
+        evaluations_since: how many came after it and were no better.
+    """
+
+    round: int | None = None
+    value: float | None = None
+    evaluations_since: int = 0
+
+    def after(self, number: int, value: float, *, greater: bool) -> Best:
+        """The best one, now that round `number` has reached `value`; NaN is never better."""
+        sign = 1.0 if greater else -1.0
+        better = self.value is None or sign * value > sign * self.value
+        if math.isfinite(value) and better:
+            return Best(number, value)
+        return replace(self, evaluations_since=self.evaluations_since + 1)
+
+
+def make_server(session: Session, initial: ServerState, spool: Path) -> Server:
+    """The server of a run.
+
+    Args:
+        session: of the run.
+        initial: its state before round 1.
+        spool: a directory for updates that come before those of lower clients.
+    """
+    return Server(session.federation, initial, Mean(), spool=spool)
+
+
+def has_personal_models(session: Session) -> bool:
+    """Whether every client has a model of its own and there is no global one: the rule says so."""
+    config = session.config
+    return bool(METHODS[config.method].training(config.rule_options()).keeps)
+
+
+class Course:
+    """One run in progress: the loop, and what has to be remembered between rounds.
+
+    Args:
+        session: the run's ingredients.
+        directory: where it is written; locked for this process.
+        initial: the server's state before round 1.
+        engine: carries the messages; whoever made it closes it.
+        callbacks: called after every committed and saved round.
+        report: told about everything that happens.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        directory: RunDirectory,
+        initial: ServerState,
+        engine: Engine,
+        callbacks: Callbacks,
+        report: Report,
+    ) -> None:
+        self.session, self.config, self.directory = session, session.config, directory
+        self.engine, self.callbacks, self.report = engine, callbacks, report
+        self.initial = initial
+        self.server = make_server(session, initial, directory.path / ".spool.partial")
+        self.threads = Watcher(self.config.num_threads or 1, session.own_threads)
+        self.personal = has_personal_models(session)
+        self.log: list[dict[str, Any]] = []
+        self.best = Best()
+
+    # --- from the beginning to the end ---
+
+    def start(self) -> Result:
+        """Run all rounds of a new run."""
+        with write_errors_are_explained(self.directory.path):
+            self._begin(resumed_from=None)
+            return self._from_the_start()
+
+    def resume(self) -> Result:
+        """Go on after the newest round that can be trusted, and run the rounds that are left.
+
+        Raises:
+            InputError: model, data or local training differ from those the run began with.
+        """
+        with write_errors_are_explained(self.directory.path):
+            saved, problems = self.directory.load_latest()
+            if saved:
+                self._check_same(saved)
+            self.directory.mend_metrics()
+            self.directory.sweep()
+            number = saved.state.round if saved else 0
+            self._begin(resumed_from=number)
+            where = f"round {number}" if saved else "the start"
+            for problem in problems:
+                self._warn(f"{problem}; going on from {where}")
+            self.directory.append(Resume(event="resume", round=number))
+            if saved is None:
+                return self._from_the_start()
+            self._restore(saved)
+            return self._rounds()
+
+    def _begin(self, resumed_from: int | None) -> None:
+        for warning in self.session.warnings:
+            self._warn(warning)
+        self.report(begin_event(self.session, self.directory.path, resumed_from))
+
+    def _from_the_start(self) -> Result:
+        first = dict(header(self.session))
+        self.log.append(first)
+        self.directory.append(first)
+        line = Start(event="start", round=0, **self._evaluate())
+        self._log(line)
+        self._judge(0, line)
+        return self._rounds()
+
+    def _rounds(self) -> Result:
+        while self.server.state.round < self.config.num_rounds and not self._stops_early():
+            self._round()
+        return self._end()
+
+    def _stops_early(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.best.evaluations_since >= patience
+
+    # --- going on with a run that was interrupted ---
+
+    def _check_same(self, saved: Saved) -> None:
+        for key, ours in self.engine.identity.items():
+            if ours != saved.extra[key]:
+                raise InputError(
+                    f"--resume {self.directory.path}: the {key.replace('_', ' ')} differs from the "
+                    "one the run began with; restore it, or start a new run"
+                )
+
+    def _restore(self, saved: Saved) -> None:
+        self.server.state = saved.state
+        self.engine.restore(EngineState(saved.extra, saved.clients))
+        self.best = Best(**saved.extra["best"])
+        if "threads" in saved.extra:
+            self.threads = Watcher(**saved.extra["threads"])
+            torch.set_num_threads(self.threads.number)
+        # Killed between saving a round and logging it, a run has it in the state alone.
+        self.log = read_metrics(self.directory.path)
+        if not any(x["event"] == "round" and x["round"] == saved.state.round for x in self.log):
+            self._log(saved.line)
+
+    # --- a round ---
+
+    def _round(self) -> None:
+        clock = RoundClock("aggregate")
+        broadcasts = self.server.plan()
+        number = self.server.state.round + 1
+        last = number == self.config.num_rounds
+        due = last or bool(self.config.eval_rounds and number % self.config.eval_rounds == 0)
+        clock.now("train")
+        self.report(RoundBegin(event="round_begin", round=number, clients=list(broadcasts)))
+        models, personal = self._exchange(number, broadcasts, due, clock)
+        clock.now("aggregate")
+        record = self.server.commit()
+        self.server.state = settled(self.server.state)
+        clock.now("evaluate")
+        if not any(client.weight for client in record.clients):
+            self._warn(f"no client counts in round {number}; the global model stays as it is")
+        evaluations = self._evaluate() if due else Evaluations()
+        line = self._line(record, evaluations, personal, clock)
+        self._judge(number, line)
+        self._save(line, models)
+        for callback in self.callbacks:
+            callback(RoundResult(record, self.log[-1], self.server.state))
+
+    def _exchange(
+        self, number: int, broadcasts: Mapping[int, Broadcast], due: bool, clock: RoundClock
+    ) -> tuple[Models, dict[int, Scores]]:
+        """Have the clients of a round trained, and their updates folded as they come.
+
+        Returns:
+            The clients' own models and what they measure, where they are asked for.
+        """
+        models, personal = Models(), dict[int, Scores]()
+        missing = set(broadcasts)
+        for outcome in self.engine.exchange([broadcasts[k] for k in sorted(broadcasts)]):
+            missing.discard(outcome.client)
+            if isinstance(outcome, Failure):
+                self._leave_out(number, outcome)
+                continue
+            with clock.meanwhile("aggregate"):
+                problem = self.server.accept(outcome.update)
+            self._client_ended(number, outcome.client, outcome.update.metrics, problem)
+            if problem or self.personal:
+                continue  # a rule with personal models evaluates and keeps them by itself
+            with clock.meanwhile("evaluate"):
+                self._look_at_model(outcome, due, models, personal)
+        for client in sorted(missing):
+            self._leave_out(number, Failure(client, "it did not answer"))
+        return models, personal
+
+    def _leave_out(self, number: int, failure: Failure) -> None:
+        self.server.reject(failure.client, failure.reason)
+        self._client_ended(number, failure.client, {}, failure.reason)
+
+    def _client_ended(
+        self, number: int, client: int, metrics: Mapping[str, Any], problem: str
+    ) -> None:
+        if problem:
+            self._warn(f"client {client} is left out of round {number}: {problem}")
+        self.report(ClientEnd(event="client_end", client=client, metrics=metrics, rejected=problem))
+
+    def _look_at_model(
+        self, answer: Answer, due: bool, models: Models, personal: dict[int, Scores]
+    ) -> None:
+        """Keep and evaluate the model a client ended with, where that is asked for."""
+        evaluates, update = self.config.eval_personal and due, answer.update
+        if not (evaluates or self.config.save_client_models):
+            return
+        model = answer.model()
+        if self.config.save_client_models:
+            models[update.client] = model, update.dense
+        if evaluates and (
+            scores := self.engine.evaluate_client(update.client, model, update.dense)
+        ):
+            personal[update.client] = scores
+
+    def _line(
+        self,
+        record: RoundRecord,
+        evaluations: Evaluations,
+        personal: Mapping[int, Scores],
+        clock: RoundClock,
+    ) -> Round:
+        line = cast(Round, {"event": "round", **_plain(record), **evaluations})
+        if personal:  # by client, whatever the order in which they answered
+            line["personal_evaluations"] = {str(k): personal[k] for k in sorted(personal)}
+        line["seconds"] = clock.seconds()
+        if self.threads.number != self.config.num_threads:
+            line["num_threads"] = self.threads.number
+        return line
+
+    def _evaluate(self) -> Evaluations:
+        if not self.engine.can_evaluate:
+            return {}
+        self.report(EvaluateBegin(event="evaluate_begin"))
+        return self.engine.evaluate(self.server.state)
+
+    def _judge(self, number: int, line: Evaluations) -> None:
+        """Note whether this evaluation is the best one so far."""
+        if scores := line.get("evaluation"):
+            value = scores[self.config.metric_for_best_model.removeprefix("eval_")]
+            greater = self.config.metric_is_better_when_greater
+            self.best = self.best.after(number, value, greater=greater)
+
+    def _save(self, line: Round, models: Models) -> None:
+        """Save and log a round, with the number of threads that a resumed run goes on with."""
+        crowded = self.threads.look()
+        state, engine = self.server.state, self.engine.state()
+        extra = {
+            "best": dataclasses.asdict(self.best),
+            **engine.facts,
+            "threads": {"number": self.threads.number, "own": self.threads.own},
+            **self.engine.identity,
+        }
+        plain = finite(line)
+        targets = self.session.base.targets
+        self.directory.save_round(
+            global_delta(state), targets, state, plain, extra, engine.clients, models
+        )
+        self.log.append(plain)
+        self.directory.append(plain)
+        self.directory.prune(self.config.save_total_limit, self.best.round)
+        self.report(plain)
+        if crowded:
+            torch.set_num_threads(self.threads.number)
+            self._warn(f"from round {state.round + 1} on {crowded}")
+
+    # --- the end ---
+
+    def _end(self) -> Result:
+        state = self.server.state
+        number, delta, dense = self._final_model()
+        self._log(End(event="end", round=state.round, final=number, best=self.best.round))
+
+        def fill(partial: Path) -> None:
+            if self.personal:
+                self._write_own_models(partial, dense)
+            else:
+                write_adapter(partial, delta, self.session.base.targets, dense)
+                last = self.directory.path / f"round-{state.round}"
+                for kept in sorted(last.glob("client-*")):
+                    shutil.copytree(kept, partial / kept.name)
+            self.session.base.tokenizer.save_pretrained(partial)
+
+        final = self.directory.save_final(fill)
+        return Result(self.directory.path, final, delta, list(self.log), self.best.round)
+
+    def _final_model(self) -> tuple[int, Deltas, Mapping[str, Tensor]]:
+        """The round whose model the run ends with, that model, and what it trained whole."""
+        state, best = self.server.state, self.best.round
+        if not self.config.load_best_model_at_end or best in (None, state.round):
+            return state.round, global_delta(state), state.dense
+        assert best is not None
+        if best == 0:
+            return 0, global_delta(self.initial), self.initial.dense
+        saved = self._saved_adapter(best)
+        return best, saved.deltas, saved.dense
+
+    def _write_own_models(self, partial: Path, dense: Mapping[str, Tensor]) -> None:
+        """Write `client-K/` for every client of a rule that has no global model."""
+        state, kept = self.server.state, self.engine.state().clients
+        for client in range(len(self.session.federation.ranks)):
+            own = own_adapter(state, kept.get(client, ClientState()))
+            model = add_all([state.base_delta, own])
+            write_adapter(partial / f"client-{client}", model, self.session.base.targets, dense)
+
+    def _saved_adapter(self, number: int) -> SavedAdapter:
+        path = self.directory.path / f"round-{number}"
+        try:
+            verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; it is the best round, which load_best_model_at_end needs. Remove all "
+                f"round-* directories to train it again, then: fedlora run --resume "
+                f"{self.directory.path}"
+            ) from None
+        return load_adapter(path)
+
+    # --- telling ---
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        plain = finite(line)
+        self.log.append(plain)
+        self.directory.append(plain)
+        self.report(plain)
+
+    def _warn(self, message: str) -> None:
+        self.report(Notice(event="warning", message=message))
+
+
+def _plain(record: RoundRecord) -> dict[str, Any]:
+    """A record as JSON can hold it."""
+    fields = dataclasses.asdict(record)
+    return {**fields, "bytes_up": record.bytes_up, "bytes_down": record.bytes_down}

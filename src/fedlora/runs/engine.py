@@ -1,0 +1,144 @@
+"""Describes what a run asks of an engine, which carries its messages to the clients and back.
+
+The course of a run (`fedlora.runs.course`) does not know which engine it has: one that trains all
+clients in this process, one that hands them to worker processes, or one that speaks to other
+machines. To write one, implement `Engine` and give it to a `Course`; `fedlora.engines.local` is the
+shortest example, and `tests/test_course.py` has a smaller one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
+from fedlora.lowrank import Deltas
+from fedlora.methods.values import ServerState
+from fedlora.runs.events import Evaluations
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A client has trained and sent its update.
+
+    Args:
+        update: what it sent.
+        model: makes the model it ended the round with, all that is added to the base. It is called
+            only where such models are kept or evaluated, and before the next answer is asked for.
+    """
+
+    update: ClientUpdate
+    model: Callable[[], Deltas]
+
+    @property
+    def client(self) -> int:
+        """The client's number."""
+        return self.update.client
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client did not train, or its answer did not come; the round goes on without it.
+
+    Args:
+        client: its number.
+        reason: in words, for the log; it follows "client 3 is left out of round 2: ".
+    """
+
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine wants to find again when its run is resumed; it is saved with every round.
+
+    Args:
+        facts: as JSON, in `state.json`, beside what the course keeps there (`best`, `threads`).
+        clients: client number -> what outlives a round at it, of those whose state this process
+            holds.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    clients: Mapping[int, ClientState] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Carries broadcasts to clients and brings their updates, and evaluates models where rows are.
+
+    All of it is called from one thread. An engine reports `client_begin` and `step` events by
+    itself, where it hears of them; all other events are the course's.
+
+    What a client makes of a broadcast depends on the broadcast, its own data and its own state
+    alone, and the server folds in client order. Therefore the order of answers changes no bit of a
+    run, and an engine may repeat a client that it has no answer from.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """What must be the same for a run to go on, beside its configuration.
+
+        For example fingerprints of the base model and of the data. The names (an underscore for a
+        blank) stand in the message when a resumed run finds another value.
+        """
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether there is anything to evaluate the global model on."""
+
+    def exchange(
+        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
+    ) -> Iterator[Answer | Failure]:
+        """Carry a round's broadcasts to their clients, and bring what comes back.
+
+        A client that fails is a value and not an exception: exactly one `Answer` or `Failure` comes
+        for each client, in any order, as soon as it is known. A client of which nothing came when
+        the iterator ends counts as failed. An exception ends the run: it says that the engine as a
+        whole cannot go on.
+
+        Args:
+            broadcasts: one for each client of the round, ascending by client.
+            deadline: a moment of `time.monotonic()` after which nobody is waited for, who is
+                missing then being a `Failure`; None: as long as it takes.
+
+        Returns:
+            An iterator. Between two of its values the course folds the update and may evaluate, so
+            an engine in one process must not count on the model being as it left it.
+        """
+
+    def evaluate(self, state: ServerState) -> Evaluations:
+        """Evaluate the global model, or all clients' own ones under a rule that has no global one.
+
+        Returns:
+            What was measured, each part where there are rows for it.
+        """
+
+    def evaluate_client(
+        self, client: int, model: Deltas, dense: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Evaluate a client's own model, on its own held-out rows or else on the common ones.
+
+        Args:
+            client: its number.
+            model: all that is added to the base.
+            dense: its parameters trained whole.
+
+        Returns:
+            `loss` and the other scores of the task.
+        """
+
+    def state(self) -> EngineState:
+        """What is to be saved with the round that has just ended."""
+
+    def restore(self, state: EngineState) -> None:
+        """Go on from what was saved.
+
+        Args:
+            state: as `state` gave it; its `facts` may hold more names than the engine's own.
+        """
+
+    def close(self) -> None:
+        """End what the engine began: processes, connections. Called once, however a run ended."""
