@@ -28,7 +28,8 @@ from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.errors import InputError
 from fedlora.lowrank import scaling
 from fedlora.model.batches import labelled
-from fedlora.runs.session import Session, dropped_line
+from fedlora.runs.checks import dropped_line
+from fedlora.runs.session import Session
 from fedlora.text import human_bytes
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
