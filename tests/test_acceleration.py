@@ -159,7 +159,7 @@ def test_the_dtype_found_is_that_of_the_run(
     small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = torch.bfloat16, "so it was measured"
-    monkeypatch.setattr("fedlora.runs.session.resolve_dtype", lambda config, device: found)
+    monkeypatch.setattr("fedlora.runs.automatic.resolve_dtype", lambda config, device: found)
     events: list[Any] = []
 
     def stop(_: Any) -> None:
@@ -171,6 +171,6 @@ def test_the_dtype_found_is_that_of_the_run(
     assert "dtype: bfloat16" in (Path(small_run["output_dir"]) / "config.yaml").read_text()
     # And a resumed run does not measure again.
     monkeypatch.setattr(
-        "fedlora.runs.session.resolve_dtype", lambda *_: pytest.fail("measured again")
+        "fedlora.runs.automatic.resolve_dtype", lambda *_: pytest.fail("measured again")
     )
     fedlora.run(resume=small_run["output_dir"])

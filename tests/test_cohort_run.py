@@ -197,7 +197,7 @@ def test_the_size_is_decided_once(
     cohorts: list[tuple[int, list[int]]],
 ) -> None:
     """It is written down, and a resumed run goes on with it, whatever would be found by then."""
-    monkeypatch.setattr("fedlora.runs.session.automatic_size", lambda *_: 2)
+    monkeypatch.setattr("fedlora.runs.automatic.automatic_size", lambda *_: 2)
     whole = run(keys, "whole").output_dir
     assert config_of(whole)["cohort_size"] == 2
     assert config_of(whole)["cohort_memory"] is None
@@ -206,7 +206,7 @@ def test_the_size_is_decided_once(
         run(keys, callbacks=[stop_after(1)])
     out = Path(keys["output_dir"])
     cohorts.clear()
-    monkeypatch.setattr("fedlora.runs.session.automatic_size", lambda *_: 3)
+    monkeypatch.setattr("fedlora.runs.automatic.automatic_size", lambda *_: 3)
     fedlora.run(Config(**keys), resume=out)
     assert [len(clients) for _, clients in cohorts] == [2, 1] * 2
     assert config_of(out) == {**config_of(whole), "output_dir": str(out)}

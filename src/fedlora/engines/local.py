@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlora.client.cohort import Cohorts
 from fedlora.client.trainer import StepCallback, TrainFunction, name_of_trainer, train
-from fedlora.client.worker import Worker
+from fedlora.client.worker import Trained, Worker
 from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG

@@ -14,7 +14,7 @@ from fedlora.config.config import Config
 from fedlora.data.datasets import FederatedData
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.model.batches import count_labelled
-from fedlora.runs.session import dropped_line
+from fedlora.runs.checks import dropped_line
 
 
 def token_lengths(data: FederatedData) -> tuple[list[int], int]:

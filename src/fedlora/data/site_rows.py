@@ -1,0 +1,92 @@
+"""Reads the rows of a single site, which has those of no other client."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedlora.data.raw_data import RawData
+from fedlora.data.rows import Rows, read_hub, read_rows
+from fedlora.embedded import EMBEDDED
+from fedlora.errors import InputError
+from fedlora.text import natural
+
+if TYPE_CHECKING:
+    from fedlora.config.config import Config
+
+
+def load_site_rows(config: Config, client: int, num_clients: int) -> RawData:
+    """The raw rows of one client, at its number, with no rows at all for the others.
+
+    A pattern in `train_file` may match the site's own file alone, or those of all clients, of which
+    the site's is then taken by its number.
+
+    Args:
+        config: of the site, with absolute paths.
+        client: its number, counted from 0.
+        num_clients: how many clients there are; all draws by the seed count from these numbers.
+
+    Raises:
+        InputError: no data is named, it cannot be read, or the keys divide what one site has alone.
+    """
+    _refuse_dividing(config)
+    rows, name = _own_rows(config, client, num_clients)
+    clients: list[Rows] = [[] for _ in range(num_clients)]
+    names = [""] * num_clients
+    clients[client], names[client] = rows, name
+    return RawData(clients, names, _evaluation_rows(config), name)
+
+
+def _refuse_dividing(config: Config) -> None:
+    if config.partition != "iid":
+        raise InputError(
+            f"partition: {config.partition} divides one data set; a site has its own rows already: "
+            "leave it out"
+        )
+    if config.eval_fraction:
+        raise InputError(
+            "eval_fraction divides one data set; a site has its own rows already: use "
+            "client_eval_fraction, or eval_file"
+        )
+
+
+def _own_rows(config: Config, client: int, num_clients: int) -> tuple[Rows, str]:
+    """The site's rows to train on, and what they are called."""
+    if config.train_file:
+        path = _own_file(config.train_file, client, num_clients)
+        return _named("train_file", path), Path(path).name
+    if config.dataset_name and config.dataset_name != EMBEDDED:
+        split = config.dataset_train_split
+        return read_hub(config.dataset_name, config.dataset_config, split), config.dataset_name
+    raise InputError("no data: give the site's own rows as train_file or dataset_name")
+
+
+def _own_file(train_file: str, client: int, num_clients: int) -> str:
+    if Path(train_file).exists() or not set(train_file) & set("*?["):
+        return train_file
+    paths = sorted(glob.glob(train_file), key=natural)
+    if len(paths) == 1:
+        return paths[0]
+    if len(paths) == num_clients:
+        return paths[client]
+    raise InputError(
+        f"train_file: {train_file} matches {len(paths) or 'no'} files; at a site it has to match "
+        f"its own file alone, or one for each of {num_clients} clients"
+    )
+
+
+def _evaluation_rows(config: Config) -> Rows:
+    if config.eval_file:
+        return _named("eval_file", config.eval_file)
+    if config.dataset_name and config.dataset_test_split and not config.train_file:
+        return read_hub(config.dataset_name, config.dataset_config, config.dataset_test_split)
+    return []
+
+
+def _named(key: str, path: str) -> Rows:
+    """The rows of a file; a message about it names the key it came from."""
+    try:
+        return read_rows(path)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None

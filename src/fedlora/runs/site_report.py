@@ -1,0 +1,71 @@
+"""Holds what a site tells the server before the first round, and compares what all of them tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora.config.config import Config
+from fedlora.errors import InputError
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What the server has to know of a site; plain values, which can be sent as JSON.
+
+    Target modules, their shapes, the rule and the seed are not in it: server and site both read
+    them from the configuration and the base, and compare them as what they agree on.
+
+    Args:
+        client: the client's number, counted from 0.
+        name: what its rows are called, for people; a file's name, for example.
+        num_examples: rows it trains on.
+        rank: of the adapter it trains.
+        label_names: a classifier's labels in the order of their ids; empty: a causal model.
+        base: fingerprint of the base's frozen weights.
+        data: fingerprint of its tokens.
+    """
+
+    client: int
+    name: str
+    num_examples: int
+    rank: int
+    label_names: tuple[str, ...]
+    base: str
+    data: str
+
+
+def in_client_order(config: Config, reports: Sequence[SiteReport]) -> list[SiteReport]:
+    """The reports by client number, after a look whether the sites can train together.
+
+    Raises:
+        InputError: a client is missing or there twice, or sites differ in their labels or in the
+            weights of their base.
+    """
+    ordered = sorted(reports, key=lambda report: report.client)
+    number = config.num_clients or len(ordered)
+    clients = [report.client for report in ordered]
+    if not ordered or clients != list(range(number)):
+        raise InputError(
+            f"the sites report the clients {', '.join(map(str, clients)) or 'none'}; each of "
+            f"{number} clients, counted from 0, has to report once"
+        )
+    first = ordered[0]
+    for other in ordered[1:]:
+        if other.label_names != first.label_names:
+            raise InputError(
+                f"label_names: client {other.client} has {_listed(other.label_names)}, client "
+                f"{first.client} {_listed(first.label_names)}; give all sites the same, in "
+                "the same order"
+            )
+        if other.base != first.base:
+            raise InputError(
+                f"model_name_or_path: client {other.client} holds other weights than client "
+                f"{first.client}, or holds them in another dtype; give all sites the same base and "
+                "the same dtype"
+            )
+    return ordered
+
+
+def _listed(label_names: Sequence[str]) -> str:
+    return ", ".join(label_names) or "none"
