@@ -199,9 +199,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-def test_it_is_written_once_in_an_interval(
-    tmp_path: Path, turns: Turns, writes: list[int]
-) -> None:
+def test_it_is_written_once_in_an_interval(tmp_path: Path, turns: Turns, writes: list[int]) -> None:
     """However many events there are; and not at all where there are none."""
     show = Progress(tmp_path, interval=0.5)
     assert len(writes) == 1
