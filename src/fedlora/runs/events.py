@@ -25,7 +25,7 @@ renamed. This module needs the standard library alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, TypedDict
 
 Event = Mapping[str, Any]
 """Any of the events below, as those see it who listen."""
@@ -198,7 +198,19 @@ class Seconds(TypedDict):
     evaluate: float
 
 
-class Round(Evaluations):
+class SometimesInRound(Evaluations, total=False):
+    """Fields of a `Round` that are there only where they have something to say.
+
+    Args:
+        personal_evaluations: client -> of the model it ended with; with `eval_personal`.
+        num_threads: torch's, where the run took another number than `num_threads` says.
+    """
+
+    personal_evaluations: Mapping[str, Scores]
+    num_threads: int
+
+
+class Round(SometimesInRound):
     """A round has ended and is saved. The fields of `RoundRecord`, and more.
 
     Args:
@@ -211,9 +223,7 @@ class Round(Evaluations):
         layers: target module -> the fields of `LayerRecord`.
         bytes_up: received from all clients.
         bytes_down: sent to all clients.
-        personal_evaluations: client -> of the model it ended with; with `eval_personal`.
         seconds: where the time went.
-        num_threads: torch's, where the run took another number than `num_threads` says.
     """
 
     event: Literal["round"]
@@ -226,9 +236,7 @@ class Round(Evaluations):
     layers: Mapping[str, Mapping[str, Any]]
     bytes_up: int
     bytes_down: int
-    personal_evaluations: NotRequired[Mapping[str, Scores]]
     seconds: Seconds
-    num_threads: NotRequired[int]
 
 
 class End(TypedDict):
