@@ -25,6 +25,7 @@ from fedlora.model import packing
 from fedlora.model.batches import collate, count_labelled, flatten_rows
 from fedlora.model.client_dropout import client_dropout
 from fedlora.model.client_rows import ClientRows, Form, mix_seed, spans_of
+from fedlora.model.config_lengths import UNBOUNDED
 from fedlora.model.find_rows import find_rows
 from fedlora.model.full_modules import full_modules_of
 from fedlora.model.head import (
@@ -37,12 +38,14 @@ from fedlora.model.head import (
 )
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.loss import summed_loss
-from fedlora.model.packed_attention import PackingError, attending, running_samples, samples_of
-from fedlora.model.packing import UNBOUNDED, RotaryFactors
+from fedlora.model.packed_attention import PackingError, attending, running_samples
 from fedlora.model.per_model import PerModel
 from fedlora.model.plans import PassKind, PlannedPass, consecutive_passes, plan_passes
 from fedlora.model.rms_norm import fast_norm
+from fedlora.model.rotary_factors import RotaryFactors
+from fedlora.model.sample_groups import samples_of
 from fedlora.model.torch_generator import borrowed_generator
+from fedlora.model.trial_rows import random_rows
 from fedlora.model.trunk import replaced_forward, unpadded_trunk
 from fedlora.model.wide import ForwardState
 
@@ -364,7 +367,7 @@ class PackedRunner:
     # --- whether it can be packed ---
 
     def _examine(self, model: Any) -> None:
-        rows = packing.random_rows(model, self.padding, self.classifier)
+        rows = random_rows(model, self.padding, self.classifier)
         training = model.training
         model.eval()
 
@@ -426,7 +429,7 @@ class PackedRunner:
         model.eval()
         with self.client_rows.without_clients(), torch.no_grad():
             others = [*layers, *self._dropouts]
-            draw = partial(packing.random_rows, model, self.padding, self.classifier)
+            draw = partial(random_rows, model, self.padding, self.classifier)
             known, forms = find_rows(draw, full_modules_of(model), others, run)
         model.train(training)
         for layer in layers:
