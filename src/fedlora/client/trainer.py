@@ -294,74 +294,89 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
         ValueError: no rows, or nothing to train.
         MixedRowsError: several clients, and an architecture that mixes their rows.
     """
-    passes, undecayed = runner_of(model), _undecayed(model)
-    if len(trainees) > 1 and not passes.joint:
+    runner, undecayed = runner_of(model), _undecayed(model)
+    if len(trainees) > 1 and not runner.joint:
         raise MixedRowsError("this architecture trains one client at a time")
     half = any(p.dtype == torch.float16 for p in model.parameters())
     scale = FLOAT16_SCALE if half else None
-    all_progress = [LocalRun(trainee, undecayed, scale) for trainee in trainees]
+    runs = [LocalRun(trainee, undecayed, scale) for trainee in trainees]
     device = trainees[0].parameters[0][1].device
-    model.train()
-    step = 0
     gpus = [device] if device.type == "cuda" else []
+    model.train()
     with contextlib.ExitStack() as stack:
-        if not passes.joint:
+        if not runner.joint:
             # This architecture draws from torch's own generator (or may do so), and trains alone.
-            stack.enter_context(borrowed_generator(gpus, all_progress[0].stream))
-        while active := [p for p in all_progress if p.begin()]:
-            began = time.perf_counter()
-            waiting = active
-            while waiting:
-                _pass(model, passes, all_progress, waiting, step)
-                waiting = [p for p in waiting if p.overflows()]
-            for p in active:
-                p.end()
-            _took(active, time.perf_counter() - began)
+            stack.enter_context(borrowed_generator(gpus, runs[0].stream))
+        step = 0
+        while active := [run for run in runs if run.begin()]:
+            _take_step(model, runner, runs, active, step)
             step += 1
     model.eval()
-    return [p.metrics() for p in all_progress]
+    return [run.metrics() for run in runs]
 
 
-def _pass(
+def _take_step(
     model: Any,
-    passes: PackedRunner,
-    all_progress: Sequence[LocalRun],
+    runner: PackedRunner,
+    runs: Sequence[LocalRun],
     active: Sequence[LocalRun],
     step: int,
 ) -> None:
-    """The gradients of a step of the active ones."""
-    for number in range(max(len(p.micro) for p in active)):
-        parts = [p.rows(number) if p in active else [] for p in all_progress]
-        factors = [p.factor_of_loss for p in all_progress]
-        done = passes.backward(
-            model,
-            parts,
-            [x / max(p.counted, 1) for x, p in zip(factors, all_progress, strict=True)],
-            [mix_seed(mix_seed(p.stream, step), number) for p in all_progress]
-            if passes.joint
-            else None,
-        )
-        _share(all_progress, parts, factors, done)
+    """One optimiser step of the clients that still have steps to do.
+
+    In float16 a client whose gradients overflow computes the step again with a smaller scale; the
+    others keep theirs.
+    """
+    began = time.perf_counter()
+    waiting = active
+    while waiting:
+        _add_gradients(model, runner, runs, waiting, step)
+        waiting = [run for run in waiting if run.overflows()]
+    for run in active:
+        run.end()
+    _book_time(active, time.perf_counter() - began)
 
 
-def _share(
-    all_progress: Sequence[LocalRun],
+def _add_gradients(
+    model: Any,
+    runner: PackedRunner,
+    runs: Sequence[LocalRun],
+    active: Sequence[LocalRun],
+    step: int,
+) -> None:
+    """The gradients of the active clients' losses in a step, micro-batch by micro-batch.
+
+    A client's loss is the mean over all labelled tokens of the step, so each micro-batch adds the
+    sum over its own tokens divided by the step's number of them.
+    """
+    for number in range(max(len(run.micro) for run in active)):
+        # A client that has nothing to do keeps its slot, with no rows in it.
+        parts = [run.rows(number) if run in active else [] for run in runs]
+        factors = [run.factor_of_loss for run in runs]
+        weights = [x / max(run.counted, 1) for x, run in zip(factors, runs, strict=True)]
+        seeds = [mix_seed(mix_seed(run.stream, step), number) for run in runs]
+        result = runner.backward(model, parts, weights, seeds if runner.joint else None)
+        _book_pass(runs, parts, factors, result)
+
+
+def _book_pass(
+    runs: Sequence[LocalRun],
     parts: Sequence[Sequence[Tokens]],
     factors: Sequence[float],
-    done: PassResult,
+    result: PassResult,
 ) -> None:
-    """Book a pass: losses, and the computed by the rows each client had in it."""
-    rows = [sum(len(row["input_ids"]) for row in part) for part in parts]
-    for p, loss, tokens, factor in zip(all_progress, done.losses, rows, factors, strict=True):
-        p.value += loss / factor
-        p.computed += done.computed * tokens / sum(rows)
+    """Book a pass: losses, and the computed tokens by the tokens each client had in it."""
+    tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
+    for run, loss, own, factor in zip(runs, result.losses, tokens, factors, strict=True):
+        run.value += loss / factor
+        run.computed += result.computed * own / sum(tokens)
 
 
-def _took(active: Sequence[LocalRun], seconds: float) -> None:
+def _book_time(active: Sequence[LocalRun], seconds: float) -> None:
     """Book a step's time, by tokens."""
-    tokens = [sum(len(row["input_ids"]) for rows in p.micro for row in rows) for p in active]
-    for p, count in zip(active, tokens, strict=True):
-        p.seconds += seconds * count / sum(tokens)
+    tokens = [sum(len(row["input_ids"]) for rows in run.micro for row in rows) for run in active]
+    for run, count in zip(active, tokens, strict=True):
+        run.seconds += seconds * count / sum(tokens)
 
 
 def train(model: Any, dataset: Sequence[Tokens], budget: LocalTraining) -> dict[str, Any]:
