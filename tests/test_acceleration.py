@@ -18,7 +18,16 @@ from fedlora.model.acceleration import accelerate
 from fedlora.model.dtype import resolve_dtype
 from fedlora.model.passes import runner_of
 from fedlora.model.rms_norm import fast_norm
-from test_cohort import RANKS, TOGETHER, base_of, budgets_of, close, rows_of, seats_of, trained
+from test_cohort import (
+    RANKS,
+    TOGETHER,
+    base_of,
+    budgets_of,
+    client_adapters_of,
+    close,
+    rows_of,
+    trained,
+)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -29,16 +38,16 @@ def test_recomputed_activations_give_the_same(name: str, dropout: float) -> None
         base = base_of(name, dropout)
         accelerate(base.model, Config(gradient_checkpointing=checkpointing))
         data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-        seats = seats_of(base, dropout=dropout)
-        ends.append(trained(base, seats, data, budgets_of(), TOGETHER))
-        kept.append(kept_by(base, seats, data[0]))
+        client_adapters = client_adapters_of(base, dropout=dropout)
+        ends.append(trained(base, client_adapters, data, budgets_of(), TOGETHER))
+        kept.append(kept_by(base, client_adapters, data[0]))
     close(ends[1], ends[0], 1e-5)
     assert kept[1] < 0.5 * kept[0]
 
 
-def kept_by(base: Any, seats: Any, rows: Any) -> int:
+def kept_by(base: Any, client_adapters: Any, rows: Any) -> int:
     """Bytes that a forward pass of one client keeps for the backward pass."""
-    base.load_clients([], seats[:1])
+    base.load_clients([], client_adapters[:1])
     base.model.train()
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
@@ -75,7 +84,7 @@ def test_compiled_layers_give_the_same() -> None:
     for compiled in (False, True):
         base = base_of("llama")
         accelerate(base.model, Config(torch_compile=compiled))
-        ends.append(trained(base, seats_of(base), data, budgets, TOGETHER))
+        ends.append(trained(base, client_adapters_of(base), data, budgets, TOGETHER))
     close(ends[1], ends[0], 1e-4)
 
 

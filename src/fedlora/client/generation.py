@@ -34,9 +34,9 @@ def ends_of(model: Any, tokenizer: Any) -> Ends:
     own = getattr(model.generation_config, "eos_token_id", None)  # some models have several
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     end = _turn_end(tokenizer)
-    found = list(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else []
-    plain = tokenizer.decode(found, skip_special_tokens=True).strip()
-    special = [i for i in found if i in _specials(tokenizer)]
+    end_ids = list(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else []
+    plain = tokenizer.decode(end_ids, skip_special_tokens=True).strip()
+    special = [i for i in end_ids if i in _specials(tokenizer)]
     return Ends(frozenset({*ids, *special[:1]} if not plain else ids), plain)
 
 
@@ -99,8 +99,8 @@ def exact_matches(
         part = ordered[at : at + batch_size]
         own = [_ends_of_reference(turn.reference, ends, tokenizer, specials) for turn in part]
         prompts = [turn.prompt for turn in part]
-        found = _answers(model, tokenizer, prompts, max_new_tokens, [x for x, _ in own])
-        for turn, (mine, ended), ids in zip(part, own, found, strict=True):
+        answers = _answers(model, tokenizer, prompts, max_new_tokens, [x for x, _ in own])
+        for turn, (mine, ended), ids in zip(part, own, answers, strict=True):
             said = ids if ended else ids[: len(turn.reference)]
             right += _text(said, mine, tokenizer) == _text(turn.reference, mine, tokenizer)
     return right
@@ -144,8 +144,8 @@ def generate(
     `batching`.
     """
     ends = ends_of(model, tokenizer)
-    found = _answers(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
-    return [_text(ids, ends, tokenizer) for ids in found]
+    answers = _answers(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
+    return [_text(ids, ends, tokenizer) for ids in answers]
 
 
 def _answers(
@@ -160,7 +160,7 @@ def _answers(
     for group in _answer_groups(model, tokenizer, prompts, max_new_tokens):
         ids, mask = _left_padded([prompts[i] for i in group], tokenizer.pad_token_id)
         stops = frozenset.intersection(*(ends[i].ids for i in group))
-        found = _generate_tokens(
+        sequences = _generate_tokens(
             model,
             ids,
             mask,
@@ -169,7 +169,7 @@ def _answers(
             eos_token_id=sorted(stops) or NEVER,
             stopping_criteria=[_stopping_rule([ends[i] for i in group], ids.shape[1], tokenizer)],
         )
-        out |= dict(zip(group, found[:, ids.shape[1] :].tolist(), strict=True))
+        out |= dict(zip(group, sequences[:, ids.shape[1] :].tolist(), strict=True))
     return [out[i] for i in range(len(prompts))]
 
 

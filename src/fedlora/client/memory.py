@@ -115,9 +115,9 @@ def memory_available(device: torch.device) -> int:
     """Bytes that are free now, on the GPU or in the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = Path("/proc/meminfo")
-    if found.exists():
-        lines = dict(line.split(":", 1) for line in found.read_text().splitlines() if ":" in line)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         return int(lines["MemAvailable"].split()[0]) * 1024
     return 4 * 2**30
 

@@ -133,10 +133,10 @@ def _position_offset(
     for offset in (0, padding + 1):
         try:
             with computing_in(configs, alone.dtype):
-                found = packed(rows, offset)
+                logits = packed(rows, offset)
         except Exception:  # as positions beyond a table
             continue
-        if nearly_equal(found, alone, alone.dtype) and keeps_samples_apart(
+        if nearly_equal(logits, alone, alone.dtype) and keeps_samples_apart(
             model, rows, partial(packed, rows, offset)
         ):
             return offset
@@ -170,11 +170,11 @@ def keeps_samples_apart(model: Any, rows: Sequence[Tokens], packed: Callable[[],
 
     handle = model.get_input_embeddings().register_forward_hook(poison)
     try:
-        found = packed()
+        logits = packed()
     finally:
         handle.remove()
     counts = [1 if "label" in row else len(row["input_ids"]) - 1 for row in rows]
-    first, second, third = (torch.isfinite(x) for x in found.split(counts))
+    first, second, third = (torch.isfinite(x) for x in logits.split(counts))
     return bool(first.all() and third.all() and not second.any())
 
 

@@ -377,7 +377,7 @@ class PackedRunner:
 
         try:
             with self.client_rows.without_clients():
-                found = packing.examine(
+                verdict = packing.examine(
                     model,
                     self._configs,
                     self._rotary,
@@ -385,9 +385,10 @@ class PackedRunner:
                     lambda rows: self._own_pass(model, rows)[1],
                     None if self.trunk is None else packed,
                 )
-                self.packed, self.offset, self.together = found.packed, found.offset, found.together
-                self.longest, self.longest_padded = found.longest, found.longest_padded
-                self.auxiliary = found.auxiliary
+                self.packed, self.offset = verdict.packed, verdict.offset
+                self.together = verdict.together
+                self.longest, self.longest_padded = verdict.longest, verdict.longest_padded
+                self.auxiliary = verdict.auxiliary
                 if self.packed:
                     self.joint = self._draws_nothing(model, rows) and not self.client_rows.mixing
         finally:
@@ -439,7 +440,7 @@ class PackedRunner:
 
 
 runner_of = PerModel(PackedRunner)
-"""How a model is run, `model -> PackedRunner`; found out once."""
+"""The runner of a model, `model -> PackedRunner`; made once for each."""
 
 
 def _streams_of(step: PlannedPass, seeds: Sequence[int]) -> list[int]:

@@ -77,14 +77,14 @@ class RotaryFactors:
         return self._find_class(model, length)
 
     def _find_class(self, model: Any, length: int) -> int:
-        found = self._run(model, length)
-        if found is None:  # beyond a table of positions, where no pass can be run
+        logits = self._run(model, length)
+        if logits is None:  # beyond a table of positions, where no pass can be run
             return -length
         for number, wanted in enumerate(self.results):
-            if nearly_equal(found[0], wanted, self.dtype, SAME_SHAPES):
+            if nearly_equal(logits[0], wanted, self.dtype, SAME_SHAPES):
                 return self._note(length, number)
         self.follow_longest = True
-        self.results.append(found[0])
+        self.results.append(logits[0])
         return self._note(length, len(self.results) - 1)
 
     def _note(self, length: int, number: int) -> int:
