@@ -27,7 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     "ten clients in one pass": {"cohort": 10},
     "padding and the head on all tokens, as transformers runs it": {"padded": True},
     "attention through torch's kernel, not products": {"kernel": True},
-    "transformers' RMSNorm": {"norm": True},
     "the frozen update added for every client, not once a round": {"refreeze": True},
     "recomputed activations (gradient_checkpointing)": {"checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
@@ -61,8 +60,6 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     logging.set_verbosity_error()
     if case.get("kernel"):
         fedlora.model.packed_attention.LONGEST_PRODUCT = 0
-    if case.get("norm"):
-        fedlora.model.passes.fast_norm = lambda module: None  # type: ignore[assignment]
     keys = json.loads(spec.read_text())["config"]
     keys |= {"dtype": case.get("dtype", "float32"), "cohort_size": 1, "num_threads": threads}
     session = assemble(Config(**keys))
@@ -83,18 +80,18 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
         fresh = fresh_factors(1, 0, client, Purpose.CLIENT_INIT, shapes)
         return {n: LowRank(fresh(n, rank), torch.zeros(m, rank)) for n, (m, _) in shapes.items()}
 
-    seats = [ClientAdapter(adapter(k, rank)) for k, rank in enumerate(ranks)]
+    client_adapters = [ClientAdapter(adapter(k, rank)) for k, rank in enumerate(ranks)]
     whole = adapter(99, 80)  # what lies frozen beside the base, of the rank it has after one round
     rows = [part.train for part in session.data.clients]
     size = case.get("cohort", 1)
 
     def one_round() -> int:
         tokens = 0
-        for at in range(0, len(seats), size):
-            together = list(range(len(seats)))[at : at + size]
+        for at in range(0, len(client_adapters), size):
+            together = list(range(len(client_adapters)))[at : at + size]
             again = {n: LowRank(x.A, x.B) for n, x in whole.items()}  # equal, but not known
             base.load_clients(
-                [again if case.get("refreeze") else whole], [seats[k] for k in together]
+                [again if case.get("refreeze") else whole], [client_adapters[k] for k in together]
             )
             budgets = [
                 Budget(client=k, per_device_train_batch_size=4, max_steps=2) for k in together

@@ -158,7 +158,7 @@ def trained(
     """A few steps of these clients in these groups: what each trained, and its metrics."""
     start, found = base.read_full_params(), dict[int, Any]()
     for group in groups:
-        seats = [
+        client_adapters = [
             ClientAdapter(adapter_of(base, 2 + k, k), scale=2.0, dropout=dropout, full_params=start)
             for k in group
         ]
@@ -173,13 +173,13 @@ def trained(
             )
             for k in group
         ]
-        base.load_clients([], seats)
+        base.load_clients([], client_adapters)
         metrics = train_cohort(base, [data[k] for k in group], budgets)
-        for place, k in enumerate(group):
-            values = base.read_full_params(place)
-            for n, x in base.read_adapter(place).items():
+        for slot, k in enumerate(group):
+            values = base.read_full_params(slot)
+            for n, x in base.read_adapter(slot).items():
                 values |= {f"{n}.A": x.A, f"{n}.B": x.B}
-            found[k] = values, metrics[place]
+            found[k] = values, metrics[slot]
     base.load_clients([], [])
     with torch.no_grad():
         for n, value in start.items():

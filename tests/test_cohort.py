@@ -149,8 +149,8 @@ def adapter_of(base: BaseModel, rank: int, client: int) -> dict[str, LowRank]:
     }
 
 
-def seats_of(base: BaseModel, **keys: Any) -> list[ClientAdapter]:
-    """One seat for each of `RANKS`; heads start alike."""
+def client_adapters_of(base: BaseModel, **keys: Any) -> list[ClientAdapter]:
+    """One client adapter for each of `RANKS`; heads start alike."""
     dense = base.read_full_params()
     return [
         ClientAdapter(adapter_of(base, rank, k), scale=2.0, full_params=dense, **keys)
@@ -173,7 +173,7 @@ Ends = list[tuple[dict[str, LowRank], dict[str, Tensor], dict[str, Any]]]
 
 def trained(
     base: BaseModel,
-    seats: Sequence[ClientAdapter],
+    client_adapters: Sequence[ClientAdapter],
     data: Sequence[Sequence[Tokens]],
     budgets: Sequence[Budget],
     groups: Sequence[Sequence[int]],
@@ -182,11 +182,11 @@ def trained(
     """Train these clients in these groups; adapter, head and metrics of each at its end."""
     found: dict[int, Any] = {}
     for group in groups:
-        base.load_clients(frozen, [seats[k] for k in group])
+        base.load_clients(frozen, [client_adapters[k] for k in group])
         metrics = train_cohort(base, [data[k] for k in group], [budgets[k] for k in group])
-        for place, k in enumerate(group):
-            found[k] = base.read_adapter(place), base.read_full_params(place), metrics[place]
-    return [found[k] for k in range(len(seats))]
+        for slot, k in enumerate(group):
+            found[k] = base.read_adapter(slot), base.read_full_params(slot), metrics[slot]
+    return [found[k] for k in range(len(client_adapters))]
 
 
 def close(one: Ends, other: Ends, tolerance: float) -> None:
@@ -204,11 +204,11 @@ def close(one: Ends, other: Ends, tolerance: float) -> None:
         assert (m["steps"], m["tokens"]) == (n["steps"], n["tokens"])
 
 
-def distance(one: Ends, seats: Sequence[ClientAdapter]) -> float:
+def distance(one: Ends, client_adapters: Sequence[ClientAdapter]) -> float:
     """How far the clients have come, relative to where they began."""
     return min(
         float((x[n].A - s.adapter[n].A).norm() / s.adapter[n].A.norm())
-        for (x, _, _), s in zip(one, seats, strict=True)
+        for (x, _, _), s in zip(one, client_adapters, strict=True)
         for n in x
         if "A" in s.trains
     )
@@ -221,13 +221,16 @@ TOGETHER = [list(range(len(RANKS)))]
 @pytest.mark.parametrize("name", MODELS)
 def test_fifty_steps_together_are_fifty_steps_alone(name: str) -> None:
     base = base_of(name)
-    seats, budgets = seats_of(base), budgets_of(max_steps=50, learning_rate=5e-4)
+    client_adapters, budgets = (
+        client_adapters_of(base),
+        budgets_of(max_steps=50, learning_rate=5e-4),
+    )
     data = [rows_of(name, 14, k) for k in range(len(RANKS))]
     assert runner_of(base.model).joint
-    alone = trained(base, seats, data, budgets, ALONE)
-    close(trained(base, seats, data, budgets, TOGETHER), alone, 1e-5)
-    close(trained(base, seats, data, budgets, [[2, 0], [3, 1]]), alone, 1e-5)
-    assert distance(alone, seats) > 1e-3
+    alone = trained(base, client_adapters, data, budgets, ALONE)
+    close(trained(base, client_adapters, data, budgets, TOGETHER), alone, 1e-5)
+    close(trained(base, client_adapters, data, budgets, [[2, 0], [3, 1]]), alone, 1e-5)
+    assert distance(alone, client_adapters) > 1e-3
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -246,14 +249,14 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_each_client_has_its_own(name: str, case: dict[str, Any]) -> None:
     base = base_of(name)
-    seats, budgets = seats_of(base), budgets_of(**case)
+    client_adapters, budgets = client_adapters_of(base), budgets_of(**case)
     data = [rows_of(name, 11 + k, k) for k in range(len(RANKS))]
-    alone = trained(base, seats, data, budgets, ALONE)
-    close(trained(base, seats, data, budgets, TOGETHER), alone, 1e-5)
+    alone = trained(base, client_adapters, data, budgets, ALONE)
+    close(trained(base, client_adapters, data, budgets, TOGETHER), alone, 1e-5)
     if case.get("max_steps") != -1:
         assert [m["steps"] for _, _, m in alone] == [6, 9, 4, 9]
     if "num_train_epochs" not in case and case.get("max_grad_norm") != 0:
-        plain = trained(base, seats, data, budgets_of(), ALONE)
+        plain = trained(base, client_adapters, data, budgets_of(), ALONE)
         moved = [
             float((x[n].A - y[n].A).norm())
             for (x, _, _), (y, _, _) in zip(alone, plain, strict=True)
@@ -267,13 +270,13 @@ def test_each_client_has_its_own(name: str, case: dict[str, Any]) -> None:
 def test_dropout_is_drawn_from_each_clients_own_stream(name: str, where: str) -> None:
     base = base_of(name, 0.2 if where == "in the base" else 0.0)
     assert runner_of(base.model).joint
-    seats = seats_of(base, dropout=0.0 if where == "in the base" else 0.3)
+    client_adapters = client_adapters_of(base, dropout=0.0 if where == "in the base" else 0.3)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
     budgets = budgets_of()
-    alone = trained(base, seats, data, budgets, ALONE)
-    close(trained(base, seats, data, budgets, TOGETHER), alone, 1e-5)
-    close(trained(base, seats, data, budgets, [[3, 1], [0, 2]]), alone, 1e-5)
-    other = trained(base, seats, data, [replace(b, seed=4) for b in budgets], ALONE)
+    alone = trained(base, client_adapters, data, budgets, ALONE)
+    close(trained(base, client_adapters, data, budgets, TOGETHER), alone, 1e-5)
+    close(trained(base, client_adapters, data, budgets, [[3, 1], [0, 2]]), alone, 1e-5)
+    other = trained(base, client_adapters, data, [replace(b, seed=4) for b in budgets], ALONE)
     name_of = next(iter(alone[0][0]))
     assert not torch.equal(other[0][0][name_of].B, alone[0][0][name_of].B)
 
@@ -282,25 +285,25 @@ def test_dropout_is_drawn_from_each_clients_own_stream(name: str, where: str) ->
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_frozen_factor_stays_to_the_bit(name: str, trains: str) -> None:
     base = base_of(name)
-    seats = seats_of(base, trains=trains)
+    client_adapters = client_adapters_of(base, trains=trains)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-    alone = trained(base, seats, data, budgets_of(), ALONE)
-    together = trained(base, seats, data, budgets_of(), TOGETHER)
+    alone = trained(base, client_adapters, data, budgets_of(), ALONE)
+    together = trained(base, client_adapters, data, budgets_of(), TOGETHER)
     close(together, alone, 1e-5)
-    for (x, _, _), seat in zip(together, seats, strict=True):
-        for n, began in seat.adapter.items():
+    for (x, _, _), client_adapter in zip(together, client_adapters, strict=True):
+        for n, began in client_adapter.adapter.items():
             assert torch.equal(x[n].A, began.A) == (trains == "B")
             assert torch.equal(x[n].B, began.B) == (trains == "A")
 
 
 def test_a_client_may_leave_modules_out() -> None:
     base = base_of("llama")
-    seats = seats_of(base)
-    some = {n: x for n, x in seats[1].adapter.items() if n.endswith("q_proj")}
-    seats[1] = replace(seats[1], adapter=some)
+    client_adapters = client_adapters_of(base)
+    some = {n: x for n, x in client_adapters[1].adapter.items() if n.endswith("q_proj")}
+    client_adapters[1] = replace(client_adapters[1], adapter=some)
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    alone = trained(base, seats, data, budgets_of(), ALONE)
-    together = trained(base, seats, data, budgets_of(), TOGETHER)
+    alone = trained(base, client_adapters, data, budgets_of(), ALONE)
+    together = trained(base, client_adapters, data, budgets_of(), TOGETHER)
     assert together[1][0].keys() == some.keys()
     close(together, alone, 1e-5)
 
@@ -356,11 +359,13 @@ def test_in_bfloat16_a_shared_branch_gives_what_merging_gives_in_float32() -> No
         layer = next(iter(base.layers.values()))
         assert (layer.branch is not None) == (base is narrow)
         budgets = budgets_of(learning_rate=1e-4)
-        ends.append(trained(base, seats_of(base), data, budgets, TOGETHER, [whole]))
+        ends.append(trained(base, client_adapters_of(base), data, budgets, TOGETHER, [whole]))
     for (_, _, m), (_, _, n) in zip(*ends, strict=True):
         assert m["loss"] == pytest.approx(n["loss"], rel=2e-2)
     # And without S the loss is another, by more than that.
-    without = trained(narrow, seats_of(narrow), data, budgets_of(learning_rate=1e-4), TOGETHER)
+    without = trained(
+        narrow, client_adapters_of(narrow), data, budgets_of(learning_rate=1e-4), TOGETHER
+    )
     assert abs(without[0][2]["loss"] - ends[0][0][2]["loss"]) > 1e-3
 
 
@@ -368,11 +373,11 @@ def test_in_bfloat16_a_shared_branch_gives_what_merging_gives_in_float32() -> No
 def test_frozen_parts_are_added_once(dtype: torch.dtype) -> None:
     base = base_of("llama", dtype=dtype)
     whole = whole_update(base, 6, dense=False)
-    base.load_clients([whole], seats_of(base))
+    base.load_clients([whole], client_adapters_of(base))
     layer = next(iter(base.layers.values()))
     held = layer.merged if dtype == torch.float32 else layer.branch
     assert held is not None
-    base.load_clients([{}, whole], seats_of(base))
+    base.load_clients([{}, whole], client_adapters_of(base))
     assert (layer.merged if dtype == torch.float32 else layer.branch) is held
     base.load_clients([dict(whole_update(base, 6, dense=False))], [])
     assert (layer.merged if dtype == torch.float32 else layer.branch) is not held
@@ -397,17 +402,17 @@ def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
     targets = find_targets(model, "all-linear", "opt", None, [], "CAUSAL_LM")
     base = attach(model, None, targets)
     assert not runner_of(base.model).packed
-    base.load_clients([], seats_of(base))
+    base.load_clients([], client_adapters_of(base))
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
     with pytest.raises(MixedRowsError, match="one client at a time"):
         train_cohort(base, data, budgets_of())
-    ends = trained(base, seats_of(base), data, budgets_of(), ALONE)
+    ends = trained(base, client_adapters_of(base), data, budgets_of(), ALONE)
     assert all(m["padding"] > 0 for _, _, m in ends)
 
 
 def test_several_clients_on_rows_that_nobody_divided_are_refused() -> None:
     base = base_of("llama")
-    base.load_clients([], seats_of(base))
+    base.load_clients([], client_adapters_of(base))
     with pytest.raises(MixedRowsError, match="cannot be told apart"):
         base.model(input_ids=torch.ones(1, 3, dtype=torch.long))
 
@@ -493,10 +498,10 @@ def test_a_pass_without_padding_scores_as_the_model_does(name: str) -> None:
 def test_the_head_in_chunks_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama")
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    whole = trained(base, seats_of(base), data, budgets_of(), TOGETHER)
+    whole = trained(base, client_adapters_of(base), data, budgets_of(), TOGETHER)
     monkeypatch.setattr("fedlora.model.head.CHUNK_NUMBERS", 64 * 100)
     assert max(count_labelled(rows) for rows in data) > 64
-    close(trained(base, seats_of(base), data, budgets_of(), TOGETHER), whole, 1e-5)
+    close(trained(base, client_adapters_of(base), data, budgets_of(), TOGETHER), whole, 1e-5)
 
 
 @pytest.mark.parametrize("longest", [0, 512])
@@ -512,7 +517,7 @@ def test_both_ways_to_compute_attention_agree(
     passes = runner_of(base.model)
     for packed in (True, False):
         monkeypatch.setattr(passes, "packed", packed)
-        base.load_clients([], seats_of(base)[:1])
+        base.load_clients([], client_adapters_of(base)[:1])
         passes.backward(base.model, [rows], [0.1])
         gradients.append({n: p.grad for n, p in base.parameters_of(0) if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -555,8 +560,8 @@ def test_the_public_trainer_is_a_cohort_of_one() -> None:
     base.load([], adapter_of(base, 6, 0), 2.0)
     train(base.model, data, budget)
     one = base.read_adapter()
-    seats = seats_of(base)
-    (other, _, _), *_ = trained(base, seats[:1], [data], [budget], [[0]])
+    client_adapters = client_adapters_of(base)
+    (other, _, _), *_ = trained(base, client_adapters[:1], [data], [budget], [[0]])
     assert all(torch.equal(one[n].A, other[n].A) for n in one)
     assert all(torch.equal(one[n].B, other[n].B) for n in one)
 
@@ -565,7 +570,7 @@ def test_the_public_trainer_is_a_cohort_of_one() -> None:
 def test_padding_is_reported(name: str) -> None:
     base = base_of(name)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-    ends = trained(base, seats_of(base), data, budgets_of(), TOGETHER)
+    ends = trained(base, client_adapters_of(base), data, budgets_of(), TOGETHER)
     assert [m["padding"] for _, _, m in ends] == [0.0] * len(RANKS)
 
 

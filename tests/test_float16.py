@@ -58,7 +58,7 @@ def change_of(
         )
         for name, (m, n) in base.targets.shapes.items()
     }
-    seat = ClientAdapter(adapter, scale=2.0, full_params=base.read_full_params())
+    client_adapter = ClientAdapter(adapter, scale=2.0, full_params=base.read_full_params())
     budget = Budget(
         max_steps=1,
         learning_rate=RATE,
@@ -66,14 +66,14 @@ def change_of(
         max_grad_norm=0.0,
         per_device_train_batch_size=6,
     )
-    base.load_clients([], [seat] * clients)
+    base.load_clients([], [client_adapter] * clients)
     train_cohort(base, rows, [budget] * clients)
     out = []
     for k in range(clients):
         ended, dense = base.read_adapter(k), base.read_full_params(k)
         parts = [(ended[n].A - x.A).flatten() for n, x in adapter.items()]
         parts += [(ended[n].B - x.B).flatten() for n, x in adapter.items()]
-        parts += [(dense[n] - x).flatten() for n, x in seat.full_params.items()]
+        parts += [(dense[n] - x).flatten() for n, x in client_adapter.full_params.items()]
         out.append(torch.cat(parts) * tokens)
     return torch.stack(out)
 

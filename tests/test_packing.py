@@ -501,17 +501,19 @@ def ends(base: BaseModel, data: Sequence[Sequence[Tokens]], groups: Sequence[Seq
     """Each client's trained factors as one vector, and its losses."""
     out: dict[int, Any] = {}
     for group in groups:
-        seats = [ClientAdapter(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group]
-        base.load_clients([], seats)
+        client_adapters = [
+            ClientAdapter(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group
+        ]
+        base.load_clients([], client_adapters)
         budgets = [
             Budget(client=k, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, seed=3)
             for k in group
         ]
         metrics = train_cohort(base, [data[k] for k in group], budgets)
-        for place, k in enumerate(group):
-            x = base.read_adapter(place)
+        for slot, k in enumerate(group):
+            x = base.read_adapter(slot)
             flat = torch.cat([f.flatten() for y in x.values() for f in (y.A, y.B)])
-            out[k] = flat, metrics[place]["loss"]
+            out[k] = flat, metrics[slot]["loss"]
     return [out[k] for k in sorted(out)]
 
 
@@ -554,16 +556,16 @@ def test_modules_trained_whole_beside_rows_that_run_padded(name: str) -> None:
     for groups in ([[0], [1], [2]], [[0, 1, 2]]):
         found: dict[int, Any] = {}
         for group in groups:
-            seats = [
+            client_adapters = [
                 ClientAdapter(adapter_of(base, k), dropout=0.2, full_params=start) for k in group
             ]
-            base.load_clients([], seats)
+            base.load_clients([], client_adapters)
             budgets = [
                 Budget(client=k, per_device_train_batch_size=4, max_steps=3, learning_rate=2e-3)
                 for k in group
             ]
             train_cohort(base, [data[k] for k in group], budgets)
-            found |= {k: base.read_full_params(place) for place, k in enumerate(group)}
+            found |= {k: base.read_full_params(slot) for slot, k in enumerate(group)}
         dense.append(found)
     one, all_ = dense
     for k in range(3):

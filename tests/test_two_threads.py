@@ -14,6 +14,14 @@ from safetensors.torch import save
 from fedlora.client.trainer import Budget, train
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
+from fedlora.model.client_rows import ClientRows
+from fedlora.model.packed_attention import (
+    PackingError,
+    attending,
+    recomputing,
+    running_samples,
+)
+from fedlora.model.sample_groups import samples_of
 from fedlora.model.targets import find_targets
 from fedlora.model.wide import computing_in
 
@@ -133,3 +141,21 @@ def test_what_is_known_of_a_model_is_forgotten_with_it(tmp_path: Path) -> None:
     gc.collect()
     assert gone() is None
     assert known(torch.nn.Linear(1, 1)) == 2
+
+
+def test_a_layer_computed_again_in_another_thread_attends_to_what_it_attended_to() -> None:
+    client_rows, samples = ClientRows(), samples_of([3, 4], [0, 0])
+    with attending(samples, client_rows):
+        _, again = recomputing(client_rows)
+    seen = list[object]()
+
+    def backward() -> None:
+        with again:
+            seen.append(running_samples())
+        with pytest.raises(PackingError, match="no packed pass is running"):
+            running_samples()
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert seen == [samples]

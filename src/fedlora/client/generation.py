@@ -34,9 +34,9 @@ def ends_of(model: Any, tokenizer: Any) -> Ends:
     own = getattr(model.generation_config, "eos_token_id", None)  # some models have several
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     end = _turn_end(tokenizer)
-    found = list(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else []
-    plain = tokenizer.decode(found, skip_special_tokens=True).strip()
-    special = [i for i in found if i in _specials(tokenizer)]
+    end_ids = list(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else []
+    plain = tokenizer.decode(end_ids, skip_special_tokens=True).strip()
+    special = [i for i in end_ids if i in _specials(tokenizer)]
     return Ends(frozenset({*ids, *special[:1]} if not plain else ids), plain)
 
 
@@ -99,8 +99,8 @@ def exact_matches(
         part = ordered[at : at + batch_size]
         own = [_ends_of_reference(turn.reference, ends, tokenizer, specials) for turn in part]
         prompts = [turn.prompt for turn in part]
-        found = _generated(model, tokenizer, prompts, max_new_tokens, [x for x, _ in own])
-        for turn, (mine, ended), ids in zip(part, own, found, strict=True):
+        answers = _answers(model, tokenizer, prompts, max_new_tokens, [x for x, _ in own])
+        for turn, (mine, ended), ids in zip(part, own, answers, strict=True):
             said = ids if ended else ids[: len(turn.reference)]
             right += _text(said, mine, tokenizer) == _text(turn.reference, mine, tokenizer)
     return right
@@ -144,11 +144,11 @@ def generate(
     `batching`.
     """
     ends = ends_of(model, tokenizer)
-    found = _generated(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
-    return [_text(ids, ends, tokenizer) for ids in found]
+    answers = _answers(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
+    return [_text(ids, ends, tokenizer) for ids in answers]
 
 
-def _generated(
+def _answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -157,23 +157,23 @@ def _generated(
 ) -> list[list[int]]:
     """The tokens that follow each prompt."""
     out: dict[int, list[int]] = {}
-    for group in _groups(model, tokenizer, prompts, max_new_tokens):
+    for group in _answer_groups(model, tokenizer, prompts, max_new_tokens):
         ids, mask = _left_padded([prompts[i] for i in group], tokenizer.pad_token_id)
         stops = frozenset.intersection(*(ends[i].ids for i in group))
-        found = _run(
+        sequences = _generate_tokens(
             model,
             ids,
             mask,
             tokenizer.pad_token_id,
             max_new_tokens,
             eos_token_id=sorted(stops) or NEVER,
-            stopping_criteria=[_stop_at([ends[i] for i in group], ids.shape[1], tokenizer)],
+            stopping_criteria=[_stopping_rule([ends[i] for i in group], ids.shape[1], tokenizer)],
         )
-        out |= dict(zip(group, found[:, ids.shape[1] :].tolist(), strict=True))
+        out |= dict(zip(group, sequences[:, ids.shape[1] :].tolist(), strict=True))
     return [out[i] for i in range(len(prompts))]
 
 
-def _run(
+def _generate_tokens(
     model: Any, ids: Tensor, mask: Tensor, padding: int, max_new_tokens: int, **keys: Any
 ) -> Any:
     device = next(model.parameters()).device
@@ -189,7 +189,7 @@ def _run(
     )
 
 
-def _stop_at(ends: Sequence[Ends], begin: int, tokenizer: Any) -> Callable[..., Tensor]:
+def _stopping_rule(ends: Sequence[Ends], begin: int, tokenizer: Any) -> Callable[..., Tensor]:
     """Says of each row whether it has come to its own end."""
 
     def stop(ids: Tensor, scores: Any, **others: Any) -> Tensor:
@@ -226,22 +226,25 @@ _batchings = PerModel[dict[int, str]](lambda model: {})
 """Of each model what `batching` has found, by the length that was tried."""
 
 
-def _groups(
+def _answer_groups(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
-    """Prompts that are answered together: all, those of one length, or each alone."""
-    everybody = list(range(len(prompts)))
+    """Numbers of the prompts that are answered together: all, those of one length, or each alone.
+
+    Answers count with their prompts, because a model whose rotary factors follow the longest sample
+    (longrope) changes them where the longest answer gets to.
+    """
+    numbers = list(range(len(prompts)))
     if len(prompts) == 1:
-        return [everybody]
-    # With their answers: rotary factors may change (longrope) where the longest of them gets to.
+        return [numbers]
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
     how = batching(model, tokenizer, longest)
+    if how == PADDED:
+        return [numbers]
     if how == ALONE:
-        return [[i] for i in everybody]
+        return [[i] for i in numbers]
     lengths = sorted({len(prompt) for prompt in prompts})
-    if how == PADDED or len(lengths) == 1:
-        return [everybody]
-    return [[i for i in everybody if len(prompts[i]) == n] for n in lengths]
+    return [[i for i in numbers if len(prompts[i]) == length] for length in lengths]
 
 
 def batching(model: Any, tokenizer: Any, longest: int) -> str:
@@ -259,7 +262,7 @@ def batching(model: Any, tokenizer: Any, longest: int) -> str:
         if length in known:
             return known[length]
         try:
-            known[length] = _try(model, tokenizer, max(length - _STEPS, 2))
+            known[length] = _tried_batching(model, tokenizer, max(length - _STEPS, 2))
         except Exception:  # whatever an architecture stumbles over, it answers one prompt
             continue
         return known[length]
@@ -268,34 +271,40 @@ def batching(model: Any, tokenizer: Any, longest: int) -> str:
 
 
 @torch.no_grad()
-def _try(model: Any, tokenizer: Any, longest: int) -> str:
+def _tried_batching(model: Any, tokenizer: Any, longest: int) -> str:
+    """What `batching` says of prompts of up to `longest` tokens, by answering a few random ones.
+
+    Three questions: does a long prompt get the logits it gets alone when another of its length is
+    beside it; does a short prompt padded to the long one's length get the same whatever stands in
+    the padding; and the same as without padding?
+    """
     source = torch.Generator().manual_seed(0)
     vocabulary, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
 
-    def drawn(number: int) -> list[int]:
-        ids = torch.randint(vocabulary, (number,), generator=source).tolist()
+    def random_prompt(length: int) -> list[int]:
+        ids = torch.randint(vocabulary, (length,), generator=source).tolist()
         return [i if i != padding else (i + 1) % vocabulary for i in ids]
-
-    short, long, beside = drawn(min(_SHORT, longest - 1)), drawn(longest), drawn(longest)
-    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    leak, rounding = (1e-5, 1e-3) if wide else (1e-2, 5e-2)
 
     def logits(*prompts: list[int]) -> list[tuple[Tensor, int]]:
         return _logits(model, *_left_padded(prompts, padding), padding)
 
-    if not _alike(logits(long, beside), logits(long), rounding):
+    short = random_prompt(min(_SHORT, longest - 1))
+    long, beside = random_prompt(longest), random_prompt(longest)
+    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    leak, rounding = (1e-5, 1e-3) if wide else (1e-2, 5e-2)
+    if not _same_answers(logits(long, beside), logits(long), rounding):
         return ALONE
     ids, mask = _left_padded([short, long], padding)
-    other = torch.where(mask.bool(), ids, torch.tensor([beside, beside]))
-    one, two = (_logits(model, x, mask, padding) for x in (ids, other))
-    # What stands in the padding must not matter, and how much there is must not either.
-    free = _alike(one, two, leak) and _alike(one, logits(short), rounding)
-    return PADDED if free else EQUAL
+    other_padding = torch.where(mask.bool(), ids, torch.tensor([beside, beside]))
+    one = _logits(model, ids, mask, padding)
+    other = _logits(model, other_padding, mask, padding)
+    unread = _same_answers(one, other, leak) and _same_answers(one, logits(short), rounding)
+    return PADDED if unread else EQUAL
 
 
 def _logits(model: Any, ids: Tensor, mask: Tensor, padding: int) -> list[tuple[Tensor, int]]:
     """The first row's logits of a few steps, and the token that follows each."""
-    out = _run(
+    out = _generate_tokens(
         model,
         ids,
         mask,
@@ -308,9 +317,10 @@ def _logits(model: Any, ids: Tensor, mask: Tensor, padding: int) -> list[tuple[T
     return [(x[0].double(), int(x[0].argmax())) for x in out.logits]
 
 
-def _alike(
+def _same_answers(
     one: Sequence[tuple[Tensor, int]], other: Sequence[tuple[Tensor, int]], bound: float
 ) -> bool:
+    """Whether logits agree to a share of their size, as long as both go on with the same token."""
     for (x, token), (y, same) in zip(one, other, strict=True):
         if float((x - y).abs().max()) > bound * float((y - y.mean()).abs().max()):
             return False

@@ -47,32 +47,55 @@ def largest_need(
 ) -> MemoryNeed:
     """What the largest micro-batch any client can have keeps, by a forward pass of its longest row.
 
+    One row is measured and the others are reckoned by their tokens, so that finding out what fits
+    needs less memory than what is going to be run.
+
     Args:
         base: the model; it holds no adapters afterwards.
         clients: of each its rows, its micro-batch's size and its rank; at least one with rows.
         seed: of the adapter that is tried.
     """
+    with_rows = [client for client in clients if client[0]]
+    batch = max((_longest_rows(rows, size) for rows, size, _ in with_rows), key=_tokens)
+    row = max(batch, key=lambda row: len(row["input_ids"]))
+    adapter = _fresh_adapter(base, max(rank for _, _, rank in with_rows), seed)
+    base.load_clients([], [ClientAdapter(adapter, full_params=base.read_full_params())])
+    kept = _bytes_kept(base, row)
+    trained = sum(p.numel() for _, p in base.parameters_of(0))
+    base.load_clients([], [])
+    usual = [min(size, len(rows)) * _tokens(rows) / len(rows) for rows, size, _ in with_rows]
+    return MemoryNeed(
+        tokens=round(sum(usual) / len(usual)),
+        activations=kept * _tokens(batch) // len(row["input_ids"]),
+        state=_STATE_BYTES * trained,
+    )
 
-    def longest(rows: Sequence[Tokens], size: int) -> list[Tokens]:
-        return sorted(rows, key=lambda row: len(row["input_ids"]))[-size:]
 
-    batches = [longest(rows, size) for rows, size, _ in clients if rows]
-    batch = max(batches, key=_tokens)
-    rank = max(rank for rows, _, rank in clients if rows)
+def _longest_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
+    return sorted(rows, key=lambda row: len(row["input_ids"]))[-number:]
+
+
+def _fresh_adapter(base: BaseModel, rank: int, seed: int) -> Adapter:
+    """An adapter of this rank for every target module, as a client's first one is."""
     draw = fresh_factors(seed, 0, 0, Purpose.CLIENT_INIT, base.targets.shapes)
-    adapter: Adapter = {
+    return {
         name: LowRank(draw(name, rank), torch.zeros(m, rank))
         for name, (m, _) in base.targets.shapes.items()
     }
-    base.load_clients([], [ClientAdapter(adapter, full_params=base.read_full_params())])
-    row = max(batch, key=lambda row: len(row["input_ids"]))
-    known = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
-    kept: dict[int, int] = {}
+
+
+def _bytes_kept(base: BaseModel, row: Tokens) -> int:
+    """Bytes that a training pass of one row keeps for its backward pass, the weights aside.
+
+    Tensors that share memory are counted once, by the address of what they share.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    sizes: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
-        where = x.untyped_storage()
-        if where.data_ptr() not in known:
-            kept[where.data_ptr()] = where.nbytes()
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return x
 
     base.model.train()
@@ -81,11 +104,7 @@ def largest_need(
         out = runner_of(base.model).forward(base.model, [row])
     del out
     base.model.eval()
-    numbers = sum(p.numel() for _, p in base.parameters_of(0))
-    base.load_clients([], [])
-    activations = sum(kept.values()) * _tokens(batch) // len(row["input_ids"])
-    usual = [min(size, len(rows)) * _tokens(rows) / len(rows) for rows, size, _ in clients if rows]
-    return MemoryNeed(round(sum(usual) / len(usual)), activations, _STATE_BYTES * numbers)
+    return sum(sizes.values())
 
 
 def _tokens(rows: Sequence[Tokens]) -> int:
@@ -96,9 +115,9 @@ def memory_available(device: torch.device) -> int:
     """Bytes that are free now, on the GPU or in the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = Path("/proc/meminfo")
-    if found.exists():
-        lines = dict(line.split(":", 1) for line in found.read_text().splitlines() if ":" in line)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         return int(lines["MemAvailable"].split()[0]) * 1024
     return 4 * 2**30
 

@@ -169,12 +169,12 @@ FLOAT16_LEAST = 2.0**-8
 
 
 class LocalRun:
-    """A trainee's optimiser, batches and figures.
+    """One client's training in a round: its optimiser, its batches, and what they gave so far.
 
     Args:
         trainee: whose.
         undecayed: which parameters have no weight decay.
-        scale: of the gradient of a token's loss; None: that of the mean is taken as it is.
+        scale: beside a base in float16, of the gradient of a token's loss; else None.
     """
 
     def __init__(
@@ -186,84 +186,91 @@ class LocalRun:
         self.steps = budget.steps(len(trainee.dataset))
         self.factor = schedule(budget, self.steps)
         self.batches = batches(trainee.dataset, budget, self.steps)
-        kinds: dict[Any, list[torch.nn.Parameter]] = {}
-        for name, p in trainee.parameters:
-            kinds.setdefault((undecayed(name), p.dtype, p.device), []).append(p)
-        self.flats = [FlatParameters(parameters) for parameters in kinds.values()]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [flat.value], "weight_decay": 0.0 if free else budget.weight_decay}
-                for (free, *_), flat in zip(kinds, self.flats, strict=True)
-            ],
-            lr=budget.learning_rate,
-            betas=(budget.adam_beta1, budget.adam_beta2),
-            eps=budget.adam_epsilon,
-            fused=True,
-        )
+        self.flats, self.optimizer = _optimizer(trainee.parameters, undecayed, budget)
         self.anchors = [f.value.clone() for f in self.flats] if budget.proximal_mu else []
         self.stream = integer(budget.seed, budget.round, budget.client, Purpose.DROPOUT)
+        self.scale = scale
+        # Of the step that runs: its rows, the number of labelled tokens in them, and its loss.
+        self.micro_batches: list[list[Tokens]] = []
+        self.labelled, self.loss = 0, 0.0
+        # Of all steps: tokens without padding, tokens computed (padding among them), its time.
         self.losses = list[float]()
-        self.micro: list[list[Tokens]] = []
-        self.counted, self.value, self.tokens, self.computed = 0, 0.0, 0, 0.0
-        self.seconds, self.computed_before, self.scale = 0.0, 0.0, scale
+        self.tokens, self.computed, self.computed_before, self.seconds = 0, 0.0, 0.0, 0.0
 
     @property
-    def factor_of_loss(self) -> float:
-        """What the mean over the step's tokens is multiplied by, a power of two."""
+    def loss_scale(self) -> float:
+        """What the step's loss is multiplied by, beside a base in float16.
+
+        It is a power of two, so that dividing by it again is exact, near `scale` times the number
+        of labelled tokens, so that what flows through the base is of the size of a token's loss.
+        """
         if self.scale is None:
             return 1.0
-        return self.scale * 2.0 ** math.floor(math.log2(max(self.counted, 1)))
+        return self.scale * 2.0 ** math.floor(math.log2(max(self.labelled, 1)))
 
     def overflows(self) -> bool:
         """Whether the step's gradients do; they are then dropped, and a smaller scale is taken."""
         grads = [flat.value.grad for flat in self.flats]
-        if self.scale is None or self.scale < FLOAT16_LEAST or not math.isfinite(self.value):
+        if self.scale is None or self.scale < FLOAT16_LEAST or not math.isfinite(self.loss):
             return False
         if all(bool(g.isfinite().all()) for g in grads if g is not None):
             return False
         self.optimizer.zero_grad(set_to_none=False)
-        self.scale, self.value, self.computed = self.scale / 16, 0.0, self.computed_before
+        self.scale, self.loss, self.computed = self.scale / 16, 0.0, self.computed_before
         return True
 
     def begin(self) -> bool:
         """Take the next step's micro-batches; whether there is one."""
-        self.micro = next(self.batches, [])
-        self.counted, self.value = sum(count_labelled(rows) for rows in self.micro), 0.0
-        self.computed_before = self.computed
-        return bool(self.micro)
+        self.micro_batches = next(self.batches, [])
+        self.labelled = sum(count_labelled(rows) for rows in self.micro_batches)
+        self.loss, self.computed_before = 0.0, self.computed
+        return bool(self.micro_batches)
 
     def rows(self, number: int) -> Sequence[Tokens]:
         """The micro-batch of this number, if this step has it."""
-        return self.micro[number] if number < len(self.micro) else []
+        return self.micro_batches[number] if number < len(self.micro_batches) else []
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the step that runs, without padding."""
+        return sum(len(row["input_ids"]) for rows in self.micro_batches for row in rows)
 
     def end(self) -> None:
-        """The optimiser's step."""
+        """Finish the step: the other terms of the loss, clipping, the optimiser, the figures."""
         budget, step = self.trainee.budget, len(self.losses)
         for group in self.optimizer.param_groups:
             group["lr"] = budget.learning_rate * self.factor(step)
-        values = [flat.value for flat in self.flats]
+        self._finish_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.losses.append(self.loss)
+        self.tokens += self.step_tokens
+        if budget.on_step:
+            budget.on_step(step + 1, self.steps, self.loss, self.step_tokens)
+
+    def _finish_gradients(self) -> None:
+        """Undo the scale, add the rank penalty and FedProx's term, clip by the global norm.
+
+        FedProx's `mu/2 ||theta - theta_0||^2` enters by its gradient `mu (theta - theta_0)` alone:
+        it is no part of the loss that is reported.
+        """
+        budget, values = self.trainee.budget, [flat.value for flat in self.flats]
         if self.scale is not None:
             for value in values:
                 assert value.grad is not None
-                value.grad.mul_(1 / self.factor_of_loss)
+                value.grad.mul_(1 / self.loss_scale)
         if budget.tail_penalty:
             penalty = tail_penalty(self.trainee.terms, budget)
             penalty.backward()
-            self.value += float(penalty.detach())
+            self.loss += float(penalty.detach())
         for value, anchor in zip(values, self.anchors, strict=bool(self.anchors)):
             assert value.grad is not None
             value.grad.add_(value - anchor, alpha=budget.proximal_mu)
         if budget.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(values, budget.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        seen = sum(len(row["input_ids"]) for rows in self.micro for row in rows)
-        self.losses.append(self.value)
-        self.tokens += seen
-        if budget.on_step:
-            budget.on_step(step + 1, self.steps, self.value, seen)
 
     def metrics(self) -> dict[str, Any]:
+        """What `train` returns."""
         return {
             "loss": sum(self.losses) / len(self.losses),
             "loss_first": self.losses[0],
@@ -273,6 +280,30 @@ class LocalRun:
             "padding": 1 - self.tokens / self.computed,
             "seconds": self.seconds,
         }
+
+
+def _optimizer(
+    parameters: Sequence[tuple[str, torch.nn.Parameter]],
+    undecayed: Callable[[str], bool],
+    budget: LocalTraining,
+) -> tuple[list[FlatParameters], torch.optim.Optimizer]:
+    """AdamW over one vector for each dtype, device and whether weights decay."""
+    kinds: dict[Any, list[torch.nn.Parameter]] = {}
+    for name, p in parameters:
+        kinds.setdefault((undecayed(name), p.dtype, p.device), []).append(p)
+    flats = [FlatParameters(alike) for alike in kinds.values()]
+    groups = [
+        {"params": [flat.value], "weight_decay": 0.0 if free else budget.weight_decay}
+        for (free, *_), flat in zip(kinds, flats, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=budget.learning_rate,
+        betas=(budget.adam_beta1, budget.adam_beta2),
+        eps=budget.adam_epsilon,
+        fused=True,
+    )
+    return flats, optimizer
 
 
 def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, Any]]:
@@ -294,74 +325,89 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
         ValueError: no rows, or nothing to train.
         MixedRowsError: several clients, and an architecture that mixes their rows.
     """
-    passes, undecayed = runner_of(model), _undecayed(model)
-    if len(trainees) > 1 and not passes.joint:
+    runner, undecayed = runner_of(model), _undecayed(model)
+    if len(trainees) > 1 and not runner.joint:
         raise MixedRowsError("this architecture trains one client at a time")
     half = any(p.dtype == torch.float16 for p in model.parameters())
     scale = FLOAT16_SCALE if half else None
-    all_progress = [LocalRun(trainee, undecayed, scale) for trainee in trainees]
+    runs = [LocalRun(trainee, undecayed, scale) for trainee in trainees]
     device = trainees[0].parameters[0][1].device
-    model.train()
-    step = 0
     gpus = [device] if device.type == "cuda" else []
+    model.train()
     with contextlib.ExitStack() as stack:
-        if not passes.joint:
+        if not runner.joint:
             # This architecture draws from torch's own generator (or may do so), and trains alone.
-            stack.enter_context(borrowed_generator(gpus, all_progress[0].stream))
-        while active := [p for p in all_progress if p.begin()]:
-            began = time.perf_counter()
-            waiting = active
-            while waiting:
-                _pass(model, passes, all_progress, waiting, step)
-                waiting = [p for p in waiting if p.overflows()]
-            for p in active:
-                p.end()
-            _took(active, time.perf_counter() - began)
+            stack.enter_context(borrowed_generator(gpus, runs[0].stream))
+        step = 0
+        while active := [run for run in runs if run.begin()]:
+            _take_step(model, runner, runs, active, step)
             step += 1
     model.eval()
-    return [p.metrics() for p in all_progress]
+    return [run.metrics() for run in runs]
 
 
-def _pass(
+def _take_step(
     model: Any,
-    passes: PackedRunner,
-    all_progress: Sequence[LocalRun],
+    runner: PackedRunner,
+    runs: Sequence[LocalRun],
     active: Sequence[LocalRun],
     step: int,
 ) -> None:
-    """The gradients of a step of the active ones."""
-    for number in range(max(len(p.micro) for p in active)):
-        parts = [p.rows(number) if p in active else [] for p in all_progress]
-        factors = [p.factor_of_loss for p in all_progress]
-        done = passes.backward(
-            model,
-            parts,
-            [x / max(p.counted, 1) for x, p in zip(factors, all_progress, strict=True)],
-            [mix_seed(mix_seed(p.stream, step), number) for p in all_progress]
-            if passes.joint
-            else None,
-        )
-        _share(all_progress, parts, factors, done)
+    """One optimiser step of the clients that still have steps to do.
+
+    In float16 a client whose gradients overflow computes the step again with a smaller scale; the
+    others keep theirs.
+    """
+    began = time.perf_counter()
+    waiting = active
+    while waiting:
+        _add_gradients(model, runner, runs, waiting, step)
+        waiting = [run for run in waiting if run.overflows()]
+    for run in active:
+        run.end()
+    _book_time(active, time.perf_counter() - began)
 
 
-def _share(
-    all_progress: Sequence[LocalRun],
-    parts: Sequence[Sequence[Tokens]],
-    factors: Sequence[float],
-    done: PassResult,
+def _add_gradients(
+    model: Any,
+    runner: PackedRunner,
+    runs: Sequence[LocalRun],
+    active: Sequence[LocalRun],
+    step: int,
 ) -> None:
-    """Book a pass: losses, and the computed by the rows each client had in it."""
-    rows = [sum(len(row["input_ids"]) for row in part) for part in parts]
-    for p, loss, tokens, factor in zip(all_progress, done.losses, rows, factors, strict=True):
-        p.value += loss / factor
-        p.computed += done.computed * tokens / sum(rows)
+    """The gradients of the active clients' losses in a step, micro-batch by micro-batch.
+
+    A client's loss is the mean over all labelled tokens of the step, so each micro-batch adds the
+    sum over its own tokens divided by the step's number of them.
+    """
+    for number in range(max(len(run.micro_batches) for run in active)):
+        # A client that has nothing to do keeps its slot, with no rows in it.
+        parts = [run.rows(number) if run in active else [] for run in runs]
+        scales = [run.loss_scale for run in runs]
+        weights = [x / max(run.labelled, 1) for x, run in zip(scales, runs, strict=True)]
+        seeds = [mix_seed(mix_seed(run.stream, step), number) for run in runs]
+        result = runner.backward(model, parts, weights, seeds if runner.joint else None)
+        _book_pass(runs, parts, scales, result)
 
 
-def _took(active: Sequence[LocalRun], seconds: float) -> None:
+def _book_pass(
+    runs: Sequence[LocalRun],
+    parts: Sequence[Sequence[Tokens]],
+    scales: Sequence[float],
+    result: PassResult,
+) -> None:
+    """Book a pass: losses, and the computed tokens by the tokens each client had in it."""
+    tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
+    for run, loss, own, scale in zip(runs, result.losses, tokens, scales, strict=True):
+        run.loss += loss / scale
+        run.computed += result.computed * own / sum(tokens)
+
+
+def _book_time(active: Sequence[LocalRun], seconds: float) -> None:
     """Book a step's time, by tokens."""
-    tokens = [sum(len(row["input_ids"]) for rows in p.micro for row in rows) for p in active]
-    for p, count in zip(active, tokens, strict=True):
-        p.seconds += seconds * count / sum(tokens)
+    tokens = sum(run.step_tokens for run in active)
+    for run in active:
+        run.seconds += seconds * run.step_tokens / tokens
 
 
 def train(model: Any, dataset: Sequence[Tokens], budget: LocalTraining) -> dict[str, Any]:

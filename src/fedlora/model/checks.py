@@ -84,12 +84,12 @@ def _wrong(base: BaseModel, names: list[str], text: int) -> bool:
         base.load_clients(frozen, client_adapters)
         try:
             with _last_layer(base) as last:
-                found = _logits(base, text)
+                logits = _logits(base, text)
         except Exception as error:
             raise _FailsError(last[-1] if last else names[0], error) from None
         finally:
             base.load_clients([], [])
-        if not float((found - wanted).norm()) <= bound * moved:
+        if not float((logits - wanted).norm()) <= bound * moved:
             return True
     return False
 

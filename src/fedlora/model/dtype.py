@@ -51,9 +51,9 @@ def _seconds(width: int, dtype: torch.dtype) -> float:
     )
     layer = layer.to(dtype).requires_grad_(False)
     x: Tensor = torch.zeros(TOKENS, width, dtype=dtype).requires_grad_()
-    found = []
+    seconds = []
     for _ in range(4):
         began = time.perf_counter()
         layer(x).sum().backward()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

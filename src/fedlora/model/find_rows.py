@@ -42,12 +42,16 @@ class _Seen:
     sums: tuple[Tensor, ...]
 
 
+Recorded = list[tuple[Kinds, list[_Seen | None]]]
+"""What a module got, or returned, call by call."""
+
+
 @dataclass
 class _Calls:
     """All calls of one module in a pass."""
 
-    inputs: list[tuple[Kinds, list[_Seen | None]]] = field(default_factory=list)
-    outputs: list[tuple[Kinds, list[_Seen | None]]] = field(default_factory=list)
+    inputs: Recorded = field(default_factory=list)
+    outputs: Recorded = field(default_factory=list)
 
 
 Watched = nn.Module | FullModule
@@ -73,34 +77,44 @@ def find_rows(
         Whether it is known of all that ran, and of each of the others its forms by the number of
         axes.
     """
-    first, second = draw(LENGTHS[0], 0), draw(LENGTHS[1], 1)
-    third = [
-        changed if i in CHANGED else row
-        for i, (row, changed) in enumerate(zip(second, draw(LENGTHS[1], 2), strict=True))
-    ]
     watched: list[Watched] = [*full, *others]
-    passes = [_recorded(watched, partial(run, rows)) for rows in (first, second, third)]
+    passes = [_recorded(watched, partial(run, rows)) for rows in _three_batches(draw)]
     known = True
-    for whole in full:
+    for module in full:
         # One that does not run, a list of modules for example, may be used by its parts.
-        whole.inputs = _forms([calls[whole].inputs for calls in passes])
-        whole.outputs = _forms([calls[whole].outputs for calls in passes])
-        known &= bool(whole.inputs and whole.outputs)
-        known &= all(any(forms) for forms in whole.inputs.values())
-    single = dict[nn.Module, dict[int, Form]]()
-    for module in others:
-        single[module] = {}
-        if any(calls[module].inputs for calls in passes):
-            inputs = _forms([calls[module].inputs for calls in passes])
-            known &= bool(inputs)
-            for (axes, *_), (form, *_) in inputs.items():
-                known &= form is not None
-                if form is not None and axes is not None:
-                    single[module][axes] = form
-    return known, single
+        module.inputs = _forms([calls[module].inputs for calls in passes])
+        module.outputs = _forms([calls[module].outputs for calls in passes])
+        known &= bool(module.inputs and module.outputs)
+        known &= all(any(forms) for forms in module.inputs.values())
+    forms_of = dict[nn.Module, dict[int, Form]]()
+    for other in others:
+        forms_of[other], all_known = _forms_by_axes([calls[other].inputs for calls in passes])
+        known &= all_known
+    return known, forms_of
+
+
+def _three_batches(draw: Callable[[Sequence[int], int], list[Tokens]]) -> list[list[Tokens]]:
+    """Rows of other lengths in the second batch than in the first; a few changed in the third."""
+    first, second, changed = draw(LENGTHS[0], 0), draw(LENGTHS[1], 1), draw(LENGTHS[1], 2)
+    third = [changed[i] if i in CHANGED else row for i, row in enumerate(second)]
+    return [first, second, third]
+
+
+def _forms_by_axes(passes: Sequence[Recorded]) -> tuple[dict[int, Form], bool]:
+    """Of a module's first input its form by the number of its axes, and whether all are known."""
+    if not any(passes):  # it never ran
+        return {}, True
+    inputs = _forms(passes)
+    known, out = bool(inputs), dict[int, Form]()
+    for (axes, *_), (form, *_) in inputs.items():
+        known &= form is not None
+        if form is not None and axes is not None:
+            out[axes] = form
+    return out, known
 
 
 def _recorded(watched: Sequence[Watched], run: Callable[[], object]) -> dict[Watched, _Calls]:
+    """All calls of these modules while something runs."""
     calls = {module: _Calls() for module in watched}
 
     def note(module: Watched, side: str, values: Any) -> None:
@@ -110,7 +124,7 @@ def _recorded(watched: Sequence[Watched], run: Callable[[], object]) -> dict[Wat
     with ExitStack() as stack:
         for module in watched:
             if isinstance(module, FullModule):
-                # Itself, not by a hook: what stands around its forward may change its input.
+                # By itself and not by a hook: hooks around its forward may change its input.
                 module.watch = partial(note, module)
                 stack.callback(setattr, module, "watch", None)
                 continue
@@ -126,20 +140,22 @@ def _seen(x: Any) -> _Seen | None:
     """What is kept of a tensor: for each of its axes, weighted sums over all the others."""
     if not isinstance(x, Tensor):
         return None
+    numbers = torch.arange(1, SUMS + 1, device=x.device, dtype=torch.float64)
     sums = []
     for axis in range(x.ndim):
-        flat = (
-            x.detach().movedim(axis, 0).flatten(1).double() if x.ndim > 1 else x.double()[:, None]
-        )
-        places = torch.arange(1, flat.shape[1] + 1, device=x.device, dtype=torch.float64)
-        several = torch.arange(1, SUMS + 1, device=x.device, dtype=torch.float64).sqrt()
-        sums.append((flat @ torch.outer(places, several).cos()).cpu())
+        if x.ndim > 1:
+            entries = x.detach().movedim(axis, 0).flatten(1).double()  # (entries, all the rest)
+        else:
+            entries = x.double()[:, None]
+        steps = torch.arange(1, entries.shape[1] + 1, device=x.device, dtype=torch.float64)
+        weights = torch.outer(steps, numbers.sqrt()).cos()  # (all the rest, SUMS)
+        sums.append((entries @ weights).cpu())
     return _Seen(tuple(x.shape), tuple(sums))
 
 
-def _forms(passes: Sequence[list[tuple[Kinds, list[_Seen | None]]]]) -> Forms:
-    """The forms of a module's calls; none: not known."""
-    found: Forms = {}
+def _forms(passes: Sequence[Recorded]) -> Forms:
+    """The forms of a module's calls in three passes, by kind; none: not known."""
+    forms_of: Forms = {}
     if len({len(calls) for calls in passes}) != 1:
         return {}
     for calls in zip(*passes, strict=True):
@@ -156,11 +172,11 @@ def _forms(passes: Sequence[list[tuple[Kinds, list[_Seen | None]]]]) -> Forms:
                 forms.append(None)
             else:
                 return {}
-        both = _both(found.get(kinds, tuple(forms)), tuple(forms))
+        both = _both(forms_of.get(kinds, tuple(forms)), tuple(forms))
         if both is None:
             return {}
-        found[kinds] = both
-    return found
+        forms_of[kinds] = both
+    return forms_of
 
 
 def _both(
@@ -191,20 +207,18 @@ def _form(one: _Seen, two: _Seen, three: _Seen) -> Form | None:
     """The only form that agrees with what was seen."""
     if len(one.shape) != len(two.shape) or two.shape != three.shape:
         return None
-    found = []
+    tokens, samples = [sum(x) for x in LENGTHS], [len(x) for x in LENGTHS]
+    candidates = []
     for axis, (small, large) in enumerate(zip(one.shape, two.shape, strict=True)):
-        for unit, sizes in (
-            ("tokens", [sum(x) for x in LENGTHS]),
-            ("samples", [len(x) for x in LENGTHS]),
-        ):
+        for unit, sizes in (("tokens", tokens), ("samples", samples)):
             each, rest = divmod(small, sizes[0])
             if not each or rest or large != each * sizes[1]:
-                continue
+                continue  # the axis does not grow as the number of these does
             change = (three.sums[axis] - two.sums[axis]).norm(dim=1)
             for apart in (False, True) if each > 1 else (False,):
                 if _agrees(change, each, unit, apart):
-                    found.append(Form(axis, unit, frozenset({each}), apart))
-    return found[0] if len(found) == 1 else None
+                    candidates.append(Form(axis, unit, frozenset({each}), apart))
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _agrees(change: Tensor, each: int, unit: str, apart: bool) -> bool:

@@ -60,26 +60,34 @@ class FullModule:
         Raises:
             MixedRowsError: they cannot be told apart.
         """
-        client_rows = self.client_rows
-        if not self.copies or client_rows.bare:
-            client_rows.whole += 1
-            try:
-                if self.watch is None:
-                    return self.forward(*given, **named)
-                self.watch("inputs", (given, named))
-                out = self.forward(*given, **named)
-                self.watch("outputs", out)
-                return out
-            finally:
-                client_rows.whole -= 1
-        if client_rows.sole is not None:
-            with _swapped(self.module, self.copies[client_rows.sole]):
+        if not self.copies or self.client_rows.bare:
+            return self._undivided(*given, **named)
+        if self.client_rows.sole is not None:
+            with _swapped(self.module, self.copies[self.client_rows.sole]):
                 return self.forward(*given, **named)
+        return self._divided(*given, **named)
+
+    def _undivided(self, *given: Any, **named: Any) -> Any:
+        """All rows by the module's own parameters; whoever watches is told."""
+        self.client_rows.whole += 1
+        try:
+            if self.watch is None:
+                return self.forward(*given, **named)
+            self.watch("inputs", (given, named))
+            out = self.forward(*given, **named)
+            self.watch("outputs", out)
+            return out
+        finally:
+            self.client_rows.whole -= 1
+
+    def _divided(self, *given: Any, **named: Any) -> Any:
+        """Client after client, the results joined as if the module had run once."""
+        client_rows, kind = self.client_rows, type(self.module).__name__
         leaves, tree = tree_flatten((given, named))
         forms = self.inputs.get(kinds_of(leaves))
         unit = next((form.unit for form in forms or () if form is not None), None)
         if forms is None or unit is None or not client_rows.number(unit):
-            raise MixedRowsError(f"{type(self.module).__name__} got rows that cannot be told apart")
+            raise MixedRowsError(f"{kind} got rows that cannot be told apart")
         results, clients = [], [span.client for span in client_rows.of_unit(unit)]
         for client in clients:
             part = [
@@ -89,19 +97,17 @@ class FullModule:
             args, keys = tree_unflatten(part, tree)
             with _swapped(self.module, self.copies[client]), client_rows.only(client):
                 results.append(tree_flatten(self.forward(*args, **keys)))
-        found, shape = results[0]
-        out = self.outputs.get(kinds_of(found))
-        if out is None:
-            raise MixedRowsError(
-                f"{type(self.module).__name__} returned what cannot be put together"
-            )
+        first, out_tree = results[0]
+        out_forms = self.outputs.get(kinds_of(first))
+        if out_forms is None:
+            raise MixedRowsError(f"{kind} returned what cannot be put together")
         joined = [
-            found[i]
+            first[i]
             if form is None
             else form.join([x[i] for x, _ in results], self._counts(form, clients))
-            for i, form in enumerate(out)
+            for i, form in enumerate(out_forms)
         ]
-        return tree_unflatten(joined, shape)
+        return tree_unflatten(joined, out_tree)
 
     def _part(self, x: Tensor, form: Form, client: int) -> Tensor:
         span = next((s for s in self.client_rows.of_unit(form.unit) if s.client == client), None)

@@ -82,11 +82,11 @@ def why_unfit(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, s
     for name, module in modules.items():
         if is_plain(module):
             continue
-        found = _tried(module)
-        if found is None:
+        why = _tried(module)
+        if why is None:
             unknown[name] = module
-        elif found:
-            out[name] = found
+        elif why:
+            out[name] = why
     if unknown:
         out.update(_watched(model, unknown))
     fit = {name: module for name, module in modules.items() if name not in out}

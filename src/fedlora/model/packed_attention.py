@@ -15,17 +15,17 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fedlora.model.attention_kernels import AttentionProducts, fused_attention
 from fedlora.model.client_rows import ClientRows
+from fedlora.model.sample_groups import Samples
 
 NAME = "fedlora_packed"
 SITES = 2_000_000
@@ -52,86 +52,6 @@ PLAIN = 64
 
 class PackingError(RuntimeError):
     """This architecture's attention cannot be computed without padding."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Samples of similar length, padded to the longest of them.
-
-    Args:
-        size, length: samples, and tokens of the longest.
-        gather: `(size * length,)` the token in every cell of the padded group; padding points to
-            the first token of its own sample, so that not even a NaN gets from one to another.
-        real: `(tokens,)` the cells that hold tokens; None: all of them, in order.
-        padding: `(padding,)` the other cells.
-        tokens: `(tokens,)` the token in every cell of `real`.
-        samples: which samples.
-    """
-
-    size: int
-    length: int
-    gather: Tensor
-    real: Tensor | None
-    padding: Tensor
-    tokens: Tensor
-    samples: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a pass.
-
-    Args:
-        lengths: tokens of each, in order.
-        clients: whose each is.
-        groups: for attention.
-    """
-
-    lengths: tuple[int, ...]
-    clients: tuple[int, ...]
-    groups: tuple[Group, ...]
-
-
-def samples_of(
-    lengths: Sequence[int], clients: Sequence[int], device: torch.device | str = "cpu"
-) -> Samples:
-    """Group samples by length, so that a group's shortest has three quarters of its longest."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    groups, chosen = [], list[int]()
-    for i in reversed(order):
-        if chosen and lengths[i] < 0.75 * lengths[chosen[0]]:
-            groups.append(_group(chosen, lengths, starts, device))
-            chosen = []
-        chosen.append(i)
-    groups.append(_group(chosen, lengths, starts, device))
-    return Samples(tuple(lengths), tuple(clients), tuple(groups))
-
-
-def _group(
-    chosen: Sequence[int],
-    lengths: Sequence[int],
-    starts: Sequence[int],
-    device: torch.device | str,
-) -> Group:
-    longest = lengths[chosen[0]]
-    begins = torch.tensor([starts[i] for i in chosen])[:, None]
-    sizes = torch.tensor([lengths[i] for i in chosen])[:, None]
-    steps = torch.arange(longest)[None]
-    real = (steps < sizes).reshape(-1)
-    tokens = (begins + steps).reshape(-1)
-    whole = bool(real.all())
-    return Group(
-        size=len(chosen),
-        length=longest,
-        gather=torch.where(real, tokens, begins.expand(-1, longest).reshape(-1)).to(device),
-        real=None if whole else real.nonzero()[:, 0].to(device),
-        padding=(~real).nonzero()[:, 0].to(device),
-        tokens=tokens[real].to(device),
-        samples=tuple(chosen),
-    )
 
 
 # transformers calls attention by name and hands it no more than tensors, so what a pass consists of
@@ -196,132 +116,6 @@ def recomputing(
             yield
 
     return first, as_then()
-
-
-def _spread(x: Tensor, group: Group, *, zero: bool = False) -> Tensor:
-    """`(heads, tokens, d)` -> `(heads * size, length, d)`."""
-    heads, _, d = x.shape
-    out = x.index_select(1, group.gather)
-    if zero and len(group.padding):
-        out.index_fill_(1, group.padding, 0)
-    return out.view(heads * group.size, group.length, d)
-
-
-def _collect(x: Tensor, group: Group, heads: int) -> Tensor:
-    """`(heads * size, length, d)` -> `(heads, tokens of the group, d)`."""
-    out = x.view(heads, group.size * group.length, x.shape[-1])
-    return out if group.real is None else out.index_select(1, group.real)
-
-
-def _barred(group: Group, like: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
-    """What is added to scores, `(1 or size, length, length)`: -inf where a token may not look."""
-    length = group.length
-    bar = torch.zeros(1, length, length, dtype=torch.bool, device=like.device)
-    if mask is not None:
-        bar = ~mask[None, :length, :length]
-    elif causal:
-        bar |= bar.new_ones(length, length).triu(1)
-    elif not len(group.padding):
-        return None
-    if len(group.padding) and not (causal and mask is None):
-        real = torch.ones(group.size * length, dtype=torch.bool, device=like.device)
-        real[group.padding] = False
-        real = real.view(group.size, 1, length)
-        # Nobody reads what padding sees, but a softmax over nothing would be NaN: it sees all.
-        bar = (bar | ~real) & real.transpose(1, 2)
-    return torch.zeros_like(bar, dtype=like.dtype).masked_fill_(bar, float("-inf"))
-
-
-class _AttentionProducts(torch.autograd.Function):
-    """Attention as matrix products, group by group.
-
-    With `P = softmax(c Q K^T + bar)` and dropout's factors D (`keep / (1 - p)`), each of a sample:
-
-        O = (P o D) V
-        dV = (P o D)^T dO           dP = (dO V^T) o D
-        dS = c P o (dP - rowsum(P o dP))                     (the softmax's own gradient, times c)
-        dQ = dS K                   dK = dS^T Q
-
-    P and the padded Q, K, V are kept for the backward pass: a fused kernel would compute P again,
-    in products that are slower than the memory they save is worth at these lengths.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        groups: Sequence[Group],
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        dropout: Sequence[Tensor] | None,
-    ) -> Tensor:
-        heads = len(q)
-        out, kept = v.new_empty(v.shape[1], heads, v.shape[2]), []
-        for i, group in enumerate(groups):
-            qs, ks, vs = (_spread(x, group) for x in (q, k, v))
-            scores = torch.bmm(qs, ks.transpose(1, 2)).mul_(scale)
-            if (bar := _barred(group, scores, causal, mask)) is not None:
-                by_sample = (heads, group.size, group.length, group.length)
-                scores = scores.view(by_sample).add_(bar).view_as(scores)
-            p = torch.softmax(scores, -1)
-            kept += [p, qs, ks, vs]
-            dropped = p if dropout is None else p * dropout[i]
-            outputs = _collect(torch.bmm(dropped, vs), group, heads)
-            out.index_copy_(0, group.tokens, outputs.transpose(0, 1))
-        ctx.groups, ctx.scale, ctx.dropout = groups, scale, dropout
-        ctx.shapes = q.shape, k.shape, v.shape
-        ctx.save_for_backward(*kept)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        d_out, kept = grads[0].transpose(0, 1), ctx.saved_tensors
-        heads = len(d_out)
-        dq, dk, dv = (d_out.new_empty(shape) for shape in ctx.shapes)
-        for i, group in enumerate(ctx.groups):
-            p, qs, ks, vs = kept[4 * i : 4 * i + 4]
-            d_outs = _spread(d_out, group, zero=True)
-            dropped = p if ctx.dropout is None else p * ctx.dropout[i]
-            dvs = torch.bmm(dropped.transpose(1, 2), d_outs)
-            dv.index_copy_(1, group.tokens, _collect(dvs, group, heads))
-            dp = torch.bmm(d_outs, vs.transpose(1, 2))
-            if ctx.dropout is not None:
-                dp = dp * ctx.dropout[i]
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-            dq.index_copy_(1, group.tokens, _collect(torch.bmm(ds, ks), group, heads))
-            dks = torch.bmm(ds.transpose(1, 2), qs)
-            dk.index_copy_(1, group.tokens, _collect(dks, group, heads))
-        return dq, dk, dv, None, None, None, None, None
-
-
-def _fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group: Group,
-    causal: bool,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """One group through torch's kernel, `(heads, tokens of the group, d)`."""
-    shape = (len(q), group.size, group.length, -1)
-    qs, ks, vs = (_spread(x, group).view(shape).transpose(0, 1) for x in (q, k, v))
-    barred = not causal or mask is not None
-    bar = _barred(group, qs, causal, mask) if barred else None
-    out = F.scaled_dot_product_attention(
-        qs,
-        ks,
-        vs,
-        attn_mask=None if bar is None else bar[:, None],
-        is_causal=causal and bar is None,
-        scale=scale,
-    )
-    return _collect(
-        out.transpose(0, 1).reshape(len(q) * group.size, group.length, -1), group, len(q)
-    )
 
 
 def _dropout_factors(
@@ -437,13 +231,13 @@ def packed_attention(
         k, v = (x.repeat_interleave(heads // len(k), dim=0) for x in (k, v))
     products = not q.is_cuda and samples.groups[0].length <= LONGEST_PRODUCT
     if not products and not dropout:
-        return _all_fused(q, k, v, samples.groups, causal, mask, scale)[None], None
+        return fused_attention(q, k, v, samples.groups, causal, mask, scale)[None], None
     factors = None
     if dropout:  # torch's kernel would draw from its own generator, not from each client's stream
         layer = client_rows.number_of(module)
         factors = _dropout_factors(samples, client_rows, layer, heads, dropout, q)
     grouped = (samples.groups, causal, mask, scale, factors)
-    out: Tensor = _AttentionProducts.apply(q, k, v, *grouped)  # type: ignore[no-untyped-call]
+    out: Tensor = AttentionProducts.apply(q, k, v, *grouped)  # type: ignore[no-untyped-call]
     return out[None], None
 
 
@@ -462,22 +256,6 @@ def _sample_mask_of(
     if attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, longest, longest):
         raise PackingError(f"attention with a mask of shape {tuple(attention_mask.shape)}")
     return attention_mask[0, 0]
-
-
-def _all_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    groups: Sequence[Group],
-    causal: bool,
-    mask: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """All groups through torch's kernel, `(heads, tokens, d)` each -> `(tokens, heads, d)`."""
-    parts = [_fused(q, k, v, group, causal, mask, scale) for group in groups]
-    tokens = torch.cat([group.tokens for group in groups])
-    out = parts[0].new_zeros(v.shape[1], len(q), v.shape[2])
-    return out.index_copy(0, tokens, torch.cat(parts, 1).transpose(0, 1))
 
 
 def register() -> None:

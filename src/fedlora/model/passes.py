@@ -25,6 +25,7 @@ from fedlora.model import packing
 from fedlora.model.batches import collate, count_labelled, flatten_rows
 from fedlora.model.client_dropout import client_dropout
 from fedlora.model.client_rows import ClientRows, Form, mix_seed, spans_of
+from fedlora.model.config_lengths import UNBOUNDED
 from fedlora.model.find_rows import find_rows
 from fedlora.model.full_modules import full_modules_of
 from fedlora.model.head import (
@@ -37,12 +38,13 @@ from fedlora.model.head import (
 )
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.loss import summed_loss
-from fedlora.model.packed_attention import PackingError, attending, running_samples, samples_of
-from fedlora.model.packing import UNBOUNDED, RotaryFactors
+from fedlora.model.packed_attention import PackingError, attending, running_samples
 from fedlora.model.per_model import PerModel
 from fedlora.model.plans import PassKind, PlannedPass, consecutive_passes, plan_passes
-from fedlora.model.rms_norm import fast_norm
+from fedlora.model.rotary_factors import RotaryFactors
+from fedlora.model.sample_groups import samples_of
 from fedlora.model.torch_generator import borrowed_generator
+from fedlora.model.trial_rows import random_rows
 from fedlora.model.trunk import replaced_forward, unpadded_trunk
 from fedlora.model.wide import ForwardState
 
@@ -90,7 +92,6 @@ class PackedRunner:
         self.auxiliary = 0.0
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         self._dropout_forms: list[dict[int, Form]] = [{} for _ in self._dropouts]
-        self._norms = [(m, f) for m in model.modules() if (f := fast_norm(m)) is not None]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
         self._forward_state = ForwardState(model)
@@ -332,8 +333,6 @@ class PackedRunner:
                 stack.enter_context(
                     replaced_forward(module, self._client_dropout(number, len(parts)))
                 )
-            for norm, forward in self._norms:
-                stack.enter_context(replaced_forward(norm, forward))
             for config, _ in before:
                 config._attn_implementation_internal = attention.NAME
             try:
@@ -364,7 +363,7 @@ class PackedRunner:
     # --- whether it can be packed ---
 
     def _examine(self, model: Any) -> None:
-        rows = packing.random_rows(model, self.padding, self.classifier)
+        rows = random_rows(model, self.padding, self.classifier)
         training = model.training
         model.eval()
 
@@ -374,7 +373,7 @@ class PackedRunner:
 
         try:
             with self.client_rows.without_clients():
-                found = packing.examine(
+                verdict = packing.examine(
                     model,
                     self._configs,
                     self._rotary,
@@ -382,9 +381,10 @@ class PackedRunner:
                     lambda rows: self._own_pass(model, rows)[1],
                     None if self.trunk is None else packed,
                 )
-                self.packed, self.offset, self.together = found.packed, found.offset, found.together
-                self.longest, self.longest_padded = found.longest, found.longest_padded
-                self.auxiliary = found.auxiliary
+                self.packed, self.offset = verdict.packed, verdict.offset
+                self.together = verdict.together
+                self.longest, self.longest_padded = verdict.longest, verdict.longest_padded
+                self.auxiliary = verdict.auxiliary
                 if self.packed:
                     self.joint = self._draws_nothing(model, rows) and not self.client_rows.mixing
         finally:
@@ -426,7 +426,7 @@ class PackedRunner:
         model.eval()
         with self.client_rows.without_clients(), torch.no_grad():
             others = [*layers, *self._dropouts]
-            draw = partial(packing.random_rows, model, self.padding, self.classifier)
+            draw = partial(random_rows, model, self.padding, self.classifier)
             known, forms = find_rows(draw, full_modules_of(model), others, run)
         model.train(training)
         for layer in layers:
@@ -436,7 +436,7 @@ class PackedRunner:
 
 
 runner_of = PerModel(PackedRunner)
-"""How a model is run, `model -> PackedRunner`; found out once."""
+"""The runner of a model, `model -> PackedRunner`; made once for each."""
 
 
 def _streams_of(step: PlannedPass, seeds: Sequence[int]) -> list[int]:

@@ -174,8 +174,8 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def nearly_equal(found: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
+def nearly_equal(result: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> bool:
     """Whether two results, computed in this dtype, are the same but for rounding."""
-    if found.shape != wanted.shape:
+    if result.shape != wanted.shape:
         return False
-    return bool((found - wanted).abs().max() <= times * BOUNDS[dtype] * wanted.abs().max())
+    return bool((result - wanted).abs().max() <= times * BOUNDS[dtype] * wanted.abs().max())
