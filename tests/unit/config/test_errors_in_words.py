@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from fedlora.config.errors_in_words import expected, members, readable, refuse_truth
+from fedlora.config.config import Config
+from fedlora.config.errors_in_words import expected, members, readable
 
 
 def test_members_of_a_union_and_of_a_single_type() -> None:
@@ -32,15 +34,17 @@ def test_what_is_expected(annotation: Any, words: str) -> None:
     assert expected(annotation) == words
 
 
-def test_true_is_no_number() -> None:
-    with pytest.raises(ValueError, match=r"^seed: True: expected a whole number \(a key without a"):
-        refuse_truth("seed", True, int)
-    with pytest.raises(ValueError, match=r"^seed: False: expected a whole number$"):
-        refuse_truth("seed", False, int)
-    with pytest.raises(ValueError, match=r"^ranks: "):
-        refuse_truth("ranks", [1, True], int | list[int])
-    refuse_truth("ranks", [1, 0], int | list[int])
-    refuse_truth("pack", True, bool | None)
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"seed": True}, "seed: True: expected a whole number (a key without a value is true)"),
+        ({"seed": False}, "seed: False: expected a whole number"),
+        ({"client_ranks": [8, True]}, "client_ranks: [8, True]: expected "),
+    ],
+)
+def test_true_and_false_are_no_numbers(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Config(**keys)
 
 
 class Keys(BaseModel):

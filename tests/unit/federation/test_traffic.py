@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from fedlora.federation.traffic import beyond_seed, bytes_down, initial_factors
+from fedlora.federation.traffic import bytes_down
 from fedlora.lowrank import LowRank
 from fedlora.methods import METHODS
 from fedlora.methods.values import Prepared, ServerState
+from fedlora.seeds import SERVER, Purpose, fresh_factors
 
 SHAPES = {"m": (6, 8)}
 """Module -> (outputs, inputs)."""
 RANK, FLOAT = 2, 4
-FRESH = initial_factors(0, SHAPES)
+FRESH = fresh_factors(0, 0, SERVER, Purpose.SHARED_INIT, SHAPES)
 A_BYTES, B_BYTES = RANK * 8 * FLOAT, 6 * RANK * FLOAT
 
 
 def initial() -> LowRank:
     return LowRank(FRESH("m", RANK), torch.zeros(6, RANK))
-
-
-def test_an_adapter_that_the_seed_gives_costs_nothing() -> None:
-    assert beyond_seed({"m": initial()}, {"A", "B"}, FRESH) == 0
-
-
-def test_only_rows_of_a_and_columns_of_b_that_differ_count() -> None:
-    changed = initial()
-    changed.A[1, 3] += 1
-    changed.B[4, 0] = 1
-    assert beyond_seed({"m": changed}, {"A"}, FRESH) == 8 * FLOAT
-    assert beyond_seed({"m": changed}, {"B"}, FRESH) == 6 * FLOAT
-    assert beyond_seed({"m": changed}, {"A", "B"}, FRESH) == (8 + 6) * FLOAT
-    assert beyond_seed({"m": changed}, set(), FRESH) == 0
 
 
 def test_a_rule_that_sends_both_factors_pays_for_both() -> None:
@@ -60,12 +48,32 @@ def test_a_client_that_was_away_lacks_all_that_was_merged() -> None:
     assert away - there == (5 - 1) * (8 + 6) * FLOAT
 
 
-def test_the_frozen_factor_is_paid_for_once_and_only_beyond_the_seed() -> None:
-    started = initial()
-    started.A[0] += 1  # the run goes on from an adapter: the seed gives only the other row
-    adapter = {"m": started}
+@pytest.mark.parametrize(
+    ("rule", "bytes_once"),
+    [
+        ("ffa", 8 * FLOAT),  # A is never sent: its one row that the seed does not give
+        ("fedsa", 6 * FLOAT),  # B is never sent: its one column that is not zero
+        ("fedit", 0),  # both are sent to everybody in every round
+    ],
+)
+def test_what_a_rule_never_sends_is_paid_for_once_beyond_the_seed(
+    rule: str, bytes_once: int
+) -> None:
+    given = initial()  # the run goes on from an adapter
+    given.A[1, 3] += 1
+    given.B[4, 0] = 1
+    adapter = {"m": given}
+    state, sent = ServerState(round=0, adapter=adapter), Prepared(adapter, adapter)
+    new, old = (
+        bytes_down(state, sent, METHODS[rule], FRESH, seen=False, new=new) for new in (True, False)
+    )
+    assert new - old == bytes_once
+
+
+def test_what_the_seed_gives_costs_nothing() -> None:
+    adapter = {"m": initial()}
     state, sent = ServerState(round=0, adapter=adapter), Prepared(adapter, adapter)
     new, old = (
         bytes_down(state, sent, METHODS["ffa"], FRESH, seen=False, new=new) for new in (True, False)
     )
-    assert new - old == 8 * FLOAT
+    assert new == old
