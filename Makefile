@@ -36,10 +36,13 @@ install: $(STAMP) ## set up .venv with the package and the development tools
 demo: $(STAMP) ## run the demo
 	$(BIN)/fedlora demo
 
-.PHONY: test test-all
-test test-all: export HF_HUB_OFFLINE := 1
-test test-all: export OMP_NUM_THREADS := 1
-test test-all: export MKL_NUM_THREADS := 1
+.PHONY: test-unit test test-all
+test-unit test test-all: export HF_HUB_OFFLINE := 1
+test-unit test test-all: export OMP_NUM_THREADS := 1
+test-unit test test-all: export MKL_NUM_THREADS := 1
+test-unit: $(STAMP) ## run the tests of single modules, in under a minute
+	$(BIN)/python -m pytest -n $(WORKERS) -m "unit and not slow" $(PYTEST_ARGS)
+
 test: $(STAMP) ## run the tests but the slow ones (WORKERS=2, PYTEST_ARGS=...)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 

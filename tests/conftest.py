@@ -11,6 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from support.tiers import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_deselected,
+    pytest_sessionfinish,
+    pytest_testnodedown,
+    pytest_unconfigure,
+)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 MATERIAL = REPOSITORY.parent / "shared" / "material"
 
@@ -18,37 +26,6 @@ torch.set_num_threads(1)
 
 # Tokens of large data are cached; tests leave the user's cache alone.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fedlora-tests-")
-
-
-_LEFT_OUT = pytest.StashKey[int]()
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Count the slow tests that `-m "not slow"` leaves out."""
-    if items and "not slow" in (items[0].config.option.markexpr or ""):
-        slow = sum(item.get_closest_marker("slow") is not None for item in items)
-        items[0].config.stash[_LEFT_OUT] = items[0].config.stash.get(_LEFT_OUT, 0) + slow
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Each of several processes collects all tests, and tells the first what it left out."""
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: object) -> None:
-    """Hear it from a process that ends (pytest-xdist)."""
-    told = getattr(node, "workeroutput", {}).get("left_out", 0)
-    node.config.stash[_LEFT_OUT] = max(told, node.config.stash.get(_LEFT_OUT, 0))
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """The last line of all says what was not run."""
-    number = config.stash.get(_LEFT_OUT, 0)
-    if number and not hasattr(config, "workerinput"):
-        tests = "1 slow test was" if number == 1 else f"{number} slow tests were"
-        print(f"{tests} left out; make test-all runs {'it' if number == 1 else 'them'}")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,76 @@
+"""Finds out a unit test that starts a run or a process, or that computes for long."""
+
+from __future__ import annotations
+
+import multiprocessing.process
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+SECONDS = 5.0
+"""CPU time that a unit test may take at most: far more than the second that it should stay under,
+since the first test that needs a library pays for its import, and a busy machine counts double.
+"""
+
+RUNS = ("run", "run_session")
+"""Functions of `fedlora.engines.local` that every run goes through."""
+
+_PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+"""Python's audit events of a process that is started."""
+
+_offences: list[str] | None = None
+"""What the unit test that runs has done; None while there is none."""
+
+
+def _offend(what: str) -> None:
+    assert _offences is not None
+    _offences.append(what)
+    raise AssertionError(what)
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if _offences is not None and event in _PROCESSES:
+        _offend(f"a unit test starts no process ({event}); it belongs into tests/system")
+
+
+sys.addaudithook(_audit)
+
+
+@pytest.fixture(autouse=True)
+def only_a_unit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Refuse runs and processes, also where the code under test catches the refusal."""
+    global _offences
+
+    def no_run(*arguments: Any, **named: Any) -> None:
+        _offend("a unit test starts no run; it belongs into tests/runs")
+
+    def no_process(process: Any) -> None:
+        _offend("a unit test starts no process; it belongs into tests/system")
+
+    import fedlora.engines.local
+
+    for name in RUNS:
+        monkeypatch.setattr(fedlora.engines.local, name, no_run)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", no_process)
+    _offences = []
+    yield
+    done, _offences = _offences, None
+    if done:
+        pytest.fail(done[0], pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Count the CPU time of the test itself, without its fixtures."""
+    before = time.process_time()
+    yield
+    taken = time.process_time() - before
+    if taken > SECONDS and "unit" in item.path.relative_to(item.config.rootpath).parts:
+        pytest.fail(
+            f"it took {taken:.1f} s of CPU time, and a unit test at most {SECONDS:g}; "
+            "make it smaller, or move it to tests/runs",
+            pytrace=False,
+        )
