@@ -36,7 +36,7 @@ def test_every_client_has_its_own_limit_and_it_is_said() -> None:
     made = subsets(config({0: 3, 1: None}, 4), [10, 5], 1000)
     assert [len(rows) for rows in made.clients] == [3, 5]
     assert len(made.eval) == 4
-    assert made.said == (
+    assert made.in_words == (
         "8 of 15 rows are trained on (max_train_samples)",
         "4 of 1,000 rows are evaluated on (max_eval_samples)",
     )
@@ -44,7 +44,7 @@ def test_every_client_has_its_own_limit_and_it_is_said() -> None:
 
 def test_nothing_is_said_where_all_are_taken() -> None:
     made = subsets(config(None, None), [2, 1], 3)
-    assert (made.clients, made.eval, made.said) == ([[0, 1], [0]], [0, 1, 2], ())
+    assert (made.clients, made.eval, made.in_words) == ([[0, 1], [0]], [0, 1, 2], ())
 
 
 def test_held_out_rows_are_taken_of_one_client_after_the_other() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fedlora.model.batches import collate, flat, labelled
+from fedlora.model.batches import collate, count_labelled, flatten_rows
 
 ROWS: Any = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
@@ -19,10 +19,10 @@ CLASSIFIED: Any = [
 
 
 def test_a_first_token_is_never_predicted_and_does_not_count() -> None:
-    assert labelled(ROWS) == 2
-    assert labelled(ROWS[1:]) == 0
-    assert labelled(CLASSIFIED) == 2
-    assert labelled([]) == 0
+    assert count_labelled(ROWS) == 2
+    assert count_labelled(ROWS[1:]) == 0
+    assert count_labelled(CLASSIFIED) == 2
+    assert count_labelled([]) == 0
 
 
 def test_rows_are_padded_on_the_right() -> None:
@@ -41,7 +41,7 @@ def test_a_classifiers_rows_have_one_label_each_and_keep_their_segments() -> Non
 
 
 def test_without_padding_every_label_stands_before_its_token() -> None:
-    ids, places, labels = flat(ROWS, torch.device("cpu"))
+    ids, places, labels = flatten_rows(ROWS, torch.device("cpu"))
     assert ids.tolist() == [5, 6, 7, 8, 9]
     # Tokens 6 and 7 of the first row are predicted at the places of 5 and 6. The 8 that begins the
     # second row is not predicted at the end of the first.
