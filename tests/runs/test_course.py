@@ -65,8 +65,8 @@ class OneByOne:
             if (sent.round, sent.client) in self.fails:
                 yield Failure(sent.client, "its machine is gone")
             elif (sent.round, sent.client) not in self.silent:
-                update = self.worker.handle(sent)
-                yield Answer(update, partial(self.worker.model_of, sent, update))
+                (trained,) = self.worker.handle_together([sent])
+                yield Answer(trained.update, partial(getattr, trained, "model"))
 
     def evaluate(self, state: ServerState) -> Evaluations:
         return self.evaluator.of_server(state)
