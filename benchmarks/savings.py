@@ -27,7 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     "ten clients in one pass": {"cohort": 10},
     "padding and the head on all tokens, as transformers runs it": {"padded": True},
     "attention through torch's kernel, not products": {"kernel": True},
-    "transformers' RMSNorm": {"norm": True},
     "the frozen update added for every client, not once a round": {"refreeze": True},
     "recomputed activations (gradient_checkpointing)": {"checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
@@ -61,8 +60,6 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     logging.set_verbosity_error()
     if case.get("kernel"):
         fedlora.model.packed_attention.LONGEST_PRODUCT = 0
-    if case.get("norm"):
-        fedlora.model.passes.fast_norm = lambda module: None  # type: ignore[assignment]
     keys = json.loads(spec.read_text())["config"]
     keys |= {"dtype": case.get("dtype", "float32"), "cohort_size": 1, "num_threads": threads}
     session = assemble(Config(**keys))

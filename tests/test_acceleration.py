@@ -17,7 +17,6 @@ from fedlora.errors import InputError
 from fedlora.model.acceleration import accelerate
 from fedlora.model.dtype import resolve_dtype
 from fedlora.model.passes import runner_of
-from fedlora.model.rms_norm import fast_norm
 from test_cohort import (
     RANKS,
     TOGETHER,
@@ -95,53 +94,6 @@ def test_a_run_takes_the_options(small_run: dict[str, Any], tmp_path: Path) -> N
         keys["output_dir"] = str(tmp_path / str(checkpointing))
         found.append(fedlora.run(Config(**keys)).metrics[-2]["evaluation"]["loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
-# --- the norm with a gradient of its own ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_norm_and_its_gradient_are_those_of_transformers(dtype: torch.dtype) -> None:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    norm = LlamaRMSNorm(24, eps=1e-5).to(dtype).requires_grad_(False)
-    source = torch.Generator().manual_seed(0)
-    norm.weight.copy_(torch.rand(24, generator=source) + 0.5)
-    ours = fast_norm(norm)
-    assert ours is not None
-    x = torch.randn(2, 5, 24, generator=source).to(dtype)
-    x[0, 0] = 0  # all zeros: eps decides
-    g = torch.randn(2, 5, 24, generator=source).to(dtype)
-    results = []
-    for forward in (ours, norm):
-        into = x.clone().requires_grad_()
-        out = forward(into)
-        out.backward(g)
-        assert into.grad is not None
-        results.append((out.detach(), into.grad))
-    bound = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 3e-2}[dtype]
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=bound, atol=bound * float(b.abs().max()))
-
-
-def test_the_norms_gradient_is_right() -> None:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    norm = LlamaRMSNorm(7, eps=1e-3).double().requires_grad_(False)
-    ours = fast_norm(norm)
-    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(ours, (x,))
-
-
-def test_another_norm_keeps_its_own_way() -> None:
-    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    gemma = GemmaRMSNorm(24).requires_grad_(False)  # scales by 1 + w
-    gemma.weight.fill_(0.5)
-    assert fast_norm(gemma) is None
-    assert fast_norm(torch.nn.LayerNorm(24).requires_grad_(False)) is None
-    assert fast_norm(LlamaRMSNorm(24)) is None  # its weight is trained
 
 
 # --- dtype: auto ---

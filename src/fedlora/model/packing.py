@@ -1,7 +1,7 @@
 """Finds out whether a model's samples can lie side by side without padding.
 
 The judge is the model's own forward pass of every sample alone. Both are computed in float64 by the
-model's own modules (`wide.py`), so that a difference is an error and not rounding, whatever the
+model's own modules (`wide`), so that a difference is an error and not rounding, whatever the
 dtype of the base. Whether anything of one sample gets to another is decided without any bound: the
 embeddings of one are made NaN, which no weight, however small, can hide (`keeps_samples_apart`).
 

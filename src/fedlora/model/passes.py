@@ -41,7 +41,6 @@ from fedlora.model.loss import summed_loss
 from fedlora.model.packed_attention import PackingError, attending, running_samples
 from fedlora.model.per_model import PerModel
 from fedlora.model.plans import PassKind, PlannedPass, consecutive_passes, plan_passes
-from fedlora.model.rms_norm import fast_norm
 from fedlora.model.rotary_factors import RotaryFactors
 from fedlora.model.sample_groups import samples_of
 from fedlora.model.torch_generator import borrowed_generator
@@ -93,7 +92,6 @@ class PackedRunner:
         self.auxiliary = 0.0
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         self._dropout_forms: list[dict[int, Form]] = [{} for _ in self._dropouts]
-        self._norms = [(m, f) for m in model.modules() if (f := fast_norm(m)) is not None]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
         self._forward_state = ForwardState(model)
@@ -335,8 +333,6 @@ class PackedRunner:
                 stack.enter_context(
                     replaced_forward(module, self._client_dropout(number, len(parts)))
                 )
-            for norm, forward in self._norms:
-                stack.enter_context(replaced_forward(norm, forward))
             for config, _ in before:
                 config._attn_implementation_internal = attention.NAME
             try:
