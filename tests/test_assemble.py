@@ -24,6 +24,7 @@ from fedlora.runs.site_report import SiteReport
 from fedlora.runs.site_session import SiteSession, assemble_site
 
 RANKS = [8, 4, 2, 2]
+LABELLED = {"label_column_name": "kind", "text_column_names": ["prompt"]}
 
 
 @pytest.fixture
@@ -191,9 +192,9 @@ def test_sites_that_cannot_train_together(
         ({"partition": "quantity"}, 0, "partition: quantity divides one data set"),
         ({"eval_fraction": 0.1}, 0, "eval_fraction divides one data set"),
         ({"client_ranks": None, "rank_choices": [2, 4]}, 0, "rank_choices: ranks are drawn"),
-        ({"label_column_name": "kind"}, 0, "label_names: a site knows the labels of its own rows"),
+        ({**LABELLED}, 0, "label_names: a site knows the labels of its own rows"),
         (
-            {"label_column_name": "kind", "label_names": ["s", "r"]},
+            {**LABELLED, "label_names": ["s", "r"]},
             0,
             "label_names: the data has labels that are not among them: a, c, f, l",
         ),

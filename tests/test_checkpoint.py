@@ -16,14 +16,9 @@ from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.lowrank import Delta, Dense, LowRank, prefix, to_dense
 from fedlora.methods.values import Encoded, ServerState
 from fedlora.model.targets import Targets
-from fedlora.runs.directory import (
-    RunDirectory,
-    check_free,
-    load_round,
-    verify,
-    write_errors_are_explained,
-)
+from fedlora.runs.directory import RunDirectory, check_free, load_round
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.safe_writing import verify, write_errors_are_explained
 from fedlora.runs.state_file import settled, state_from_tensors, state_to_tensors
 
 TARGETS = Targets(

@@ -30,17 +30,12 @@ from fedlora.federation.server import Server
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
-from fedlora.runs.directory import (
-    RunDirectory,
-    Saved,
-    check_free,
-    verify,
-    write_errors_are_explained,
-)
+from fedlora.runs.directory import RunDirectory, Saved, check_free
 from fedlora.runs.evaluation import Rating
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.resume import as_it_began, refuse_complete
 from fedlora.runs.run_header import begin_line, config_file
+from fedlora.runs.safe_writing import verify, write_errors_are_explained
 from fedlora.runs.session import Session, assemble, starting_state
 from fedlora.runs.state_file import settled
 from fedlora.runs.trackers import observers
