@@ -1,4 +1,4 @@
-"""Makes everything a run needs from its configuration: model, data, ranks, settings."""
+"""Makes everything a run in one process needs from its configuration: model, data, ranks."""
 
 from __future__ import annotations
 
@@ -198,17 +198,11 @@ def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, 
     tokenizer = load_tokenizer(
         source, config.tokenizer_name, config.chat_template_path, generates=not classify
     )
-    names: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
     if classify:
-        found = find_labels(config, raw, template_of(config, raw, True))
-        names = tuple(found) if config.label_names else label_order(source, found)
-    data = load_data(
-        config,
-        tokenizer,
-        raw,
-        classify=classify,
-        label_names=names,
-    )
+        labels = find_labels(config, raw, template_of(config, raw, True))
+        label_names = tuple(labels) if config.label_names else label_order(source, labels)
+    data = load_data(config, tokenizer, raw, classify=classify, label_names=label_names)
     return source, tokenizer, data
 
 
@@ -257,15 +251,15 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         }
     )
     return Session(
-        resolved,
-        base,
-        data,
-        federation,
-        (*threads.warnings, *notes, *data_warnings(data), *init_notes(config)),
-        tuple(choices),
-        holdings(resolved, _limited(config, raw)),
-        general_rows(config, tokenizer, min(context, config.max_length), task),
-        {k: x for k in SETTLED if (x := getattr(asked, k)) != getattr(resolved, k)},
+        config=resolved,
+        base=base,
+        data=data,
+        federation=federation,
+        warnings=(*threads.warnings, *notes, *data_warnings(data), *init_notes(config)),
+        choices=tuple(choices),
+        holdings=holdings(resolved, _limited(config, raw)),
+        general=general_rows(config, tokenizer, min(context, config.max_length), task),
+        asked={k: x for k in SETTLED if (x := getattr(asked, k)) != getattr(resolved, k)},
         own_threads=asked.num_threads is None,
     )
 
