@@ -14,6 +14,7 @@ import fedlora
 from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.client.worker import Worker
 from fedlora.errors import InputError
+from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import global_delta
 from fedlora.federation.server import Server
 from fedlora.methods import METHODS
@@ -24,6 +25,7 @@ from fedlora.runs.site_session import SiteSession, assemble_site
 from support.rows import rows, write_jsonl
 
 RANKS = [8, 4, 2, 2]
+LABELLED = {"label_column_name": "kind", "text_column_names": ["prompt"]}
 
 
 @pytest.fixture
@@ -50,19 +52,11 @@ def report(client: int, **changed: Any) -> SiteReport:
 
 def one_round(server_session: ServerSession, sites: list[SiteSession]) -> Server:
     """A round done by hand: plan, train at every site, accept, commit."""
-    config = server_session.config
-    server = Server(
-        server_session.federation,
-        METHODS[config.method],
-        config.rule_options(),
-        starting_state(server_session),
-    )
+    server = Server(server_session.federation, starting_state(server_session), Mean())
     for client, broadcast in server.plan().items():
         site = sites[client]
-        assert (
-            server.accept(Worker(site.base, {client: site.data}, site.config).handle(broadcast))
-            == ""
-        )
+        worker = Worker(site.base, {client: site.data}, site.config, site.agreement)
+        assert server.accept(worker.handle(broadcast)) == ""
     server.commit()
     return server
 
@@ -191,9 +185,9 @@ def test_sites_that_cannot_train_together(
         ({"partition": "quantity"}, 0, "partition: quantity divides one data set"),
         ({"eval_fraction": 0.1}, 0, "eval_fraction divides one data set"),
         ({"client_ranks": None, "rank_choices": [2, 4]}, 0, "rank_choices: ranks are drawn"),
-        ({"label_column_name": "kind"}, 0, "label_names: a site knows the labels of its own rows"),
+        ({**LABELLED}, 0, "label_names: a site knows the labels of its own rows"),
         (
-            {"label_column_name": "kind", "label_names": ["s", "r"]},
+            {**LABELLED, "label_names": ["s", "r"]},
             0,
             "label_names: the data has labels that are not among them: a, c, f, l",
         ),

@@ -13,12 +13,9 @@ import torch
 from fedlora.adapters.saved_adapter import load_adapter
 from fedlora.errors import CheckpointError, InputError
 from fedlora.lowrank import Dense, LowRank
-from fedlora.runs.directory import (
-    RunDirectory,
-    load_round,
-    verify,
-)
+from fedlora.runs.directory import RunDirectory, load_round
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.safe_writing import verify
 from fedlora.runs.state_file import settled, state_to_tensors
 from support.checkpoint import TARGETS, a_state, assert_same, low, snapshot
 

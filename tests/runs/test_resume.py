@@ -23,8 +23,8 @@ from fedlora.client.trainer import train
 from fedlora.commands.cli import main
 from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.runs import evaluation as rating
-from fedlora.runs.directory import verify
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.safe_writing import verify
 from support.resume import (
     DRIVER,
     ROUNDS,

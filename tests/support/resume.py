@@ -89,7 +89,7 @@ def round_line(directory, line):
 
 POINTS = {
     "before training": (worker.Worker, "handle_together", any_call, die),
-    "in a client's steps": (passes.Passes, "backward", any_call, die),
+    "in a client's steps": (passes.PackedRunner, "backward", any_call, die),
     "before the directory": (Path, "rename", named(".out.partial"), die),
     "before the first line": (checkpoint.RunDirectory, "append", any_call, die),
     "half of the state": (checkpoint, "save_tensors", any_call, half_a_file),

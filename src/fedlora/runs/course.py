@@ -27,7 +27,7 @@ from fedlora.federation.server import Server
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
-from fedlora.runs.directory import RunDirectory, Saved, verify, write_errors_are_explained
+from fedlora.runs.directory import RunDirectory, Saved
 from fedlora.runs.engine import Answer, Engine, EngineState, Failure
 from fedlora.runs.evaluation import own_adapter
 from fedlora.runs.events import (
@@ -46,6 +46,7 @@ from fedlora.runs.events import (
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.round_clock import RoundClock
 from fedlora.runs.run_header import begin_event, header
+from fedlora.runs.safe_writing import verify, write_errors_are_explained
 from fedlora.runs.session import Session
 from fedlora.runs.state_file import settled
 from fedlora.text import finite

@@ -1,4 +1,4 @@
-"""Writes a run's directory safely, and checks it before a run goes on from it.
+"""Keeps a run's directory: makes it, locks it, adds rounds to it, and finds where to go on.
 
     config.yaml      the resolved configuration; appears together with the directory
     metrics.jsonl    one line per event, only ever appended to
@@ -6,21 +6,16 @@
                      resumed run needs; `manifest.json` holds the SHA-256 of every file
     final/           the final adapter as a PEFT directory, and the tokenizer
 
-A directory is written under a name beginning with a dot and renamed when all of it is on the disk,
-so whatever moment a run is killed at, a `round-N` that exists is whole, or known to be damaged.
+Whatever moment a run is killed at, a `round-N` that exists is whole, or known to be damaged.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,28 +25,31 @@ from torch import Tensor
 
 from fedlora.adapters.peft_files import save_tensors
 from fedlora.adapters.saved_adapter import write_adapter
-from fedlora.errors import CheckpointError, FedloraError, InputError
+from fedlora.errors import CheckpointError, InputError
 from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.model.targets import Targets
-from fedlora.runs.file_names import (
-    CONFIG,
-    FINAL,
-    LOCK,
-    MANIFEST,
-    METRICS,
-    PARTIAL_CONFIG,
+from fedlora.runs.file_names import CONFIG, FINAL, LOCK, METRICS, PARTIAL_CONFIG
+from fedlora.runs.metrics_log import append_line, cut_off_half_a_line
+from fedlora.runs.safe_writing import (
+    remove_directory,
+    set_aside,
+    sync,
+    verify,
+    write_directory,
+    write_text,
 )
 from fedlora.runs.state_file import (
-    CLIENTS,
     clients_from_tensors,
     clients_to_tensors,
-    from_copies,
+    state_from_copies,
     state_to_tensors,
 )
 
 _ROUND = re.compile(r"^round-(\d+)$")
+_STATE, _FACTS = "state", "state.json"
+_SERVER, _CLIENTS = "server.safetensors", "clients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,71 +67,6 @@ class Saved:
     line: dict[str, Any]
     extra: dict[str, Any]
     clients: dict[int, ClientState] = field(default_factory=dict)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _place(target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a hidden directory, force it to the disk, then give it its name."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        fill(partial)
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(partial)): _digest(p) for p in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        for path in [*files, partial / MANIFEST]:
-            _sync(path)
-        for path in [p for p in partial.rglob("*") if p.is_dir()]:
-            _sync(path)
-        _sync(partial)
-    except OSError:  # where the disk is full, half a directory must not keep it full
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if target.exists():
-        _set_aside(target)
-    partial.rename(target)
-    _sync(target.parent)
-
-
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(f"{path.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-
-
-@contextlib.contextmanager
-def write_errors_are_explained(directory: Path) -> Iterator[None]:
-    """Turn a write that failed in the run's directory into what is safe and how to go on."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and str(directory) not in str(error.filename):
-            raise
-        what = "no space left on the device" if full else "cannot be written to"
-        remedy = "Free some space" if full else "Mend that"
-        raise FedloraError(
-            f"{directory}: {what} ({error.strerror}); every round-N directory there is whole. "
-            f"{remedy}, then: fedlora run --resume {directory}"
-        ) from None
-
-
-def _write_config(path: Path, config_yaml: str) -> None:
-    path.write_text(config_yaml, encoding="utf-8")
-    _sync(path)
 
 
 class RunDirectory:
@@ -174,18 +107,9 @@ class RunDirectory:
         check_free(path)
         try:
             if path.is_dir():
-                _write_config(path / PARTIAL_CONFIG, config_yaml)
-                (path / PARTIAL_CONFIG).rename(path / CONFIG)
-                _sync(path)
+                _write_config_into(path, config_yaml)
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f".{path.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                _write_config(partial / CONFIG, config_yaml)
-                _sync(partial)
-                partial.rename(path)
-                _sync(path.parent)
+                _make_with_config(path, config_yaml)
         except OSError as error:
             raise InputError(f"output_dir: {path}: cannot be made: {error.strerror}") from None
         return cls(path)
@@ -208,24 +132,18 @@ class RunDirectory:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Append one line to `metrics.jsonl` and force it to the disk."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
+        append_line(self.path / METRICS, line)
 
     def mend_metrics(self) -> None:
         """Cut off a last line that was half written when a run was killed."""
-        path = self.path / METRICS
-        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-            with path.open("r+b") as out:
-                out.truncate(content.rfind(b"\n") + 1)
+        cut_off_half_a_line(self.path / METRICS)
 
     # --- rounds ---
 
     def rounds(self) -> list[int]:
         """The rounds on the disk, ascending, whole or damaged."""
-        found = (_ROUND.match(p.name) for p in self.path.iterdir() if p.is_dir())
-        return sorted(int(match.group(1)) for match in found if match)
+        matches = (_ROUND.match(p.name) for p in self.path.iterdir() if p.is_dir())
+        return sorted(int(match.group(1)) for match in matches if match)
 
     def save_round(
         self,
@@ -239,28 +157,28 @@ class RunDirectory:
     ) -> Path:
         """Write `round-N/`: the global model as a PEFT directory, and the state to resume from.
 
-        `client-K/` in it are the clients' own models, where they are kept.
+        Args:
+            delta: the global model's difference from the base.
+            targets: the base's target modules.
+            state: the server's state after the round.
+            line: the round's line of `metrics.jsonl`, as JSON can hold it.
+            extra: what else the run keeps, as JSON can hold it.
+            clients: what outlives the round at the clients.
+            models: the clients' own models with their parameters trained whole, where they are
+                kept; they are written to `client-K/`.
+
+        Returns:
+            The directory.
         """
 
         def fill(partial: Path) -> None:
             write_adapter(partial, delta, targets, state.dense)
             for client, (own, dense) in (models or {}).items():
                 write_adapter(partial / f"client-{client}", own, targets, dense)
-            (partial / "state").mkdir()
-            save_tensors(partial / "state" / "server.safetensors", state_to_tensors(state))
-            if clients:
-                save_tensors(partial / "state" / CLIENTS, clients_to_tensors(clients))
-            facts = {
-                "round": state.round,
-                "ranks": {str(k): v for k, v in state.ranks.items()},
-                "last_seen": {str(k): v for k, v in state.last_seen.items()},
-                "extra": extra,
-                "line": line,
-            }
-            (partial / "state" / "state.json").write_text(json.dumps(facts) + "\n")
+            _write_state(partial / _STATE, state, clients or {}, line, extra)
 
         target = self.path / f"round-{state.round}"
-        _place(target, fill)
+        write_directory(target, fill)
         return target
 
     def prune(self, limit: int | None, keep: int | None) -> None:
@@ -269,10 +187,7 @@ class RunDirectory:
             return
         for number in self.rounds()[: -max(2, limit)]:
             if number != keep:
-                gone = self.path / f".round-{number}.removed"
-                shutil.rmtree(gone, ignore_errors=True)  # of a run killed just here
-                (self.path / f"round-{number}").rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                remove_directory(self.path / f"round-{number}")
 
     def sweep(self) -> None:
         """Remove what a killed run left half written or half removed."""
@@ -294,14 +209,14 @@ class RunDirectory:
                 return load_round(self.path / f"round-{number}"), problems
             except CheckpointError as error:
                 problems.append(str(error))
-                _set_aside(self.path / f"round-{number}")
+                set_aside(self.path / f"round-{number}")
         return None, problems
 
     # --- the end ---
 
     def save_final(self, fill: Callable[[Path], None]) -> Path:
         """Write `final/`; its presence says that the run is complete."""
-        _place(self.path / FINAL, fill)
+        write_directory(self.path / FINAL, fill)
         return self.path / FINAL
 
 
@@ -327,22 +242,41 @@ def check_free(path: str | Path) -> None:
         raise InputError(f"output_dir: {path} is not empty; choose another --output_dir")
 
 
-def verify(path: Path) -> None:
-    """Compare every file of a saved directory with its manifest.
+def _write_config_into(path: Path, config_yaml: str) -> None:
+    """Put `config.yaml` into an empty directory that is there already."""
+    write_text(path / PARTIAL_CONFIG, config_yaml)
+    (path / PARTIAL_CONFIG).rename(path / CONFIG)
+    sync(path)
 
-    Raises:
-        CheckpointError: which file is missing or damaged.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path}: damaged ({MANIFEST} is missing or broken)") from None
-    for name, digest in manifest.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{path}: damaged ({name} is missing)")
-        if _digest(file) != digest:
-            raise CheckpointError(f"{path}: damaged ({name} is not what was written)")
+
+def _make_with_config(path: Path, config_yaml: str) -> None:
+    """Make a directory that never is without its `config.yaml`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_text(partial / CONFIG, config_yaml)
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def _write_state(
+    directory: Path, state: ServerState, clients: Mapping[int, ClientState], line: Any, extra: Any
+) -> None:
+    """Write what a resumed run needs beside the global model."""
+    directory.mkdir()
+    save_tensors(directory / _SERVER, state_to_tensors(state))
+    if clients:
+        save_tensors(directory / _CLIENTS, clients_to_tensors(clients))
+    facts = {
+        "round": state.round,
+        "ranks": {str(k): v for k, v in state.ranks.items()},
+        "last_seen": {str(k): v for k, v in state.last_seen.items()},
+        "extra": extra,
+        "line": line,
+    }
+    (directory / _FACTS).write_text(json.dumps(facts) + "\n")
 
 
 def load_round(path: Path) -> Saved:
@@ -352,14 +286,15 @@ def load_round(path: Path) -> Saved:
         CheckpointError: it is damaged.
     """
     verify(path)
-    facts = json.loads((path / "state" / "state.json").read_text())
-    state = from_copies(
-        load_file(path / "state" / "server.safetensors"),
+    directory = path / _STATE
+    facts = json.loads((directory / _FACTS).read_text())
+    state = state_from_copies(
+        load_file(directory / _SERVER),
         facts["round"],
         {int(k): v for k, v in facts["last_seen"].items()},
         {int(k): v for k, v in facts["ranks"].items()},
     )
-    kept = path / "state" / CLIENTS
+    kept = directory / _CLIENTS
     clients = clients_from_tensors(load_file(kept)) if kept.is_file() else {}
     return Saved(state, facts["line"], facts["extra"], clients)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedlora.config.clients import client_ranks, settled_overrides
@@ -39,15 +40,26 @@ def as_it_began(path: Path, config: Config | None) -> Config:
         if theirs.get(key) != value and not (key in automatic and value in (None, "auto"))
     ]
     if different:
-        more = now.num_rounds - saved.num_rounds
-        how = f"\nWhen it has ended: {further(path, saved, more)}" if more > 0 else ""
-        raise InputError(
-            f"--resume {path}: the configuration differs from the one the run began with:\n"
-            + "\n".join(different)
-            + "\nLeave these keys as they were, or start a new run in another --output_dir"
-            + how
-        )
+        raise InputError(_differs(path, different, saved, now.num_rounds - saved.num_rounds))
     return saved
+
+
+def _differs(path: Path, different: Sequence[str], saved: Config, more: int) -> str:
+    """What to say of a configuration that is not the one a run began with.
+
+    Args:
+        path: the run's directory.
+        different: a line for each key.
+        saved: the configuration it began with.
+        more: how many more rounds are asked for.
+    """
+    how = f"\nWhen it has ended: {further(path, saved, more)}" if more > 0 else ""
+    return (
+        f"--resume {path}: the configuration differs from the one the run began with:\n"
+        + "\n".join(different)
+        + "\nLeave these keys as they were, or start a new run in another --output_dir"
+        + how
+    )
 
 
 def refuse_complete(path: Path, config: Config | None) -> None:
@@ -86,13 +98,22 @@ def further(path: Path, saved: Config, rounds: int) -> str:
         )
     words = ["fedlora", "run", path / CONFIG, "--init_adapter", path / FINAL]
     words += ["--num_rounds", rounds, "--output_dir", f"{path}-more"]
-    anew = ["the learning rate's schedule"] * (saved.lr_scheduler_scope == "federation")
-    anew += ["the server's momentum"] * (saved.server_momentum > 0)
-    also = f", and {' and '.join(anew)} begin{'s' * (len(anew) == 1)} anew" if anew else ""
     return (
         f"For {rounds} more rounds start a new run from its result (rounds count from 1 "
-        f"again{also}):\n  {shlex.join(map(str, words))}"
+        f"again{_what_begins_anew(saved)}):\n  {shlex.join(map(str, words))}"
     )
+
+
+def _what_begins_anew(saved: Config) -> str:
+    """What a new run does not take over from the old one, with the comma before it, or ""."""
+    anew = []
+    if saved.lr_scheduler_scope == "federation":
+        anew.append("the learning rate's schedule")
+    if saved.server_momentum > 0:
+        anew.append("the server's momentum")
+    if not anew:
+        return ""
+    return f", and {' and '.join(anew)} {'begins' if len(anew) == 1 else 'begin'} anew"
 
 
 def _saved(path: Path) -> Config:

@@ -1,4 +1,4 @@
-"""Makes everything a run needs from its configuration: model, data, ranks, settings."""
+"""Makes everything a run in one process needs from its configuration: model, data, ranks."""
 
 from __future__ import annotations
 
@@ -163,17 +163,11 @@ def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, 
     tokenizer = load_tokenizer(
         source, config.tokenizer_name, config.chat_template_path, generates=not classify
     )
-    names: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
     if classify:
-        found = find_labels(config, raw, template_of(config, raw, True))
-        names = tuple(found) if config.label_names else label_order(source, found)
-    data = load_data(
-        config,
-        tokenizer,
-        raw,
-        classify=classify,
-        label_names=names,
-    )
+        labels = find_labels(config, raw, template_of(config, raw, True))
+        label_names = tuple(labels) if config.label_names else label_order(source, labels)
+    data = load_data(config, tokenizer, raw, classify=classify, label_names=label_names)
     return source, tokenizer, data
 
 
@@ -222,15 +216,15 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         }
     )
     return Session(
-        resolved,
-        base,
-        data,
-        federation,
-        (*threads.warnings, *notes, *data_warnings(data), *init_notes(config)),
-        tuple(choices),
-        label_counts(resolved, _limited(config, raw)),
-        general_rows(config, tokenizer, min(context, config.max_length), task),
-        {k: x for k in SETTLED if (x := getattr(asked, k)) != getattr(resolved, k)},
+        config=resolved,
+        base=base,
+        data=data,
+        federation=federation,
+        warnings=(*threads.warnings, *notes, *data_warnings(data), *init_notes(config)),
+        choices=tuple(choices),
+        label_counts=label_counts(resolved, _limited(config, raw)),
+        general=general_rows(config, tokenizer, min(context, config.max_length), task),
+        asked={k: x for k in SETTLED if (x := getattr(asked, k)) != getattr(resolved, k)},
         own_threads=asked.num_threads is None,
     )
 
@@ -264,21 +258,25 @@ def load_base(
     return base, notes
 
 
+def make_agreement(config: Config, base: BaseModel) -> Agreement:
+    """What the server and every site hold to: the rule, its options, the shapes and the seed."""
+    rule, options = METHODS[config.method], config.rule_options()
+    return Agreement(rule, options, base.targets.shapes, config.seed)
+
+
 def make_federation(
     config: Config, base: BaseModel, ranks: Sequence[int], num_examples: Sequence[int]
 ) -> Federation:
     """Who takes part, and what all of them agree on: the base's shapes and the seed."""
-    shapes = base.targets.shapes
-    rule, options = METHODS[config.method], config.rule_options()
     return Federation(
         ranks=ranks,
         num_examples=num_examples,
-        agreement=Agreement(rule, options, shapes, config.seed),
+        agreement=make_agreement(config, base),
         clients_per_round=config.clients_per_round,
         client_weights=config.client_weights,
         server_learning_rate=config.server_learning_rate,
         server_momentum=config.server_momentum,
-        modules=client_modules(config, shapes),
+        modules=client_modules(config, base.targets.shapes),
     )
 
 

@@ -18,6 +18,7 @@ from fedlora.data.site_rows import load_site_rows
 from fedlora.data.templates import Template, label_of
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
+from fedlora.federation.exchange import Agreement
 from fedlora.model.base import BaseModel
 from fedlora.model.passes import runner_of
 from fedlora.model.sources import Source, load_tokenizer
@@ -27,6 +28,7 @@ from fedlora.runs.session import (
     classifies,
     general_rows,
     load_base,
+    make_agreement,
     model_source,
     resolve_paths,
     task_of,
@@ -42,6 +44,7 @@ class SiteSession:
         config: resolved.
         base: the frozen base with adapter layers.
         data: the client's own rows.
+        agreement: what it holds to, as all others do.
         report: what the server has to know.
         eval: rows that the global model is evaluated on here.
         general: windows of general text, whose loss shows what is forgotten.
@@ -52,6 +55,7 @@ class SiteSession:
     config: Config
     base: BaseModel
     data: ClientData
+    agreement: Agreement
     report: SiteReport
     eval: Sequence[Tokens] = ()
     general: Sequence[Tokens] = ()
@@ -101,6 +105,7 @@ def assemble_site(config: Config, client: int) -> SiteSession:
         resolved,
         base,
         own,
+        make_agreement(config, base),
         SiteReport(
             client=client,
             name=raw.names[client],

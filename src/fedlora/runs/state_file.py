@@ -11,46 +11,22 @@ from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
 from fedlora.methods.values import Encoded, ServerState
 
-CLIENTS = "clients.safetensors"
+Tensors = dict[str, Tensor]
 
 
-def _flatten(prefix: str, deltas: Deltas, into: dict[str, Tensor]) -> None:
-    for name, x in deltas.items():
-        if isinstance(x, Dense):
-            into[f"{prefix}/{name}/W"] = x.W.contiguous()
-        else:
-            into[f"{prefix}/{name}/A"] = x.A.contiguous()
-            into[f"{prefix}/{name}/B"] = x.B.contiguous()
+def state_to_tensors(state: ServerState) -> Tensors:
+    """Every tensor of a server state under a name of its own, as a safetensors file can hold them.
 
-
-def _unflatten(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        group, _, rest = key.partition("/")
-        if group == prefix:
-            name, _, factor = rest.rpartition("/")
-            found.setdefault(name, {})[factor] = value
-    return {
-        name: Dense(parts["W"]) if "W" in parts else LowRank(parts["A"], parts["B"])
-        for name, parts in found.items()
-    }
-
-
-def state_to_tensors(state: ServerState) -> dict[str, Tensor]:
-    """Every tensor of a server state under a name of its own, none sharing memory with another."""
-    out: dict[str, Tensor] = {}
-    _flatten("adapter", state.adapter, out)
-    _flatten("base_delta", state.base_delta, out)
-    _flatten("last_merge", state.last_merge, out)
-    _flatten("momentum_products", state.momentum.products, out)
-    out |= {f"momentum_factors/{k}": v.contiguous() for k, v in state.momentum.factors.items()}
-    out |= {f"dense/{k}": v.contiguous() for k, v in state.dense.items()}
+    After a round, momentum and merge may be the same tensors; a file cannot hold what shares memory
+    with another, so the second of them is copied.
+    """
+    tensors = {name: value.contiguous() for name, value in _named(state).items()}
     seen = set[int]()
-    for key, value in out.items():  # after a round, momentum and merge may be the same tensors
+    for name, value in tensors.items():
         where = value.untyped_storage().data_ptr()
-        out[key] = value.clone() if where in seen else value
+        tensors[name] = value.clone() if where in seen else value
         seen.add(where)
-    return out
+    return tensors
 
 
 def state_from_tensors(
@@ -60,19 +36,17 @@ def state_from_tensors(
     ranks: Mapping[int, int],
 ) -> ServerState:
     """The inverse of `state_to_tensors`."""
-
-    def plain(group: str) -> dict[str, Tensor]:
-        return {k[len(group) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{group}/")}
-
     return ServerState(
         round=round,
-        adapter=_unflatten("adapter", tensors),
-        base_delta=_unflatten("base_delta", tensors),
-        dense=plain("dense"),
-        last_merge=_unflatten("last_merge", tensors),
+        adapter=_deltas(tensors, "adapter"),
+        base_delta=_deltas(tensors, "base_delta"),
+        dense=_group(tensors, "dense"),
+        last_merge=_deltas(tensors, "last_merge"),
         last_seen=dict(last_seen),
         ranks=dict(ranks),
-        momentum=Encoded(plain("momentum_factors"), _unflatten("momentum_products", tensors)),
+        momentum=Encoded(
+            _group(tensors, "momentum_factors"), _deltas(tensors, "momentum_products")
+        ),
     )
 
 
@@ -82,31 +56,72 @@ def settled(state: ServerState) -> ServerState:
     Results depend in their last bits on strides, alignment and the order of sums. A run that goes
     on from the settled state after every round takes the same course as one resumed there.
     """
-    return from_copies(state_to_tensors(state), state.round, state.last_seen, state.ranks)
+    return state_from_copies(_named(state), state.round, state.last_seen, state.ranks)
 
 
-def from_copies(
+def state_from_copies(
     tensors: Mapping[str, Tensor],
     round: int,
     last_seen: Mapping[int, int],
     ranks: Mapping[int, int],
 ) -> ServerState:
+    """As `state_from_tensors`, of copies: a loaded state is laid out as a settled one."""
     return state_from_tensors(_copies(tensors), round, last_seen, ranks)
 
 
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: tensors[k].clone(memory_format=torch.contiguous_format) for k in sorted(tensors)}
-
-
-def clients_to_tensors(clients: Mapping[int, ClientState]) -> dict[str, Tensor]:
+def clients_to_tensors(clients: Mapping[int, ClientState]) -> Tensors:
     """Every tensor of all clients' states as `client/module.B`."""
     return {f"{k}/{n}": t for k, state in sorted(clients.items()) for n, t in state.factors.items()}
 
 
 def clients_from_tensors(tensors: Mapping[str, Tensor]) -> dict[int, ClientState]:
     """The inverse of `clients_to_tensors`."""
-    out: dict[int, dict[str, Tensor]] = {}
+    factors: dict[int, Tensors] = {}
     for key, value in _copies(tensors).items():
         client, _, name = key.partition("/")
-        out.setdefault(int(client), {})[name] = value
-    return {client: ClientState(factors) for client, factors in sorted(out.items())}
+        factors.setdefault(int(client), {})[name] = value
+    return {client: ClientState(own) for client, own in sorted(factors.items())}
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Copies of all tensors, each row after row in memory of its own, in the order of names."""
+    return {k: tensors[k].clone(memory_format=torch.contiguous_format) for k in sorted(tensors)}
+
+
+def _named(state: ServerState) -> Tensors:
+    """Every tensor of a server state under a name of its own; some may share memory."""
+    return {
+        **_factors("adapter", state.adapter),
+        **_factors("base_delta", state.base_delta),
+        **_factors("last_merge", state.last_merge),
+        **_factors("momentum_products", state.momentum.products),
+        **{f"momentum_factors/{name}": value for name, value in state.momentum.factors.items()},
+        **{f"dense/{name}": value for name, value in state.dense.items()},
+    }
+
+
+def _factors(group: str, deltas: Deltas) -> Tensors:
+    """The factors A and B of updates, or W where an update is dense, as `group/module/factor`."""
+    tensors: Tensors = {}
+    for name, x in deltas.items():
+        parts = {"W": x.W} if isinstance(x, Dense) else {"A": x.A, "B": x.B}
+        tensors |= {f"{group}/{name}/{factor}": value for factor, value in parts.items()}
+    return tensors
+
+
+def _deltas(tensors: Mapping[str, Tensor], group: str) -> dict[str, Delta]:
+    """The inverse of `_factors`."""
+    modules: dict[str, Tensors] = {}
+    for key, value in _group(tensors, group).items():
+        name, _, factor = key.rpartition("/")
+        modules.setdefault(name, {})[factor] = value
+    return {
+        name: Dense(parts["W"]) if "W" in parts else LowRank(parts["A"], parts["B"])
+        for name, parts in modules.items()
+    }
+
+
+def _group(tensors: Mapping[str, Tensor], group: str) -> Tensors:
+    """The tensors of one group, without its name before theirs."""
+    start = f"{group}/"
+    return {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}

@@ -13,11 +13,8 @@ import torch
 from fedlora.errors import FedloraError, InputError
 from fedlora.lowrank import Delta, to_dense
 from fedlora.methods.values import ServerState
-from fedlora.runs.directory import (
-    RunDirectory,
-    check_free,
-    write_errors_are_explained,
-)
+from fedlora.runs.directory import RunDirectory, check_free
+from fedlora.runs.safe_writing import write_errors_are_explained
 from fedlora.runs.state_file import state_from_tensors, state_to_tensors
 from support.checkpoint import TARGETS, a_state, assert_same, low, snapshot
 

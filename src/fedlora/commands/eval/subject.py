@@ -17,9 +17,9 @@ from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import CheckpointError, InputError
 from fedlora.methods import METHODS
 from fedlora.model.sources import Source
-from fedlora.runs.directory import verify
 from fedlora.runs.file_names import CONFIG, FINAL, METRICS
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.safe_writing import verify
 from fedlora.runs.session import model_source
 from fedlora.text import natural
 
