@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -185,7 +186,7 @@ def _quota() -> float:
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
-_outside: list[int] = []
+_outside: ContextVar[int] = ContextVar("fedlora_threads_outside", default=1)
 """How many threads torch had where `one_thread` was entered; `map_modules` may use as many."""
 
 
@@ -197,11 +198,11 @@ def one_thread() -> Iterator[None]:
         yield
         return
     torch.set_num_threads(1)
-    _outside.append(before)
+    token = _outside.set(before)
     try:
         yield
     finally:
-        _outside.pop()
+        _outside.reset(token)
         torch.set_num_threads(before)
 
 
@@ -210,7 +211,7 @@ def map_modules(function: Callable[[_In], _Out], modules: Mapping[str, _In]) -> 
 
     Every module is worked on by one thread, so the number of threads changes no bit.
     """
-    threads = min(max(torch.get_num_threads(), *_outside, 1), len(modules))
+    threads = min(max(torch.get_num_threads(), _outside.get()), len(modules))
     if threads <= 1:
         with one_thread():
             return {name: function(x) for name, x in modules.items()}

@@ -314,7 +314,7 @@ def train_together(model: Any, trainees: Sequence[Trainee]) -> list[dict[str, An
     of steps are its own. A client that has done its steps leaves the pass.
 
     Args:
-        model: with the clients' adapters in the computed of its layers, in the order of `trainees`.
+        model: with the clients' adapters in the slots of its layers, in the order of `trainees`.
         trainees: at least one.
 
     Returns:

@@ -53,8 +53,8 @@ def longest_table(config: Any) -> int:
     """Up to which number of positions a model has to run; 0 where its configuration has none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-    found = [getattr(text, name, None) for name in names]
-    return max((n for n in found if isinstance(n, int)), default=0)
+    tables = [getattr(text, name, None) for name in names]
+    return max((n for n in tables if isinstance(n, int)), default=0)
 
 
 def smallest_unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
@@ -78,5 +78,5 @@ def smallest_unexplained(model: Any, configs: Sequence[Any], windows: set[int]) 
             return True
         return not _NO_LENGTHS.search(key) and n not in widths
 
-    found = (n for config in configs for key, n in _numbers(config) if bounds(key, n))
-    return min((n for n in found if n > max(LENGTHS)), default=UNBOUNDED)
+    unexplained = (n for config in configs for key, n in _numbers(config) if bounds(key, n))
+    return min((n for n in unexplained if n > max(LENGTHS)), default=UNBOUNDED)

@@ -14,6 +14,7 @@ from fedlora.model.base import BaseModel, attach
 from fedlora.model.checks import check_updates
 from fedlora.model.sources import Source, in_one_line
 from fedlora.model.targets import Targets, find_targets, fused_experts
+from fedlora.model.torch_generator import borrowed_generator
 from fedlora.seeds import SERVER, Purpose, integer
 from fedlora.text import natural
 
@@ -116,9 +117,9 @@ def load_pretrained(
     dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with (
         in_one_line(f"model_name_or_path: {source.name}: the model cannot be loaded"),
-        torch.random.fork_rng(devices=[]),
+        # A head that the checkpoint lacks is drawn from torch's one generator of the process.
+        borrowed_generator([], integer(config.seed, 0, SERVER, Purpose.HEAD)),
     ):
-        torch.manual_seed(integer(config.seed, 0, SERVER, Purpose.HEAD))
         if not weights:
             with torch.device("meta"):
                 plain = None if dtype == "auto" else dtype

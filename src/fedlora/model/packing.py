@@ -6,9 +6,9 @@ dtype of the base. Whether anything of one sample gets to another is decided wit
 embeddings of one are made NaN, which no weight, however small, can hide (`keeps_samples_apart`).
 
 What depends on lengths beyond those tried: masks are the model's own at any length
-(`attention.sample_mask`); rotary factors that follow the longest sample are looked for at positions
-far out (`RotaryFactors`); a number of the configuration that may be a length, and that neither
-explains, bounds the tokens of a pass (`smallest_unexplained`).
+(`packed_attention.sample_mask`); rotary factors that follow the longest sample are looked for at
+positions far out (`RotaryFactors`); a number of the configuration that may be a length, and that
+neither explains, bounds the tokens of a pass (`smallest_unexplained`).
 """
 
 from __future__ import annotations

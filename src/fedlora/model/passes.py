@@ -55,7 +55,7 @@ class PassResult:
 
     Args:
         losses: by client, the weighted sum of its cross-entropies.
-        computed: token computed computed, padding among them.
+        computed: tokens that went through the model, padding among them.
     """
 
     losses: list[float]
@@ -351,8 +351,8 @@ class PackedRunner:
 
     def _trunk_output(self, ids: Tensor) -> Any:
         """What the trunk makes of all tokens."""
-        places = self._positions(ids.device)
-        return self.trunk(input_ids=ids[None], position_ids=places, use_cache=False)
+        positions = self._positions(ids.device)
+        return self.trunk(input_ids=ids[None], position_ids=positions, use_cache=False)
 
     # --- padded ---
 
@@ -395,9 +395,9 @@ class PackedRunner:
         with self._packed_pass([rows], _device(model)):
             if self.classifier:
                 return self._row_logits(model, rows).float()
-            ids, places, _ = flatten_rows(rows, _device(model))
+            ids, predicted_at, _ = flatten_rows(rows, _device(model))
             out = self._trunk_output(ids)
-            return head_logits(model, self.trunk, out, hidden_states(out)[places])
+            return head_logits(model, self.trunk, out, hidden_states(out)[predicted_at])
 
     def _draws_nothing(self, model: Any, rows: Sequence[Tokens]) -> bool:
         """Whether a training pass leaves torch's own generator alone."""

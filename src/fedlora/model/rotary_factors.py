@@ -35,7 +35,7 @@ class RotaryFactors:
     uses_positions: bool = False
     """The model's forward pass goes by the positions it is given."""
     follow_longest: bool = False
-    """RotaryFactors differ between lengths."""
+    """The factors differ between lengths."""
 
     def __post_init__(self) -> None:
         self.lengths = list[int]()  # ascending
