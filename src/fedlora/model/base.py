@@ -71,15 +71,12 @@ class BaseModel:
             full_params: values of the parameters trained whole; None leaves them as they are.
             trains: the factors that are trained, "AB", "A" or "B"; the others keep their values.
         """
-        one = (
-            []
-            if adapter is None
-            else [ClientAdapter(adapter, {}, scale, dropout, trains, full_params or {})]
-        )
-        self.load_clients(frozen, one)
-        with torch.no_grad():
-            for name, value in (full_params or {}).items():
-                self.full_params[name].copy_(value)
+        if adapter is None:
+            self.load_clients(frozen, [])
+            self._set_full_params(full_params or {})
+        else:
+            own = ClientAdapter(adapter, {}, scale, dropout, trains, full_params or {})
+            self.load_clients(frozen, [own])
 
     def load_clients(
         self, frozen: Sequence[Deltas], client_adapters: Sequence[ClientAdapter]
@@ -99,9 +96,13 @@ class BaseModel:
                 name, [s.full_params for s in client_adapters] if len(client_adapters) > 1 else ()
             )
         if len(client_adapters) == 1:
-            with torch.no_grad():
-                for name, value in client_adapters[0].full_params.items():
-                    self.full_params[name].copy_(value)
+            self._set_full_params(client_adapters[0].full_params)
+
+    def _set_full_params(self, values: Mapping[str, Tensor]) -> None:
+        """Set the model's own parameters of modules trained whole."""
+        with torch.no_grad():
+            for name, value in values.items():
+                self.full_params[name].copy_(value)
 
     def terms_of(self, client: int) -> list[ClientTerm]:
         """The terms of the client in this slot of the pass, layer by layer."""
