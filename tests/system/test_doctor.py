@@ -265,7 +265,7 @@ def test_versions_are_held_against_what_is_declared(
 def test_what_is_declared_is_what_pyproject_says() -> None:
     import tomllib
 
-    from conftest import REPOSITORY
+    from support.paths import REPOSITORY
 
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
