@@ -40,7 +40,7 @@ demo: $(STAMP) ## run the demo
 test-unit test test-all: export HF_HUB_OFFLINE := 1
 test-unit test test-all: export OMP_NUM_THREADS := 1
 test-unit test test-all: export MKL_NUM_THREADS := 1
-test-unit: $(STAMP) ## run the tests of single modules, in under a minute
+test-unit: $(STAMP) ## run the tests of single modules
 	$(BIN)/python -m pytest -n $(WORKERS) -m "unit and not slow" $(PYTEST_ARGS)
 
 test: $(STAMP) ## run the tests but the slow ones (WORKERS=2, PYTEST_ARGS=...)

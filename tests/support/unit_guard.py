@@ -1,19 +1,13 @@
-"""Finds out a unit test that starts a run or a process, or that computes for long."""
+"""Finds out a unit test that starts a run or a process."""
 
 from __future__ import annotations
 
 import multiprocessing.process
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
-SECONDS = 5.0
-"""CPU time that a unit test may take at most: far more than the second that it should stay under,
-since the first test that needs a library pays for its import, and a busy machine counts double.
-"""
 
 RUNS = ("run", "run_session")
 """Functions of `fedlora.engines.local` that every run goes through."""
@@ -60,17 +54,3 @@ def only_a_unit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     done, _offences = _offences, None
     if done:
         pytest.fail(done[0], pytrace=False)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Count the CPU time of the test itself, without its fixtures."""
-    before = time.process_time()
-    yield
-    taken = time.process_time() - before
-    if taken > SECONDS and "unit" in item.path.relative_to(item.config.rootpath).parts:
-        pytest.fail(
-            f"it took {taken:.1f} s of CPU time, and a unit test at most {SECONDS:g}; "
-            "make it smaller, or move it to tests/runs",
-            pytrace=False,
-        )

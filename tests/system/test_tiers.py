@@ -30,7 +30,6 @@ def test_fast(): pass
 """
 PROCESS = "a unit test starts no process"
 RUN = "a unit test starts no run"
-LONG = "of CPU time"
 
 
 @pytest.fixture
@@ -84,15 +83,13 @@ OFFENDERS = [
     ("from fedlora.engines.local import run_session; run_session(None)", RUN),
     # Code that catches what goes wrong in it does not hide the offence.
     ("import contextlib, os\n    with contextlib.suppress(BaseException): os.fork()", PROCESS),
-    ("import time\n    while time.process_time() < END: pass", LONG),
 ]
 
 
 def test_a_unit_test_that_does_more_is_found_out(suite: Path) -> None:
-    lines = ["import support.unit_guard", "support.unit_guard.SECONDS = 0.2"]
+    lines = []
     for number, (body, _) in enumerate(OFFENDERS):
-        lines += [f"def test_{number}():", "    END = __import__('time').process_time() + 0.5"]
-        lines += [f"    {body}"]
+        lines += [f"def test_{number}():", f"    {body}"]
     (suite / "unit" / "test_it.py").write_text("\n".join([*lines, "def test_fine(): pass", ""]))
     said = output(suite, "-rfE", "--tb=no")
     for number, (_, why) in enumerate(OFFENDERS):

@@ -1,3 +1,3 @@
-"""Holds unit tests to what they are: no run, no process, no long computation."""
+"""Holds unit tests to what they are: no run and no process."""
 
-from support.unit_guard import only_a_unit, pytest_runtest_call  # noqa: F401
+from support.unit_guard import only_a_unit  # noqa: F401
