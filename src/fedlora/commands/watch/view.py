@@ -123,10 +123,12 @@ class Reader:
             InputError: there is something else in its place.
         """
         path = self.path
+        # A run's directory appears with its configuration in it: what is listed is looked at first.
+        holds_files = path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir())
         if not (path / CONFIG).is_file():
             if path.exists() and not path.is_dir():
                 raise InputError(f"{path}: a file; give the output directory of a run")
-            if path.is_dir() and any(not p.name.startswith(".") for p in path.iterdir()):
+            if holds_files:
                 raise InputError(f"{path}: no run; there is no {CONFIG}")
             return None
         try:
