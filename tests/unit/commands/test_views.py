@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -20,7 +19,6 @@ from fedlora.commands.views.partition import _cells
 from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
 from fedlora.data.datasets import load_rows
-from fedlora.text import human_bytes
 from support.rows import rows, write_jsonl
 from support.views import Say, _offline, _signals_as_they_were, bars_of, files, here, say, table_of  # noqa: F401
 
@@ -368,46 +366,6 @@ def test_the_data_of_a_classifier(say: Say, here: Path) -> None:
     found = re.findall(r"^client (\d), 5 tokens, label (no|yes)\nrow (\d)$", text, re.M)
     assert [client for client, _, _ in found] == ["0", "1"]
     assert all(["no", "yes"][int(i) % 2] == label for _, label, i in found)
-
-
-PLANS = [
-    "",
-    "--client_ranks none --rank_choices 2 4 8 --max_steps -1 --num_train_epochs 1.5",
-    "--lora_target_modules q_proj --use_rslora --lora_alpha 7 --clients_per_round 2",
-    "--client_overrides 'own/*.yaml' --client_ranks 5 --max_train_samples 6",
-    "--lora_modules_to_save lm_head --method flora",
-    "--client_eval_fraction 0.25 --gradient_accumulation_steps 2 --max_steps -1",
-]
-
-
-@pytest.mark.parametrize("line", PLANS, ids=[line or "plain" for line in PLANS])
-def test_the_plan_is_what_the_run_does(line: str, say: Say, here: Path) -> None:
-    (here / "own").mkdir()
-    for client, own in enumerate(
-        ["lora_r: 3\nmax_steps: 1", "lora_target_modules: [v_proj]", "use_rslora: true", "{}"]
-    ):
-        (here / "own" / f"{client}.yaml").write_text(own)
-    text = say(f"run my.yaml {line} --num_rounds 1 --dry_run")
-    assert not (here / "out").exists()
-    plan = text.splitlines()
-    ruler = next(i for i, x in enumerate(plan) if set(x.strip()) == {"─"})
-    body = [x.split() for x in plan[ruler + 1 : ruler + 5]]
-    assert [cells[0] for cells in body] == ["0", "1", "2", "3"]
-    assert main(shlex.split(f"run my.yaml {line} --num_rounds 1")) == 0
-    metrics = [json.loads(x) for x in (here / "out" / "metrics.jsonl").read_text().splitlines()]
-    [done] = [x for x in metrics if x["event"] == "round"]
-    assert f"{len(done['clients'])} of 4 clients in each" in " ".join(text.split())
-    for client in done["clients"]:
-        cells = body[client["client"]]
-        assert cells[1] == str(client["rank"])
-        assert cells[3] == str(client["num_examples"])
-        assert cells[5] == str(client["metrics"]["steps"])
-        assert " ".join(cells[-2:]) == human_bytes(client["bytes_up"])
-    saved = Config(**read_yaml(here / "out" / "config.yaml"))
-    for client, cells in enumerate(body):
-        own, rank = saved.of_client(client), int(cells[1])
-        scale = own.alpha(rank) / (rank**0.5 if own.use_rslora else rank)
-        assert cells[2] == f"{scale:g}"
 
 
 def test_a_plan_says_what_it_is_a_plan_of(say: Say, here: Path) -> None:

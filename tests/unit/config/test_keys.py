@@ -14,7 +14,9 @@ from fedlora.config.errors_in_words import members
 from fedlora.config.keys import Mark, keys_marked
 from fedlora.data.datasets import ClientData, FederatedData
 from fedlora.errors import InputError
+from fedlora.federation.exchange import Agreement
 from fedlora.federation.participants import Federation
+from fedlora.methods import METHODS
 from fedlora.runs.resume import as_it_began
 from fedlora.runs.session import Session, alone, resolve_paths
 
@@ -122,7 +124,9 @@ def test_a_client_alone_differs_from_its_federation_in_the_keys_that_say_so(
         config,
         base=None,  # type: ignore[arg-type]
         data=FederatedData((ClientData(rows), ClientData(rows)), rows, "text", {}, ""),
-        federation=Federation([4, 8], [1, 1], {"layer": (2, 2)}, seed=0),
+        federation=Federation(
+            [4, 8], [1, 1], Agreement(METHODS["exact"], config.rule_options(), {"layer": (2, 2)}, 0)
+        ),
         warnings=(),
     )
     by_itself = alone(session, 1, tmp_path).config
