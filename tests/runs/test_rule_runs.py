@@ -843,7 +843,7 @@ def test_absent_clients_catch_up(quick: dict[str, Any], method: str) -> None:
                 torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-5)
         for name, began in spy.began[number, k].items():
             assert began.rank == sent.rank
-            if METHODS[method].start is prefix_start:
+            if METHODS[method].client_init is prefix_start:
                 shared = prefix(run.states[number - 1].adapter[name], sent.rank)
                 assert torch.equal(began.A, shared.A)
                 if method != PERSONAL:
