@@ -1,4 +1,4 @@
-"""The command line as a user types it: the parts."""
+"""The command line as a user types it: what is wrong, and what is said of it."""
 
 from __future__ import annotations
 
