@@ -100,9 +100,12 @@ class PackedRunner:
             self.trunk = None
         if self._configs:
             attention.register()
-            self._examine(model)
-            if self.joint:
-                self.joint = self._locate_rows(model)
+            # Layers that torch.compile has taken are judged as they are written: the mode that
+            # computes in float64 does not reach into a compiled graph.
+            with torch.compiler.set_stance("force_eager"):
+                self._examine(model)
+                if self.joint:
+                    self.joint = self._locate_rows(model)
 
     # --- training and evaluation ---
 
