@@ -41,6 +41,7 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_compiled_layers_give_the_same() -> None:
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
     budgets = [replace(b, max_steps=3) for b in budgets_of()]
