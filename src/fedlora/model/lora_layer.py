@@ -166,8 +166,13 @@ class AdapterLayer(nn.Module):
             for s in client_adapters
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
-        """`x (..., n)` -> `(..., m)`; what else a layer of its own kind is given goes to it."""
+        """`x (..., n)` -> `(..., m)`; what else a layer of its own kind is given goes to it.
+
+        It is left out of compiled graphs: which rows are whose is other in every step, and a graph
+        for each of them would be compiled anew.
+        """
         y = None if self.plain else cast(Tensor, self.base(x, *given, **named))
         form = self.forms.get(x.ndim)
         number = self.client_rows.number(form.unit) if form is not None else 0

@@ -198,6 +198,7 @@ def sample_mask(
     return mask[None, None]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -211,6 +212,9 @@ def packed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: `(1, heads, tokens, d)` each -> `(1, tokens, heads, d)`.
+
+    It is left out of compiled graphs: how samples lie in a pass is other in every step, and a graph
+    for each of them would be compiled anew.
 
     Raises:
         PackingError: a form of attention that is not known here.
