@@ -15,9 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fedlora.commands import doctor
 from fedlora.commands.cli import main
-from fedlora.commands.doctor import OK, PROBLEM, WARNING, Check, Machine, examine
+from fedlora.commands.doctor import checks as doctor
+from fedlora.commands.doctor import probe as probing
+from fedlora.commands.doctor import verb as doctor_verb
+from fedlora.commands.doctor.checks import OK, PROBLEM, WARNING, Check, Machine, examine
 
 WELL: dict[str, dict[str, Any]] = {
     "torch": {"threads": 1, "cuda_build": None, "hip_build": None},
@@ -113,24 +115,24 @@ def test_what_broken_libraries_say(
 ) -> None:
     """Each probe is a process, so that the next one is tried whatever became of the last."""
     monkeypatch.setenv("PYTHONPATH", str(fake(tmp_path, text)))
-    monkeypatch.setattr(doctor, "_PROBED", ("torch", "hub"))
-    head, _, loop = doctor._PROBE.rpartition("for work in")
+    monkeypatch.setattr(probing, "_PROBED", ("torch", "hub"))
+    head, _, loop = probing._PROBE.rpartition("for work in")
     monkeypatch.setattr(
-        doctor, "_PROBE", f"{head}for work in (torch, hub):{loop.partition(':')[2]}"
+        probing, "_PROBE", f"{head}for work in (torch, hub):{loop.partition(':')[2]}"
     )
-    found = doctor.probe()
+    found = probing.probe()
     assert BROKEN[text] in found["torch"]["error"]
     assert "cache" in found["hub"]
 
 
 def test_a_library_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_PROBED", ("torch",))
+    monkeypatch.setattr(probing, "_PROBED", ("torch",))
     monkeypatch.setattr(
-        doctor,
+        probing,
         "_PROBE",
         'import time\nprint(\'{"trying": "torch"}\', flush=True); time.sleep(60)',
     )
-    assert doctor.probe(seconds=2) == {"torch": {"error": "took over 2 s"}}
+    assert probing.probe(seconds=2) == {"torch": {"error": "took over 2 s"}}
 
 
 def test_a_machine_that_is_well(examined: Examined) -> None:
@@ -292,9 +294,9 @@ def test_a_check_that_fails_itself_is_a_line(
 def test_exit_codes_and_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "probe", lambda: WELL)
+    monkeypatch.setattr(doctor_verb, "probe", lambda: WELL)
     checks = [Check("a", OK, "fine"), Check("long name", WARNING, "slow", "do this")]
-    monkeypatch.setattr(doctor, "examine", lambda machine: checks)
+    monkeypatch.setattr(doctor_verb, "examine", lambda machine: checks)
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "ok      a          fine",

@@ -18,7 +18,7 @@ VERBS = {
     "eval": "fedlora.commands.eval.verb",
     "generate": "fedlora.commands.generate",
     "study": "fedlora.commands.study.verb",
-    "doctor": "fedlora.commands.doctor",
+    "doctor": "fedlora.commands.doctor.verb",
     "completion": "fedlora.commands.completion",
 }
 """Every verb's module, which is imported when it is used."""

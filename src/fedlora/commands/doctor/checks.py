@@ -1,12 +1,7 @@
-"""Runs `fedlora doctor`: is this machine ready for a run, and what to do where it is not.
-
-Libraries are tried in a process of their own: one that is broken, whatever way it fails, is a line
-here and no traceback. Nothing in this module imports any of them.
-"""
+"""Looks at what a run needs: Python, libraries, device, memory, disk, cores, extras."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -14,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,24 +18,6 @@ from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
 from fedlora import __version__
-from fedlora.commands.json_lines import Emit
-from fedlora.config.arguments import Option, Syntax, take
-from fedlora.errors import InputError
-
-HELP = """\
-fedlora doctor [--output_dir DIR] [--json]
-
-Says whether this machine is ready for a run, a line for each thing that a run needs: Python, the
-libraries and their versions, the device, memory, the disk under the output and the caches, cores,
-threads and load, offline mode, extras. Each is ok, a warning or a problem, the latter two with what
-to do. It reads no model and no data.
-
-  --output_dir DIR   where a run would be written (the current directory)
-  --json             one JSON object: ok, and checks (name, state, found, remedy)
-
-Exit code 1 if a problem prevents a run, otherwise 0.
-"""
-SYNTAX = Syntax({"output_dir": Option("where a run would be written", path="directory")})
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 GIB = 2**30
@@ -74,103 +51,6 @@ class Machine:
 
     output_dir: Path
     probed: Mapping[str, Mapping[str, Any]]
-
-
-# --- the libraries, each tried in another process ---
-
-_PROBE = """
-import json, sys
-def say(name, work):
-    sys.stdout.flush()
-    print(json.dumps({"trying": name}), file=out, flush=True)
-    try:
-        found = work()
-    except BaseException as error:
-        text = str(error).strip().splitlines()
-        found = {"error": f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")}
-    print(json.dumps({"name": name, **found}), file=out, flush=True)
-def torch():
-    import torch
-    import torch.nn
-    (torch.ones(8, 8) @ torch.ones(8, 8)).sum().item()
-    return {"threads": torch.get_num_threads(), "cuda_build": torch.version.cuda,
-            "hip_build": getattr(torch.version, "hip", None)}
-def cuda():
-    import torch
-    if not torch.cuda.is_available():
-        return {"there": False}
-    x = torch.ones(256, 256, device="cuda")
-    (x @ x).sum().item()
-    free, total = torch.cuda.mem_get_info()
-    return {"there": True, "device": torch.cuda.get_device_name(), "free": free, "total": total,
-            "devices": torch.cuda.device_count()}
-def mps():
-    import torch
-    return {"there": bool(torch.backends.mps.is_available())}
-def transformers():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    return {}
-def peft():
-    from peft import PeftModel
-    return {}
-def datasets():
-    import datasets
-    return {"cache": str(datasets.config.HF_DATASETS_CACHE)}
-def hub():
-    from huggingface_hub import constants
-    return {"home": constants.HF_HOME, "cache": constants.HF_HUB_CACHE,
-            "offline": constants.HF_HUB_OFFLINE}
-out, sys.stdout = sys.stdout, sys.stderr
-for work in (torch, cuda, mps, hub, transformers, peft, datasets):
-    if work.__name__ not in sys.argv[1:]:
-        say(work.__name__, work)
-"""
-_PROBED = ("torch", "cuda", "mps", "hub", "transformers", "peft", "datasets")
-SECONDS = 300
-"""That the libraries may take to load; a cold network disk is slow."""
-
-
-def probe(seconds: float = SECONDS) -> dict[str, dict[str, Any]]:
-    """What each library says when it is imported and tried, or `error`.
-
-    A library that takes the process down with it (a crash in native code) has that as its error,
-    and the others are tried again without it.
-    """
-    out: dict[str, dict[str, Any]] = {}
-    while missing := [name for name in _PROBED if name not in out]:
-        text, error = _run_probe(list(out), seconds)
-        trying = missing[0]
-        for line in text.splitlines():
-            try:
-                answer = json.loads(line)
-            except ValueError:
-                continue
-            trying = answer.get("trying", "")
-            if "name" in answer:
-                out[answer.pop("name")] = answer
-        if trying:
-            out[trying] = {"error": error}
-    return out
-
-
-def _run_probe(known: Sequence[str], seconds: float) -> tuple[str, str]:
-    """What the process said, and how it ended where it did not end well."""
-    command = [sys.executable, "-P", "-c", _PROBE, *known]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        return printed.decode() if isinstance(
-            printed, bytes
-        ) else printed, f"took over {seconds:.0f} s"
-    except OSError as error:
-        return "", str(error)
-    if done.returncode < 0:
-        return done.stdout, f"the process crashed (signal {-done.returncode})"
-    return done.stdout, f"the process ended with code {done.returncode}"
-
-
-# --- the checks ---
 
 
 def _python(machine: Machine) -> Iterator[Check]:
@@ -466,36 +346,3 @@ def examine(machine: Machine) -> list[Check]:
             name = check.__name__.removeprefix("_")
             out.append(Check(name, WARNING, f"could not be looked at: {error}", "report this"))
     return out
-
-
-def verb(arguments: list[str], emit: Emit | None = None) -> int:
-    """`fedlora doctor`."""
-    own = take(arguments, SYNTAX)
-    if arguments:
-        raise InputError(f"{arguments[0]}: doctor has no such option; see fedlora doctor --help")
-    checks = examine(Machine(Path(own["output_dir"] or "."), probe()))
-    ready = all(check.state != PROBLEM for check in checks)
-    if emit:
-        emit({"event": "doctor", "ok": ready, "checks": [asdict(check) for check in checks]})
-    else:
-        _show(checks)
-    return 0 if ready else 1
-
-
-_COLOURS = {OK: 32, WARNING: 33, PROBLEM: 31}
-
-
-def _show(checks: Sequence[Check]) -> None:
-    """A line for each; without a library, which may be what is broken."""
-    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        state = f"{check.state:<8}"
-        if coloured:
-            state = f"\x1b[{_COLOURS[check.state]}m{state}\x1b[0m"
-        print(f"{state}{check.name:<{width}}  {check.found}")
-        if check.remedy:
-            print(f"{'':8}{'':{width}}  -> {check.remedy}")
-    counts = {state: sum(c.state == state for c in checks) for state in (PROBLEM, WARNING)}
-    totals = [f"{n} {state}{'s' * (n > 1)}" for state, n in counts.items() if n]
-    print(f"\n{', '.join(totals) or 'ready'}")

@@ -1,0 +1,1 @@
+"""Says whether this machine is ready for a run: `fedlora doctor`."""
