@@ -13,6 +13,7 @@ neither explains, bounds the tokens of a pass (`smallest_unexplained`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from fedlora.model.wide import (
     wide_dtype,
 )
 
+_LOG = logging.getLogger(__name__)
 RunRows = Callable[[Sequence[Tokens]], Tensor]
 """Samples -> the logits of all their labelled tokens, or of all samples, one after the other."""
 
@@ -94,7 +96,7 @@ def examine(
                 if packed is not None:
                     offset = _position_offset(model, configs, rows, packed, alone)
             except Exception:
-                pass
+                _LOG.debug("%s is run row by row", type(model).__name__, exc_info=True)
         factors.forward_state.restore()
         factors.examine(model, dtype)
     longest, longest_padded = _known_lengths(model, configs, factors, windows)
