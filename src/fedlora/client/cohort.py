@@ -89,14 +89,18 @@ class Cohorts:
                     raise
                 answers = []
             if not answers:  # outside of `except`, where the failed pass is no longer held
-                self._halve(len(group))
+                self.halve(len(group))
                 continue
             waiting = waiting[len(group) :]
             yield from answers
             del answers  # not to be held while the next group trains
 
-    def _halve(self, number: int) -> None:
-        """Let half as many clients share a pass as there was no memory for."""
+    def halve(self, number: int) -> None:
+        """Let half as many clients share a pass as there was no memory for.
+
+        Args:
+            number: of clients in the pass that failed.
+        """
         self.size = (number + 1) // 2
         self.warn(f"memory ran out with {number} clients in one pass; going on with {self.size}")
         if torch.cuda.is_available():

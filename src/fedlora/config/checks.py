@@ -79,6 +79,13 @@ def check_local_training(config: Config) -> None:
     """A pass trains at least one client, and a round at least one step."""
     if config.cohort_size != "auto" and config.cohort_size < 1:
         raise ValueError(f"cohort_size: {config.cohort_size} must be at least 1")
+    if config.num_workers != "auto" and config.num_workers < 1:
+        raise ValueError(f"num_workers: {config.num_workers} must be at least 1")
+    if config.num_workers != "auto" and config.engine == "local":
+        raise ValueError(
+            "num_workers belongs to engine: workers; with engine: local all clients train in one "
+            "process"
+        )
     if config.max_steps == 0:
         raise ValueError("max_steps: 0 trains nothing; give a number, or -1 to count epochs")
 

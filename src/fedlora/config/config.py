@@ -318,6 +318,19 @@ class Config(BaseModel):
         None, description="of tensorboard's files; none: runs/ in output_dir"
     )
     seed: Annotated[int, Mark.REPETITION] = Field(42, ge=0, description="of every random draw")
+    engine: Annotated[Literal["local", "workers"], Mark.MACHINE, Mark.CARRIER] = Field(
+        "local",
+        description="local: clients train in this process; workers: in processes of this machine",
+    )
+    num_workers: Annotated[
+        int | Literal["auto"],
+        Mark.AUTOMATIC,
+        Mark.MACHINE,
+        Mark.CARRIER,
+        JsonSchema(SIZE_OR_AUTO),
+    ] = Field(
+        "auto", description="worker processes; auto: one for each core of the CPU, or for each GPU"
+    )
     num_threads: Annotated[int | None, Mark.AUTOMATIC, Mark.MACHINE] = Field(
         None, ge=1, description="of torch; none: torch's own choice"
     )

@@ -31,6 +31,7 @@ class Mark(Enum):
     AUTOMATIC = "where it is left open (none or auto), the run decides once and keeps it on resume"
     REWRITTEN = "the run may write it to config.yaml in another form than the user did"
     OUTPUT = "where and to whom the run reports; no number depends on it, a resume may change it"
+    CARRIER = "what carries the messages to the clients; a resume may change it"
     REPETITION = "another value repeats the same experiment"
     MACHINE = "fits the run to its machine; another value is the same experiment"
     ALONE = "a client that trains by itself has another value than its federation"

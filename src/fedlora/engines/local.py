@@ -21,7 +21,7 @@ from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.runs.course import Callbacks, Course, Result, has_personal_models
 from fedlora.runs.directory import RunDirectory, check_free
-from fedlora.runs.engine import Answer, EngineState
+from fedlora.runs.engine import Answer, Engine, EngineState
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step, ignore
 from fedlora.runs.observers import observers
@@ -99,11 +99,21 @@ def _course(
     callbacks: Callbacks,
     report: Report,
 ) -> Iterator[Course]:
-    """The course of a run whose clients all train in this process, while its listeners listen."""
-    with observers(session.config, directory.path, report) as tell:
-        engine = LocalEngine(session, train_function, tell)
-        with closing(engine):
-            yield Course(session, directory, initial, engine, callbacks, tell)
+    """The course of a run under the engine it asks for, while its listeners listen."""
+    with (
+        observers(session.config, directory.path, report) as tell,
+        closing(_engine(session, train_function, tell)) as engine,
+    ):
+        yield Course(session, directory, initial, engine, callbacks, tell)
+
+
+def _engine(session: Session, train_function: TrainFunction, report: Report) -> Engine:
+    """The engine that the configuration asks for."""
+    if session.config.engine == "workers":
+        from fedlora.engines.workers import WorkersEngine  # it is made of the engine below
+
+        return WorkersEngine(session, train_function, report)
+    return LocalEngine(session, train_function, report)
 
 
 def make_worker(

@@ -21,12 +21,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from fedlora.federation.aggregators import Aggregator
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.checks import check_rule, check_server_step, check_shapes, not_finite
+from fedlora.federation.codec import as_new
 from fedlora.federation.exchange import client_start, encode_update, server_view
 from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.participants import Federation
@@ -35,7 +37,7 @@ from fedlora.federation.records import RoundRecord
 from fedlora.federation.server_step import step
 from fedlora.federation.spool import ReorderBuffer
 from fedlora.federation.traffic import bytes_down
-from fedlora.lowrank import Adapter, Deltas, add_all, cheaper_form, wide
+from fedlora.lowrank import Adapter, Delta, Deltas, Dense, LowRank, add_all, cheaper_form, wide
 from fedlora.methods.shared import change, with_shift
 from fedlora.methods.values import DENSE, Aggregate, Encoded, Prepared, RoundNumbers, ServerState
 from fedlora.threads import one_thread
@@ -115,13 +117,13 @@ class Server:
         """
         state, federation, agreement = self.state, self.federation, self.agreement
         rule, options, largest = agreement.rule, agreement.options, max(federation.ranks)
-        prepared = rule.broadcast(state, largest, options)
+        prepared = _laid_out(rule.broadcast(state, largest, options))
         numbers = RoundNumbers(dict.fromkeys(agreement.shapes, largest), state.levels)
         fresh = agreement.shared_factors
 
         @cache
         def sent_to(rank: int) -> Prepared:
-            return rule.for_rank(prepared, rank, options)
+            return _laid_out(rule.for_rank(prepared, rank, options))
 
         @cache
         def bytes_to(rank: int, seen: bool, new: bool) -> int:
@@ -280,6 +282,31 @@ class Server:
             for client, answer in self._answers.items()
             if client not in self._rejected and answer.rank is not None
         }
+
+
+def _laid_out(sent: Prepared) -> Prepared:
+    """What clients are sent, laid out as if it had gone through a message: see `as_new`.
+
+    A start depends in its last bits on how tensors lie in memory. The server computes it from what
+    it has and a client from a copy, and both must find the same.
+    """
+    adapter = _as_new(sent.adapter)
+    own = _as_new({n: x for n, x in sent.leading.items() if x is not sent.adapter.get(n)})
+    leading = {name: own.get(name, adapter.get(name)) for name in sent.leading}
+    return Prepared(adapter, cast(Adapter, leading), sent.error)
+
+
+def _as_new(deltas: Deltas) -> Deltas:
+    """These updates with every tensor as new; they themselves where all are."""
+
+    def module(x: Delta) -> Delta:
+        if isinstance(x, Dense):
+            return x if (w := as_new(x.W)) is x.W else Dense(w)
+        a, b = as_new(x.A), as_new(x.B)
+        return x if a is x.A and b is x.B else LowRank(a, b)
+
+    out = {name: module(x) for name, x in deltas.items()}
+    return deltas if all(out[name] is x for name, x in deltas.items()) else out
 
 
 def _merge(base_delta: Deltas, aggregate: Aggregate) -> tuple[Deltas, Deltas]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -96,10 +97,30 @@ def choose_exact_match(
     return config.eval_exact_match, context
 
 
+def choose_num_workers(config: Config, base: BaseModel, federation: Federation) -> int | None:
+    """How many worker processes there are: as configured, or one for each core or GPU.
+
+    Never more than there are clients in a round. None: all clients train in this process.
+    """
+    if config.engine == "local":
+        return None
+    if config.num_workers != "auto":
+        return config.num_workers
+    on_gpu = base.device.type == "cuda"
+    places = torch.cuda.device_count() if on_gpu else max(1, int(threads.cores()))
+    return max(1, min(places, len(federation.sample(1))))
+
+
 def choose_cohort_size(
-    config: Config, base: BaseModel, data: FederatedData, federation: Federation
+    config: Config,
+    base: BaseModel,
+    data: FederatedData,
+    federation: Federation,
+    num_workers: int | None = None,
 ) -> int:
     """How many clients train in one pass: as configured, or as many as memory holds.
+
+    Several workers share the round's clients and, on a CPU, the memory.
 
     Raises:
         InputError: the model cannot be trained at all, which is said before any round.
@@ -117,4 +138,7 @@ def choose_cohort_size(
         if config.cohort_memory
         else memory_available(base.device) // 2
     )
-    return automatic_size(need, len(federation.sample(1)), budget, base.device)
+    clients, number = len(federation.sample(1)), num_workers or 1
+    if base.device.type == "cpu":
+        budget //= number
+    return automatic_size(need, math.ceil(clients / number), budget, base.device)

@@ -27,8 +27,8 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     if config is None:
         return saved
     config = config.model_copy(update={"output_dir": str(path)})
-    reported = {key: getattr(config, key) for key in keys_marked(Config, Mark.OUTPUT)}
-    saved = saved.model_copy(update=reported)
+    free = keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)
+    saved = saved.model_copy(update={key: getattr(config, key) for key in free})
     now = resolve_paths(config)
     # The saved run holds a rank for every client, whichever key they came from.
     ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -42,6 +42,7 @@ from fedlora.model.sources import Source, check_place, find_source, label_order,
 from fedlora.runs.automatic import (
     choose_cohort_size,
     choose_exact_match,
+    choose_num_workers,
     choose_threads,
     frozen_dtype,
     with_dtype,
@@ -197,8 +198,13 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     exact_match, context = choose_exact_match(config, base, data, task)
     check_metric(config, task, exact_match=exact_match)
     check_evaluation(config, data)
-    cohort_size = choose_cohort_size(config, base, data, federation) if weights else "auto"
+    num_workers = choose_num_workers(config, base, federation)
+    cohort_size: int | Literal["auto"] = "auto"
+    if weights:
+        cohort_size = choose_cohort_size(config, base, data, federation, num_workers)
     choices = [*threads.choices, *why_dtype, *data.taken]
+    if config.num_workers == "auto" and num_workers:
+        choices.append(f"worker processes: {num_workers}")
     if config.cohort_size == "auto" and weights:
         choices.append(f"clients in one pass: {cohort_size}")
     resolved = settled_overrides(config, ranks).model_copy(
@@ -211,6 +217,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
             "label_names": list(data.label_names) or None,
             "dtype": frozen_dtype(base),
             "cohort_size": cohort_size,
+            "num_workers": num_workers or "auto",
             "eval_exact_match": exact_match,
             "greater_is_better": config.metric_is_better_when_greater,
         }

@@ -1,0 +1,117 @@
+"""Serves a pool's requests in a process of its own: reads a message, trains, answers, again.
+
+A worker process keeps nothing between two requests but the base model, the clients' rows and the
+groups of tensors of the present round. Whatever else a client needs comes with the request, so any
+worker of the pool can train any client.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from fedlora.client.cohort import out_of_memory
+from fedlora.client.trainer import StepCallback
+from fedlora.client.worker import Worker
+from fedlora.errors import FedloraError
+from fedlora.federation.envelope import Header, Message, check_header, decode, encode
+from fedlora.federation.wire import Groups, read_train, trained_message
+
+STEP = "step"
+"""The kind of a message that tells of a client's step."""
+FAILED = "failed"
+"""The kind of a message that says why the clients of a request were not trained."""
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+@dataclass
+class _Round:
+    """What a worker holds of the present round."""
+
+    number: int = 0
+    groups: Groups = field(default_factory=dict)
+
+
+def serve(
+    connection: Connection, make_worker: Callable[[], Worker], header: Header, close: Sequence[Any]
+) -> None:
+    """Answer requests until the other side closes the connection.
+
+    Args:
+        connection: to the pool.
+        make_worker: makes what trains; called once.
+        header: what a request's header has to hold, but for its round and attempt.
+        close: what this process has inherited and must not keep open: the pool's ends of the
+            connections, whose closing tells other workers that the pool is gone.
+    """
+    _end_with_the_pool()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle; it closes us
+    for inherited in close:
+        inherited.close()
+    torch.set_num_threads(1)
+    worker = make_worker()
+    held = _Round()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = decode(connection.recv_bytes())
+            _answer(connection, worker, message, header, held)
+
+
+def _answer(
+    connection: Connection, worker: Worker, message: Message, header: Header, held: _Round
+) -> None:
+    """Train the clients that a request names, and send what became of them."""
+    asked = message.header
+    check_header(asked, replace(header, round=asked.round, attempt=asked.attempt))
+    if asked.round != held.number:
+        held.number, held.groups = asked.round, {}
+    broadcasts, states = read_train(message, held.groups)
+    worker.states.clear()
+    worker.states.update(states)
+
+    def on_step(client: int) -> StepCallback:
+        def tell(step: int, steps: int, loss: float, tokens: int) -> None:
+            body = {"client": client, "step": step, "steps": steps, "loss": loss, "tokens": tokens}
+            connection.send_bytes(encode(Message(replace(asked, kind=STEP), body)))
+
+        return tell
+
+    try:
+        updates = [trained.update for trained in worker.handle_together(broadcasts, on_step)]
+        reply = trained_message(asked, updates, worker.states)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        reply = _failure(asked, error)
+    connection.send_bytes(encode(reply))
+
+
+def _failure(asked: Header, error: Exception) -> Message:
+    """Says why nobody was trained, and in what words the pool is to raise it."""
+    body = {
+        "memory": out_of_memory(error),
+        "mistake": isinstance(error, FedloraError),
+        "reason": str(error)
+        if isinstance(error, FedloraError)
+        else f"{type(error).__name__}: {error}",
+        "trace": "".join(traceback.format_exception(error)),
+    }
+    return Message(replace(asked, kind=FAILED), body)
+
+
+def _end_with_the_pool() -> None:
+    """Ask Linux to end this process when the pool's is gone, however that ended.
+
+    Elsewhere it ends when it next finds the connection closed: after the step it is in.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

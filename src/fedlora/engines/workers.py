@@ -1,0 +1,367 @@
+"""Trains the clients in worker processes of this machine: one per core, or one per GPU.
+
+Two torch threads of one process wait for each other at every operation; two processes of one thread
+do not. Beside another busy program each of them loses its share and no more.
+
+On a CPU the workers are forked, so that the base's weights lie in memory once. What travels
+between the processes are the federation's own messages, as bytes (`fedlora.federation.wire`). The
+same clients share a pass whichever worker trains them, and the server folds in client order; so
+which worker trained whom changes no bit, and a run gives the bytes of one in a single process on
+one thread with the same `cohort_size`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora.client.trainer import TrainFunction
+from fedlora.client.worker import Worker
+from fedlora.config.config import Config
+from fedlora.engines.local import LocalEngine, make_worker
+from fedlora.engines.worker_process import FAILED, STEP, serve
+from fedlora.errors import FedloraError
+from fedlora.federation.envelope import Header, check_header, decode, encode
+from fedlora.federation.exchange import client_start, server_view
+from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.wire import GroupNames, read_trained, train_message
+from fedlora.lowrank import Deltas, add_all
+from fedlora.methods.rule import Shapes
+from fedlora.methods.values import ServerState
+from fedlora.runs.engine import Answer, EngineState, Failure
+from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step
+from fedlora.runs.session import Session, assemble
+
+MOST_ATTEMPTS = 3
+"""How often clients are asked to train whose worker process ends under them."""
+
+Clients = Sequence[Broadcast]
+"""Broadcasts of clients that train in one pass."""
+
+
+class WorkerError(RuntimeError):
+    """The local training raised an error in a worker process; its trace is among the notes."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Clients that a worker is asked to train.
+
+    Args:
+        clients: what they were sent.
+        attempt: how often they were asked before, counted from 0.
+    """
+
+    clients: Clients
+    attempt: int = 0
+
+
+@dataclass
+class _Process:
+    """A worker process as the pool sees it.
+
+    Args:
+        process: of the operating system.
+        connection: the pool's end.
+        round: of the groups that it holds.
+        known: names of these groups.
+        task: what it is at; None: nothing.
+    """
+
+    process: Any
+    connection: Connection
+    round: int = 0
+    known: frozenset[str] = frozenset()
+    task: _Task | None = None
+
+
+class WorkersEngine:
+    """An engine (`fedlora.runs.engine.Engine`) whose clients train in processes of this machine.
+
+    A worker that dies is replaced, and its clients train again. An exception of a local training
+    ends the run, as in one process.
+
+    Args:
+        session: of the run; `config.num_workers` says how many processes.
+        train_function: the local training.
+        report: told `client_begin` and `step` events, and warnings.
+        start_method: "fork" or "spawn", as `multiprocessing` has them; None: fork, but for a GPU,
+            whose driver cannot be forked.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        train_function: TrainFunction,
+        report: Report,
+        start_method: str | None = None,
+    ) -> None:
+        number = session.config.num_workers
+        assert number != "auto", "assemble has settled it"
+        self.session, self.report, self.train_function = session, report, train_function
+        self.local = LocalEngine(session, train_function, report)
+        self.method = start_method or ("fork" if session.base.device.type == "cpu" else "spawn")
+        agreement = session.federation.agreement
+        self.header = Header(
+            secrets.token_hex(8), 0, 0, "", session.fingerprints["base"], agreement.digest
+        )
+        self._begun = set[int]()
+        self._pool: list[_Process] = []
+        for place in range(number):
+            self._pool.append(self._start(place))
+
+    # --- processes ---
+
+    def _start(self, place: int) -> _Process:
+        """Start the worker in a place of the pool."""
+        context: Any = multiprocessing.get_context(self.method)
+        ours, theirs = context.Pipe()
+        make: Callable[[], Worker]
+        if self.method == "fork":
+            make = partial(make_worker, self.session, self.train_function, {})
+            inherited: list[Any] = [ours, *(worker.connection for worker in self._pool)]
+        else:
+            gpu = place if self.session.base.device.type == "cuda" else None
+            make = partial(_assembled, self.session.config, self.train_function, gpu)
+            inherited = []
+        process = context.Process(
+            target=serve,
+            args=(theirs, make, self.header, inherited),
+            name=f"fedlora-worker-{place}",
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        return _Process(process, ours)
+
+    def _replace(self, worker: _Process) -> None:
+        """End a worker, and start another in its place."""
+        _end(worker, patience=0.0)
+        place = self._pool.index(worker)
+        del self._pool[place]  # its connection is closed; the new process must not look for it
+        self._pool.insert(place, self._start(place))
+
+    # --- a round ---
+
+    def exchange(
+        self, broadcasts: Clients, deadline: float | None = None
+    ) -> Iterator[Answer | Failure]:
+        """Train the clients, as many in a pass as `cohort_size` says and a pass per worker."""
+        self._begun.clear()
+        names, sent = GroupNames(), {broadcast.client: broadcast for broadcast in broadcasts}
+        waiting = deque(map(_Task, self._grouped(broadcasts)))
+        while waiting or self._busy:
+            self._hand_out(waiting, names)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = wait([worker.connection for worker in self._busy], left)
+            if not ready:
+                yield from self._stop(waiting)
+                return
+            for worker in [w for w in self._busy if w.connection in ready]:
+                outcomes = self._hear(worker, waiting, sent)
+                self._hand_out(waiting, names)  # before the course folds what has come
+                yield from outcomes
+
+    @property
+    def _busy(self) -> list[_Process]:
+        return [worker for worker in self._pool if worker.task]
+
+    def _grouped(self, broadcasts: Clients) -> list[Clients]:
+        """Clients that share a pass, in their order."""
+        size = self.local.cohorts.size if self.local.worker.joint else 1
+        return [broadcasts[i : i + size] for i in range(0, len(broadcasts), size)]
+
+    def _hand_out(self, waiting: deque[_Task], names: GroupNames) -> None:
+        """Give every idle worker something to do."""
+        for worker in list(self._pool):
+            if not waiting or worker.task:
+                continue
+            task = waiting.popleft()
+            try:
+                self._send(worker, task, names)
+            except OSError:  # it has died while it was idle
+                waiting.appendleft(task)
+                self._replace(worker)
+
+    def _send(self, worker: _Process, task: _Task, names: GroupNames) -> None:
+        number = task.clients[0].round
+        if worker.round != number:
+            worker.round, worker.known = number, frozenset()
+        header = replace(self.header, round=number, attempt=task.attempt)
+        states = self.local.states
+        message, known = train_message(header, task.clients, states, names, worker.known)
+        worker.connection.send_bytes(encode(message))
+        worker.known, worker.task = known, task
+        for broadcast in task.clients:
+            if broadcast.client not in self._begun:
+                self._begun.add(broadcast.client)
+                event = ClientBegin(
+                    event="client_begin", client=broadcast.client, rank=broadcast.rank
+                )
+                self.report(event)
+
+    def _hear(
+        self, worker: _Process, waiting: deque[_Task], sent: Mapping[int, Broadcast]
+    ) -> list[Answer | Failure]:
+        """Read one message of a worker, or find that it has died.
+
+        Returns:
+            What became of its clients, where that is known now.
+        """
+        task = worker.task
+        assert task is not None
+        try:
+            message = decode(worker.connection.recv_bytes())
+        except (EOFError, OSError):
+            return self._died(worker, task, waiting)
+        number = task.clients[0].round
+        check_header(message.header, replace(self.header, round=number, attempt=task.attempt))
+        if message.header.kind == STEP:
+            self.report(Step(event="step", **message.body))  # type: ignore[typeddict-item]
+            return []
+        worker.task = None
+        if message.header.kind == FAILED:
+            self._failed(message.body, task, waiting)
+            return []
+        updates, states = read_trained(message, {b.client: self._modules(b) for b in task.clients})
+        answers: list[Answer | Failure] = [
+            Answer(update, partial(self._model, sent[update.client], update)) for update in updates
+        ]
+        self.local.states.update(states)
+        return answers
+
+    def _died(self, worker: _Process, task: _Task, waiting: deque[_Task]) -> list[Answer | Failure]:
+        """Replace a worker that has ended; its clients train again, a few times."""
+        worker.process.join(5)
+        why = _ending(worker.process.exitcode)
+        self._replace(worker)
+        clients = [broadcast.client for broadcast in task.clients]
+        names = ", ".join(map(str, clients))
+        if task.attempt + 1 < MOST_ATTEMPTS:
+            waiting.appendleft(_Task(task.clients, task.attempt + 1))
+            self._warn(f"a worker process {why}; it is replaced, and trains anew: client {names}")
+            return []
+        return [
+            Failure(client, f"its worker process {why}, {MOST_ATTEMPTS} times")
+            for client in clients
+        ]
+
+    def _failed(self, body: Mapping[str, Any], task: _Task, waiting: deque[_Task]) -> None:
+        """Go on with fewer clients in a pass where memory ran out; else end the run.
+
+        Raises:
+            FedloraError: what the training says that its user can mend.
+            WorkerError: any other error of the training.
+        """
+        number = len(task.clients)
+        if body["memory"] and number > 1:
+            if number <= self.local.cohorts.size:
+                self.local.cohorts.halve(number)
+            again = [client for left in (task, *waiting) for client in left.clients]
+            waiting.clear()
+            waiting.extend(map(_Task, self._grouped(again)))
+            return
+        if body["mistake"]:
+            raise FedloraError(body["reason"])
+        error = WorkerError(f"the local training failed in a worker process: {body['reason']}")
+        error.add_note(body["trace"])
+        raise error
+
+    def _stop(self, waiting: deque[_Task]) -> Iterator[Failure]:
+        """The deadline has passed: whoever is missing has failed, and trains no longer."""
+        late = [client for left in waiting for client in left.clients]
+        waiting.clear()
+        for worker in self._busy:
+            assert worker.task is not None
+            late += worker.task.clients
+            self._replace(worker)
+        for broadcast in sorted(late, key=lambda broadcast: broadcast.client):
+            yield Failure(broadcast.client, "it was not done by the round's deadline")
+
+    def _modules(self, broadcast: Broadcast) -> Shapes:
+        """The modules that a client was asked to train, in the federation's order."""
+        asked, shapes = broadcast.modules, self.session.federation.shapes
+        return shapes if asked is None else {n: shapes[n] for n in shapes if n in asked}
+
+    def _model(self, broadcast: Broadcast, update: ClientUpdate) -> Deltas:
+        """The model a client ended with, from what it was sent and what it sent back."""
+        start = client_start(broadcast, self.session.federation.agreement)
+        return add_all(
+            [broadcast.base_delta, start.shared, start.private, server_view(update, start)]
+        )
+
+    # --- all else is as in one process ---
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """As of an engine in one process, so that either goes on with the other's run."""
+        return self.local.identity
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether there is anything to evaluate the global model on."""
+        return self.local.can_evaluate
+
+    def evaluate(self, state: ServerState) -> Evaluations:
+        """Evaluate the global model in this process, while the workers wait."""
+        return self.local.evaluate(state)
+
+    def evaluate_client(
+        self, client: int, model: Deltas, dense: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Evaluate a client's own model in this process."""
+        return self.local.evaluate_client(client, model, dense)
+
+    def state(self) -> EngineState:
+        """How many clients share a pass, and what outlives the round at the clients."""
+        return self.local.state()
+
+    def restore(self, state: EngineState) -> None:
+        """Go on from what was saved."""
+        self.local.restore(state)
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._pool:
+            _end(worker, patience=0.0 if worker.task else 5.0)
+        self._pool.clear()
+
+    def _warn(self, message: str) -> None:
+        self.report(Notice(event="warning", message=message))
+
+
+def _assembled(config: Config, train_function: TrainFunction, gpu: int | None) -> Worker:
+    """A worker that loads model and data itself, on one of the machine's GPUs or on the CPU."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    session = assemble(config)
+    torch.set_num_threads(1)
+    return make_worker(session, train_function, {})
+
+
+def _end(worker: _Process, patience: float) -> None:
+    """Close a worker's connection, and end its process where it does not end by itself."""
+    worker.connection.close()
+    worker.process.join(patience)
+    if worker.process.is_alive():
+        worker.process.kill()
+        worker.process.join()
+
+
+def _ending(exitcode: int | None) -> str:
+    """How a process has ended, in words."""
+    if exitcode is not None and exitcode < 0:
+        memory = " (memory ran out?)" if exitcode == -9 else ""
+        return f"was killed by signal {-exitcode}{memory}"
+    return f"has ended with exit code {exitcode}"
