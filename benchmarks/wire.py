@@ -1,4 +1,4 @@
-"""Messages as bytes beside copying memory: 50 MB in 1 and in 448 tensors, and a worker's round trip.
+"""Messages as bytes beside copying memory: 50 MB in 1 and in 448 tensors; a worker's round trip.
 
     python benchmarks/wire.py
 
@@ -13,11 +13,12 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-
 from common import RESULTS, machine
+
 from fedlora.federation.envelope import Header, Message, decode, encode
 
 MEGABYTES = 50
@@ -77,7 +78,7 @@ def main() -> None:
         beyond = len(data) / sum(value.nbytes for value in tensors.values()) - 1
         source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         copy = median(source.clone)
-        written, read = median(lambda: encode(message)), median(lambda: decode(data))
+        written, read = median(partial(encode, message)), median(partial(decode, data))
         lines.append(
             f"| {number} | {1e3 * copy:.1f} | {1e3 * written:.1f} | {1e3 * read:.1f} | "
             f"{written / copy:.1f} | {read / copy:.1f} | {100 * beyond:.3f}% |"
@@ -87,7 +88,7 @@ def main() -> None:
     text = (
         f"{machine()}; one thread, medians of {REPEATS}; {MEGABYTES} MB of float32.\n\n"
         + "\n".join(lines)
-        + f"\n\nA request to a worker process and its answer, without training: {1e3 * trip:.1f} ms.\n"
+        + f"\n\nA request to a worker and its answer, without training: {1e3 * trip:.1f} ms.\n"
     )
     print(text)
     (RESULTS / "wire.md").write_text(text)

@@ -93,7 +93,8 @@ def main() -> None:
             print(f"{name}, {beside} busy: {seconds[name, beside]:.1f} s a round", flush=True)
     first = f"one process, {CORES} threads"
     lines = [
-        "| | quiet, s a round | rounds a minute | beside a busy process, s a round | times as long |",
+        "| | quiet, s a round | rounds a minute | beside a busy process, s a round | "
+        "times as long |",
         "|---|---|---|---|---|",
     ]
     for name in cases():

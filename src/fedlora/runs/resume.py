@@ -27,13 +27,15 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     if config is None:
         return saved
     config = config.model_copy(update={"output_dir": str(path)})
-    free = keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)
-    saved = saved.model_copy(update={key: getattr(config, key) for key in free})
+    automatic = keys_marked(Config, Mark.AUTOMATIC)
+    free = {key: getattr(config, key) for key in keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)}
+    saved = saved.model_copy(
+        update={key: x for key, x in free.items() if not (key in automatic and x == "auto")}
+    )
     now = resolve_paths(config)
     # The saved run holds a rank for every client, whichever key they came from.
     ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
     theirs = saved.flat()
-    automatic = keys_marked(Config, Mark.AUTOMATIC)
     different = [
         f"  {key}: {theirs.get(key)!r} when it began, {value!r} now"
         for key, value in ours.items()

@@ -23,7 +23,7 @@ from fedlora.runs.session import Session, alone, resolve_paths
 KEYS = [key for key in Config.model_fields if key != "method_options"]
 
 
-OUTPUT = keys_marked(Config, Mark.OUTPUT)
+FREE = keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)
 
 
 BEGAN: dict[str, Any] = {"num_clients": 2, "client_ranks": [8, 8]}
@@ -34,13 +34,14 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key needs beside it
     "partition_shares": {"partition": "quantity"},
     "partition": {"partition_column": "a"},
     "template": {"completion_template": "{b}"},
+    "num_workers": {"engine": "workers"},
 }
 
 
 VALUES: list[Any] = [
     {0: {"max_steps": 2}}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7], ["a"], "flora",
     "cosine", "quantity", "custom",
-    "uniform", "federation", "float32", "CAUSAL_LM", "text", "other",
+    "uniform", "federation", "workers", "float32", "CAUSAL_LM", "text", "other",
 ]  # fmt: skip
 
 
@@ -63,10 +64,10 @@ def saved(config: Config, directory: Path) -> Path:
 
 # Ranks that were drawn are saved as given ones; test_resume has what a resume makes of them.
 @pytest.mark.parametrize("key", [k for k in KEYS if k not in ("rank_choices", "rank_shares")])
-def test_a_resume_may_change_where_a_run_reports_and_nothing_else(key: str, tmp_path: Path) -> None:
+def test_a_resume_may_change_what_reports_and_carries_alone(key: str, tmp_path: Path) -> None:
     began = Config(**{**BEGAN, **BESIDE.get(key, {})})
     directory, now = saved(began, tmp_path), changed(key, began)
-    if key in OUTPUT:
+    if key in FREE:
         resumed = as_it_began(directory, now)
         assert getattr(resumed, key) == (
             str(directory) if key == "output_dir" else getattr(now, key)
@@ -81,7 +82,9 @@ def test_a_resume_may_change_where_a_run_reports_and_nothing_else(key: str, tmp_
 def test_an_automatic_key_may_be_left_open_on_resume(key: str, tmp_path: Path) -> None:
     left_open = None if type(None) in members(Config.model_fields[key].annotation) else "auto"
     assert Config.model_fields[key].default == left_open
-    decided = changed(key, Config(**BEGAN)).model_copy(update={"num_clients": 2})
+    decided = changed(key, Config(**BEGAN, **BESIDE.get(key, {}))).model_copy(
+        update={"num_clients": 2}
+    )
     if key == "client_ranks":
         decided = Config(num_clients=2, client_ranks=[16, 16])  # what lora_r makes of it
     again = decided.model_copy(update={key: left_open})

@@ -243,6 +243,7 @@ BESIDE = {  # what a key needs beside it
     "partition": {"partition_column": "a"},
     "template": {"completion_template": "{a}"},
     "rank_shares": {"rank_choices": [4, 8]},
+    "num_workers": {"engine": "workers"},
 }
 
 

@@ -229,9 +229,10 @@ def test_starts_that_are_subtracted_add_no_direction(method: str) -> None:
 
 def test_exact_refreshes_the_leading_directions_of_a_dense_sum(decomposed: list[Delta]) -> None:
     server = large("exact", [4, 2], {"layer": (180, 170)})
+    part = with_spectrum(SPECTRA["falling"], torch.float32)[:180, :170]
     server.state = ServerState(
         round=3,
-        adapter={"layer": Dense(with_spectrum(SPECTRA["falling"], torch.float32)[:180, :170])},
+        adapter={"layer": Dense(part.contiguous())},
         ranks={0: 4, 1: 2},
     )
     whole = server.state.adapter["layer"]
