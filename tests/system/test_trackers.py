@@ -141,6 +141,10 @@ def test_one_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     agree(tensorboard_scalars(tmp_path / "out" / "runs"), EXPECTED)
 
 
+def test_offline_nobody_needs_to_be_logged_in() -> None:
+    assert check_trackers(configured(["wandb", "trackio"])) == ["wandb", "trackio"]
+
+
 def test_nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import wandb
 

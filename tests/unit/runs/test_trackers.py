@@ -63,7 +63,7 @@ def test_tensorboard_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["none"], []),
         ([], []),
         (["tensorboard", "tensorboard"], ["tensorboard"]),
-        (["wandb", "trackio"], ["wandb", "trackio"]),
+        (["trackio", "tensorboard"], ["trackio", "tensorboard"]),
     ],
 )
 def test_names(wanted: Any, names: list[str]) -> None:
