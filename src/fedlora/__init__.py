@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedlora.adapters.aggregate import aggregate, save_adapter
     from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
-    from fedlora.client.trainer import Budget, LocalTraining
+    from fedlora.client.local_training import Budget, LocalTraining
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
     from fedlora.engines.local import run
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Broadcast": "federation.messages",
-    "Budget": "client.trainer",
+    "Budget": "client.local_training",
     "CheckpointError": "errors",
     "ClientUpdate": "federation.messages",
     "Config": "config.config",
@@ -39,7 +39,7 @@ _HOMES = {
     "Federation": "federation.participants",
     "FedloraError": "errors",
     "InputError": "errors",
-    "LocalTraining": "client.trainer",
+    "LocalTraining": "client.local_training",
     "LowRank": "lowrank",
     "METHODS": "methods",
     "Result": "runs.course",

@@ -20,7 +20,7 @@ from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.runs.course import Best, Course, Result, has_personal_models
 from fedlora.runs.directory import RunDirectory
-from fedlora.runs.engine import Answer, Engine, EngineState, Failure
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import LOGGED, REPORTED, Evaluations, Event
 from fedlora.runs.metrics_log import read_metrics
@@ -60,13 +60,13 @@ class OneByOne:
 
     def exchange(
         self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[Answer | Failure]:
+    ) -> Iterator[ClientResult | Failure]:
         for sent in self.order(broadcasts):
             if (sent.round, sent.client) in self.fails:
                 yield Failure(sent.client, "its machine is gone")
             elif (sent.round, sent.client) not in self.silent:
                 (trained,) = self.worker.handle_together([sent])
-                yield Answer(trained.update, partial(getattr, trained, "model"))
+                yield ClientResult(trained.update, partial(getattr, trained, "model"))
 
     def evaluate(self, state: ServerState) -> Evaluations:
         return self.evaluator.of_server(state)

@@ -18,11 +18,11 @@ from support.cohort import (
     RANKS,
     TOGETHER,
     base_of,
-    budgets_of,
     client_adapters_of,
     close,
     rows_of,
     trained,
+    trainings_of,
 )
 
 
@@ -44,12 +44,12 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_compiled_layers_give_the_same() -> None:
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    budgets = [replace(b, max_steps=3) for b in budgets_of()]
+    trainings = [replace(b, max_steps=3) for b in trainings_of()]
     ends = []
     for compiled in (False, True):
         base = base_of("llama")
         accelerate(base.model, Config(torch_compile=compiled))
-        ends.append(trained(base, client_adapters_of(base), data, budgets, TOGETHER))
+        ends.append(trained(base, client_adapters_of(base), data, trainings, TOGETHER))
     close(ends[1], ends[0], 1e-4)
 
 

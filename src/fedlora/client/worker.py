@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from fedlora.client.cohort import train_cohort
-from fedlora.client.trainer import LocalTraining, StepCallback, TrainFunction, train
+from fedlora.client.local_training import LocalTraining, StepCallback, TrainFunction
+from fedlora.client.trainer import train
 from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
 from fedlora.federation.exchange import Agreement, client_start
@@ -26,7 +27,7 @@ from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.passes import runner_of
 
 
-def budget_of(config: Config) -> LocalTraining:
+def local_training_of(config: Config) -> LocalTraining:
     """The part of a configuration that local training reads."""
     names = set(LocalTraining.__dataclass_fields__) & set(Config.model_fields)
     return LocalTraining(**{name: getattr(config, name) for name in names})
@@ -62,7 +63,7 @@ class _Turn:
     broadcast: Broadcast
     start: Start
     own: ClientAdapter
-    budget: LocalTraining
+    training: LocalTraining
     data: ClientData
 
 
@@ -156,15 +157,15 @@ class Worker:
             trains=asked.trained(broadcast.round),
             full_params=broadcast.dense,
         )
-        budget = replace(
-            budget_of(config),
+        training = replace(
+            local_training_of(config),
             client=client,
             round=broadcast.round,
             tail_penalty=asked.tail_penalty,
             tail_from=asked.tail_from,
             on_step=on_step(client),
         )
-        return _Turn(broadcast, start, own, budget, self.clients[client])
+        return _Turn(broadcast, start, own, training, self.clients[client])
 
     def _train(self, turns: Sequence[_Turn]) -> list[Trained]:
         """Train these clients in one pass.
@@ -176,8 +177,8 @@ class Worker:
         metrics: Sequence[Mapping[str, Any]]
         if self.train_function is train:
             self.base.load_clients(frozen, [turn.own for turn in turns])
-            rows, budgets = [turn.data.train for turn in turns], [turn.budget for turn in turns]
-            metrics = train_cohort(self.base, rows, budgets)
+            rows, trainings = [turn.data.train for turn in turns], [turn.training for turn in turns]
+            metrics = train_cohort(self.base, rows, trainings)
         else:
             (turn,) = turns
             own = turn.own
@@ -189,7 +190,7 @@ class Worker:
                 own.full_params,
                 own.trains,
             )
-            metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
+            metrics = [self.train_function(self.base.model, turn.data.train, turn.training)]
         return [self._trained(turn, slot, metrics[slot]) for slot, turn in enumerate(turns)]
 
     def _trained(self, turn: _Turn, slot: int, metrics: Mapping[str, Any]) -> Trained:

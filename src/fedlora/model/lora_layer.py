@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.lowrank import Adapter, Delta, LowRank, add, fold, to_dense, unfold
-from fedlora.model.client_rows import ClientRows, Form
+from fedlora.model.client_rows import ClientRows, RowLayout
 from fedlora.model.layers import is_conv1d, is_plain, shape_of
 from fedlora.model.lora_linear import Term, adapted
 
@@ -109,7 +109,7 @@ class AdapterLayer(nn.Module):
         self.frozen: tuple[Delta, ...] = ()
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
         self.branch: Delta | None = None
-        self.forms: dict[int, Form] = {}  # of its inputs, by their number of axes
+        self.layouts: dict[int, RowLayout] = {}  # of its inputs, by their number of axes
 
     @property
     def weight(self) -> Tensor:
@@ -174,22 +174,22 @@ class AdapterLayer(nn.Module):
         for each of them would be compiled anew.
         """
         y = None if self.plain else cast(Tensor, self.base(x, *given, **named))
-        form = self.forms.get(x.ndim)
-        number = self.client_rows.number(form.unit) if form is not None else 0
-        if form is None or not number or form.in_order(x):
-            return self._in_order(x, y, form)
-        first = None if y is None else form.first(y, number)
-        return form.back(self._in_order(form.first(x, number), first, form))
+        layout = self.layouts.get(x.ndim)
+        count = self.client_rows.count(layout.unit) if layout is not None else 0
+        if layout is None or not count or layout.in_order(x):
+            return self._in_order(x, y, layout)
+        y = None if y is None else layout.rows_first(y, count)
+        return layout.undo_rows_first(self._in_order(layout.rows_first(x, count), y, layout))
 
-    def _in_order(self, x: Tensor, y: Tensor | None, form: Form | None) -> Tensor:
+    def _in_order(self, x: Tensor, y: Tensor | None, layout: RowLayout | None) -> Tensor:
         """`x (..., n)` -> `(..., m)`, the clients' rows one after the other.
 
         Args:
             x: the input.
             y: what a layer that is not plain makes of it.
-            form: where rows lie in the input.
+            layout: where rows lie in the input.
         """
-        terms = self._terms(x, form)
+        terms = self._terms(x, layout)
         if y is not None:
             if not terms and self.branch is None:
                 return y
@@ -205,13 +205,13 @@ class AdapterLayer(nn.Module):
             return F.linear(x, flat, self.bias)
         return adapted(x, None, flat, self.bias, self.branch, terms)
 
-    def _terms(self, x: Tensor, form: Form | None) -> list[Term]:
+    def _terms(self, x: Tensor, layout: RowLayout | None) -> list[Term]:
         """The clients' terms with the rows of `x` they act on."""
-        if not len(self.clients) or self.client_rows.bare:
+        if not len(self.clients) or self.client_rows.base_only:
             return []
         rows = x.numel() // x.shape[-1]
-        spans = self.client_rows.spans(rows, len(self.clients), form)
-        each = rows // number if form and (number := self.client_rows.number(form.unit)) else 1
+        spans = self.client_rows.spans(rows, len(self.clients), layout)
+        each = rows // count if layout and (count := self.client_rows.count(layout.unit)) else 1
         out = []
         for span in spans:
             client = cast(ClientTerm, self.clients[span.client])

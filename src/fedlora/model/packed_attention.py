@@ -225,7 +225,7 @@ def packed_attention(
         raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
     samples, client_rows = running
     mask = _sample_mask_of(attention_mask, sliding_window, samples.groups[0].length)
-    client_rows.mixing |= client_rows.whole > 0
+    client_rows.mixing |= client_rows.running_full_modules > 0
     if query.shape[0] != 1 or {query.shape[2], key.shape[2]} != {sum(samples.lengths)}:
         raise PackingError(f"attention over {tuple(query.shape)}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

@@ -24,7 +24,7 @@ from fedlora.model import packed_attention as attention
 from fedlora.model import packing
 from fedlora.model.batches import collate, count_labelled, flatten_rows
 from fedlora.model.client_dropout import client_dropout
-from fedlora.model.client_rows import ClientRows, Form, mix_seed, spans_of
+from fedlora.model.client_rows import ClientRows, RowLayout, mix_seed, spans_of
 from fedlora.model.config_lengths import UNBOUNDED
 from fedlora.model.find_rows import find_rows
 from fedlora.model.full_modules import full_modules_of
@@ -91,7 +91,7 @@ class PackedRunner:
         self.longest = self.longest_padded = UNBOUNDED
         self.auxiliary = 0.0
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        self._dropout_forms: list[dict[int, Form]] = [{} for _ in self._dropouts]
+        self._dropout_layouts: list[dict[int, RowLayout]] = [{} for _ in self._dropouts]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
         self._forward_state = ForwardState(model)
@@ -345,8 +345,8 @@ class PackedRunner:
                     config._attn_implementation_internal = name
 
     def _client_dropout(self, number: int, clients: int) -> Callable[[Tensor], Tensor]:
-        module, forms = self._dropouts[number], self._dropout_forms[number]
-        return client_dropout(module, number, forms, self.client_rows, clients)
+        module, layouts = self._dropouts[number], self._dropout_layouts[number]
+        return client_dropout(module, number, layouts, self.client_rows, clients)
 
     def _positions(self, device: torch.device) -> Tensor:
         steps = [torch.arange(n, device=device) for n in running_samples().lengths]
@@ -430,11 +430,11 @@ class PackedRunner:
         with self.client_rows.without_clients(), torch.no_grad():
             others = [*layers, *self._dropouts]
             draw = partial(random_rows, model, self.padding, self.classifier)
-            known, forms = find_rows(draw, full_modules_of(model), others, run)
+            known, layouts = find_rows(draw, full_modules_of(model), others, run)
         model.train(training)
         for layer in layers:
-            layer.forms = forms[layer]
-        self._dropout_forms = [forms[module] for module in self._dropouts]
+            layer.layouts = layouts[layer]
+        self._dropout_layouts = [layouts[module] for module in self._dropouts]
         return known
 
 

@@ -28,7 +28,7 @@ from fedlora.lowrank import Deltas, add_all
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
 from fedlora.runs.directory import RunDirectory, Saved
-from fedlora.runs.engine import Answer, Engine, EngineState, Failure
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 from fedlora.runs.evaluation import own_adapter
 from fedlora.runs.events import (
     ClientEnd,
@@ -309,13 +309,13 @@ class Course:
         self.report(ClientEnd(event="client_end", client=client, metrics=metrics, rejected=problem))
 
     def _look_at_model(
-        self, answer: Answer, due: bool, models: Models, personal: dict[int, Scores]
+        self, result: ClientResult, due: bool, models: Models, personal: dict[int, Scores]
     ) -> None:
         """Keep and evaluate the model a client ended with, where that is asked for."""
-        evaluates, update = self.config.eval_personal and due, answer.update
+        evaluates, update = self.config.eval_personal and due, result.update
         if not (evaluates or self.config.save_client_models):
             return
-        model = answer.model()
+        model = result.model()
         if self.config.save_client_models:
             models[update.client] = model, update.dense
         if evaluates and (
