@@ -53,7 +53,7 @@ from fedlora.runs.checks import (
     data_warnings,
 )
 from fedlora.runs.starting import from_adapter, init_notes
-from fedlora.runs.trackers import check_trackers
+from fedlora.runs.tracker_checks import check_trackers
 
 SETTLED = keys_marked(Config, Mark.AUTOMATIC, Mark.REWRITTEN)
 """Keys that a resolved configuration may hold otherwise than the user wrote them."""
