@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedlora.lowrank import Dense, LowRank
     from fedlora.methods import METHODS
     from fedlora.methods.rule import Rule
-    from fedlora.runs.course import Result, RoundResult
+    from fedlora.runs.results import Result, RoundResult
 
 _HOMES = {
     "Broadcast": "federation.messages",
@@ -42,8 +42,8 @@ _HOMES = {
     "LocalTraining": "client.local_training",
     "LowRank": "lowrank",
     "METHODS": "methods",
-    "Result": "runs.course",
-    "RoundResult": "runs.course",
+    "Result": "runs.results",
+    "RoundResult": "runs.results",
     "Rule": "methods.rule",
     "SavedAdapter": "adapters.saved_adapter",
     "Server": "federation.server",

@@ -26,8 +26,8 @@ from fedlora.model.base import BaseModel
 from fedlora.model.client_rows import ClientRows
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.passes import PackedRunner
-from fedlora.runs.course import Result
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.results import Result
 from fedlora.runs.session import assemble
 from support.architectures import COMMON, DISTILBERT, GPT2, GROUPED, keys_of, save_model
 from support.classifier import (

@@ -18,13 +18,15 @@ from fedlora.engines.local import make_worker, run_session
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
-from fedlora.runs.course import Best, Course, Result, has_personal_models
+from fedlora.runs.best_round import Best
+from fedlora.runs.course import Course, has_personal_models
 from fedlora.runs.directory import RunDirectory
 from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import LOGGED, REPORTED, Evaluations, Event
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.observers import observers
+from fedlora.runs.results import Result
 from fedlora.runs.round_clock import RoundClock
 from fedlora.runs.run_header import config_file
 from fedlora.runs.session import Session, assemble, starting_state

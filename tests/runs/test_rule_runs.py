@@ -38,8 +38,8 @@ from fedlora.methods.values import ServerState
 from fedlora.model.base import BaseModel
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs import evaluation as rating
-from fedlora.runs.course import Result
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.results import Result
 from fedlora.runs.session import assemble
 from support.models import save_tokenizer
 from support.resume import (

@@ -31,8 +31,8 @@ from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import total_norm
 from fedlora.model.lora_layer import AdapterLayer
-from fedlora.runs.course import Result, RoundResult
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.results import Result, RoundResult
 from fedlora.runs.session import Session, assemble
 from support.rows import rows, write_jsonl
 

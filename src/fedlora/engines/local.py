@@ -20,12 +20,13 @@ from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
-from fedlora.runs.course import Callbacks, Course, Result, has_personal_models
+from fedlora.runs.course import Course, has_personal_models
 from fedlora.runs.directory import RunDirectory, check_free
 from fedlora.runs.engine import ClientResult, EngineState
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step, ignore
 from fedlora.runs.observers import observers
+from fedlora.runs.results import Callbacks, Result
 from fedlora.runs.resume import as_it_began, refuse_complete
 from fedlora.runs.run_header import config_file
 from fedlora.runs.session import Session, assemble, starting_state
