@@ -66,7 +66,7 @@ def test_rows_that_surprise_train_alone(
     def nothing(model: Any, full: Any, others: Any, run: Any) -> Any:
         return True, {module: {} for module in others}
 
-    monkeypatch.setattr("fedlora.model.passes.find_rows", nothing)
+    monkeypatch.setattr("fedlora.model.joint_passes.find_rows", nothing)
     ends = []
     for size in (1, 4):
         out = str(tmp_path / f"{size}")

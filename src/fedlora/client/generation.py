@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.model.device import device_of
 from fedlora.model.per_model import PerModel
 
 _MARK = "\ue000\uf8ff\ue001"
@@ -176,7 +177,7 @@ def _answers(
 def _generate_tokens(
     model: Any, ids: Tensor, mask: Tensor, padding: int, max_new_tokens: int, **keys: Any
 ) -> Any:
-    device = next(model.parameters()).device
+    device = device_of(model)
     return model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),

@@ -13,6 +13,7 @@ from torch import nn
 from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.model.client_rows import ClientRows
+from fedlora.model.device import device_of
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.packed_attention import recomputing
 
@@ -44,7 +45,7 @@ def accelerate(model: Any, config: Config) -> None:
 
 
 def _use_liger(model: Any) -> None:
-    if next(model.parameters()).device.type != "cuda":
+    if device_of(model).type != "cuda":
         raise InputError("use_liger_kernel: its kernels need a CUDA device; leave it out")
     if importlib.util.find_spec("liger_kernel") is None:
         raise InputError(
@@ -58,7 +59,7 @@ def _use_liger(model: Any) -> None:
 
 def _compile(model: Any) -> None:
     """Compile every layer of the trunk by itself, for any number of tokens."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    on_cpu = device_of(model).type == "cpu"
     if on_cpu and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
         raise InputError(
             "torch_compile: on the CPU it needs a C++ compiler (g++); install one, or leave it out"

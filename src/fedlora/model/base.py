@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedlora.lowrank import Adapter, Deltas, LowRank
 from fedlora.model.client_rows import ClientRows
+from fedlora.model.device import device_of
 from fedlora.model.fingerprint import weights_fingerprint
 from fedlora.model.full_modules import FullModule, make_float32
 from fedlora.model.layers import replace_module
@@ -50,7 +51,7 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         """Where the base is."""
-        return cast(torch.device, next(self.model.parameters()).device)
+        return device_of(self.model)
 
     def load(
         self,

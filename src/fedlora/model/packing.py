@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.model.config_lengths import UNBOUNDED, positions_of, smallest_unexplained
+from fedlora.model.device import device_of
 from fedlora.model.packed_attention import noting_windows
 from fedlora.model.rotary_factors import RotaryFactors
 from fedlora.model.trial_rows import LENGTHS, vocabulary_size
@@ -196,7 +197,7 @@ def auxiliary_share(model: Any, configs: Sequence[Any], dtype: torch.dtype) -> f
     shares = []
     for length in (11, 16):
         ids = torch.randint(vocabulary, (1, length), generator=source)
-        ids = ids.to(next(model.parameters()).device)
+        ids = ids.to(device_of(model))
         with torch.no_grad(), computing_in(configs, dtype):
             out = model(input_ids=ids, labels=ids, use_cache=False)
             plain = F.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.model.config_lengths import longest_table, positions_of
+from fedlora.model.device import device_of
 from fedlora.model.trial_rows import LENGTHS, vocabulary_size
 from fedlora.model.wide import SAME_SHAPES, ForwardState, computing_in, nearly_equal
 
@@ -96,7 +97,7 @@ class RotaryFactors:
 
     def _run(self, model: Any, length: int) -> tuple[Tensor, Tensor] | None:
         """Logits of the first sample, and of the second, which reaches up to this length."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         vocabulary = vocabulary_size(model)
         ids = torch.arange(12, device=device).view(2, 6) % vocabulary
         ids = torch.where(ids == self.padding, (ids + 12) % vocabulary, ids)
