@@ -69,10 +69,8 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
         passes.packed = passes.joint = False
     accelerate(
         base.model,
-        Config(
-            gradient_checkpointing=case.get("checkpointing", False),
-            torch_compile=case.get("compile", False),
-        ),
+        gradient_checkpointing=case.get("checkpointing", False),
+        torch_compile=case.get("compile", False),
     )
     shapes = base.targets.shapes
 

@@ -30,7 +30,7 @@ def test_recomputed_activations_give_the_same(name: str, dropout: float) -> None
     ends, kept = [], []
     for checkpointing in (False, True):
         base = base_of(name, dropout)
-        accelerate(base.model, Config(gradient_checkpointing=checkpointing))
+        accelerate(base.model, gradient_checkpointing=checkpointing)
         data = [rows_of(name, 9, k) for k in range(len(RANKS))]
         client_adapters = client_adapters_of(base, dropout=dropout)
         ends.append(trained(base, client_adapters, data, trainings_of(), TOGETHER))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.model.acceleration import accelerate
 from fedlora.model.dtype import resolve_dtype
@@ -29,14 +28,14 @@ from support.cohort import (
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama")
     with pytest.raises(InputError, match="use_liger_kernel: its kernels need a CUDA device"):
-        accelerate(base.model, Config(use_liger_kernel=True))
+        accelerate(base.model, use_liger_kernel=True)
     monkeypatch.setattr(type(base.model), "supports_gradient_checkpointing", False)
     with pytest.raises(InputError, match="gradient_checkpointing: LlamaForCausalLM cannot"):
-        accelerate(base.model, Config(gradient_checkpointing=True))
+        accelerate(base.model, gradient_checkpointing=True)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(InputError, match="torch_compile: on the CPU it needs a C"):
-        accelerate(base.model, Config(torch_compile=True))
+        accelerate(base.model, torch_compile=True)
 
 
 @pytest.mark.slow
@@ -48,7 +47,7 @@ def test_compiled_layers_give_the_same() -> None:
     ends = []
     for compiled in (False, True):
         base = base_of("llama")
-        accelerate(base.model, Config(torch_compile=compiled))
+        accelerate(base.model, torch_compile=compiled)
         ends.append(trained(base, client_adapters_of(base), data, trainings, TOGETHER))
     close(ends[1], ends[0], 1e-4)
 

@@ -143,7 +143,9 @@ def classifies(config: Config, source: Source) -> bool:
     """Whether a classifier is trained: the data, the settings or the checkpoint say so."""
     if config.lora_task_type != "auto":
         return config.lora_task_type == "SEQ_CLS"
-    return is_classification(config) or (source.classifier and config.template == "auto")
+    return is_classification(config.lora_task_type, config.label_column_name, config.template) or (
+        source.classifier and config.template == "auto"
+    )
 
 
 def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, FederatedData]:
@@ -165,7 +167,7 @@ def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, 
     )
     label_names: tuple[str, ...] = ()
     if classify:
-        labels = find_labels(config, raw, template_of(config, raw, True))
+        labels = find_labels(raw, template_of(config, raw, True), config.label_names)
         label_names = tuple(labels) if config.label_names else label_order(source, labels)
     data = load_data(config, tokenizer, raw, classify=classify, label_names=label_names)
     return source, tokenizer, data
@@ -254,7 +256,12 @@ def load_base(
 ) -> tuple[BaseModel, list[str]]:
     """The base with adapter layers and faster kernels, and what the user should know of it."""
     base, notes = load_model(source, tokenizer, config, label_names, weights=weights)
-    accelerate(base.model, config)
+    accelerate(
+        base.model,
+        gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.torch_compile,
+        use_liger_kernel=config.use_liger_kernel,
+    )
     return base, notes
 
 
