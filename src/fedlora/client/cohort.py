@@ -1,7 +1,8 @@
 """Trains several clients in one pass over the frozen base, and decides who trains with whom.
 
 How many clients share a pass is decided once, from what a client's largest micro-batch keeps for
-its backward pass and what memory there is (`automatic_size`), and halved when memory runs out.
+its backward pass and the memory there is (`memory.automatic_size`). It is halved when memory runs
+out.
 """
 
 from __future__ import annotations

@@ -112,9 +112,9 @@ def choose_cohort_size(
     sizes = [config.of_client(k).per_device_train_batch_size for k in range(len(federation.ranks))]
     rows = [part.train for part in data.clients]
     need = largest_need(base, list(zip(rows, sizes, federation.ranks, strict=True)), config.seed)
-    budget = (
+    available_bytes = (
         int(config.cohort_memory * 2**30)
         if config.cohort_memory
         else memory_available(base.device) // 2
     )
-    return automatic_size(need, len(federation.sample(1)), budget, base.device)
+    return automatic_size(need, len(federation.sample(1)), available_bytes, base.device)

@@ -278,7 +278,7 @@ def test_the_measured_need_is_what_a_pass_keeps(monkeypatch: pytest.MonkeyPatch)
     assert two.activations == pytest.approx(2 * one.activations, rel=0.2)
 
 
-def test_the_size_follows_the_budget() -> None:
+def test_the_size_follows_the_memory() -> None:
     device = torch.device("cpu")
     base = base_of("llama")
     need = largest_need(base, [(rows_of("llama", 4, 1), 4, 4)])
