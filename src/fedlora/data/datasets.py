@@ -136,7 +136,7 @@ def _outcomes(
         for client, (rows, numbers) in enumerate(zip(raw.clients, taken.clients, strict=True))
         for i in numbers
     ]
-    eval_name = Path(config.eval_file).name if config.eval_file else f"{raw.what}, evaluation"
+    eval_name = Path(config.eval_file).name if config.eval_file else f"{raw.title}, evaluation"
     rendered += [_rendered(f"{eval_name}, row {i + 1}", raw.eval[i], template) for i in taken.eval]
     outcomes = iter(
         tokens_of(

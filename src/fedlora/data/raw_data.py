@@ -30,7 +30,7 @@ class RawData:
         clients: each client's rows, in client order.
         names: what each client's rows are: a file, a value of `partition_column`, or nothing.
         eval: rows of the global evaluation.
-        what: what was read, for a heading.
+        title: what was read, for a heading.
         numbers: of every client's rows, where they stand in the data set that was divided,
             counted from 1; none: every client has a file of its own.
     """
@@ -38,7 +38,7 @@ class RawData:
     clients: list[Rows]
     names: list[str]
     eval: Rows
-    what: str
+    title: str
     numbers: list[list[int]] | None = None
 
     @property
@@ -70,7 +70,7 @@ class RawData:
         """Where a client's row stands, for a message."""
         if self.numbers is None:
             return f"{self.names[client]}, row {row + 1}"
-        return f"{self.what}, row {self.numbers[client][row]}"
+        return f"{self.title}, row {self.numbers[client][row]}"
 
     def called(self, client: int) -> str:
         """A client in a message."""
@@ -85,7 +85,7 @@ def load_rows(config: Config) -> RawData:
     """
     if config.train_file and _is_pattern(config.train_file):
         return _one_file_each(config)
-    rows, evaluation, what = _one_data_set(config)
+    rows, evaluation, title = _one_data_set(config)
     if config.eval_file:
         evaluation = _rows_of_file("eval_file", config.eval_file)
     trained_on = list(range(len(rows)))
@@ -103,7 +103,7 @@ def load_rows(config: Config) -> RawData:
         [[rows[i] for i in part] for part in numbers],
         names,
         evaluation,
-        what,
+        title,
         [[i + 1 for i in part] for part in numbers],
     )
 
@@ -178,12 +178,12 @@ def _num_ranks(client_ranks: int | list[int] | None) -> int | None:
 
 def _number_of_clients(config: Config) -> int | None:
     """How many clients the configuration names; None: it does not say."""
-    given = {
+    counts = {
         "num_clients": config.num_clients,
         "client_ranks": _num_ranks(config.client_ranks),
         "partition_shares": len(config.partition_shares) if config.partition_shares else None,
     }
-    numbers = {key: number for key, number in given.items() if number}
+    numbers = {key: number for key, number in counts.items() if number}
     if len(set(numbers.values())) > 1:
         raise InputError(
             ", ".join(f"{key}: {number}" for key, number in numbers.items())

@@ -268,8 +268,8 @@ def _notes_on_left_out(targets: Targets) -> list[str]:
 
 def _note_on_new_weights(targets: Targets, missing: Sequence[str]) -> list[str]:
     """Weights that the checkpoint lacks and that are not trained."""
-    whole = tuple(f"{module}." for module in targets.modules_to_save)
-    new = [name for name in missing if not name.startswith(whole)]
+    trained = tuple(f"{module}." for module in targets.modules_to_save)
+    new = [name for name in missing if not name.startswith(trained)]
     if not new:
         return []
     some = ", ".join(new[:3]) + (" ..." if len(new) > 3 else "")

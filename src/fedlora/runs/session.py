@@ -298,14 +298,14 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         raise InputError(f"client {client} has no rows to train on by itself")
     rank, overrides = spec.ranks[client], session.config.client_overrides
     assert not isinstance(overrides, str)
-    own = (overrides or {}).get(client)
+    settings = (overrides or {}).get(client)
     config = session.config.model_copy(
         update={
             "method": "fedit",  # with one client: go on training the same adapter
             "method_options": {},
             "num_clients": 1,
             "client_ranks": [rank],
-            "client_overrides": {0: own} if own else None,
+            "client_overrides": {0: settings} if settings else None,
             "output_dir": str(output_dir),
             "save_total_limit": 2,
         }
@@ -354,12 +354,12 @@ def starting_state(session: Ingredients) -> ServerState:
     Raises:
         InputError: `init_adapter` cannot be read, or changes what is no target module.
     """
-    given: Mapping[str, LowRank] = {}
+    adapter: Mapping[str, LowRank] = {}
     dense, source = session.base.read_full_params(), session.config.init_adapter
     if source:
         shapes, names = session.federation.shapes, session.label_names
-        given, dense = from_adapter(source, session.base.model, shapes, dense, names)
-    return initial_state(session.federation, given, dense)
+        adapter, dense = from_adapter(source, session.base.model, shapes, dense, names)
+    return initial_state(session.federation, adapter, dense)
 
 
 def resolve_paths(config: Config) -> Config:

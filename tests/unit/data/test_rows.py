@@ -353,7 +353,7 @@ def test_the_splits_of_a_run(data_set: Path) -> None:
     assert sorted(row["text"] for row in raw.train) == ["a", "b", "c"]
     assert [row["text"] for row in raw.eval] == ["d"]
     assert load_rows(Config(**values)).eval == []
-    assert raw.what == str(data_set)
+    assert raw.title == str(data_set)
 
 
 @pytest.mark.parametrize("split", ["training", "validation[:10]"])
