@@ -49,7 +49,7 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     from transformers.utils import logging
 
     from fedlora.client.cohort import train_cohort
-    from fedlora.client.trainer import Budget
+    from fedlora.client.local_training import LocalTraining
     from fedlora.config.config import Config
     from fedlora.lowrank import LowRank
     from fedlora.model.acceleration import accelerate
@@ -69,10 +69,8 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
         passes.packed = passes.joint = False
     accelerate(
         base.model,
-        Config(
-            gradient_checkpointing=case.get("checkpointing", False),
-            torch_compile=case.get("compile", False),
-        ),
+        gradient_checkpointing=case.get("checkpointing", False),
+        torch_compile=case.get("compile", False),
     )
     shapes = base.targets.shapes
 
@@ -93,10 +91,11 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
             base.load_clients(
                 [again if case.get("refreeze") else whole], [client_adapters[k] for k in together]
             )
-            budgets = [
-                Budget(client=k, per_device_train_batch_size=4, max_steps=2) for k in together
+            trainings = [
+                LocalTraining(client=k, per_device_train_batch_size=4, max_steps=2)
+                for k in together
             ]
-            done = train_cohort(base, [rows[k] for k in together], budgets)
+            done = train_cohort(base, [rows[k] for k in together], trainings)
             tokens += sum(m["tokens"] for m in done)
         return tokens
 

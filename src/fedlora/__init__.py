@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fedlora.adapters.aggregate import aggregate, save_adapter
     from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
-    from fedlora.client.trainer import Budget, LocalTraining
+    from fedlora.client.local_training import Budget, LocalTraining
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
     from fedlora.engines.local import run
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from fedlora.lowrank import Dense, LowRank
     from fedlora.methods import METHODS
     from fedlora.methods.rule import Rule
-    from fedlora.runs.course import Result, RoundResult
+    from fedlora.runs.results import Result, RoundResult
 
 _HOMES = {
     "Broadcast": "federation.messages",
-    "Budget": "client.trainer",
+    "Budget": "client.local_training",
     "CheckpointError": "errors",
     "ClientUpdate": "federation.messages",
     "Config": "config.config",
@@ -39,11 +39,11 @@ _HOMES = {
     "Federation": "federation.participants",
     "FedloraError": "errors",
     "InputError": "errors",
-    "LocalTraining": "client.trainer",
+    "LocalTraining": "client.local_training",
     "LowRank": "lowrank",
     "METHODS": "methods",
-    "Result": "runs.course",
-    "RoundResult": "runs.course",
+    "Result": "runs.results",
+    "RoundResult": "runs.results",
     "Rule": "methods.rule",
     "SavedAdapter": "adapters.saved_adapter",
     "Server": "federation.server",

@@ -16,11 +16,11 @@ from support.cohort import (
     RANKS,
     TOGETHER,
     base_of,
-    budgets_of,
     client_adapters_of,
     close,
     rows_of,
     trained,
+    trainings_of,
 )
 
 
@@ -30,10 +30,10 @@ def test_recomputed_activations_give_the_same(name: str, dropout: float) -> None
     ends, kept = [], []
     for checkpointing in (False, True):
         base = base_of(name, dropout)
-        accelerate(base.model, Config(gradient_checkpointing=checkpointing))
+        accelerate(base.model, gradient_checkpointing=checkpointing)
         data = [rows_of(name, 9, k) for k in range(len(RANKS))]
         client_adapters = client_adapters_of(base, dropout=dropout)
-        ends.append(trained(base, client_adapters, data, budgets_of(), TOGETHER))
+        ends.append(trained(base, client_adapters, data, trainings_of(), TOGETHER))
         kept.append(kept_by(base, client_adapters, data[0]))
     close(ends[1], ends[0], 1e-5)
     assert kept[1] < 0.5 * kept[0]

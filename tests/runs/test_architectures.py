@@ -301,11 +301,11 @@ def test_the_model_that_client_trains_has_adapters_in_its_own_modules_alone(
     keys = one_client_differs(tiny_llama, site_files, tmp_path / "out", method, (4, 4, 4, 4))
     seen: list[set[str]] = []
 
-    def looking(model: Any, dataset: Any, budget: Any) -> dict[str, Any]:
-        if budget.client == 1:
+    def looking(model: Any, dataset: Any, training: Any) -> dict[str, Any]:
+        if training.client == 1:
             trained = {n for n, p in model.named_parameters() if p.requires_grad}
             seen.append({n.partition(".clients.")[0].rpartition(".")[2] for n in trained})
-        return train(model, dataset, budget)
+        return train(model, dataset, training)
 
     result = fedlora.run(fedlora.Config(**keys), train_function=looking)
     assert seen == [{"q_proj"}] * 3

@@ -10,7 +10,6 @@ import torch
 import transformers as hf
 
 import fedlora
-from fedlora.config.config import Config
 from fedlora.model.acceleration import accelerate
 from fedlora.model.base import attach
 from fedlora.model.client_rows import ClientRows
@@ -39,7 +38,7 @@ def test_a_module_that_runs_twice_draws_twice(monkeypatch: pytest.MonkeyPatch) -
         model.model.layers[1] = model.model.layers[0]
         base = attach(model, None, find_targets(model, "all-linear", "it", None, [], "CAUSAL_LM"))
         if again:
-            accelerate(base.model, Config(gradient_checkpointing=True))
+            accelerate(base.model, gradient_checkpointing=True)
         assert runner_of(base.model).joint
         data = [rows_of(x, k) for k, x in enumerate([[5, 7], [9, 4], [3]])]
         masks.clear()
@@ -66,7 +65,7 @@ def test_rows_that_surprise_train_alone(
     def nothing(model: Any, full: Any, others: Any, run: Any) -> Any:
         return True, {module: {} for module in others}
 
-    monkeypatch.setattr("fedlora.model.passes.find_rows", nothing)
+    monkeypatch.setattr("fedlora.model.joint_passes.find_rows", nothing)
     ends = []
     for size in (1, 4):
         out = str(tmp_path / f"{size}")

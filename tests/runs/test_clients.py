@@ -13,7 +13,7 @@ import yaml
 
 import fedlora
 from fedlora import Config
-from fedlora.client.trainer import Budget
+from fedlora.client.local_training import LocalTraining
 from fedlora.commands.cli import main
 from fedlora.config.config import CLIENT_KEYS
 from fedlora.config.sources import read_yaml
@@ -114,11 +114,11 @@ def test_each_setting_changes_its_client_alone(small_run: dict[str, Any]) -> Non
 
 
 def test_what_a_client_may_spend_reaches_its_training_function(keys: dict[str, Any]) -> None:
-    """Every client's budget, as the training sees it."""
-    seen: dict[int, Budget] = {}
+    """Every client's settings, as its local training sees them."""
+    seen: dict[int, LocalTraining] = {}
 
-    def note(model: Any, dataset: Any, budget: Budget) -> dict[str, Any]:
-        seen[budget.client] = budget
+    def note(model: Any, dataset: Any, training: LocalTraining) -> dict[str, Any]:
+        seen[training.client] = training
         return {"rows": len(dataset)}
 
     own = {
@@ -128,11 +128,11 @@ def test_what_a_client_may_spend_reaches_its_training_function(keys: dict[str, A
     }
     fedlora.run(Config(**{**keys, "num_rounds": 1}, client_overrides=own), train_function=note)
     assert sorted(seen) == [0, 1, 2, 3]
-    for client, budget in seen.items():
+    for client, training in seen.items():
         for key in CLIENT_KEYS:
-            if hasattr(budget, key):
+            if hasattr(training, key):
                 wanted = own.get(client, {}).get(key, getattr(Config(**keys), key))
-                assert getattr(budget, key) == wanted, (client, key)
+                assert getattr(training, key) == wanted, (client, key)
 
 
 def test_the_saved_configuration_reproduces_the_run(

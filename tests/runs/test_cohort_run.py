@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 import fedlora
 from fedlora import Config
 from fedlora.adapters.saved_adapter import WEIGHTS_NAME
-from fedlora.client.trainer import Budget, train
+from fedlora.client.local_training import LocalTraining
+from fedlora.client.trainer import train
 from fedlora.commands.cli import main
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
@@ -25,8 +26,8 @@ from fedlora.model.base import BaseModel
 from fedlora.model.client_rows import ClientRows
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.passes import PackedRunner
-from fedlora.runs.course import Result
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.results import Result
 from fedlora.runs.session import assemble
 from support.architectures import COMMON, DISTILBERT, GPT2, GROUPED, keys_of, save_model
 from support.classifier import (
@@ -72,9 +73,11 @@ def cohorts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     found: list[tuple[int, list[int]]] = []
     original = fedlora.client.worker.train_cohort
 
-    def noting(base: BaseModel, rows: Any, budgets: Sequence[Budget]) -> list[dict[str, Any]]:
-        found.append((budgets[0].round, [budget.client for budget in budgets]))
-        return original(base, rows, budgets)
+    def noting(
+        base: BaseModel, rows: Any, trainings: Sequence[LocalTraining]
+    ) -> list[dict[str, Any]]:
+        found.append((trainings[0].round, [training.client for training in trainings]))
+        return original(base, rows, trainings)
 
     monkeypatch.setattr("fedlora.client.worker.train_cohort", noting)
     return found
@@ -287,12 +290,14 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Limit:
     def limit(number: int, error: Exception, midway: bool = False) -> list[list[int]]:
         tried: list[list[int]] = []
 
-        def failing(base: BaseModel, rows: Any, budgets: Sequence[Budget]) -> list[dict[str, Any]]:
-            tried.append([budget.client for budget in budgets])
-            if len(budgets) <= number:
-                return original(base, rows, budgets)
+        def failing(
+            base: BaseModel, rows: Any, trainings: Sequence[LocalTraining]
+        ) -> list[dict[str, Any]]:
+            tried.append([training.client for training in trainings])
+            if len(trainings) <= number:
+                return original(base, rows, trainings)
             if midway:  # the last step is done, and the model is as it is then
-                original(base, rows, budgets)
+                original(base, rows, trainings)
             raise error
 
         monkeypatch.setattr("fedlora.client.worker.train_cohort", failing)
@@ -355,12 +360,14 @@ def test_a_size_that_was_halved_never_grows(
     """Also where it was the first clients that were large."""
     original, tried = fedlora.client.worker.train_cohort, list[list[int]]()
 
-    def failing(base: BaseModel, rows: Any, budgets: Sequence[Budget]) -> list[dict[str, Any]]:
-        clients = [budget.client for budget in budgets]
+    def failing(
+        base: BaseModel, rows: Any, trainings: Sequence[LocalTraining]
+    ) -> list[dict[str, Any]]:
+        clients = [training.client for training in trainings]
         tried.append(clients)
         if len(clients) > (1 if min(clients) < 4 else 2):
             raise ERRORS["GPU"]
-        return original(base, rows, budgets)
+        return original(base, rows, trainings)
 
     monkeypatch.setattr("fedlora.client.worker.train_cohort", failing)
     files = str(Path(plain["train_file"]).parent)
@@ -432,13 +439,13 @@ def test_an_own_training_sees_one_client_at_a_time(
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def own(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
+    def own(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> Mapping[str, Any]:
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
         assert {len(layer.clients) for layer in layers} == {1}
         ranks = {len(layer.A) for layer in layers if layer.A is not None}
-        assert ranks == {plain["client_ranks"][budget.client]}
-        seen.append((budget.round, budget.client))
-        return train(model, dataset, budget)
+        assert ranks == {plain["client_ranks"][training.client]}
+        seen.append((training.round, training.client))
+        return train(model, dataset, training)
 
     events: list[Mapping[str, Any]] = []
     paths = {}
@@ -464,11 +471,11 @@ def test_an_own_training_that_runs_out_of_memory_ends_the_run(plain: dict[str, A
     seen: list[int] = []
     events: list[Mapping[str, Any]] = []
 
-    def own(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
-        seen.append(budget.client)
-        if budget.client == 1:
+    def own(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> Mapping[str, Any]:
+        seen.append(training.client)
+        if training.client == 1:
             raise ERRORS["GPU"]
-        return train(model, dataset, budget)
+        return train(model, dataset, training)
 
     with pytest.raises(torch.cuda.OutOfMemoryError):
         run(plain, cohort_size=4, train_function=own, report=events.append)

@@ -18,13 +18,15 @@ from fedlora.engines.local import make_worker, run_session
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
-from fedlora.runs.course import Best, Course, Result, has_personal_models
+from fedlora.runs.best_round import Best
+from fedlora.runs.course import Course, has_personal_models
 from fedlora.runs.directory import RunDirectory
-from fedlora.runs.engine import Answer, Engine, EngineState, Failure
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import LOGGED, REPORTED, Evaluations, Event
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.observers import observers
+from fedlora.runs.results import Result
 from fedlora.runs.round_clock import RoundClock
 from fedlora.runs.run_header import config_file
 from fedlora.runs.session import Session, assemble, starting_state
@@ -60,13 +62,13 @@ class OneByOne:
 
     def exchange(
         self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[Answer | Failure]:
+    ) -> Iterator[ClientResult | Failure]:
         for sent in self.order(broadcasts):
             if (sent.round, sent.client) in self.fails:
                 yield Failure(sent.client, "its machine is gone")
             elif (sent.round, sent.client) not in self.silent:
                 (trained,) = self.worker.handle_together([sent])
-                yield Answer(trained.update, partial(getattr, trained, "model"))
+                yield ClientResult(trained.update, partial(getattr, trained, "model"))
 
     def evaluate(self, state: ServerState) -> Evaluations:
         return self.evaluator.of_server(state)

@@ -561,9 +561,9 @@ def test_two_sound_rounds_are_kept_beside_a_damaged_one(keys: dict[str, Any], ou
         verify(out / name)
 
 
-def twice_as_many(model: Any, dataset: Any, budget: Any) -> dict[str, Any]:
+def twice_as_many(model: Any, dataset: Any, training: Any) -> dict[str, Any]:
     """A local training of a user's own."""
-    return train(model, dataset, budget)
+    return train(model, dataset, training)
 
 
 def test_another_local_training_is_refused(keys: dict[str, Any], out: Path) -> None:

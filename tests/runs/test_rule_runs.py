@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import fedlora
 from fedlora import Config
-from fedlora.client.trainer import Budget, train
+from fedlora.client.local_training import LocalTraining
+from fedlora.client.trainer import train
 from fedlora.client.worker import Trained, Worker
 from fedlora.commands.cli import main
 from fedlora.config.sources import read_yaml
@@ -37,8 +38,8 @@ from fedlora.methods.values import ServerState
 from fedlora.model.base import BaseModel
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs import evaluation as rating
-from fedlora.runs.course import Result
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.results import Result
 from fedlora.runs.session import assemble
 from support.models import save_tokenizer
 from support.resume import (
@@ -180,7 +181,7 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def nothing(model: Any, dataset: Sequence[Any], budget: Budget) -> dict[str, Any]:
+def nothing(model: Any, dataset: Sequence[Any], training: LocalTraining) -> dict[str, Any]:
     """A local training that leaves everything as it is."""
     return {}
 
@@ -404,13 +405,13 @@ def test_a_frozen_factor_has_no_gradient_and_no_optimizer_state(
 ) -> None:
     rounds: list[int] = []
 
-    def spied(model: Any, dataset: Any, budget: Budget) -> Mapping[str, Any]:
-        wanted = METHODS[method].training(METHODS[method].options()).trained(budget.round)
+    def spied(model: Any, dataset: Any, training: LocalTraining) -> Mapping[str, Any]:
+        wanted = METHODS[method].training(METHODS[method].options()).trained(training.round)
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
         frozen = [m.B if wanted == "A" else m.A for m in layers if wanted != "AB"]
         trained = [p for m in layers for p in (m.A, m.B) if all(p is not f for f in frozen)]
         before = [p.detach().clone() for p in frozen]
-        metrics = train(model, dataset, budget)
+        metrics = train(model, dataset, training)
         ours, [*_, optimizer] = memory(trained), optimizers
         assert memory(optimizer.given) == ours
         assert sum(p.numel() for p in optimizer.given) == sum(p.numel() for p in trained)
@@ -419,7 +420,7 @@ def test_a_frozen_factor_has_no_gradient_and_no_optimizer_state(
         assert not ours & memory(frozen)
         assert all(p.grad is None and not p.requires_grad for p in frozen)
         assert all(torch.equal(p, x) for p, x in zip(frozen, before, strict=True))
-        rounds.append(budget.round)
+        rounds.append(training.round)
         return metrics
 
     values = keys_for(quick, method, lora_dropout=0.2, proximal_mu=0.1, weight_decay=0.1)
@@ -475,10 +476,12 @@ class Spy:
             if isinstance(m, AdapterLayer) and m.A is not None and m.B is not None
         }
 
-    def __call__(self, model: Any, dataset: Sequence[Any], budget: Budget) -> Mapping[str, Any]:
-        key = budget.round, budget.client
+    def __call__(
+        self, model: Any, dataset: Sequence[Any], training: LocalTraining
+    ) -> Mapping[str, Any]:
+        key = training.round, training.client
         self.began[key] = self.read(model)
-        metrics = train(model, dataset, budget)
+        metrics = train(model, dataset, training)
         self.ended[key] = self.read(model)
         return metrics
 
@@ -970,8 +973,8 @@ def test_a_server_step_is_taken_by_all_others(quick: dict[str, Any], method: str
 def test_momentum_goes_on_in_the_same_direction(quick: dict[str, Any], method: str) -> None:
     """Where nothing is learnt in round 2, the model moves on by mu times its first move."""
 
-    def once(model: Any, dataset: Any, budget: Budget) -> Mapping[str, Any]:
-        return train(model, dataset, budget) if budget.round == 1 else {}
+    def once(model: Any, dataset: Any, training: LocalTraining) -> Mapping[str, Any]:
+        return train(model, dataset, training) if training.round == 1 else {}
 
     run = watch(keys_for(quick, method, server_momentum=0.5), train_function=once)
     first, second = (global_delta(run.states[number]) for number in (1, 2))

@@ -19,7 +19,8 @@ from fedlora import Config
 from fedlora.adapters.saved_adapter import WEIGHTS_NAME, write_adapter
 from fedlora.client.evaluate import evaluate
 from fedlora.client.generation import generate
-from fedlora.client.trainer import Budget, train
+from fedlora.client.local_training import LocalTraining
+from fedlora.client.trainer import train
 from fedlora.client.worker import Worker
 from fedlora.data.datasets import load_data
 from fedlora.data.tokenize import IGNORE, Tokens
@@ -30,8 +31,8 @@ from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import total_norm
 from fedlora.model.lora_layer import AdapterLayer
-from fedlora.runs.course import Result, RoundResult
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.results import Result, RoundResult
 from fedlora.runs.session import Session, assemble
 from support.rows import rows, write_jsonl
 
@@ -96,7 +97,7 @@ def evaluation_rows(values: Mapping[str, Any]) -> Sequence[Tokens]:
     return load_data(Config(**values), tokenizer).eval
 
 
-def nothing(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
+def nothing(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> dict[str, Any]:
     """A local training that leaves everything as it is."""
     return {}
 
@@ -104,10 +105,10 @@ def nothing(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, 
 def worse_after(good: int) -> Any:
     """A local training that learns in the first rounds and destroys afterwards."""
 
-    def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
-        if budget.round <= good:
-            return train(model, dataset, budget)
-        rng = torch.Generator().manual_seed(100 * budget.round + budget.client)
+    def local(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> Mapping[str, Any]:
+        if training.round <= good:
+            return train(model, dataset, training)
+        rng = torch.Generator().manual_seed(100 * training.round + training.client)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -260,17 +261,17 @@ def test_a_list_of_another_length_is_refused(small_run: dict[str, Any]) -> None:
 def test_a_users_own_training_sees_the_adapter_alone(small_run: dict[str, Any]) -> None:
     seen: list[tuple[int, int, int, set[int]]] = []
 
-    def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
+    def local(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> dict[str, Any]:
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert named
         assert all(n.rpartition(".")[2] in ("A", "B") for n in named)
         ranks = {p.shape[0] for n, p in named.items() if n.endswith(".A")}
-        seen.append((budget.round, budget.client, len(dataset), ranks))
+        seen.append((training.round, training.client, len(dataset), ranks))
         with torch.no_grad():
             for n, p in named.items():
                 if n.endswith(".B"):
-                    p.add_(0.01 * (1 + budget.client))
-        return {"mine": budget.client, "steps": budget.steps(len(dataset))}
+                    p.add_(0.01 * (1 + training.client))
+        return {"mine": training.client, "steps": training.steps(len(dataset))}
 
     result = run(small_run, train_function=local)
     rows_of, ranks_of = (24, 16, 12, 8), small_run["client_ranks"]
@@ -289,10 +290,10 @@ def test_every_client_starts_from_the_global_model(small_run: dict[str, Any], me
     data = evaluation_rows(small_run)
     began: list[tuple[int, float]] = []
 
-    def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
+    def local(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> Mapping[str, Any]:
         loss = evaluate(model, None, data, batch_size=32)["loss"]
-        began.append((budget.round, loss))
-        return train(model, dataset, budget)
+        began.append((training.round, loss))
+        return train(model, dataset, training)
 
     result = run(small_run, method=method, num_rounds=3, max_steps=6, train_function=local)
     assert len(began) == 12
@@ -357,9 +358,9 @@ def test_everything_is_reported(small_run: dict[str, Any], cohort_size: int | st
 def test_a_client_that_ends_in_nan_is_left_out(
     small_run: dict[str, Any], method: str, value: float
 ) -> None:
-    def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
-        metrics = train(model, dataset, budget)
-        if (budget.client, budget.round) == (1, 1):
+    def local(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> Mapping[str, Any]:
+        metrics = train(model, dataset, training)
+        if (training.client, training.round) == (1, 1):
             with torch.no_grad():
                 [p for p in model.parameters() if p.requires_grad][3][0, 0] = value
         return metrics
@@ -379,9 +380,9 @@ def test_a_client_that_ends_in_nan_is_left_out(
 
 
 def test_a_round_in_which_no_client_counts_changes_nothing(small_run: dict[str, Any]) -> None:
-    def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
-        if budget.round != 2:
-            return train(model, dataset, budget)
+    def local(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> Mapping[str, Any]:
+        if training.round != 2:
+            return train(model, dataset, training)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -542,10 +543,10 @@ def test_alpha_is_a_number_or_a_multiple_of_the_rank(
 ) -> None:
     found: dict[int, set[float]] = {}
 
-    def local(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
+    def local(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> dict[str, Any]:
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
         assert all(len(layer.clients) == 1 for layer in layers)
-        found[budget.client] = {layer.clients[0].scale for layer in layers}
+        found[training.client] = {layer.clients[0].scale for layer in layers}
         return {}
 
     run(
@@ -687,8 +688,8 @@ def test_a_real_model_learns_from_real_answers(material: Path, tmp_path: Path) -
 
 
 def test_metrics_of_an_own_training_become_numbers(small_run: dict[str, Any]) -> None:
-    def own(model: Any, dataset: Any, budget: Budget) -> dict[str, Any]:
-        return {**train(model, dataset, budget), "event": torch.tensor(2.5), "note": "x"}
+    def own(model: Any, dataset: Any, training: LocalTraining) -> dict[str, Any]:
+        return {**train(model, dataset, training), "event": torch.tensor(2.5), "note": "x"}
 
     result = run(small_run, train_function=own)
     for line in rounds_of(result):
@@ -696,7 +697,7 @@ def test_metrics_of_an_own_training_become_numbers(small_run: dict[str, Any]) ->
             (2.5, "x")
         }
 
-    def wrong(model: Any, dataset: Any, budget: Budget) -> dict[str, Any]:
+    def wrong(model: Any, dataset: Any, training: LocalTraining) -> dict[str, Any]:
         return {"history": [1, 2]}
 
     with pytest.raises(TypeError, match="history as list"):
@@ -716,7 +717,9 @@ def test_a_client_that_learns_nothing_sends_its_start_to_the_bit(
     for sent in server.plan().values():
         server.accept(worker.handle(sent))
     server.commit()
-    idle = Worker(session.base, clients, session.config, agreement, lambda model, rows, budget: {})
+    idle = Worker(
+        session.base, clients, session.config, agreement, lambda model, rows, training: {}
+    )
     for sent in server.plan().values():
         start = client_start(sent, agreement)
         update = idle.handle(sent)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fedlora.client.trainer import Budget, train
+from fedlora.client.local_training import LocalTraining
+from fedlora.client.trainer import train
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
 from fedlora.model.targets import find_targets
@@ -56,10 +57,10 @@ def ends_of(base: BaseModel, number: int) -> list[bytes]:
     ends = []
     for round in range(1, ROUNDS + 1):
         base.load([], adapter, scale=2.0, dropout=0.1)
-        budget = Budget(
+        training = LocalTraining(
             client=number, round=round, max_steps=6, per_device_train_batch_size=2, seed=number
         )
-        train(base.model, rows, budget)
+        train(base.model, rows, training)
         adapter = base.read_adapter()
         tensors = {f"{n}.{f}": getattr(x, f) for n, x in adapter.items() for f in "AB"}
         ends.append(save({name: x.contiguous() for name, x in tensors.items()}))

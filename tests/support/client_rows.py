@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedlora.client.cohort import train_cohort
-from fedlora.client.trainer import Budget
+from fedlora.client.local_training import LocalTraining
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel
@@ -68,8 +68,8 @@ def trained(
             ClientAdapter(adapter_of(base, 2 + k, k), scale=2.0, dropout=dropout, full_params=start)
             for k in group
         ]
-        budgets = [
-            Budget(
+        trainings = [
+            LocalTraining(
                 client=k,
                 max_steps=3,
                 learning_rate=2e-2,
@@ -80,7 +80,7 @@ def trained(
             for k in group
         ]
         base.load_clients([], client_adapters)
-        metrics = train_cohort(base, [data[k] for k in group], budgets)
+        metrics = train_cohort(base, [data[k] for k in group], trainings)
         for slot, k in enumerate(group):
             values = base.read_full_params(slot)
             for n, x in base.read_adapter(slot).items():

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fedlora.client.cohort import train_cohort
-from fedlora.client.trainer import Budget
+from fedlora.client.local_training import LocalTraining
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.lowrank import Deltas, LowRank
 from fedlora.model.base import BaseModel, attach
@@ -151,12 +151,14 @@ def client_adapters_of(base: BaseModel, **keys: Any) -> list[ClientAdapter]:
     ]
 
 
-def budgets_of(**keys: Any) -> list[Budget]:
+def trainings_of(**keys: Any) -> list[LocalTraining]:
     """Different micro-batches, numbers of steps and schedules."""
     common = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "seed": 3, "round": 2, **keys}
     sizes, steps = (4, 3, 5, 2), (6, 9, 4, 9)
     return [
-        Budget(client=k, per_device_train_batch_size=sizes[k], **{"max_steps": steps[k], **common})
+        LocalTraining(
+            client=k, per_device_train_batch_size=sizes[k], **{"max_steps": steps[k], **common}
+        )
         for k in range(len(RANKS))
     ]
 
@@ -168,7 +170,7 @@ def trained(
     base: BaseModel,
     client_adapters: Sequence[ClientAdapter],
     data: Sequence[Sequence[Tokens]],
-    budgets: Sequence[Budget],
+    trainings: Sequence[LocalTraining],
     groups: Sequence[Sequence[int]],
     frozen: Sequence[Deltas] = (),
 ) -> Ends:
@@ -176,7 +178,7 @@ def trained(
     found: dict[int, Any] = {}
     for group in groups:
         base.load_clients(frozen, [client_adapters[k] for k in group])
-        metrics = train_cohort(base, [data[k] for k in group], [budgets[k] for k in group])
+        metrics = train_cohort(base, [data[k] for k in group], [trainings[k] for k in group])
         for slot, k in enumerate(group):
             found[k] = base.read_adapter(slot), base.read_full_params(slot), metrics[slot]
     return [found[k] for k in range(len(client_adapters))]

@@ -60,8 +60,8 @@ def found(model: Any, rows: Sequence[Tokens]) -> list[Tensor]:
     passes = runner_of(model)
     counts = [1 if "label" in row else len(row["input_ids"]) - 1 for row in rows]
     with torch.no_grad():
-        if passes.classifier and passes.packed:
-            return list(passes._packed_logits(model, rows).split(counts))
+        if passes.packed_forward.classifier and passes.packed:
+            return list(passes.packed_forward.logits(model, rows).split(counts))
         got = torch.cat([logits for logits, _ in passes.logits_and_labels(model, rows)])
     return list(got.split(counts))
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from fedlora.client.trainer import Budget, train
+from fedlora.client.local_training import LocalTraining
+from fedlora.client.trainer import train
 from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel
@@ -31,14 +32,14 @@ def start_of(base: BaseModel) -> dict[str, LowRank]:
     }
 
 
-def losses_of(base: BaseModel, data: Sequence[Tokens], budget: Budget) -> list[float]:
+def losses_of(base: BaseModel, data: Sequence[Tokens], training: LocalTraining) -> list[float]:
     """Train from `start_of` on; the loss of every step."""
     losses: list[float] = []
     base.load([], start_of(base), SCALE)
     train(
         base.model,
         data,
-        replace(budget, on_step=lambda step, steps, loss, tokens: losses.append(loss)),
+        replace(training, on_step=lambda step, steps, loss, tokens: losses.append(loss)),
     )
     return losses
 
@@ -54,9 +55,9 @@ def same(ours: dict[str, LowRank], theirs: dict[str, LowRank], tolerance: float)
 class Replay(torch.utils.data.Sampler[int]):
     """The order of rows in our epochs, one epoch each time it is asked."""
 
-    def __init__(self, number: int, budget: Budget) -> None:
+    def __init__(self, number: int, training: LocalTraining) -> None:
         self.number = number
-        self.rng = generator(budget.seed, budget.round, budget.client, Purpose.BATCHES)
+        self.rng = generator(training.seed, training.round, training.client, Purpose.BATCHES)
 
     def __len__(self) -> int:
         return self.number
@@ -68,14 +69,14 @@ class Replay(torch.utils.data.Sampler[int]):
 class Recorder(Trainer):
     """Trainer, replaying our order and noting the loss and the learning rate of every step."""
 
-    def __init__(self, budget: Budget, **options: Any) -> None:
+    def __init__(self, training: LocalTraining, **options: Any) -> None:
         super().__init__(**options)
-        self.budget = budget
+        self.training = training
         self.micro: dict[int, list[float]] = {}
         self.rates: list[float] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return Replay(len(self.train_dataset), self.budget)  # type: ignore[arg-type]
+        return Replay(len(self.train_dataset), self.training)  # type: ignore[arg-type]
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         loss = super().training_step(*arguments, **options)
@@ -103,7 +104,7 @@ def adapter_of(model: Any, base: BaseModel) -> dict[str, LowRank]:
 
 
 def by_trainer(
-    model: Any, data: Sequence[Tokens], budget: Budget, where: Path
+    model: Any, data: Sequence[Tokens], training: LocalTraining, where: Path
 ) -> tuple[list[float], list[float]]:
     """Train with transformers; the losses and the learning rates of all steps."""
     names = (
@@ -121,7 +122,7 @@ def by_trainer(
         "max_steps",
     )
     trainer = Recorder(
-        budget,
+        training,
         model=model,
         train_dataset=list(data),
         data_collator=collate,
@@ -134,7 +135,7 @@ def by_trainer(
             logging_strategy="no",
             disable_tqdm=True,
             remove_unused_columns=False,
-            **{name: getattr(budget, name) for name in names},
+            **{name: getattr(training, name) for name in names},
         ),
     )
     trainer.train()

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.model.acceleration import accelerate
 from fedlora.model.dtype import resolve_dtype
@@ -18,25 +17,25 @@ from support.cohort import (
     RANKS,
     TOGETHER,
     base_of,
-    budgets_of,
     client_adapters_of,
     close,
     rows_of,
     trained,
+    trainings_of,
 )
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama")
     with pytest.raises(InputError, match="use_liger_kernel: its kernels need a CUDA device"):
-        accelerate(base.model, Config(use_liger_kernel=True))
+        accelerate(base.model, use_liger_kernel=True)
     monkeypatch.setattr(type(base.model), "supports_gradient_checkpointing", False)
     with pytest.raises(InputError, match="gradient_checkpointing: LlamaForCausalLM cannot"):
-        accelerate(base.model, Config(gradient_checkpointing=True))
+        accelerate(base.model, gradient_checkpointing=True)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(InputError, match="torch_compile: on the CPU it needs a C"):
-        accelerate(base.model, Config(torch_compile=True))
+        accelerate(base.model, torch_compile=True)
 
 
 @pytest.mark.slow
@@ -44,12 +43,12 @@ def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_compiled_layers_give_the_same() -> None:
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    budgets = [replace(b, max_steps=3) for b in budgets_of()]
+    trainings = [replace(b, max_steps=3) for b in trainings_of()]
     ends = []
     for compiled in (False, True):
         base = base_of("llama")
-        accelerate(base.model, Config(torch_compile=compiled))
-        ends.append(trained(base, client_adapters_of(base), data, budgets, TOGETHER))
+        accelerate(base.model, torch_compile=compiled)
+        ends.append(trained(base, client_adapters_of(base), data, trainings, TOGETHER))
     close(ends[1], ends[0], 1e-4)
 
 

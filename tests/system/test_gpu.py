@@ -16,11 +16,11 @@ from support.cohort import (
     RANKS,
     TOGETHER,
     base_of,
-    budgets_of,
     client_adapters_of,
     close,
     rows_of,
     trained,
+    trainings_of,
 )
 
 pytestmark = [
@@ -46,8 +46,8 @@ def test_together_is_alone(name: str, dropout: float) -> None:
     assert runner_of(base.model).joint
     client_adapters = client_adapters_of(base, dropout=dropout)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-    alone = trained(base, client_adapters, data, budgets_of(), ALONE)
-    close(trained(base, client_adapters, data, budgets_of(), TOGETHER), alone, 1e-4)
+    alone = trained(base, client_adapters, data, trainings_of(), ALONE)
+    close(trained(base, client_adapters, data, trainings_of(), TOGETHER), alone, 1e-4)
 
 
 def test_a_gpu_gives_what_the_cpu_gives() -> None:
@@ -56,7 +56,7 @@ def test_a_gpu_gives_what_the_cpu_gives() -> None:
         base = base_of("llama")
         base.model.to(device)
         data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-        ends.append(trained(base, client_adapters_of(base), data, budgets_of(), TOGETHER))
+        ends.append(trained(base, client_adapters_of(base), data, trainings_of(), TOGETHER))
     close(ends[1], ends[0], 1e-4)
 
 
@@ -64,8 +64,8 @@ def test_bfloat16_trains() -> None:
     base = base_of("llama", dtype=torch.bfloat16)
     base.model.to("cuda")
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    budgets = budgets_of(learning_rate=1e-2, max_steps=20)
-    for _, _, metrics in trained(base, client_adapters_of(base), data, budgets, TOGETHER):
+    trainings = trainings_of(learning_rate=1e-2, max_steps=20)
+    for _, _, metrics in trained(base, client_adapters_of(base), data, trainings, TOGETHER):
         assert metrics["loss_last"] < metrics["loss_first"]
 
 

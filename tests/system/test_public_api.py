@@ -55,8 +55,8 @@ def seen(result: RoundResult) -> None:
     assert_type(result.metrics, Mapping[str, Any])
 
 
-def my_training(model: Any, dataset: Any, budget: Budget) -> dict[str, float]:
-    assert_type(budget.learning_rate, float)
+def my_training(model: Any, dataset: Any, training: Budget) -> dict[str, float]:
+    assert_type(training.learning_rate, float)
     return {"loss": 0.0}
 
 

@@ -10,8 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedlora.errors import InputError
-from fedlora.runs import trackers
-from fedlora.runs.trackers import check_trackers
+from fedlora.runs import tracker_backends
+from fedlora.runs.tracker_checks import check_trackers
 from support.trackers import (
     EXPECTED,
     LOCAL,
@@ -135,10 +135,14 @@ def test_one_that_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def broken(self: Any, values: Any, number: int) -> None:
         raise ConnectionError("no route to host\nmore")
 
-    monkeypatch.setattr(trackers._Wandb, "round", broken)
+    monkeypatch.setattr(tracker_backends.Wandb, "round", broken)
     report(configured(["wandb", "tensorboard"]), tmp_path / "out", whole_run(), warn=told.append)
     assert told == ["report_to: wandb: no route to host; it is told nothing more"]
     agree(tensorboard_scalars(tmp_path / "out" / "runs"), EXPECTED)
+
+
+def test_offline_nobody_needs_to_be_logged_in() -> None:
+    assert check_trackers(configured(["wandb", "trackio"])) == ["wandb", "trackio"]
 
 
 def test_nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from fedlora.federation.server import Server
 from fedlora.methods import METHODS
 from fedlora.runs.course import Course
 from fedlora.runs.directory import RunDirectory
-from fedlora.runs.engine import Answer, Failure
+from fedlora.runs.engine import ClientResult, Failure
 from fedlora.runs.events import Event
 from fedlora.runs.observers import observers
 from fedlora.runs.run_header import config_file
@@ -168,10 +168,10 @@ def test_a_worker_that_is_killed_is_replaced(keys: Keys, tmp_path: Path) -> None
 def dies(client: int) -> Callable[..., Any]:
     """A local training under which this client's process ends, always."""
 
-    def own(model: Any, dataset: Any, budget: Any) -> Any:
-        if budget.client == client:
+    def own(model: Any, dataset: Any, training: Any) -> Any:
+        if training.client == client:
             os._exit(7)
-        return train(model, dataset, budget)
+        return train(model, dataset, training)
 
     return own
 
@@ -195,10 +195,10 @@ def rounds_with_metrics(result: fedlora.Result) -> list[dict[str, Any]]:
 
 
 def test_an_error_of_the_training_ends_the_run(keys: Keys, tmp_path: Path) -> None:
-    def broken(model: Any, dataset: Any, budget: Any) -> Any:
+    def broken(model: Any, dataset: Any, training: Any) -> Any:
         raise ZeroDivisionError("no steps")
 
-    def mistaken(model: Any, dataset: Any, budget: Any) -> Any:
+    def mistaken(model: Any, dataset: Any, training: Any) -> Any:
         raise FedloraError("say what to do")
 
     with pytest.raises(WorkerError, match="ZeroDivisionError: no steps") as caught:
@@ -208,11 +208,11 @@ def test_an_error_of_the_training_ends_the_run(keys: Keys, tmp_path: Path) -> No
         take(keys, tmp_path / "two", train_function=mistaken, **POOL)
 
 
-def sleeps(model: Any, dataset: Any, budget: Any) -> Any:
+def sleeps(model: Any, dataset: Any, training: Any) -> Any:
     """A local training of which client 1 does not see the end in round 1."""
-    if (budget.client, budget.round) == (1, 1):
+    if (training.client, training.round) == (1, 1):
         time.sleep(600)
-    return train(model, dataset, budget)
+    return train(model, dataset, training)
 
 
 def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
@@ -226,12 +226,13 @@ def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
         (failure,) = (outcome for outcome in outcomes if isinstance(outcome, Failure))
         assert failure == Failure(1, "it was not done by the round's deadline")
         for outcome in outcomes:
-            if isinstance(outcome, Answer):
+            if isinstance(outcome, ClientResult):
                 assert server.accept(outcome.update) == ""
         server.reject(1, failure.reason)
         server.commit()
         assert all(
-            isinstance(outcome, Answer) for outcome in engine.exchange([*server.plan().values()])
+            isinstance(outcome, ClientResult)
+            for outcome in engine.exchange([*server.plan().values()])
         )
 
 

@@ -49,10 +49,10 @@ from fedlora.text import natural
 
 @dataclass(frozen=True)
 class Layer:
-    """What became of one target module.
+    """How one target module was combined.
 
     Args:
-        ranks: of the adapters that have it, None for those that have not.
+        ranks: its rank in each adapter, None in those that do not have it.
         rank: of the result.
         error: `||dW - sum_k p_k s_k B_k A_k||_F / ||sum_k p_k s_k B_k A_k||_F`; 0 for a zero sum.
     """
@@ -67,7 +67,7 @@ class Aggregated(SavedAdapter):
     """The result of `aggregate`, ready for `save_adapter`.
 
     Args:
-        layers: target module -> what became of it.
+        layers: target module -> how it was combined.
         weights: of the adapters; they sum to one.
         labels: of a classifier's rows; empty where no adapter names them.
         notes: what the user should know.
@@ -124,9 +124,9 @@ def aggregate(
     deltas, layers = {}, {}
     for name in sorted(shapes, key=natural):
         parts = [a.deltas.get(name) for a in adapters]
-        # Only adapters of weight zero may have the module; then nothing was combined.
-        whole = combined.get(name, zeros(shapes[name], 0))
-        deltas[name], layers[name] = _settled(whole, parts, shares, rank, energy)
+        # If only adapters of weight zero have the module, nothing was combined.
+        total = combined.get(name, zeros(shapes[name], 0))
+        deltas[name], layers[name] = _cut_module(total, parts, shares, rank, energy)
     heads = combine_heads(adapters, shares)
     base, weight_notes = common_base_weights(adapters)
     _refuse_both_ways(deltas, heads.dense)
@@ -155,8 +155,8 @@ def _check_cut(rank: int | None, energy: float | None) -> None:
         raise InputError(f"energy: {energy} must be above 0 and at most 1")
 
 
-def _settled(
-    whole: Delta,
+def _cut_module(
+    total: Delta,
     parts: Sequence[LowRank | None],
     shares: Sequence[float],
     rank: int | None,
@@ -165,15 +165,15 @@ def _settled(
     """One module's result, cut to the rank that is wanted, and how far it is from the exact sum.
 
     Args:
-        whole: what the rule made of it.
+        total: what the rule made of it.
         parts: its update in each adapter, None in those that have none.
         shares: of the adapters; they sum to one.
         rank, energy: as `aggregate` takes them.
     """
     having = [(x, p) for x, p in zip(parts, shares, strict=True) if x is not None]
     exact = add([scale(x, p) for x, p in having])
-    bound = min(*whole.shape, sum(x.rank for x, _ in having))
-    kept = _cut(whole, bound, rank, energy)
+    bound = min(*total.shape, sum(x.rank for x, _ in having))
+    kept = _cut(total, bound, rank, energy)
     size = norm(exact)
     if size <= 1e-6 * sum(p * norm(x) for x, p in having):
         size = 0.0  # the terms cancel; what is left is rounding
@@ -236,12 +236,12 @@ def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
     """The adapters' weights, so that they sum to one."""
     if number == 0:
         raise InputError("aggregate needs at least one adapter")
-    given = [1.0] * number if weights is None else list(weights)
-    if len(given) != number:
-        raise InputError(f"weights: {len(given)} for {number} adapters; give one for each")
-    if min(given) < 0 or not 0 < sum(given) < float("inf"):
-        raise InputError(f"weights: {' '.join(map(str, given))}: expected positive numbers")
-    return [w / sum(given) for w in given]
+    values = [1.0] * number if weights is None else list(weights)
+    if len(values) != number:
+        raise InputError(f"weights: {len(values)} for {number} adapters; give one for each")
+    if min(values) < 0 or not 0 < sum(values) < float("inf"):
+        raise InputError(f"weights: {' '.join(map(str, values))}: expected positive numbers")
+    return [w / sum(values) for w in values]
 
 
 def _check_equal(rule: Rule, adapters: Sequence[SavedAdapter], shapes: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from fedlora.errors import InputError
 
 @dataclass(frozen=True)
 class Heads:
-    """What became of what was trained whole.
+    """The averaged parameters that were trained whole.
 
     Args:
         dense: parameter -> its mean.
@@ -68,15 +68,15 @@ def combine_heads(adapters: Sequence[SavedAdapter], shares: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the rows of one adapter's head go.
+    """Which rows of the result the rows of one adapter's head are added to.
 
     Args:
         dims: parameter with a row for each label -> the dimension of its labels.
-        places: of each of its rows, the row of the result.
+        targets: for each of its rows, the number of a row of the result.
     """
 
     dims: Mapping[str, int]
-    places: Sequence[int]
+    targets: Sequence[int]
 
 
 def _with_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
@@ -145,20 +145,20 @@ def _mean_rows(
     for a, t, p in parts:
         own = rows.get(id(a))
         dim = own.dims.get(name) if own else None
-        if own is None or dim is None or len(dims) > 1 or t.shape[dim] != len(own.places):
+        if own is None or dim is None or len(dims) > 1 or t.shape[dim] != len(own.targets):
             raise InputError(
                 f"{name}: {whose(a.source)}: has the shape {tuple(t.shape)}, which does not fit "
                 "the labels that its config.json names (id2label)"
             )
-        moved.append((t.double().movedim(dim, 0), own.places, p))
+        moved.append((t.double().movedim(dim, 0), own.targets, p))
     widths = {tuple(t.shape[1:]) for t, _, _ in moved}
     if len(widths) > 1:
         raise InputError(f"{name}: saved heads of different widths cannot be averaged")
     total = torch.zeros(number, *widths.pop(), dtype=torch.float64)
     weight = torch.zeros(number, dtype=torch.float64)
-    for t, places, p in moved:
-        total[places] += p * t
-        weight[places] += p
+    for t, targets, p in moved:
+        total[targets] += p * t
+        weight[targets] += p
     mean = total / weight.reshape(-1, *[1] * (total.ndim - 1))
     (dim,) = dims
     assert dim is not None

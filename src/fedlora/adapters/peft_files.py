@@ -86,9 +86,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     file = next((path / n for n in (WEIGHTS_NAME, OLDER_NAME) if (path / n).exists()), None)
     if file is None:
-        there = sorted(p.name for p in path.iterdir() if p.is_file())[:8]
+        files = sorted(p.name for p in path.iterdir() if p.is_file())[:8]
         raise InputError(
-            f"{path}: holds no {WEIGHTS_NAME} and no {OLDER_NAME}, only {', '.join(there)}"
+            f"{path}: holds no {WEIGHTS_NAME} and no {OLDER_NAME}, only {', '.join(files)}"
         )
     try:
         with file.open("rb") as opened:

@@ -120,12 +120,12 @@ def documented(one: str, other: str) -> bool:
     if any(set(path[:-1]) <= {"model"} for name in (one, other) if (path := split_name(name)[0])):
         return False
     for rules in _families():
-        whole = _applied_safely(rules, one)
-        if whole == other:
+        renamed = _applied_safely(rules, one)
+        if renamed == other:
             return True
-        if whole == one or not whole.startswith("model."):
+        if renamed == one or not renamed.startswith("model."):
             continue
-        inside = whole.removeprefix("model.")
+        inside = renamed.removeprefix("model.")
         if any(f"model.{_applied_safely(nested, inside)}" == other for nested in _families()):
             return True
     return False

@@ -35,8 +35,8 @@ def evaluate(
         tokenizer: the model's.
         rows: tokenised, at least one.
         batch_size: rows at once.
-        exact_match: also generate every turn that is learnt (of a conversation, each of the
-            assistant's, after the true turns before it) and compare it with the reference.
+        exact_match: also generate every labelled turn (in a conversation each of the assistant's
+            turns, after the true turns before it) and compare it with the reference.
         max_new_tokens: longest answer generated.
         label_names: a classifier's, in the order of their ids; empty for a language model.
 
@@ -52,8 +52,9 @@ def evaluate(
     guesses, truths = [], []
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # rows of one length: no padding
     with torch.inference_mode():
-        for at in range(0, len(ordered), batch_size):
-            for logits, labels in passes.logits_and_labels(model, ordered[at : at + batch_size]):
+        for begin in range(0, len(ordered), batch_size):
+            batch = ordered[begin : begin + batch_size]
+            for logits, labels in passes.logits_and_labels(model, batch):
                 total += float(F.cross_entropy(logits, labels, reduction="sum"))
                 count += labels.numel()
                 guesses.append(logits.argmax(-1))
@@ -68,8 +69,8 @@ def evaluate(
         }
         if exact_match:
             turns = [turn for row in rows for turn in turns_of(row)]
-            right = exact_matches(model, tokenizer, turns, batch_size, max_new_tokens)
-            out["exact_match"] = right / len(turns)
+            matches = exact_matches(model, tokenizer, turns, batch_size, max_new_tokens)
+            out["exact_match"] = matches / len(turns)
     return out
 
 
@@ -81,34 +82,34 @@ def scores(truth: Tensor, guess: Tensor, label_names: Sequence[str]) -> dict[str
         label_names: in the order of their ids.
 
     Returns:
-        accuracy; macro_f1, the mean F1 over the labels that stand in `truth` or `guess` (as
+        accuracy; macro_f1, the mean F1 over the labels that occur in `truth` or `guess` (as
         scikit-learn has it); per_class: label -> precision, recall, f1 (0 where undefined) and
         support, the number of rows that have it.
     """
     classes = len(label_names)
     table = torch.bincount(truth * classes + guess, minlength=classes**2).view(classes, classes)
-    right, have, said = table.diag(), table.sum(1), table.sum(0)  # (classes,) each
+    correct, actual, predicted = table.diag(), table.sum(1), table.sum(0)  # (classes,) each
     per_class, f1s = {}, []
     for i, name in enumerate(label_names):
-        hits, support, chosen = int(right[i]), int(have[i]), int(said[i])
-        f1 = 2 * hits / (support + chosen) if support + chosen else 0.0
+        hits, support, guesses = int(correct[i]), int(actual[i]), int(predicted[i])
+        f1 = 2 * hits / (support + guesses) if support + guesses else 0.0
         per_class[name] = {
-            "precision": hits / chosen if chosen else 0.0,
+            "precision": hits / guesses if guesses else 0.0,
             "recall": hits / support if support else 0.0,
             "f1": f1,
             "support": support,
         }
-        if support + chosen:
+        if support + guesses:
             f1s.append(f1)
     return {
-        "accuracy": int(right.sum()) / len(truth),
+        "accuracy": int(correct.sum()) / len(truth),
         "macro_f1": sum(f1s) / len(f1s),
         "per_class": per_class,
     }
 
 
 def has_prompts(rows: Sequence[Tokens]) -> bool:
-    """Whether every row has a prompt to answer: its first token is not learnt."""
+    """Whether every row has a prompt to answer: its first token is no label."""
     return all(row["labels"][0] == IGNORE for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Generates greedy answers: where they stop, and none disturbed by the batch it is generated in."""
+"""Generates greedy answers that stop at the end of their turn and do not depend on their batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.model.device import device_of
 from fedlora.model.per_model import PerModel
 
 _MARK = "\ue000\uf8ff\ue001"
@@ -20,9 +21,9 @@ class Ends:
     """What ends an answer.
 
     Args:
-        ids: tokens that do: end of text, the special token with which the template ends a turn.
-        text: the end of a turn that is written in ordinary tokens (`<|im_end|>` with a tokenizer
-            that has no such token); empty: there is none.
+        ids: tokens that end it: end of text, and the special token that ends a turn.
+        text: text that ends it, where the template ends a turn with ordinary tokens (`<|im_end|>`
+            with a tokenizer that has no such token); empty: there is none.
     """
 
     ids: frozenset[int]
@@ -41,13 +42,13 @@ def ends_of(model: Any, tokenizer: Any) -> Ends:
 
 
 def _turn_end(tokenizer: Any) -> str:
-    """What the chat template writes behind the last answer."""
+    """What the chat template writes after the last answer."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # whatever a template asks for that is not here, answers end without it
+    except Exception:  # the template needs more than two turns; answers then end without it
         return ""
     return text.partition(_MARK)[2].strip()
 
@@ -62,7 +63,7 @@ def _specials(tokenizer: Any) -> set[int]:
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer that stands in the data.
+    """An answer in the data, and what it answers.
 
     Args:
         prompt: all tokens before it.
@@ -74,44 +75,46 @@ class Turn:
 
 
 def turns_of(row: Tokens) -> list[Turn]:
-    """Every learnt run of tokens of a row, after what stands before it in the row."""
-    ids, labels, out = row["input_ids"], row["labels"], []
+    """The turns of a row: every run of labelled tokens, with all tokens before it as its prompt."""
+    ids, labels, turns = row["input_ids"], row["labels"], []
     learnt = [label != IGNORE for label in labels]
     begins = [i for i, x in enumerate(learnt) if x and not (i and learnt[i - 1])]
     for begin in begins:
         end = next((i for i in range(begin, len(ids)) if not learnt[i]), len(ids))
-        out.append(Turn(ids[:begin], ids[begin:end]))
-    return out
+        turns.append(Turn(ids[:begin], ids[begin:end]))
+    return turns
 
 
 def exact_matches(
     model: Any, tokenizer: Any, turns: Sequence[Turn], batch_size: int, max_new_tokens: int
 ) -> int:
-    """How many turns are answered with the text of their reference, white space at its ends aside.
+    """How many turns are answered with the text of their reference, ignoring outer white space.
 
-    An answer is what stands before the end of the turn. Where the reference has no end (the
-    template does not learn one, the row was cut), it is as many tokens as the reference has.
+    An answer is the text before the end of its turn. Where the reference has no end (the template
+    does not train one, or the row was cut), as many tokens are compared as the reference has.
     """
     ends, specials = ends_of(model, tokenizer), _specials(tokenizer)
     ordered = sorted(turns, key=lambda turn: len(turn.prompt))
-    right = 0
-    for at in range(0, len(ordered), batch_size):
-        part = ordered[at : at + batch_size]
-        own = [_ends_of_reference(turn.reference, ends, tokenizer, specials) for turn in part]
-        prompts = [turn.prompt for turn in part]
-        answers = _answers(model, tokenizer, prompts, max_new_tokens, [x for x, _ in own])
-        for turn, (mine, ended), ids in zip(part, own, answers, strict=True):
-            said = ids if ended else ids[: len(turn.reference)]
-            right += _text(said, mine, tokenizer) == _text(turn.reference, mine, tokenizer)
-    return right
+    matches = 0
+    for begin in range(0, len(ordered), batch_size):
+        batch = ordered[begin : begin + batch_size]
+        ends_in_batch = [
+            _ends_of_reference(turn.reference, ends, tokenizer, specials) for turn in batch
+        ]
+        prompts, stops = [turn.prompt for turn in batch], [x for x, _ in ends_in_batch]
+        answers = _answers(model, tokenizer, prompts, max_new_tokens, stops)
+        for turn, (turn_ends, has_end), ids in zip(batch, ends_in_batch, answers, strict=True):
+            answer = _text(ids if has_end else ids[: len(turn.reference)], turn_ends, tokenizer)
+            matches += answer == _text(turn.reference, turn_ends, tokenizer)
+    return matches
 
 
 def _ends_of_reference(
     reference: Sequence[int], ends: Ends, tokenizer: Any, specials: Collection[int]
 ) -> tuple[Ends, bool]:
-    """What ends the answer to this turn, and whether the reference has an end.
+    """What ends the answer to this turn, and whether the reference itself has an end.
 
-    A special token within the answer (a thought's end, a call's) does not end it.
+    Special tokens inside the reference (the end of a thought or of a tool call) do not end it.
     """
     inside = len(reference)
     while inside and (
@@ -126,7 +129,7 @@ def _ends_of_reference(
 
 
 def _text(ids: Sequence[int], ends: Ends, tokenizer: Any) -> str:
-    """What stands before the end."""
+    """The text before the end."""
     cut = next((n for n, i in enumerate(ids) if i in ends.ids), len(ids))
     text = str(tokenizer.decode(list(ids[:cut]), skip_special_tokens=True))
     return (text.partition(ends.text)[0] if ends.text else text).strip()
@@ -140,8 +143,8 @@ def generate(
 ) -> list[str]:
     """Greedy answers to tokenised prompts, each to the end of its turn.
 
-    Prompts of several lengths are padded on the left, unless that disturbs this model, see
-    `batching`.
+    Prompts of different lengths are padded on the left, unless padding changes what this model
+    answers, see `batching`.
     """
     ends = ends_of(model, tokenizer)
     answers = _answers(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
@@ -176,7 +179,7 @@ def _answers(
 def _generate_tokens(
     model: Any, ids: Tensor, mask: Tensor, padding: int, max_new_tokens: int, **keys: Any
 ) -> Any:
-    device = next(model.parameters()).device
+    device = device_of(model)
     return model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
@@ -190,7 +193,7 @@ def _generate_tokens(
 
 
 def _stopping_rule(ends: Sequence[Ends], begin: int, tokenizer: Any) -> Callable[..., Tensor]:
-    """Says of each row whether it has come to its own end."""
+    """A stopping rule of transformers: whether each row has come to its own end."""
 
     def stop(ids: Tensor, scores: Any, **others: Any) -> Tensor:
         done = []
@@ -220,50 +223,51 @@ def _left_padded(prompts: Sequence[Sequence[int]], filling: int) -> tuple[Tensor
 
 PADDED, EQUAL, ALONE = "padded", "equal", "alone"
 NEVER = 2**31 - 1
-"""A token that no model has: answers go on to their limit."""
+"""An id that no token has; as the end token, it lets answers go on to their limit."""
 _SHORT, _STEPS = 3, 3
 _batchings = PerModel[dict[int, str]](lambda model: {})
-"""Of each model what `batching` has found, by the length that was tried."""
+"""For each model, the result of `batching` by the length that was tried."""
 
 
 def _answer_groups(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[list[int]]:
-    """Numbers of the prompts that are answered together: all, those of one length, or each alone.
+    """Which prompts are answered together, by number: all, those of one length, or each alone.
 
-    Answers count with their prompts, because a model whose rotary factors follow the longest sample
-    (longrope) changes them where the longest answer gets to.
+    Lengths include the answers: a model whose rotary factors follow the longest sample (longrope)
+    changes them while an answer grows.
     """
     numbers = list(range(len(prompts)))
     if len(prompts) == 1:
         return [numbers]
     longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-    how = batching(model, tokenizer, longest)
-    if how == PADDED:
+    kind = batching(model, tokenizer, longest)
+    if kind == PADDED:
         return [numbers]
-    if how == ALONE:
+    if kind == ALONE:
         return [[i] for i in numbers]
     lengths = sorted({len(prompt) for prompt in prompts})
     return [[i for i in numbers if len(prompts[i]) == length] for length in lengths]
 
 
 def batching(model: Any, tokenizer: Any, longest: int) -> str:
-    """In which batches prompts and answers of up to so many tokens are what they are alone.
+    """In which batches a prompt of up to `longest` tokens (with its answer) is answered as alone.
 
-    Recurrent models read what is padded, others count positions from it or lose what lies behind a
-    window, and some (RWKV) mix the states of a batch. It is found out once.
+    Recurrent models read padding, others count positions from it or lose tokens beyond a window,
+    and some (RWKV) mix the states of a batch. Each model is tried once for each length.
 
     Returns:
-        `PADDED`: of any lengths, padded on the left; `EQUAL`: of one length; `ALONE`: in none.
+        `PADDED`: with prompts of any length, padded on the left; `EQUAL`: with prompts of its own
+        length; `ALONE`: with no other prompt.
     """
     known = _batchings(model)
     size = max(8, 1 << (longest - 1).bit_length())  # one trial for all lengths up to it
-    for length in (size, longest):  # the first may be beyond the model's positions
+    for length in (size, longest):  # `size` may be more than the model has positions
         if length in known:
             return known[length]
         try:
             known[length] = _tried_batching(model, tokenizer, max(length - _STEPS, 2))
-        except Exception:  # whatever an architecture stumbles over, it answers one prompt
+        except Exception:  # whatever fails for some architecture, it can answer a single prompt
             continue
         return known[length]
     known[longest] = ALONE
@@ -272,11 +276,11 @@ def batching(model: Any, tokenizer: Any, longest: int) -> str:
 
 @torch.no_grad()
 def _tried_batching(model: Any, tokenizer: Any, longest: int) -> str:
-    """What `batching` says of prompts of up to `longest` tokens, by answering a few random ones.
+    """Find out what `batching` gives for `longest` tokens, by answering a few random prompts.
 
-    Three questions: does a long prompt get the logits it gets alone when another of its length is
-    beside it; does a short prompt padded to the long one's length get the same whatever stands in
-    the padding; and the same as without padding?
+    Three questions are asked. Does a long prompt get the same logits alone and beside another of
+    its length? Does a short prompt, padded to that length, get the same whatever tokens are in the
+    padding? And does it get the same as without padding?
     """
     source = torch.Generator().manual_seed(0)
     vocabulary, padding = model.get_input_embeddings().num_embeddings, tokenizer.pad_token_id
@@ -320,7 +324,7 @@ def _logits(model: Any, ids: Tensor, mask: Tensor, padding: int) -> list[tuple[T
 def _same_answers(
     one: Sequence[tuple[Tensor, int]], other: Sequence[tuple[Tensor, int]], bound: float
 ) -> bool:
-    """Whether logits agree to a share of their size, as long as both go on with the same token."""
+    """Whether logits agree, up to a share of their size, as long as their next tokens are equal."""
     for (x, token), (y, same) in zip(one, other, strict=True):
         if float((x - y).abs().max()) > bound * float((y - y.mean()).abs().max()):
             return False

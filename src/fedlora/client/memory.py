@@ -19,12 +19,12 @@ from fedlora.model.passes import runner_of
 from fedlora.seeds import Purpose, fresh_factors
 
 _STATE_BYTES = 16
-"""Of a trained number: itself, its gradient and two moments in float32."""
+"""Bytes per trained parameter: its value, its gradient and AdamW's two moments, all float32."""
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What one client needs in a pass: memory at its largest, tokens as they usually are.
+    """What one client needs in a pass: the most memory, and the usual number of tokens.
 
     Args:
         tokens: of a micro-batch, on average over the clients.
@@ -45,14 +45,14 @@ class MemoryNeed:
 def largest_need(
     base: BaseModel, clients: Sequence[tuple[Sequence[Tokens], int, int]], seed: int = 0
 ) -> MemoryNeed:
-    """What the largest micro-batch any client can have keeps, by a forward pass of its longest row.
+    """What a client needs at most, measured on the largest micro-batch that any client can have.
 
-    One row is measured and the others are reckoned by their tokens, so that finding out what fits
-    needs less memory than what is going to be run.
+    Only its longest row is run; the others are estimated from their tokens. So finding out what
+    fits takes less memory than the training itself.
 
     Args:
         base: the model; it holds no adapters afterwards.
-        clients: of each its rows, its micro-batch's size and its rank; at least one with rows.
+        clients: of each its rows, its micro-batch size and its rank; at least one has rows.
         seed: of the adapter that is tried.
     """
     with_rows = [client for client in clients if client[0]]
@@ -99,7 +99,7 @@ def _bytes_kept(base: BaseModel, row: Tokens) -> int:
         return x
 
     base.model.train()
-    # What is kept has to stay until it is counted: a freed address would be taken again.
+    # All tensors must live until they are counted: a freed address would be used again.
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.enable_grad():
         out = runner_of(base.model).forward(base.model, [row])
     del out
@@ -122,15 +122,17 @@ def memory_available(device: torch.device) -> int:
     return 4 * 2**30
 
 
-def automatic_size(need: MemoryNeed, clients: int, budget: int, device: torch.device) -> int:
-    """How many clients share a pass: as many as the budget holds and as make it faster.
+def automatic_size(
+    need: MemoryNeed, clients: int, available_bytes: int, device: torch.device
+) -> int:
+    """How many clients share a pass: as many as fit into memory and still make it faster.
 
     Args:
-        need: of one client, at its largest.
+        need: of one client, at most.
         clients: of a round.
-        budget: bytes.
+        available_bytes: that the pass may take.
         device: where the base is.
     """
-    held = max(1, (budget - 4 * CHUNK_NUMBERS * 4) // max(need.nbytes, 1))
+    fitting = max(1, (available_bytes - 4 * CHUNK_NUMBERS * 4) // max(need.nbytes, 1))
     enough = max(1, ENOUGH_TOKENS.get(device.type, 2**12) // max(need.tokens, 1))
-    return int(min(clients, held, enough))
+    return int(min(clients, fitting, enough))

@@ -1,6 +1,6 @@
-"""Answers a server's messages for a site that holds a base model and its clients' data.
+"""Trains clients on a server's broadcasts, where the base model and the clients' data are.
 
-The same worker serves every client of a simulation in one process, and one client of a deployment.
+The same worker serves all clients of a simulation in one process, or one client of a deployment.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from typing import Any
 import torch
 
 from fedlora.client.cohort import train_cohort
-from fedlora.client.trainer import LocalTraining, StepCallback, TrainFunction, train
+from fedlora.client.local_training import LocalTraining, StepCallback, TrainFunction
+from fedlora.client.trainer import train
 from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
 from fedlora.federation.exchange import Agreement, client_start
 from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
 from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix, scaling
-from fedlora.methods.values import Start, Training
+from fedlora.methods.values import Start
 from fedlora.model.base import BaseModel
 from fedlora.model.client_rows import MixedRowsError
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.passes import runner_of
 
 
-def budget_of(config: Config) -> LocalTraining:
+def local_training_of(config: Config) -> LocalTraining:
     """The part of a configuration that local training reads."""
     names = set(LocalTraining.__dataclass_fields__) & set(Config.model_fields)
     return LocalTraining(**{name: getattr(config, name) for name in names})
@@ -43,36 +44,44 @@ def _plain(key: str, value: Any) -> float | str | None:
     return value
 
 
-def _tail(adapter: Adapter, asked: Training) -> float:
+def _tail_norm(adapter: Adapter, tail_from: float) -> float:
     """`sum_modules ||B[:, t:]||_F ||A[t:]||_F`, with `t = tail_from * rank`."""
-    tails = ((x, int(asked.tail_from * x.rank)) for x in adapter.values())
+    tails = ((x, int(tail_from * x.rank)) for x in adapter.values())
     return sum(float(x.B[:, begin:].norm() * x.A[begin:].norm()) for x, begin in tails)
 
 
-def _only(x: LowRank, factors: str) -> LowRank:
-    """The factors that are sent; zeros in the place of one that never leaves the client."""
+def _with_sent_factors(x: LowRank, factors: str) -> LowRank:
+    """An update with the factors that are sent, and zeros for one that stays at the client."""
     a = x.A if "A" in factors else torch.zeros_like(x.A)
     return LowRank(a, x.B if "B" in factors else torch.zeros_like(x.B))
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """A client's part in a round."""
+    """A client's part in a round.
+
+    Args:
+        broadcast: what the server sent it.
+        start: what it starts from.
+        client_adapter: what it brings into the model.
+        training: how it trains.
+        data: its rows.
+    """
 
     broadcast: Broadcast
     start: Start
-    own: ClientAdapter
-    budget: LocalTraining
+    client_adapter: ClientAdapter
+    training: LocalTraining
     data: ClientData
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of a client's round.
+    """The result of a client's local training in a round.
 
     Args:
         update: what the client sends back.
-        parts: what is added to the base in its own model, beside each other.
+        parts: the updates whose sum is added to the base in the client's own model.
     """
 
     update: ClientUpdate
@@ -80,7 +89,7 @@ class Trained:
 
     @property
     def model(self) -> Deltas:
-        """The model the client ended with, the common part and its own training together."""
+        """The client's model after training, as one update of the base."""
         return add_all(self.parts)
 
 
@@ -131,8 +140,9 @@ class Worker:
         if len(turns) == 1:
             return self._train(turns)
         if self.joint and _share_what_is_frozen(turns):
-            # Where the model turns out not to keep the clients' rows apart, which no probe has
-            # shown, they train one by one. Training depends on what a client was sent alone.
+            # No probe has shown that the model mixes the clients' rows, but it may turn out now.
+            # They then train one by one, which is possible because a client's training depends on
+            # nothing but what it was sent.
             with suppress(MixedRowsError):
                 return self._train(turns)
         return [trained for turn in turns for trained in self._train([turn])]
@@ -145,26 +155,26 @@ class Worker:
 
     def _turn(self, broadcast: Broadcast, on_step: Callable[[int], StepCallback | None]) -> _Turn:
         """What one client trains, and how."""
-        client, asked = broadcast.client, self.agreement.training
+        client, rule_training = broadcast.client, self.agreement.training
         config = self.config.of_client(client)
         start = client_start(broadcast, self.agreement, self.states.get(client))
-        own = ClientAdapter(
+        client_adapter = ClientAdapter(
             adapter=start.adapter,
             private=start.private,
             scale=scaling(config.alpha(broadcast.rank), broadcast.rank, config.use_rslora),
             dropout=config.lora_dropout,
-            trains=asked.trained(broadcast.round),
+            trains=rule_training.trained(broadcast.round),
             full_params=broadcast.dense,
         )
-        budget = replace(
-            budget_of(config),
+        training = replace(
+            local_training_of(config),
             client=client,
             round=broadcast.round,
-            tail_penalty=asked.tail_penalty,
-            tail_from=asked.tail_from,
+            tail_penalty=rule_training.tail_penalty,
+            tail_from=rule_training.tail_from,
             on_step=on_step(client),
         )
-        return _Turn(broadcast, start, own, budget, self.clients[client])
+        return _Turn(broadcast, start, client_adapter, training, self.clients[client])
 
     def _train(self, turns: Sequence[_Turn]) -> list[Trained]:
         """Train these clients in one pass.
@@ -175,12 +185,12 @@ class Worker:
         frozen = [turns[0].broadcast.base_delta, turns[0].start.shared]
         metrics: Sequence[Mapping[str, Any]]
         if self.train_function is train:
-            self.base.load_clients(frozen, [turn.own for turn in turns])
-            rows, budgets = [turn.data.train for turn in turns], [turn.budget for turn in turns]
-            metrics = train_cohort(self.base, rows, budgets)
+            self.base.load_clients(frozen, [turn.client_adapter for turn in turns])
+            rows, trainings = [turn.data.train for turn in turns], [turn.training for turn in turns]
+            metrics = train_cohort(self.base, rows, trainings)
         else:
             (turn,) = turns
-            own = turn.own
+            own = turn.client_adapter
             self.base.load(
                 [*frozen, own.private],
                 own.adapter,
@@ -189,25 +199,27 @@ class Worker:
                 own.full_params,
                 own.trains,
             )
-            metrics = [self.train_function(self.base.model, turn.data.train, turn.budget)]
+            metrics = [self.train_function(self.base.model, turn.data.train, turn.training)]
         return [self._trained(turn, slot, metrics[slot]) for slot, turn in enumerate(turns)]
 
     def _trained(self, turn: _Turn, slot: int, metrics: Mapping[str, Any]) -> Trained:
-        """What became of the client in a slot; what it keeps for itself is kept."""
-        asked, broadcast, start = self.agreement.training, turn.broadcast, turn.start
-        adapter = self.base.read_adapter(slot)
-        if asked.prunes and _tail(adapter, asked) < _tail(start.adapter, asked):
-            rank = max(1, int(asked.tail_from * broadcast.rank))
+        """Read a client's result from its slot, and keep the factors that stay at the client."""
+        rule_training, broadcast, start = self.agreement.training, turn.broadcast, turn.start
+        adapter, tail_from = self.base.read_adapter(slot), rule_training.tail_from
+        if rule_training.prunes and (
+            _tail_norm(adapter, tail_from) < _tail_norm(start.adapter, tail_from)
+        ):
+            rank = max(1, int(tail_from * broadcast.rank))
             adapter = {name: prefix(x, rank) for name, x in adapter.items()}
         finite = all(x.A.isfinite().all() and x.B.isfinite().all() for x in adapter.values())
-        if asked.keeps and finite:  # an update that is left out leaves no trace either
+        if rule_training.keeps and finite:  # the server refuses what is not finite, so it is lost
             kept = {f"{name}.B": x.B.contiguous() for name, x in adapter.items()}
             self.states[broadcast.client] = ClientState(kept)
-        sends = asked.sent(broadcast.round)
+        sends = rule_training.sent(broadcast.round)
         update = ClientUpdate(
             client=broadcast.client,
             round=broadcast.round,
-            adapter={name: _only(x, sends) for name, x in adapter.items()},
+            adapter={name: _with_sent_factors(x, sends) for name, x in adapter.items()},
             sends=sends,
             num_examples=len(turn.data.train),
             dense=self.base.read_full_params(slot),
@@ -217,9 +229,9 @@ class Worker:
 
 
 def _share_what_is_frozen(turns: Sequence[_Turn]) -> bool:
-    """Whether the same lies frozen under all clients: a pass adds it to the base once for all.
+    """Whether all clients have the same shared frozen update, which a pass adds to the base once.
 
-    Most rules have nothing there; then each start holds an empty table of its own.
+    Most rules have none; then each start holds an empty table of its own.
     """
     first = turns[0].start.shared
     return all(t.start.shared is first or not (t.start.shared or first) for t in turns)

@@ -20,7 +20,7 @@ from fedlora.methods import METHODS
 from fedlora.runs.file_names import CONFIG
 
 if TYPE_CHECKING:
-    from fedlora.runs.course import Result
+    from fedlora.runs.results import Result
     from fedlora.runs.session import Session
 
 

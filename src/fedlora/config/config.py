@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from fedlora.config.as_meant import as_meant, refuse_truth
+from fedlora.config.as_meant import as_meant
 from fedlora.config.checks import CHECKS
+from fedlora.config.commented_yaml import commented_yaml
 from fedlora.config.errors_in_words import readable
 from fedlora.config.keys import (
     ALPHA,
@@ -40,12 +39,13 @@ from fedlora.config.keys import (
     JsonSchema,
     Mark,
     Words,
+    alpha_of,
     keys_marked,
     names_among,
 )
-from fedlora.config.rule_options import option_line, option_type
+from fedlora.config.rule_options import option_type, read_options, split_options
 from fedlora.errors import InputError
-from fedlora.methods import METHODS, rule_keys
+from fedlora.methods import METHODS
 from fedlora.text import nearest
 
 EVALUATED = {
@@ -343,19 +343,7 @@ class Config(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         options = values.pop("method_options", None) or {}
-        if not isinstance(options, Mapping):
-            raise InputError(
-                f"method_options: {options!r}: expected the rule's keys and values; they can be "
-                "written as keys of their own"
-            )
-        options = dict(options)
-        ours, theirs = set(type(self).model_fields), rule_keys()
-        for key in [k for k in values if k not in ours]:
-            if key not in theirs:
-                raise InputError(
-                    f"{key}: unknown configuration key" + nearest(key, sorted(ours | theirs))
-                )
-            options[key] = values.pop(key)
+        values, options = split_options(values, options, set(type(self).model_fields))
         try:
             super().__init__(**values, method_options=options)
         except ValidationError as error:
@@ -379,16 +367,7 @@ class Config(BaseModel):
         Raises:
             ValueError: an unknown option (the message names the nearest) or an impossible value.
         """
-        rule = METHODS[self.method]
-        fields = {f.name: f for f in dataclasses.fields(rule.options)}
-        for key in self.method_options:
-            if key not in fields:
-                raise ValueError(
-                    f"{key}: method {self.method} has no such option; it has "
-                    + (", ".join(fields) or "none")
-                )
-            refuse_truth(key, self.method_options[key], get_type_hints(rule.options)[key])
-        return TypeAdapter(rule.options).validate_python(dict(self.method_options))
+        return read_options(self.method, self.method_options)
 
     def of_client(self, client: int) -> Config:
         """The configuration as this client trains by it: `client_overrides` over the others.
@@ -417,14 +396,7 @@ class Config(BaseModel):
 
     def alpha(self, rank: int) -> float:
         """LoRA's alpha for a client of this rank."""
-        if isinstance(self.lora_alpha, float):
-            return self.lora_alpha
-        multiple = re.fullmatch(r"(\d*\.?\d+)?\s*\*?\s*r", self.lora_alpha)
-        if not multiple:
-            raise ValueError(
-                f"lora_alpha: {self.lora_alpha!r} is neither a number nor a multiple of r (as 2r)"
-            )
-        return float(multiple.group(1) or 1) * rank
+        return alpha_of(self.lora_alpha, rank)
 
     @property
     def metric_is_better_when_greater(self) -> bool:
@@ -441,24 +413,7 @@ class Config(BaseModel):
 
     def to_yaml(self, comments: bool = False) -> str:
         """The configuration as YAML; with comments, one line on every key."""
-        if not comments:
-            return yaml.safe_dump(self.flat(), sort_keys=False)
-        lines = []
-        for key, field in type(self).model_fields.items():
-            if key == "method_options":
-                continue
-            value = _scalar(getattr(self, key))
-            lines.append(f"{key + ': ' + value:<46} # {field.description}")
-        rule = METHODS[self.method]
-        for f in dataclasses.fields(rule.options):
-            value = _scalar(getattr(self.rule_options(), f.name))
-            lines.append(f"{f.name + ': ' + value:<46} # {option_line(rule.options, f.name)}")
-        return "\n".join(lines) + "\n"
-
-
-def _scalar(value: Any) -> str:
-    """A value as it stands on one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).replace("\n...", "").strip()
+        return commented_yaml(self) if comments else yaml.safe_dump(self.flat(), sort_keys=False)
 
 
 def _annotation(key: str) -> Any:

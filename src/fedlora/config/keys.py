@@ -10,6 +10,7 @@ second list has to be kept in step with the fields.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,6 +64,22 @@ def keys_marked(model: type[BaseModel], *marks: Mark) -> tuple[str, ...]:
 def annotation_of(model: type[BaseModel], key: str, kind: type[T]) -> T | None:
     """What a key carries of this kind (`Words`, `JsonSchema`), or None."""
     return next((x for x in model.model_fields[key].metadata if isinstance(x, kind)), None)
+
+
+def alpha_of(lora_alpha: float | str, rank: int) -> float:
+    """LoRA's alpha for a rank, from a number or a multiple of the rank such as `2r`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(lora_alpha, float):
+        return lora_alpha
+    multiple = re.fullmatch(r"(\d*\.?\d+)?\s*\*?\s*r", lora_alpha)
+    if not multiple:
+        raise ValueError(
+            f"lora_alpha: {lora_alpha!r} is neither a number nor a multiple of r (as 2r)"
+        )
+    return float(multiple.group(1) or 1) * rank
 
 
 # --- JSON Schema of keys whose limits are checked in words of our own ---

@@ -80,13 +80,18 @@ def load_data(
         InputError: data that cannot be used, with what was found and what to do.
     """
     raw = raw or load_rows(config)
-    classify = classify or is_classification(config)
+    classify = classify or is_classification(
+        config.lora_task_type, config.label_column_name, config.template
+    )
     template = template_of(config, raw, classify)
     if classify and not label_names:
-        label_names = find_labels(config, raw, template)
+        label_names = find_labels(raw, template, config.label_names)
     taken = subsets(config, [len(rows) for rows in raw.clients], len(raw.eval))
     of_clients, of_eval = _outcomes(config, tokenizer, raw, taken, template, label_names)
-    parts = [_divided(config, client, kept(rows)) for client, rows in enumerate(of_clients)]
+    parts = [
+        _with_held_out(client, kept(rows), config.client_eval_fraction, config.seed)
+        for client, rows in enumerate(of_clients)
+    ]
     useless = {k: why for k, rows in enumerate(of_clients) if (why := all_dropped(rows))}
     notes = left_out(raw, useless, config.strict_clients)
     if not any(part.train for part in parts):
@@ -95,7 +100,8 @@ def load_data(
         raise InputError(f"the evaluation data: {why}")
     evaluation, in_words = kept(of_eval), taken.in_words
     if not raw.eval:
-        evaluation, limited = in_turn(config, [part.eval for part in parts])
+        held_out = [part.eval for part in parts]
+        evaluation, limited = in_turn(held_out, config.max_eval_samples, config.seed)
         in_words += limited
     return FederatedData(
         clients=tuple(parts),
@@ -104,7 +110,10 @@ def load_data(
         dropped=dict(reasons(chain(*of_clients, of_eval))),
         fingerprint=_fingerprint(parts, evaluation),
         label_names=tuple(label_names),
-        taken=(*in_words, *unused(config, raw, template)),
+        taken=(
+            *in_words,
+            *unused(raw, template, config.partition_column, config.label_column_name),
+        ),
         notes=(*notes, *_without_rows(parts, useless), *alike(label_names)),
     )
 
@@ -117,9 +126,9 @@ def _outcomes(
     template: Template,
     label_names: Sequence[str],
 ) -> tuple[list[list[Outcome]], list[Outcome]]:
-    """What became of every row that is taken: of each client's, and of the evaluation's.
+    """Of every row taken, its tokens or why it is dropped: by client, and of the evaluation.
 
-    All are tokenised at once: what the cache keeps of them serves every division of the same rows.
+    All rows are tokenised at once, so that the cached tokens serve every division of the same rows.
     """
     why_left_out = without_column(raw, template)
     rendered = [
@@ -127,8 +136,8 @@ def _outcomes(
         for client, (rows, numbers) in enumerate(zip(raw.clients, taken.clients, strict=True))
         for i in numbers
     ]
-    where = Path(config.eval_file).name if config.eval_file else f"{raw.what}, evaluation"
-    rendered += [_rendered(f"{where}, row {i + 1}", raw.eval[i], template) for i in taken.eval]
+    eval_name = Path(config.eval_file).name if config.eval_file else f"{raw.title}, evaluation"
+    rendered += [_rendered(f"{eval_name}, row {i + 1}", raw.eval[i], template) for i in taken.eval]
     outcomes = iter(
         tokens_of(
             rendered,
@@ -151,10 +160,12 @@ def _rendered(place: str, row: Row, template: Template) -> Rendered | str:
         raise InputError(f"{place}: {error}") from None
 
 
-def _divided(config: Config, client: int, rows: Sequence[Tokens]) -> ClientData:
-    """A client's rows, of which `client_eval_fraction` are drawn to evaluate on."""
-    order = generator(config.seed, 0, client, Purpose.HOLDOUT).permutation(len(rows))
-    held_out = set(order[: round(config.client_eval_fraction * len(rows))].tolist())
+def _with_held_out(
+    client: int, rows: Sequence[Tokens], eval_fraction: float, seed: int
+) -> ClientData:
+    """A client's rows, a share of which is drawn to evaluate on."""
+    order = generator(seed, 0, client, Purpose.HOLDOUT).permutation(len(rows))
+    held_out = set(order[: round(eval_fraction * len(rows))].tolist())
     return ClientData(
         train=[row for i, row in enumerate(rows) if i not in held_out],
         eval=[rows[i] for i in sorted(held_out)],
@@ -162,7 +173,7 @@ def _divided(config: Config, client: int, rows: Sequence[Tokens]) -> ClientData:
 
 
 def _without_rows(parts: Sequence[ClientData], useless: Container[int]) -> list[str]:
-    """What to say of clients that got no row, those aside of which more is said."""
+    """What to say of clients without rows, except those whose rows `left_out` has explained."""
     return [
         f"client {client} has no rows and takes no part"
         for client, part in enumerate(parts)

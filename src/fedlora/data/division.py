@@ -22,21 +22,23 @@ def divide(config: Config, rows: Rows, clients: int | None) -> tuple[list[Indice
         clients: how many; None: 10, or as many as the column has values.
 
     Returns:
-        Each client's row numbers, and what its rows are: a value of the column, or nothing.
+        Each client's row numbers; and the value of the column that its rows share, or "".
 
     Raises:
         InputError: there is no such column, or a count does not fit.
     """
     if config.partition == "column":
-        return _one_value_each(config, rows, clients)
+        column, values = _values_divided_by(rows, config.partition_column, config.label_column_name)
+        return _one_value_each(column, values, clients, config.partition_min_size)
     rng = generator(config.seed, 0, SERVER, Purpose.PARTITION)
     number, least = clients or 10, config.partition_min_size
     alpha = config.partition_alpha
+    if config.partition in ("dirichlet", "labels"):
+        _, values = _values_divided_by(rows, config.partition_column, config.label_column_name)
     if config.partition == "dirichlet":
-        parts = dirichlet(_divided_by(config, rows)[1], number, alpha, rng, least)
+        parts = dirichlet(values, number, alpha, rng, least)
     elif config.partition == "labels":
-        each = config.partition_labels_per_client
-        parts = few_labels(_divided_by(config, rows)[1], number, each, rng, least)
+        parts = few_labels(values, number, config.partition_labels_per_client, rng, least)
     elif config.partition == "quantity":
         parts = quantity(len(rows), number, alpha, rng, least, config.partition_shares)
     else:
@@ -44,10 +46,12 @@ def divide(config: Config, rows: Rows, clients: int | None) -> tuple[list[Indice
     return parts, [""] * number
 
 
-def _divided_by(config: Config, rows: Rows) -> tuple[str, list[Any]]:
+def _values_divided_by(
+    rows: Rows, partition_column: str | None, label_column_name: str | None
+) -> tuple[str, list[Any]]:
     """The column that rows are divided by, and its value in every row."""
-    column = str(config.partition_column or config.label_column_name)
-    key = "partition_column" if config.partition_column else "label_column_name"
+    column = str(partition_column or label_column_name)
+    key = "partition_column" if partition_column else "label_column_name"
     if column not in (columns := columns_of(rows)):
         raise InputError(f"{key}: {column!r} is not a column; there are {', '.join(columns)}")
     check_column(numbered(rows), column, "the training data")
@@ -58,17 +62,15 @@ def _divided_by(config: Config, rows: Rows) -> tuple[str, list[Any]]:
 
 
 def _one_value_each(
-    config: Config, rows: Rows, clients: int | None
+    column: str, values: list[Any], clients: int | None, least: int
 ) -> tuple[list[Indices], list[str]]:
-    """A client for each value of a column."""
-    column, values = _divided_by(config, rows)
+    """A client for each value of a column, with at least so many rows."""
     parts, names = by_column(values)
     if clients is not None and clients != len(parts):
         raise InputError(
             f"num_clients: {clients}, but partition: column makes a client of each of the "
             f"{len(parts)} values of {column}; leave num_clients out"
         )
-    least = config.partition_min_size
     short = [name for name, part in zip(names, parts, strict=True) if len(part) < least]
     if short:
         raise InputError(f"partition_min_size: {least}, but {column} {short[0]!r} has fewer rows")

@@ -12,7 +12,6 @@ from fedlora.data.tokenize import Outcome, Tokens
 from fedlora.errors import InputError
 
 if TYPE_CHECKING:
-    from fedlora.config.config import Config
     from fedlora.data.raw_data import RawData
 
 
@@ -62,9 +61,15 @@ def left_out(raw: RawData, useless: Mapping[int, str], strict: bool) -> list[str
     return [f"{many} {'takes' if len(useless) == 1 else 'take'} no part: {each}"]
 
 
-def unused(config: Config, raw: RawData, template: Template) -> list[str]:
-    """A note on columns that nothing reads; none where all are read."""
-    used = {*template.reads, config.partition_column, config.label_column_name}
+def unused(raw: RawData, template: Template, *others: str | None) -> list[str]:
+    """A note on columns that nothing reads; none where all are read.
+
+    Args:
+        raw: all rows.
+        template: how they are read.
+        others: columns that are read for something else.
+    """
+    used = {*template.reads, *others}
     names = [name for name in columns_of([*raw.train, *raw.eval]) if name not in used]
     return [f"columns not used: {', '.join(map(str, names))}"] if names else []
 

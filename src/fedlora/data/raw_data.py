@@ -1,4 +1,4 @@
-"""Loads the rows that a configuration names, and says whose they are."""
+"""Loads the rows that a configuration names, and divides them among clients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RawData:
         clients: each client's rows, in client order.
         names: what each client's rows are: a file, a value of `partition_column`, or nothing.
         eval: rows of the global evaluation.
-        what: what was read, for a heading.
+        title: what was read, for a heading.
         numbers: of every client's rows, where they stand in the data set that was divided,
             counted from 1; none: every client has a file of its own.
     """
@@ -38,7 +38,7 @@ class RawData:
     clients: list[Rows]
     names: list[str]
     eval: Rows
-    what: str
+    title: str
     numbers: list[list[int]] | None = None
 
     @property
@@ -70,7 +70,7 @@ class RawData:
         """Where a client's row stands, for a message."""
         if self.numbers is None:
             return f"{self.names[client]}, row {row + 1}"
-        return f"{self.what}, row {self.numbers[client][row]}"
+        return f"{self.title}, row {self.numbers[client][row]}"
 
     def called(self, client: int) -> str:
         """A client in a message."""
@@ -85,7 +85,7 @@ def load_rows(config: Config) -> RawData:
     """
     if config.train_file and _is_pattern(config.train_file):
         return _one_file_each(config)
-    rows, evaluation, what = _one_data_set(config)
+    rows, evaluation, title = _one_data_set(config)
     if config.eval_file:
         evaluation = _rows_of_file("eval_file", config.eval_file)
     trained_on = list(range(len(rows)))
@@ -95,16 +95,16 @@ def load_rows(config: Config) -> RawData:
                 "eval_fraction holds rows out for the evaluation, which has rows of its own "
                 "already; leave one of them out"
             )
-        trained_on, held_out = _held_out(config, len(rows))
+        trained_on, held_out = _held_out(len(rows), config.eval_fraction, config.seed)
         evaluation = [rows[i] for i in held_out]
     parts, names = divide(config, [rows[i] for i in trained_on], _number_of_clients(config))
-    places = [[trained_on[i] for i in part] for part in parts]
+    numbers = [[trained_on[i] for i in part] for part in parts]
     return RawData(
-        [[rows[i] for i in part] for part in places],
+        [[rows[i] for i in part] for part in numbers],
         names,
         evaluation,
-        what,
-        [[i + 1 for i in part] for part in places],
+        title,
+        [[i + 1 for i in part] for part in numbers],
     )
 
 
@@ -149,7 +149,10 @@ def _one_file_each(config: Config) -> RawData:
             f"eval_fraction divides one data set; train_file: {pattern} is one file per client: "
             "use client_eval_fraction, or eval_file"
         )
-    for key, value in (("num_clients", config.num_clients), ("client_ranks", _ranks_given(config))):
+    for key, value in (
+        ("num_clients", config.num_clients),
+        ("client_ranks", _num_ranks(config.client_ranks)),
+    ):
         if value is not None and value != len(paths):
             raise InputError(
                 f"{key}: {value}, but train_file: {pattern} matches {len(paths)} files, one per "
@@ -168,19 +171,19 @@ def _rows_of_file(key: str, path: str) -> Rows:
         raise InputError(f"{key}: {error}") from None
 
 
-def _ranks_given(config: Config) -> int | None:
-    """How many clients have a rank in the configuration."""
-    return len(config.client_ranks) if isinstance(config.client_ranks, list) else None
+def _num_ranks(client_ranks: int | list[int] | None) -> int | None:
+    """How many clients the key `client_ranks` lists; None: it is no list."""
+    return len(client_ranks) if isinstance(client_ranks, list) else None
 
 
 def _number_of_clients(config: Config) -> int | None:
     """How many clients the configuration names; None: it does not say."""
-    given = {
+    counts = {
         "num_clients": config.num_clients,
-        "client_ranks": _ranks_given(config),
+        "client_ranks": _num_ranks(config.client_ranks),
         "partition_shares": len(config.partition_shares) if config.partition_shares else None,
     }
-    numbers = {key: number for key, number in given.items() if number}
+    numbers = {key: number for key, number in counts.items() if number}
     if len(set(numbers.values())) > 1:
         raise InputError(
             ", ".join(f"{key}: {number}" for key, number in numbers.items())
@@ -189,14 +192,14 @@ def _number_of_clients(config: Config) -> int | None:
     return next(iter(numbers.values()), None)
 
 
-def _held_out(config: Config, rows: int) -> tuple[list[int], list[int]]:
-    """The rows to train on and those to evaluate on."""
-    order = generator(config.seed, 0, SERVER, Purpose.EVALUATION).permutation(rows)
-    number = round(config.eval_fraction * rows)
-    if not 0 < number < rows:
+def _held_out(num_rows: int, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the rows to train on, and of those to evaluate on."""
+    order = generator(seed, 0, SERVER, Purpose.EVALUATION).permutation(num_rows)
+    number = round(eval_fraction * num_rows)
+    if not 0 < number < num_rows:
         raise InputError(
-            f"eval_fraction: {config.eval_fraction} of {rows} rows leaves "
+            f"eval_fraction: {eval_fraction} of {num_rows} rows leaves "
             + ("none to evaluate on" if number == 0 else "none to train on")
         )
     out = set(order[:number].tolist())
-    return [i for i in range(rows) if i not in out], sorted(out)
+    return [i for i in range(num_rows) if i not in out], sorted(out)

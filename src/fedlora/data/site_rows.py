@@ -30,7 +30,7 @@ def load_site_rows(config: Config, client: int, num_clients: int) -> RawData:
     Raises:
         InputError: no data is named, it cannot be read, or the keys divide what one site has alone.
     """
-    _refuse_dividing(config)
+    _refuse_dividing(config.partition, config.eval_fraction)
     rows, name = _own_rows(config, client, num_clients)
     clients: list[Rows] = [[] for _ in range(num_clients)]
     names = [""] * num_clients
@@ -38,13 +38,13 @@ def load_site_rows(config: Config, client: int, num_clients: int) -> RawData:
     return RawData(clients, names, _evaluation_rows(config), name)
 
 
-def _refuse_dividing(config: Config) -> None:
-    if config.partition != "iid":
+def _refuse_dividing(partition: str, eval_fraction: float) -> None:
+    if partition != "iid":
         raise InputError(
-            f"partition: {config.partition} divides one data set; a site has its own rows already: "
+            f"partition: {partition} divides one data set; a site has its own rows already: "
             "leave it out"
         )
-    if config.eval_fraction:
+    if eval_fraction:
         raise InputError(
             "eval_fraction divides one data set; a site has its own rows already: use "
             "client_eval_fraction, or eval_file"

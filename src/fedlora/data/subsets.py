@@ -33,7 +33,7 @@ class Subsets:
 def subsets(config: Config, clients: Sequence[int], evaluation: int) -> Subsets:
     """Draw rows without replacement where there are more than may be taken.
 
-    A file may be sorted: its first rows would be those of a few labels.
+    They are drawn because a file may be sorted: its first rows might have a few labels only.
 
     Args:
         config: of the run, with the settings of single clients read.
@@ -47,16 +47,16 @@ def subsets(config: Config, clients: Sequence[int], evaluation: int) -> Subsets:
     limit = config.max_eval_samples
     held_out = drawn(evaluation, limit, config.seed, SERVER, Purpose.EVAL_ROWS)
     in_words = []
-    taken, whole = sum(map(len, parts)), sum(clients)
-    if taken < whole:
-        in_words.append(f"{taken:,} of {whole:,} rows are trained on (max_train_samples)")
+    taken, total = sum(map(len, parts)), sum(clients)
+    if taken < total:
+        in_words.append(f"{taken:,} of {total:,} rows are trained on (max_train_samples)")
     if len(held_out) < evaluation:
         in_words.append(_evaluated(len(held_out), evaluation))
     return Subsets(parts, held_out, tuple(in_words))
 
 
-def _evaluated(taken: int, whole: int) -> str:
-    return f"{taken:,} of {whole:,} rows are evaluated on (max_eval_samples)"
+def _evaluated(taken: int, total: int) -> str:
+    return f"{taken:,} of {total:,} rows are evaluated on (max_eval_samples)"
 
 
 def drawn(number: int, limit: int | None, seed: int, client: int, purpose: Purpose) -> list[int]:
@@ -67,13 +67,19 @@ def drawn(number: int, limit: int | None, seed: int, client: int, purpose: Purpo
     return sorted(chosen.tolist())
 
 
-def in_turn(config: Config, parts: Sequence[Sequence[T]]) -> tuple[list[T], tuple[str, ...]]:
-    """What clients held out, one of each in turn; of each as many as the limit leaves, drawn.
+def in_turn(
+    parts: Sequence[Sequence[T]], limit: int | None, seed: int
+) -> tuple[list[T], tuple[str, ...]]:
+    """Collect the rows that clients held out, one of each client in turn.
+
+    Args:
+        parts: each client's held-out rows.
+        limit: how many rows are taken in all; which ones of a client is drawn. None: all.
+        seed: of the draws.
 
     Returns:
         The rows, and how many of how many in words.
     """
-    limit = config.max_eval_samples
     number = sum(map(len, parts))
     if limit is None or limit >= number:
         return _turns(parts), ()
@@ -81,7 +87,7 @@ def in_turn(config: Config, parts: Sequence[Sequence[T]]) -> tuple[list[T], tupl
     for client in _turns([[k] * len(part) for k, part in enumerate(parts)])[:limit]:
         sizes[client] += 1
     chosen = [
-        [part[i] for i in drawn(len(part), size, config.seed, k, Purpose.EVAL_ROWS)]
+        [part[i] for i in drawn(len(part), size, seed, k, Purpose.EVAL_ROWS)]
         for k, (part, size) in enumerate(zip(parts, sizes, strict=True))
     ]
     return _turns(chosen), (_evaluated(limit, number),)

@@ -273,19 +273,19 @@ def classification(
     Raises:
         InputError: the columns are not there; the message lists those present.
     """
-    there = ", ".join(columns)
+    present = ", ".join(columns)
     if texts is None:
         texts = next((t for t in TEXT_COLUMNS if set(t) <= set(columns)), None)
         if texts is None:
-            raise InputError(f"text_column_names: name the text's column; the data has {there}")
+            raise InputError(f"text_column_names: name the text's column; the data has {present}")
     if label is None:
         label = next((name for name in LABEL_COLUMNS if name in columns), None)
         if label is None:
-            raise InputError(f"label_column_name: name the label's column; the data has {there}")
+            raise InputError(f"label_column_name: name the label's column; the data has {present}")
     for key, names in (("text_column_names", texts), ("label_column_name", [label])):
         for name in names:
             if name not in columns:
-                raise InputError(f"{key}: {name!r} is not a column; the data has {there}")
+                raise InputError(f"{key}: {name!r} is not a column; the data has {present}")
     chosen, of_label = tuple(texts), label
 
     def render(row: Row) -> Classified:

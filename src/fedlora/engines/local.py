@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.client.cohort import Cohorts
-from fedlora.client.trainer import StepCallback, TrainFunction, name_of_trainer, train
+from fedlora.client.local_training import StepCallback, TrainFunction
+from fedlora.client.trainer import name_of_trainer, train
 from fedlora.client.worker import Trained, Worker
 from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
@@ -19,12 +20,13 @@ from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
-from fedlora.runs.course import Callbacks, Course, Result, has_personal_models
+from fedlora.runs.course import Course, has_personal_models
 from fedlora.runs.directory import RunDirectory, check_free
-from fedlora.runs.engine import Answer, Engine, EngineState
+from fedlora.runs.engine import ClientResult, Engine, EngineState
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step, ignore
 from fedlora.runs.observers import observers
+from fedlora.runs.results import Callbacks, Result
 from fedlora.runs.resume import as_it_began, refuse_complete
 from fedlora.runs.run_header import config_file
 from fedlora.runs.session import Session, assemble, starting_state
@@ -47,7 +49,7 @@ def run(
         config: what to run (None: the embedded default); with `resume`, None or the configuration
             the run began with.
         resume: the output directory of a run that was interrupted.
-        train_function: `(model, dataset, budget) -> metrics`, the local training.
+        train_function: `(model, dataset, training) -> metrics`, the local training.
         callbacks: called after every committed and saved round.
         report: told about everything that happens (`fedlora.runs.events`).
 
@@ -165,11 +167,11 @@ class LocalEngine:
 
     def exchange(
         self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[Answer]:
+    ) -> Iterator[ClientResult]:
         """Train the clients, several in a pass; `deadline` is not needed, for every one answers."""
         begun = set[int]()
 
-        def train_group(group: Sequence[Broadcast]) -> list[Answer]:
+        def train_group(group: Sequence[Broadcast]) -> list[ClientResult]:
             for sent in group:
                 if sent.client not in begun:  # else memory ran out, and it trains again
                     begun.add(sent.client)
@@ -178,9 +180,9 @@ class LocalEngine:
 
         return self.cohorts.train(broadcasts, train_group, joint=self.worker.joint)
 
-    def _train(self, group: Sequence[Broadcast]) -> list[Answer]:
+    def _train(self, group: Sequence[Broadcast]) -> list[ClientResult]:
         return [
-            Answer(trained.update, partial(_model_of, trained))
+            ClientResult(trained.update, partial(_model_of, trained))
             for trained in self.worker.handle_together(group, self._on_step)
         ]
 

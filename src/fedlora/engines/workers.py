@@ -39,7 +39,7 @@ from fedlora.federation.wire import GroupNames, read_trained, train_message
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods.rule import Shapes
 from fedlora.methods.values import ServerState
-from fedlora.runs.engine import Answer, EngineState, Failure
+from fedlora.runs.engine import ClientResult, EngineState, Failure
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step
 from fedlora.runs.session import Session, assemble
 
@@ -156,7 +156,7 @@ class WorkersEngine:
 
     def exchange(
         self, broadcasts: Clients, deadline: float | None = None
-    ) -> Iterator[Answer | Failure]:
+    ) -> Iterator[ClientResult | Failure]:
         """Train the clients, as many in a pass as `cohort_size` says and a pass per worker."""
         self._begun.clear()
         names, sent = GroupNames(), {broadcast.client: broadcast for broadcast in broadcasts}
@@ -213,7 +213,7 @@ class WorkersEngine:
 
     def _hear(
         self, worker: _Process, waiting: deque[_Task], sent: Mapping[int, Broadcast]
-    ) -> list[Answer | Failure]:
+    ) -> list[ClientResult | Failure]:
         """Read one message of a worker, or find that it has died.
 
         Returns:
@@ -235,13 +235,16 @@ class WorkersEngine:
             self._failed(message.body, task, waiting)
             return []
         updates, states = read_trained(message, {b.client: self._modules(b) for b in task.clients})
-        answers: list[Answer | Failure] = [
-            Answer(update, partial(self._model, sent[update.client], update)) for update in updates
+        answers: list[ClientResult | Failure] = [
+            ClientResult(update, partial(self._model, sent[update.client], update))
+            for update in updates
         ]
         self.local.states.update(states)
         return answers
 
-    def _died(self, worker: _Process, task: _Task, waiting: deque[_Task]) -> list[Answer | Failure]:
+    def _died(
+        self, worker: _Process, task: _Task, waiting: deque[_Task]
+    ) -> list[ClientResult | Failure]:
         """Replace a worker that has ended; its clients train again, a few times."""
         worker.process.join(5)
         why = _ending(worker.process.exitcode)

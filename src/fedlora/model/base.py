@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedlora.lowrank import Adapter, Deltas, LowRank
 from fedlora.model.client_rows import ClientRows
+from fedlora.model.device import device_of
 from fedlora.model.fingerprint import weights_fingerprint
 from fedlora.model.full_modules import FullModule, make_float32
 from fedlora.model.layers import replace_module
@@ -35,7 +36,7 @@ class BaseModel:
         fingerprint: of the base weights, to recognise another base on resume.
         full_params: parameters trained whole (a classifier's head), by full name, in float32.
         heads: the modules that hold them, by full name.
-        tied: one of these parameters is used in other modules too, so that there is but one of it.
+        tied: one of these parameters is also used in other modules, so clients cannot have copies.
     """
 
     model: Any
@@ -50,7 +51,7 @@ class BaseModel:
     @property
     def device(self) -> torch.device:
         """Where the base is."""
-        return cast(torch.device, next(self.model.parameters()).device)
+        return device_of(self.model)
 
     def load(
         self,
@@ -93,7 +94,7 @@ class BaseModel:
             layer.load_clients(name, client_adapters)
         for name, head in self.heads.items():
             head.load_copies(
-                name, [s.full_params for s in client_adapters] if len(client_adapters) > 1 else ()
+                name, [x.full_params for x in client_adapters] if len(client_adapters) > 1 else ()
             )
         if len(client_adapters) == 1:
             self._set_full_params(client_adapters[0].full_params)
@@ -131,8 +132,8 @@ class BaseModel:
     def read_adapter(self, client: int = 0) -> dict[str, LowRank]:
         """The adapter in a slot as it now is, scale folded, in float32, on the CPU.
 
-        `B` is its start plus the scaled change, so that what was not trained comes back to the bit:
-        dividing by a scale and multiplying again would count as learning.
+        `B` is computed as its start plus the scaled change, so that an untrained adapter comes back
+        bit for bit. Dividing by the scale and multiplying again would round, as if it had learnt.
 
         Raises:
             ValueError: no adapter is loaded.
@@ -170,6 +171,6 @@ def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
     for site, name in enumerate(targets.shapes):
         layers[name] = AdapterLayer(model.get_submodule(name), client_rows, site)
         replace_module(model, name, layers[name])
-    places = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    tied = any(places.count(id(p)) > 1 for p in full_params.values())
+    uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    tied = any(uses.count(id(p)) > 1 for p in full_params.values())
     return BaseModel(model, tokenizer, targets, layers, fingerprint, full_params, heads, tied)

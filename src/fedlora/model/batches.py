@@ -1,4 +1,4 @@
-"""Makes tensors of tokenised rows, and the cross-entropy of their labels."""
+"""Makes tensors of tokenised rows, padded or one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedlora.data.tokenize import IGNORE, Tokens
 
 
 def count_labelled(rows: Sequence[Tokens]) -> int:
-    """What a loss is a mean over: labelled tokens (never a row's first), or a classifier's rows."""
+    """How many labelled tokens (never a row's first) or classifier's rows a loss is the mean of."""
     if rows and "label" in rows[0]:
         return len(rows)
     return sum(label != IGNORE for row in rows for label in row["labels"][1:])
@@ -46,9 +46,9 @@ def collate(
 
 
 def flatten_rows(rows: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """All token ids `(tokens,)`, where a labelled token is predicted `(n,)`, and its label."""
+    """Rows in one: ids `(tokens,)`, where labelled tokens are predicted `(n,)`, their labels."""
     ids = [token for row in rows for token in row["input_ids"]]
     following = [label for row in rows for label in (*row["labels"][1:], IGNORE)]
     labels = torch.tensor(following)
-    places = (labels != IGNORE).nonzero()[:, 0]
-    return torch.tensor(ids).to(device), places.to(device), labels[places].to(device)
+    predicted_at = (labels != IGNORE).nonzero()[:, 0]
+    return torch.tensor(ids).to(device), predicted_at.to(device), labels[predicted_at].to(device)

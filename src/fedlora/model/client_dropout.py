@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedlora.model.client_rows import ClientRows, Form
+from fedlora.model.client_rows import ClientRows, RowLayout
 
 SITES = 1_000_000
 """Where the sites of a model's own dropout layers begin, see `ClientRows.keep`."""
@@ -17,7 +17,7 @@ SITES = 1_000_000
 def client_dropout(
     module: nn.Dropout,
     number: int,
-    forms: Mapping[int, Form],
+    layouts: Mapping[int, RowLayout],
     client_rows: ClientRows,
     clients: int,
 ) -> Callable[[Tensor], Tensor]:
@@ -26,24 +26,26 @@ def client_dropout(
     Args:
         module: the layer whose `forward` it stands in for.
         number: of the layer among the model's dropout layers; it names the stream.
-        forms: where the clients' rows lie in its input, by the input's number of axes.
+        layouts: where the clients' rows lie in its input, by the input's number of axes.
         client_rows: of the model.
         clients: in the pass.
     """
 
     def forward(x: Tensor) -> Tensor:
-        if not module.training or not client_rows.streams:
+        if not module.training or not client_rows.has_streams:
             return F.dropout(x, module.p, module.training)
-        form = forms.get(x.ndim)
-        if form is None or form.in_order(x):
-            return dropped(x, form)
-        return form.back(dropped(form.first(x, client_rows.number(form.unit)), form))
+        layout = layouts.get(x.ndim)
+        if layout is None or layout.in_order(x):
+            return dropped(x, layout)
+        return layout.undo_rows_first(
+            dropped(layout.rows_first(x, client_rows.count(layout.unit)), layout)
+        )
 
-    def dropped(x: Tensor, form: Form | None) -> Tensor:
+    def dropped(x: Tensor, layout: RowLayout | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        rows_each = len(rows) // client_rows.number(form.unit) if form else 1
+        rows_each = len(rows) // client_rows.count(layout.unit) if layout else 1
         parts = []
-        for span in client_rows.spans(len(rows), clients, form):
+        for span in client_rows.spans(len(rows), clients, layout):
             part = rows[span.begin : span.end]
             keep = client_rows.keep(
                 span.client, SITES + number, part.shape, module.p, x.device, span.first, rows_each

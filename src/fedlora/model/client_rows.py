@@ -1,8 +1,8 @@
 """Says which rows of a pass belong to which client, and draws each client's dropout.
 
-Several clients share one forward and backward pass: their samples lie one client after the other,
-so that every layer's input has a run of tokens, or of samples, for each of them. Where in a tensor
-they lie is not guessed from its shape: a `Form` says it, which `find_rows` finds out.
+Several clients share one forward and backward pass. Their samples lie one client after the other,
+so every layer's input holds a span of tokens (or samples) for each client. Where these lie in a
+tensor is not guessed from its shape: a `RowLayout` says it, which `find_rows` measures.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256
-"""Tokens whose dropout is drawn at once where a pass runs in chunks."""
+"""Where a pass runs in chunks, the dropout of so many tokens of a client is drawn at once."""
 
 
 class MixedRowsError(RuntimeError):
-    """A layer got rows that cannot be told apart by client; train one client at a time."""
+    """A layer cannot tell which rows belong to which client; train one client at a time."""
 
 
 @dataclass(frozen=True)
-class Span:
-    """Rows `begin` to `end` of a layer's input belong to this client (its slot in the pass).
+class ClientSpan:
+    """Tokens, or samples, `begin` to `end` of a pass belong to one client.
 
-    `first` is the number of the first of them among the client's own rows of the pass.
+    Args:
+        client: its slot in the pass.
+        begin, end: the range, `end` excluded.
+        first: the number of the first of them among the client's own of this pass.
     """
 
     client: int
@@ -38,103 +41,113 @@ class Span:
     first: int = 0
 
 
-def spans_of(counts: Sequence[int]) -> tuple[Span, ...]:
-    """Spans of so many rows for each client; clients without rows have none."""
-    out, at = [], 0
+def spans_of(counts: Sequence[int]) -> tuple[ClientSpan, ...]:
+    """The clients' spans, one after the other, from how many rows each client has.
+
+    A client without rows has no span.
+    """
+    spans, begin = [], 0
     for client, count in enumerate(counts):
         if count:
-            out.append(Span(client, at, at + count))
-        at += count
-    return tuple(out)
+            spans.append(ClientSpan(client, begin, begin + count))
+        begin += count
+    return tuple(spans)
 
 
-def spans_within(spans: Sequence[Span], rows: slice) -> tuple[Span, ...]:
+def spans_within(spans: Sequence[ClientSpan], rows: slice) -> tuple[ClientSpan, ...]:
     """The parts of spans that lie in a slice of the rows, counted from the slice's beginning."""
     parts = []
     for span in spans:
         begin, end = max(span.begin, rows.start), min(span.end, rows.stop)
         if begin < end:
             first = span.first + begin - span.begin
-            parts.append(Span(span.client, begin - rows.start, end - rows.start, first))
+            parts.append(ClientSpan(span.client, begin - rows.start, end - rows.start, first))
     return tuple(parts)
 
 
 @dataclass(frozen=True)
-class Form:
-    """Where the tokens, or the samples, of a pass lie in a tensor.
+class RowLayout:
+    """Where the tokens (or samples) of a pass lie in a tensor.
+
+    A token may have several entries along its axis, one for each attention head for example:
+    `(tokens * heads)` where they follow each other, `(heads * tokens)` where they are strided.
 
     Args:
-        axis: the axis they lie along.
+        axis: the axis along which the tokens lie.
         unit: "tokens" or "samples".
-        multiples: how many entries of that axis each may have (heads, for example).
-        apart: the entries of one do not follow each other: `(heads * tokens)`, not
-            `(tokens * heads)`.
+        multiples: how many entries of that axis a token may have.
+        strided: the entries of one token do not follow each other.
     """
 
     axis: int
     unit: str = "tokens"
     multiples: frozenset[int] = frozenset({1})
-    apart: bool = False
+    strided: bool = False
 
-    def _apart(self, x: Tensor, number: int) -> int:
-        """Entries of each of `number` tokens.
+    def _entries_each(self, x: Tensor, count: int) -> int:
+        """How many entries of the axis each of `count` tokens has.
 
         Raises:
-            MixedRowsError: the axis is not that of so many.
+            MixedRowsError: the axis does not divide into so many tokens.
         """
-        each, rest = divmod(x.shape[self.axis], number)
+        each, rest = divmod(x.shape[self.axis], count)
         if rest or each not in self.multiples:
-            raise MixedRowsError(f"{tuple(x.shape)} is no form of {number} {self.unit}")
+            raise MixedRowsError(f"{tuple(x.shape)} is no form of {count} {self.unit}")
         return each
 
-    def narrow(self, x: Tensor, number: int, span: Span) -> Tensor:
-        """The part of a tensor of `number` tokens that belongs to a span of them."""
-        each, length = self._apart(x, number), span.end - span.begin
-        if not self.apart:
+    def narrow(self, x: Tensor, count: int, span: ClientSpan) -> Tensor:
+        """The part of a tensor of `count` tokens that belongs to a span of them."""
+        each, length = self._entries_each(x, count), span.end - span.begin
+        if not self.strided:
             return x.narrow(self.axis, span.begin * each, length * each)
-        parted: Tensor = x.unflatten(self.axis, (each, number))
-        return parted.narrow(self.axis + 1, span.begin, length).flatten(self.axis, self.axis + 1)
+        by_entry: Tensor = x.unflatten(self.axis, (each, count))
+        return by_entry.narrow(self.axis + 1, span.begin, length).flatten(self.axis, self.axis + 1)
 
     def join(self, parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-        """The tensor of these parts, of so many tokens each."""
-        if not self.apart:
+        """Puts together what `narrow` divided: parts of `counts` tokens each."""
+        if not self.strided:
             for part, count in zip(parts, counts, strict=True):
-                self._apart(part, count)
+                self._entries_each(part, count)
             return torch.cat(list(parts), self.axis)
-        parted = [
-            part.unflatten(self.axis, (self._apart(part, count), count))
+        by_entry = [
+            part.unflatten(self.axis, (self._entries_each(part, count), count))
             for part, count in zip(parts, counts, strict=True)
         ]
-        return torch.cat(parted, self.axis + 1).flatten(self.axis, self.axis + 1)
+        return torch.cat(by_entry, self.axis + 1).flatten(self.axis, self.axis + 1)
 
     def in_order(self, x: Tensor) -> bool:
         """Whether flattening all axes but the last leaves the tokens in their order."""
-        return not self.apart and all(size == 1 for size in x.shape[: self.axis])
+        return not self.strided and all(size == 1 for size in x.shape[: self.axis])
 
-    def first(self, x: Tensor, number: int) -> Tensor:
-        """The tensor with the tokens along its first axis, each one's entries along the next."""
+    def rows_first(self, x: Tensor, count: int) -> Tensor:
+        """The tensor as `(count, entries of each token, ...all other axes)`."""
         moved = x.movedim(self.axis, 0)
-        each = self._apart(x, number)
-        if self.apart:
-            return moved.reshape(each, number, *moved.shape[1:]).transpose(0, 1)
-        return moved.reshape(number, each, *moved.shape[1:])
+        each = self._entries_each(x, count)
+        if self.strided:
+            return moved.reshape(each, count, *moved.shape[1:]).transpose(0, 1)
+        return moved.reshape(count, each, *moved.shape[1:])
 
-    def back(self, x: Tensor) -> Tensor:
-        """What `first` makes undone; the last axis may have another size."""
-        moved = x.transpose(0, 1) if self.apart else x
+    def undo_rows_first(self, x: Tensor) -> Tensor:
+        """The inverse of `rows_first`; the size of the last axis may have changed in between."""
+        moved = x.transpose(0, 1) if self.strided else x
         return moved.flatten(0, 1).movedim(0, self.axis)
 
 
 class ClientRows:
-    """The pass that is running; shared by all layers of a model."""
+    """Which client each row of the running pass belongs to; one object for all layers of a model.
+
+    Attributes:
+        base_only: adapters and copies of modules trained whole are left out of the pass.
+        mixing: attention was found inside a module trained whole, so its rows cannot be divided.
+        running_full_modules: how many modules trained whole are running, one inside the other.
+    """
 
     def __init__(self) -> None:
-        self.bare = False
+        self.base_only = False
         self.mixing = False
-        """Attention was found inside a module trained whole: its rows cannot be divided."""
+        self.running_full_modules = 0
         self._numbers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self.whole = 0  # modules trained whole that are running
-        self._spans: Mapping[str, tuple[Span, ...]] = {}
+        self._spans: Mapping[str, tuple[ClientSpan, ...]] = {}
         self._seeds: Sequence[int] | None = None
         self._only: int | None = None
         self._chunked = False
@@ -142,21 +155,21 @@ class ClientRows:
 
     @contextmanager
     def without_clients(self) -> Iterator[None]:
-        """The base and what is frozen beside it, alone."""
-        self.bare = True
+        """Run the base and what is frozen beside it alone, without any client's adapter."""
+        self.base_only = True
         try:
             yield
         finally:
-            self.bare = False
+            self.base_only = False
 
     @contextmanager
-    def divided(self, chunked: bool = False, **spans: tuple[Span, ...]) -> Iterator[None]:
-        """Who has which `tokens` and `samples` of a pass.
+    def divided(self, chunked: bool = False, **spans: tuple[ClientSpan, ...]) -> Iterator[None]:
+        """Set which `tokens` and `samples` of the pass belong to which client.
 
         Args:
-            chunked: this is one of the chunks in which a part of the model runs: what a token
-                draws is the same in whichever chunk it comes.
-            spans: by unit, in order.
+            chunked: a part of the model (the head) runs in chunks, and this is one of them. What
+                dropout draws for a token is then the same whichever chunk the token is in.
+            spans: unit -> the clients' spans, in order.
         """
         before = self._spans, self._chunked, self._drawn
         self._spans, self._chunked = spans, chunked
@@ -168,17 +181,17 @@ class ClientRows:
 
     @contextmanager
     def only(self, client: int) -> Iterator[None]:
-        """All rows are this client's: its own tokens and samples of the pass."""
+        """Run a part of the model on the rows of one client, those it has in this pass."""
         before = self._spans
-        self._only, self._spans = (
-            client,
-            {
-                unit: tuple(
-                    Span(client, 0, s.end - s.begin, s.first) for s in spans if s.client == client
-                )
-                for unit, spans in before.items()
-            },
-        )
+        self._only = client
+        self._spans = {
+            unit: tuple(
+                ClientSpan(client, 0, span.end - span.begin, span.first)
+                for span in spans
+                if span.client == client
+            )
+            for unit, spans in before.items()
+        }
         try:
             yield
         finally:
@@ -186,57 +199,58 @@ class ClientRows:
 
     @contextmanager
     def seeded(self, seeds: Sequence[int]) -> Iterator[None]:
-        """Draw dropout from a stream of each client's own, not from torch's; a pass begins."""
+        """Begin a pass whose dropout is drawn from a seed of each client, not by torch."""
         before, self._seeds, self._drawn = self._drawn, seeds, {}
         try:
             yield
         finally:
             self._seeds, self._drawn = None, before
 
-    def number(self, unit: str) -> int:
-        """Tokens, or samples, of what runs now; 0: it is not known."""
+    def count(self, unit: str) -> int:
+        """How many tokens (or samples) run now; 0 where that is not known."""
         spans = self._spans.get(unit, ())
         return spans[-1].end if spans else 0
 
-    def of_unit(self, unit: str) -> tuple[Span, ...]:
-        """Who has which of the tokens, or samples, of what runs now."""
+    def spans_by_unit(self, unit: str) -> tuple[ClientSpan, ...]:
+        """The clients' spans of the tokens (or samples) that run now."""
         return self._spans.get(unit, ())
 
-    def spans(self, rows: int, clients: int, form: Form | None) -> tuple[Span, ...]:
-        """Who has which of so many rows, in which the tokens lie in their order.
+    def spans(
+        self, num_rows: int, num_clients: int, layout: RowLayout | None
+    ) -> tuple[ClientSpan, ...]:
+        """The clients' spans of a layer's input, flattened to rows in the order of the tokens.
 
         Args:
-            rows: of the flattened input.
-            clients: of the pass.
-            form: of the input; None: it is not known.
+            num_rows: of the flattened input, `entries of each token * tokens`.
+            num_clients: of the pass.
+            layout: of the input before it was flattened; None where it is not known.
 
         Raises:
-            MixedRowsError: it cannot be known.
+            MixedRowsError: there are several clients, and no way to tell their rows apart.
         """
-        number = 0 if form is None else self.number(form.unit)
-        alone = clients == 1 or self._only is not None
-        if form is None or not number or rows % number:
-            if alone:
-                return (Span(self._only or 0, 0, rows),)
-            raise MixedRowsError(f"{rows} rows of {clients} clients cannot be told apart")
-        each = rows // number
+        count = 0 if layout is None else self.count(layout.unit)
+        if layout is None or not count or num_rows % count:
+            if num_clients == 1 or self._only is not None:
+                return (ClientSpan(self._only or 0, 0, num_rows),)
+            raise MixedRowsError(f"{num_rows} rows of {num_clients} clients cannot be told apart")
+        each = num_rows // count
         return tuple(
-            Span(s.client, s.begin * each, s.end * each, s.first * each)
-            for s in self.of_unit(form.unit)
+            ClientSpan(s.client, s.begin * each, s.end * each, s.first * each)
+            for s in self.spans_by_unit(layout.unit)
         )
 
     def number_of(self, module: Any) -> int:
-        """A number of the module's own, in the order of their first use."""
+        """A number for the module, given in the order in which modules first ask for theirs."""
         return self._numbers.setdefault(module, len(self._numbers))
 
     @property
-    def sole(self) -> int | None:
-        """The client that all rows belong to; None: they are of all clients of the pass."""
+    def only_client(self) -> int | None:
+        """The client all rows belong to while `only` runs; None: rows of all clients run."""
         return self._only
 
     @property
-    def streams(self) -> bool:
-        """Whether every client has a stream of its own."""
+    def has_streams(self) -> bool:
+        """Whether dropout is drawn from each client's own stream (see `seeded`)."""
         return self._seeds is not None
 
     def keep(
@@ -249,31 +263,30 @@ class ClientRows:
         first: int = 0,
         each: int = 1,
     ) -> Tensor:
-        """Which entries dropout keeps, a bool tensor.
+        """The entries that dropout keeps, a bool tensor of this shape.
 
-        With streams it depends on the client's seed, on the site and on how often the client came
-        by it in this pass, so that neither the other clients of the pass nor a recomputation change
-        it. In chunks it depends on the row's number among the client's own, not on the chunk.
+        With streams, the mask depends on the client's seed, the site, and how often the client has
+        been at this site in this pass. So neither the other clients of the pass nor recomputing a
+        layer changes it. In chunks it depends on the row's number among the client's own rows, and
+        not on how rows are divided into chunks.
 
         Args:
-            client: whose.
-            site: of the layer.
-            shape: of the rows.
-            dropout: the share that is dropped.
+            client: whose rows these are.
+            site: number of the layer that drops.
+            shape: `(rows, width)`.
+            dropout: share of entries that is dropped.
             device: of the result.
             first: the first row's number among the client's own.
             each: rows of each token.
         """
         if self._seeds is None:
-            return (
-                F.dropout(torch.ones(tuple(shape), dtype=torch.float32, device=device), dropout) > 0
-            )
-        times = self._drawn.get((client, site), 0)
-        self._drawn[client, site] = times + 1
+            ones = torch.ones(tuple(shape), dtype=torch.float32, device=device)
+            return F.dropout(ones, dropout) > 0
+        visits = self._drawn.get((client, site), 0)
+        self._drawn[client, site] = visits + 1
         seed = mix_seed(self._seeds[client], site)
-        seed = (
-            mix_seed(seed, times) if times else seed
-        )  # a module that runs several times in a pass
+        if visits:  # a module that runs several times in a pass
+            seed = mix_seed(seed, visits)
 
         def drawn(seed: int, shape: Sequence[int]) -> Tensor:
             source = torch.Generator(device).manual_seed(seed)
@@ -282,15 +295,15 @@ class ClientRows:
 
         if not self._chunked:
             return drawn(seed, shape)
-        rows, size, parts = shape[0], BLOCK * each, []
-        for block in range(first // size, -(-(first + rows) // size)):
-            begin, end = max(first - block * size, 0), min(first + rows - block * size, size)
-            whole = drawn(mix_seed(seed, -block) if block else seed, (size, *shape[1:]))
-            parts.append(whole[begin:end])
+        num_rows, size, parts = shape[0], BLOCK * each, []
+        for block in range(first // size, -(-(first + num_rows) // size)):
+            begin, end = max(first - block * size, 0), min(first + num_rows - block * size, size)
+            mask = drawn(mix_seed(seed, -block) if block else seed, (size, *shape[1:]))
+            parts.append(mask[begin:end])
         return torch.cat(parts)
 
     def recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: a layer that is computed again draws what it drew.
+        """Make a layer that `torch.utils.checkpoint` computes again draw the same dropout.
 
         Returns:
             Contexts for the first computation and for the second.

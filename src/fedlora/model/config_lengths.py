@@ -1,8 +1,8 @@
 """Finds the numbers of a model's configuration that may be lengths.
 
-Nobody lists what all architectures call their windows, chunks and tables of positions. So every
-whole number of a configuration is looked at, and those that are known to be something else, by
-their name or because a parameter has that width, are left out.
+There is no list of what all architectures call their windows, chunks and tables of positions. So
+every whole number of a configuration is looked at, except those known to be something else by their
+name, or because a parameter has that width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from fedlora.model.trial_rows import LENGTHS
 
 UNBOUNDED = 2**62
-"""No length bounds a pass."""
+"""Stands for a pass without a limit."""
 
 _POSITIONS = re.compile(r"position|n_ctx|seq_?len|sequence_len|max_len|context")
 _LENGTHS = re.compile(
@@ -50,7 +50,7 @@ def positions_of(config: Any) -> list[int]:
 
 
 def longest_table(config: Any) -> int:
-    """Up to which number of positions a model has to run; 0 where its configuration has none."""
+    """The number of positions a model must be able to run; 0 where its configuration has none."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
     tables = [getattr(text, name, None) for name in names]
@@ -58,14 +58,18 @@ def longest_table(config: Any) -> int:
 
 
 def smallest_unexplained(model: Any, configs: Sequence[Any], windows: set[int]) -> int:
-    """The smallest number of the configurations that may be a length and that nothing explains.
+    """The smallest number of a model's configurations that may be an unknown kind of length.
 
-    Widths are known from the parameters; windows and chunks from the masks the model has asked for.
+    Numbers are explained where they are widths of parameters, or the windows and chunks of masks
+    that the model has asked for.
 
     Args:
-        model: of which the configurations are.
-        configs: its own and those of its parts.
-        windows: the sizes it has told of when it asked for masks.
+        model: a transformers model.
+        configs: its own configuration and those of its parts.
+        windows: sizes of the masks that it has asked for.
+
+    Returns:
+        `UNBOUNDED` where every number is explained.
     """
     widths = {size for p in model.parameters() for size in p.shape}
 

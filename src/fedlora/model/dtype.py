@@ -11,9 +11,9 @@ from torch import Tensor, nn
 TOKENS = 1024
 """Rows of the layer that is measured."""
 SMALLEST = 256
-"""Widths below which a layer's time is not in its matrix products, whatever the dtype."""
+"""In narrower layers, matrix products take so little of the time that the dtype does not matter."""
 WORTH = 1.5
-"""How many times faster bfloat16 has to be."""
+"""How many times faster bfloat16 has to be to be chosen."""
 
 
 def resolve_dtype(config: Any, device: torch.device) -> tuple[torch.dtype, str]:
@@ -21,7 +21,7 @@ def resolve_dtype(config: Any, device: torch.device) -> tuple[torch.dtype, str]:
 
     On the CPU one feed-forward layer of the model's width is run forwards and backwards in both:
     processors with matrix units for bfloat16 (AMX) take a fraction of the time, those without take
-    longer. GPUs that know bfloat16 are taken at their word.
+    longer. GPUs that support bfloat16 are not measured.
 
     Args:
         config: of the model, of transformers.

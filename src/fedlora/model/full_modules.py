@@ -1,4 +1,4 @@
-"""Modules that are trained whole, in float32, and a copy of them for each client of a pass."""
+"""Trains modules whole, in float32, with a copy of their parameters for each client of a pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fedlora.model.client_rows import ClientRows, Form, MixedRowsError
+from fedlora.model.client_rows import ClientRows, MixedRowsError, RowLayout
 
 Kinds = tuple[int | None, ...]
-"""What a module is called with, or returns: each tensor's number of axes, None for all else."""
+"""Of the values a module gets or returns: each tensor's number of axes, None for the others."""
 
 
 def kinds_of(leaves: Sequence[Any]) -> Kinds:
-    """See `Kinds`."""
+    """The number of axes of each value that is a tensor."""
     return tuple(x.ndim if isinstance(x, Tensor) else None for x in leaves)
 
 
@@ -26,25 +26,32 @@ class FullModule:
 
     Args:
         module: its `forward` is wrapped, nothing else is changed.
-        client_rows: whose rows are whose.
+        client_rows: which rows of the pass belong to which client.
 
     Attributes:
-        inputs: kinds of a call -> where the clients' rows lie in each tensor; None: it is no
-            tensor, or all clients share it.
-        outputs: likewise of what it returns.
-        watch: told what it is called with and what it returns where it runs undivided.
+        copies: client by client, parameter name -> value; empty: the module's own parameters run.
+        inputs: kinds of a call's values -> where the clients' rows lie in each; None for a value
+            that is no tensor, or that all clients share.
+        outputs: the same of what it returns.
+        watch: called with "inputs" or "outputs" and the values whenever the module runs undivided.
     """
 
     def __init__(self, module: nn.Module, client_rows: ClientRows) -> None:
         self.module, self.client_rows, self.forward = module, client_rows, module.forward
         self.copies: list[dict[str, nn.Parameter]] = []
-        self.inputs: dict[Kinds, tuple[Form | None, ...]] = {}
-        self.outputs: dict[Kinds, tuple[Form | None, ...]] = {}
+        self.inputs: dict[Kinds, tuple[RowLayout | None, ...]] = {}
+        self.outputs: dict[Kinds, tuple[RowLayout | None, ...]] = {}
         self.watch: Callable[[str, Any], None] | None = None
         module.forward = self._forward
 
     def load_copies(self, name: str, values: Sequence[Mapping[str, Tensor]]) -> None:
-        """Make copies for clients with these values, by full name; none: the module's own."""
+        """Make a copy of the parameters for each client.
+
+        Args:
+            name: the module's full name.
+            values: of each client, full parameter name -> value; the module's own where it is
+                missing. No clients: the module's own parameters run.
+        """
         own = dict(self.module.named_parameters())
         self.copies = [
             {
@@ -55,21 +62,21 @@ class FullModule:
         ]
 
     def _forward(self, *given: Any, **named: Any) -> Any:
-        """Each client's rows by its copy.
+        """Run each client's rows by the client's copy.
 
         Raises:
-            MixedRowsError: they cannot be told apart.
+            MixedRowsError: the clients' rows cannot be told apart.
         """
-        if not self.copies or self.client_rows.bare:
+        if not self.copies or self.client_rows.base_only:
             return self._undivided(*given, **named)
-        if self.client_rows.sole is not None:
-            with _swapped(self.module, self.copies[self.client_rows.sole]):
+        if self.client_rows.only_client is not None:
+            with _swapped(self.module, self.copies[self.client_rows.only_client]):
                 return self.forward(*given, **named)
         return self._divided(*given, **named)
 
     def _undivided(self, *given: Any, **named: Any) -> Any:
-        """All rows by the module's own parameters; whoever watches is told."""
-        self.client_rows.whole += 1
+        """Run all rows by the module's own parameters, and tell `watch`."""
+        self.client_rows.running_full_modules += 1
         try:
             if self.watch is None:
                 return self.forward(*given, **named)
@@ -78,45 +85,47 @@ class FullModule:
             self.watch("outputs", out)
             return out
         finally:
-            self.client_rows.whole -= 1
+            self.client_rows.running_full_modules -= 1
 
     def _divided(self, *given: Any, **named: Any) -> Any:
-        """Client after client, the results joined as if the module had run once."""
+        """Run client after client, and join the results as if the module had run once."""
         client_rows, kind = self.client_rows, type(self.module).__name__
         leaves, tree = tree_flatten((given, named))
-        forms = self.inputs.get(kinds_of(leaves))
-        unit = next((form.unit for form in forms or () if form is not None), None)
-        if forms is None or unit is None or not client_rows.number(unit):
+        layouts = self.inputs.get(kinds_of(leaves))
+        unit = next((layout.unit for layout in layouts or () if layout is not None), None)
+        if layouts is None or unit is None or not client_rows.count(unit):
             raise MixedRowsError(f"{kind} got rows that cannot be told apart")
-        results, clients = [], [span.client for span in client_rows.of_unit(unit)]
+        results, clients = [], [span.client for span in client_rows.spans_by_unit(unit)]
         for client in clients:
             part = [
-                x if form is None else self._part(x, form, client)
-                for x, form in zip(leaves, forms, strict=True)
+                x if layout is None else self._part(x, layout, client)
+                for x, layout in zip(leaves, layouts, strict=True)
             ]
             args, keys = tree_unflatten(part, tree)
             with _swapped(self.module, self.copies[client]), client_rows.only(client):
                 results.append(tree_flatten(self.forward(*args, **keys)))
         first, out_tree = results[0]
-        out_forms = self.outputs.get(kinds_of(first))
-        if out_forms is None:
+        out_layouts = self.outputs.get(kinds_of(first))
+        if out_layouts is None:
             raise MixedRowsError(f"{kind} returned what cannot be put together")
         joined = [
             first[i]
-            if form is None
-            else form.join([x[i] for x, _ in results], self._counts(form, clients))
-            for i, form in enumerate(out_forms)
+            if layout is None
+            else layout.join([x[i] for x, _ in results], self._counts(layout, clients))
+            for i, layout in enumerate(out_layouts)
         ]
         return tree_unflatten(joined, out_tree)
 
-    def _part(self, x: Tensor, form: Form, client: int) -> Tensor:
-        span = next((s for s in self.client_rows.of_unit(form.unit) if s.client == client), None)
+    def _part(self, x: Tensor, layout: RowLayout, client: int) -> Tensor:
+        span = next(
+            (s for s in self.client_rows.spans_by_unit(layout.unit) if s.client == client), None
+        )
         if span is None:
-            raise MixedRowsError(f"a client has no {form.unit} here")
-        return form.narrow(x, self.client_rows.number(form.unit), span)
+            raise MixedRowsError(f"a client has no {layout.unit} here")
+        return layout.narrow(x, self.client_rows.count(layout.unit), span)
 
-    def _counts(self, form: Form, clients: Sequence[int]) -> list[int]:
-        spans = {s.client: s.end - s.begin for s in self.client_rows.of_unit(form.unit)}
+    def _counts(self, layout: RowLayout, clients: Sequence[int]) -> list[int]:
+        spans = {s.client: s.end - s.begin for s in self.client_rows.spans_by_unit(layout.unit)}
         return [spans[client] for client in clients]
 
 
@@ -153,16 +162,16 @@ def make_float32(module: nn.Module, keep_output: bool) -> None:
 
 @contextmanager
 def _swapped(module: nn.Module, values: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Other parameters in the place of a module's own."""
-    places, before = [], []
+    """Let a module use other parameters than its own for a while."""
+    slots, before = [], []  # the table and the name under which a submodule holds each parameter
     for name in values:
         owner, _, leaf = name.rpartition(".")
-        places.append((module.get_submodule(owner)._parameters, leaf))
-        before.append(places[-1][0][leaf])
+        slots.append((module.get_submodule(owner)._parameters, leaf))
+        before.append(slots[-1][0][leaf])
     try:
-        for (owner_parameters, leaf), value in zip(places, values.values(), strict=True):
-            owner_parameters[leaf] = value
+        for (table, leaf), value in zip(slots, values.values(), strict=True):
+            table[leaf] = value
         yield
     finally:
-        for (owner_parameters, leaf), old in zip(places, before, strict=True):
-            owner_parameters[leaf] = old
+        for (table, leaf), old in zip(slots, before, strict=True):
+            table[leaf] = old

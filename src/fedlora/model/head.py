@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedlora.model.client_rows import ClientRows, Span, spans_within
+from fedlora.model.client_rows import ClientRows, ClientSpan, spans_within
 from fedlora.model.loss import CrossEntropy
 from fedlora.model.trunk import replaced_forward
 
@@ -81,7 +81,7 @@ def head_backward(
     trunk_output: Any,
     labels: tuple[Tensor, Tensor],
     weights: Tensor,
-    spans: Sequence[Span],
+    spans: Sequence[ClientSpan],
     client_rows: ClientRows,
 ) -> HeadPass:
     """Run a head forwards and backwards on the labelled tokens; the trunk's turn comes afterwards.

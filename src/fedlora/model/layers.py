@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedlora.model.device import device_of
 from fedlora.model.torch_generator import borrowed_generator
 
 _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -287,6 +288,6 @@ def short_pass(model: Any, number: int = 0) -> Tensor:
     source = torch.Generator().manual_seed(number)
     ids = torch.randint(embeddings.num_embeddings, (1, 8), generator=source)
     ids = torch.where(ids == (-1 if padding is None else padding), (ids + 1), ids)
-    ids = (ids % embeddings.num_embeddings).to(next(model.parameters()).device)
+    ids = (ids % embeddings.num_embeddings).to(device_of(model))
     out = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return cast(Tensor, out.logits).float()

@@ -47,7 +47,9 @@ def load_model(
     Raises:
         InputError: the model cannot be loaded, or a target module does not match.
     """
-    model, missing = load_pretrained(source, config, label_names, weights)
+    model, missing = load_pretrained(
+        source, config.dtype, config.seed, label_names, weights=weights
+    )
     _check_vocabulary(model, tokenizer, config.tokenizer_name or source.name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -86,13 +88,14 @@ def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
 
 
 def load_pretrained(
-    source: Source, config: Config, label_names: Sequence[str], weights: bool
+    source: Source, dtype: str, seed: int, label_names: Sequence[str], *, weights: bool = True
 ) -> tuple[Any, list[str]]:
     """The model of transformers in the configured dtype, on no device yet.
 
     Args:
         source: where it comes from.
-        config: dtype, revision and trust.
+        dtype: of the weights, as the configuration names it; auto: the checkpoint's own.
+        seed: of a classifier's new head.
         label_names: a classifier's; empty for a language model.
         weights: False makes the model of shapes alone.
 
@@ -114,23 +117,24 @@ def load_pretrained(
             f"model_name_or_path: {source.name} ({own.model_type}) reads text in both directions "
             "and cannot write any; to train it as a classifier give label_column_name"
         )
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     with (
         in_one_line(f"model_name_or_path: {source.name}: the model cannot be loaded"),
         # A head that the checkpoint lacks is drawn from torch's one generator of the process.
-        borrowed_generator([], integer(config.seed, 0, SERVER, Purpose.HEAD)),
+        borrowed_generator([], integer(seed, 0, SERVER, Purpose.HEAD)),
     ):
         if not weights:
             with torch.device("meta"):
-                plain = None if dtype == "auto" else dtype
                 model = kind.from_config(
-                    own, dtype=plain, trust_remote_code=source.trust_remote_code
+                    own,
+                    dtype=None if dtype == "auto" else torch_dtype,
+                    trust_remote_code=source.trust_remote_code,
                 )
             return model, []
         model, info = kind.from_pretrained(
             source.name,
             config=own,
-            dtype=dtype,
+            dtype=torch_dtype,
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             ignore_mismatched_sizes=bool(label_names),
@@ -264,8 +268,8 @@ def _notes_on_left_out(targets: Targets) -> list[str]:
 
 def _note_on_new_weights(targets: Targets, missing: Sequence[str]) -> list[str]:
     """Weights that the checkpoint lacks and that are not trained."""
-    whole = tuple(f"{module}." for module in targets.modules_to_save)
-    new = [name for name in missing if not name.startswith(whole)]
+    trained = tuple(f"{module}." for module in targets.modules_to_save)
+    new = [name for name in missing if not name.startswith(trained)]
     if not new:
         return []
     some = ", ".join(new[:3]) + (" ..." if len(new) > 3 else "")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedlora.lowrank import Adapter, Delta, LowRank, add, fold, to_dense, unfold
-from fedlora.model.client_rows import ClientRows, Form
+from fedlora.model.client_rows import ClientRows, RowLayout
 from fedlora.model.layers import is_conv1d, is_plain, shape_of
 from fedlora.model.lora_linear import Term, adapted
 
@@ -86,15 +86,23 @@ class ClientTerm(nn.Module):
 class AdapterLayer(nn.Module):
     """`y = W_0 x + frozen x + s_k B_k A_k dropout(x)` over a linear layer or a Conv1D.
 
-    The rows of x that belong to client k see its adapter alone. The frozen side is added to a copy
-    of a float32 weight, always from the pristine base, so that nothing drifts. Beside a weight of
-    lower precision, where adding would round small updates away, and beside a layer that is not
-    plainly `W_0 x + b` (`layers.is_plain`), which computes its own part, it is a branch of its own.
+    The rows of x that belong to client k go through that client's adapter alone. Where the base's
+    weight is float32, frozen updates are added to a copy of it, always from the pristine base, so
+    that rounding does not accumulate. They are a separate branch beside a weight of lower
+    precision, where adding would round small updates away, and beside a layer that is not simply
+    `W_0 x + b` (`layers.is_plain`).
 
     Args:
         base: the layer to wrap; its weight is left as it is.
-        client_rows: whose rows are whose; one for all layers of a model.
+        client_rows: which rows of a pass belong to which client; one for all layers of a model.
         site: the layer's number among those that draw dropout.
+
+    Attributes:
+        clients: the term of each client of the pass, slot by slot.
+        frozen: the updates that lie frozen beside the base.
+        merged: the weight with them, or None.
+        branch: their sum, where they are not merged, or None.
+        layouts: where clients' rows lie in the input, by the input's number of axes.
     """
 
     def __init__(
@@ -109,7 +117,7 @@ class AdapterLayer(nn.Module):
         self.frozen: tuple[Delta, ...] = ()
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
         self.branch: Delta | None = None
-        self.forms: dict[int, Form] = {}  # of its inputs, by their number of axes
+        self.layouts: dict[int, RowLayout] = {}  # of its inputs, by their number of axes
 
     @property
     def weight(self) -> Tensor:
@@ -142,7 +150,7 @@ class AdapterLayer(nn.Module):
         return cast(ClientTerm, self.clients[0]).B if len(self.clients) == 1 else None
 
     def freeze(self, parts: Sequence[Delta]) -> None:
-        """Set what lies frozen beside the base for all clients; nothing is done twice."""
+        """Set the frozen updates that all clients share; does nothing if they are set already."""
         if len(parts) == len(self.frozen) and all(
             new is old for new, old in zip(parts, self.frozen, strict=True)
         ):
@@ -160,40 +168,40 @@ class AdapterLayer(nn.Module):
             self.branch = _like(total, weight)
 
     def load_clients(self, name: str, client_adapters: Sequence[ClientAdapter]) -> None:
-        """Take the adapters of these clients under this module's name."""
+        """Load the adapters of these clients, of which this module is `name`."""
         self.clients = nn.ModuleList(
-            ClientTerm(s.adapter.get(name), s.private.get(name), s, self.weight)
-            for s in client_adapters
+            ClientTerm(own.adapter.get(name), own.private.get(name), own, self.weight)
+            for own in client_adapters
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
-        """`x (..., n)` -> `(..., m)`; what else a layer of its own kind is given goes to it.
+        """`x (..., n)` -> `(..., m)`; further arguments go to the wrapped layer.
 
-        It is left out of compiled graphs: which rows are whose is other in every step, and a graph
-        for each of them would be compiled anew.
+        It is left out of compiled graphs, because rows belong to other clients in every step and
+        each step would compile a graph of its own.
         """
         y = None if self.plain else cast(Tensor, self.base(x, *given, **named))
-        form = self.forms.get(x.ndim)
-        number = self.client_rows.number(form.unit) if form is not None else 0
-        if form is None or not number or form.in_order(x):
-            return self._in_order(x, y, form)
-        first = None if y is None else form.first(y, number)
-        return form.back(self._in_order(form.first(x, number), first, form))
+        layout = self.layouts.get(x.ndim)
+        count = self.client_rows.count(layout.unit) if layout is not None else 0
+        if layout is None or not count or layout.in_order(x):
+            return self._in_order(x, y, layout)
+        y = None if y is None else layout.rows_first(y, count)
+        return layout.undo_rows_first(self._in_order(layout.rows_first(x, count), y, layout))
 
-    def _in_order(self, x: Tensor, y: Tensor | None, form: Form | None) -> Tensor:
-        """`x (..., n)` -> `(..., m)`, the clients' rows one after the other.
+    def _in_order(self, x: Tensor, y: Tensor | None, layout: RowLayout | None) -> Tensor:
+        """`x (..., n)` -> `(..., m)`, with the clients' rows one after the other.
 
         Args:
             x: the input.
-            y: what a layer that is not plain makes of it.
-            form: where rows lie in the input.
+            y: the wrapped layer's own output, where it is not plain; else None.
+            layout: where rows lie in the input.
         """
-        terms = self._terms(x, form)
+        terms = self._terms(x, layout)
         if y is not None:
             if not terms and self.branch is None:
                 return y
-            # A layer may compute in another dtype than it is given, or than its weights have.
+            # The layer may compute in another dtype than its input or its weights have.
             self.branch = _in_dtype(self.branch, y.dtype)
             terms = [replace(t, private=_in_dtype(t.private, y.dtype)) for t in terms]
             return adapted(x.to(y.dtype), y, None, None, self.branch, terms)
@@ -205,13 +213,13 @@ class AdapterLayer(nn.Module):
             return F.linear(x, flat, self.bias)
         return adapted(x, None, flat, self.bias, self.branch, terms)
 
-    def _terms(self, x: Tensor, form: Form | None) -> list[Term]:
-        """The clients' terms with the rows of `x` they act on."""
-        if not len(self.clients) or self.client_rows.bare:
+    def _terms(self, x: Tensor, layout: RowLayout | None) -> list[Term]:
+        """The clients' terms, each with the rows of `x` that it acts on."""
+        if not len(self.clients) or self.client_rows.base_only:
             return []
         rows = x.numel() // x.shape[-1]
-        spans = self.client_rows.spans(rows, len(self.clients), form)
-        each = rows // number if form and (number := self.client_rows.number(form.unit)) else 1
+        spans = self.client_rows.spans(rows, len(self.clients), layout)
+        each = rows // count if layout and (count := self.client_rows.count(layout.unit)) else 1
         out = []
         for span in spans:
             client = cast(ClientTerm, self.clients[span.client])
@@ -252,8 +260,8 @@ def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
 
 def _like(x: Any, weight: Tensor) -> Any:
     """An update on the device and in the dtype of a layer's weight (quantised: float32)."""
-    whole = weight.is_floating_point() and weight.element_size() > 1
-    dtype = weight.dtype if whole else torch.float32
+    unquantised = weight.is_floating_point() and weight.element_size() > 1
+    dtype = weight.dtype if unquantised else torch.float32
     if isinstance(x, LowRank):
         return LowRank(x.A.to(weight.device, dtype), x.B.to(weight.device, dtype))
     return type(x)(x.W.to(weight.device, dtype))

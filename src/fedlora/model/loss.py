@@ -38,8 +38,10 @@ def summed_loss(
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`w_i (logsumexp(z_i) - z_i[label_i])`; the gradient `w_i (softmax(z_i) - 1[label_i])` takes
-    the place of the logits, which nothing else reads.
+    """The weighted cross-entropy `w_i (logsumexp(z_i) - z_i[label_i])` of logits z, row by row.
+
+    To save memory the gradient `w_i (softmax(z_i) - 1[label_i])` is written over the logits, which
+    nothing else may read. The backward pass is right for the sum of the losses only.
     """
 
     @staticmethod
@@ -52,6 +54,6 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        # Only ever of a sum: what comes in is ones.
+        # The losses are summed, so the gradient that comes in is 1 for each.
         gradient, ctx.gradient = ctx.gradient, None
         return gradient, None, None

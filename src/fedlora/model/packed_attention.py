@@ -45,24 +45,25 @@ UNKNOWN = (
     "indices",
     "block_indices",
 )
-"""What some models hand to their attention beside the mask, and is not computed here."""
+"""Arguments that some models give to their attention and that are not supported here."""
 PLAIN = 64
-"""A mask function without a window is evaluated up to this length; beyond, it is taken to go on."""
+"""A mask function without a window is evaluated up to this length. Beyond it, the mask is taken to
+be causal, or none at all, as the layer says."""
 
 
 class PackingError(RuntimeError):
     """This architecture's attention cannot be computed without padding."""
 
 
-# transformers calls attention by name and hands it no more than tensors, so what a pass consists of
-# has to be found from the outside. Context variables keep passes in several threads apart.
+# transformers calls attention by name and gives it tensors alone, so attention has to look up which
+# samples the pass holds. Context variables keep the passes of several threads apart.
 _running: ContextVar[tuple[Samples, ClientRows] | None] = ContextVar("fedlora_pass", default=None)
 _windows: ContextVar[set[int] | None] = ContextVar("fedlora_windows", default=None)
 
 
 @contextmanager
 def attending(samples: Samples, client_rows: ClientRows) -> Iterator[None]:
-    """Let the attention of models that run meanwhile in this thread keep these samples apart."""
+    """Make attention keep these samples apart in all models that run in this thread meanwhile."""
     token = _running.set((samples, client_rows))
     try:
         yield
@@ -84,7 +85,7 @@ def running_samples() -> Samples:
 
 @contextmanager
 def noting_windows() -> Iterator[set[int]]:
-    """Collect the sizes of the windows and chunks for which models ask for masks meanwhile."""
+    """Collect the window and chunk sizes of all masks that models ask for meanwhile."""
     windows = set[int]()
     token = _windows.set(windows)
     try:
@@ -96,10 +97,10 @@ def noting_windows() -> Iterator[set[int]]:
 def recomputing(
     client_rows: ClientRows,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`: a layer that is computed again gets what it got.
+    """Make a layer that `torch.utils.checkpoint` computes again draw and attend as it did at first.
 
-    It draws the same dropout and attends to the same samples. On a GPU the second computation runs
-    in a thread of autograd's, which would not see the context variable of the pass.
+    On a GPU the second computation runs in a thread of autograd's, which would not see the context
+    variable of the pass: the samples are handed on explicitly.
 
     Returns:
         Contexts for the first computation and for the second.
@@ -142,7 +143,7 @@ def _dropout_factors(
             of_client = sample - samples.clients.index(client)
             site = SITES + SITES_OF_LAYER * layer + of_client
             keep = client_rows.keep(client, site, (heads, length, length), p, like.device)
-            # In float32 whatever torch's default dtype is; and only then in that of the model.
+            # Computed in float32 first, whatever torch's default dtype is.
             padded[:, row, :length, :length] = keep.float() / (1 - p)
         factors.append(padded.view(-1, group.length, group.length))
     return factors
@@ -156,17 +157,17 @@ def sample_mask(
     use_vmap: bool = False,
     **others: Any,
 ) -> Tensor | None:
-    """What transformers calls for a mask: the model's own rule, for a sample by itself.
+    """The mask of a single sample by the model's own rule; transformers calls it for a pass.
 
     Args:
         batch_size, kv_length: of the pass.
-        mask_function: `(batch, head, i, j)` -> whether token i may look at token j.
-        local_size: of the window or chunk it bars at.
+        mask_function: `(batch, head, i, j)` -> whether token i may attend to token j.
+        local_size: size of the window or chunk beyond which tokens are masked.
         use_vmap: the model has changed the rule in a way of its own.
 
     Returns:
-        `(1, 1, length, length)`, bool, at the length of the longest sample; the corner of it is the
-        mask of a shorter one. None: causal, or no bar at all, as the layer's `is_causal` says.
+        `(1, 1, length, length)`, bool, for the longest sample; its upper left corner is the mask of
+        a shorter one. None: causal or unmasked, as the layer's `is_causal` says.
 
     Raises:
         PackingError: the rule depends on where in the pass a sample lies.
@@ -185,13 +186,13 @@ def sample_mask(
     zero = torch.zeros(1, 1, dtype=torch.long, device=device)
     masks, begin = [], 0
     for length in samples.lengths:
-        at = torch.arange(begin, begin + length, device=device)
-        seen = mask_function(zero, zero, at[:, None], at[None, :])
-        masks.append(seen.expand(length, length))
+        tokens = torch.arange(begin, begin + length, device=device)
+        attended = mask_function(zero, zero, tokens[:, None], tokens[None, :])
+        masks.append(attended.expand(length, length))
         begin += length
     mask = max(masks, key=len)
-    for seen in masks:
-        if not torch.equal(seen, mask[: len(seen), : len(seen)]):
+    for shorter in masks:
+        if not torch.equal(shorter, mask[: len(shorter), : len(shorter)]):
             raise PackingError("a mask that depends on a sample's place in the pass")
     if bool(mask.all()) or torch.equal(mask, torch.ones_like(mask).tril()):
         return None
@@ -211,10 +212,10 @@ def packed_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: `(1, heads, tokens, d)` each -> `(1, tokens, heads, d)`.
+    """The attention that transformers calls: `(1, heads, tokens, d)` -> `(1, tokens, heads, d)`.
 
-    It is left out of compiled graphs: how samples lie in a pass is other in every step, and a graph
-    for each of them would be compiled anew.
+    It is left out of compiled graphs, because samples lie differently in every step and each step
+    would compile a graph of its own.
 
     Raises:
         PackingError: a form of attention that is not known here.
@@ -225,7 +226,7 @@ def packed_attention(
         raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
     samples, client_rows = running
     mask = _sample_mask_of(attention_mask, sliding_window, samples.groups[0].length)
-    client_rows.mixing |= client_rows.whole > 0
+    client_rows.mixing |= client_rows.running_full_modules > 0
     if query.shape[0] != 1 or {query.shape[2], key.shape[2]} != {sum(samples.lengths)}:
         raise PackingError(f"attention over {tuple(query.shape)}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

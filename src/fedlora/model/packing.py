@@ -1,14 +1,15 @@
 """Finds out whether a model's samples can lie side by side without padding.
 
-The judge is the model's own forward pass of every sample alone. Both are computed in float64 by the
-model's own modules (`wide`), so that a difference is an error and not rounding, whatever the
-dtype of the base. Whether anything of one sample gets to another is decided without any bound: the
-embeddings of one are made NaN, which no weight, however small, can hide (`keeps_samples_apart`).
+A packed pass is compared with the model's own forward pass of every sample alone. Both are computed
+in float64 by the model's own modules (`wide`), so that a difference is an error and not rounding,
+whatever the dtype of the base. Whether one sample influences another is decided without a
+tolerance: the embeddings of one are made NaN, which spreads to all that depends on them
+(`keeps_samples_apart`).
 
-What depends on lengths beyond those tried: masks are the model's own at any length
-(`packed_attention.sample_mask`); rotary factors that follow the longest sample are looked for at
-positions far out (`RotaryFactors`); a number of the configuration that may be a length, and that
-neither explains, bounds the tokens of a pass (`smallest_unexplained`).
+Only short samples are tried, so what may change with length is treated separately. Masks are the
+model's own at any length (`packed_attention.sample_mask`). Rotary factors that follow the longest
+sample are looked for at far positions (`RotaryFactors`). Any other number of the configuration that
+may be a length limits the tokens of a pass (`smallest_unexplained`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.model.config_lengths import UNBOUNDED, positions_of, smallest_unexplained
+from fedlora.model.device import device_of
 from fedlora.model.packed_attention import noting_windows
 from fedlora.model.rotary_factors import RotaryFactors
 from fedlora.model.trial_rows import LENGTHS, vocabulary_size
@@ -49,8 +51,8 @@ class PackingVerdict:
         packed: samples may lie side by side, their positions counted from `offset`.
         offset: of the first position.
         together: samples of different lengths can be padded to one length.
-        longest: tokens of a packed pass up to which it is known to be right.
-        longest_padded: of a sample up to which it is known that padding changes nothing.
+        longest: a packed pass of at most so many tokens is known to be right.
+        longest_padded: padding is known to change nothing for samples of at most so many tokens.
         auxiliary: the model's own loss is `CE + auxiliary aux_loss`.
     """
 
@@ -70,15 +72,16 @@ def examine(
     run_padded: RunRows,
     packed: Callable[[Sequence[Tokens], int], Tensor] | None,
 ) -> PackingVerdict:
-    """Hold a packed pass, and a padded one, against the model's own of each row alone.
+    """Compare a packed pass, and a padded one, with the model's own pass of each row alone.
 
     Args:
         model: in evaluation mode, without adapters; nothing of it changes.
         configs: its own and those of its parts.
-        factors: that have not been found out yet.
-        rows: as `random_rows` gives them.
+        factors: of the model, not examined yet.
+        rows: as `random_rows` makes them.
         run_padded: the model's own forward pass of padded samples.
-        packed: a packed pass, positions counted from a number; None: there is none.
+        packed: `(rows, offset) -> logits`, a packed pass whose positions begin at `offset`; None:
+            the model has no trunk that could be packed.
 
     Raises:
         InputError: see `auxiliary_share`.
@@ -88,7 +91,7 @@ def examine(
         auxiliary = 0.0 if classifier else auxiliary_share(model, configs, dtype)
         together, offset = False, None
         with noting_windows() as windows:
-            # Whatever an architecture stumbles over here: rows of one length can be run together.
+            # Whatever fails here for some architecture, it can still run rows of equal length.
             try:
                 with computing_in(configs, dtype):
                     alone = torch.cat([run_padded([row]) for row in rows])
@@ -110,9 +113,9 @@ def _known_lengths(
 ) -> tuple[int, int]:
     """Up to how many tokens a packed pass, and a padded sample, are known to be right.
 
-    A model that does not go by the positions it is given may look up a table by its own count; what
-    it does beyond the smallest table that its configuration names has not been seen. Code from
-    outside transformers may do so even if it heeds positions, by the length of the whole pass.
+    A model that ignores the positions it is given may count tokens itself and look up a table of
+    positions; what it does beyond the smallest table of its configuration has not been tried. Code
+    from outside transformers may do so by the length of the whole pass, even if it uses positions.
     """
     longest, longest_padded = smallest_unexplained(model, configs, windows), UNBOUNDED
     positions = [n for n in positions_of(model.config) if n > sum(LENGTHS)]
@@ -136,7 +139,7 @@ def _position_offset(
         try:
             with computing_in(configs, alone.dtype):
                 logits = packed(rows, offset)
-        except Exception:  # as positions beyond a table
+        except Exception:  # for example positions beyond a table
             continue
         if nearly_equal(logits, alone, alone.dtype) and keeps_samples_apart(
             model, rows, partial(packed, rows, offset)
@@ -146,7 +149,7 @@ def _position_offset(
 
 
 def _of_transformers(model: Any) -> bool:
-    """Its code is known to compute positions from `position_ids` alone."""
+    """Whether the model's code is transformers' own, which takes positions from `position_ids`."""
     return type(model).__module__.startswith("transformers.models.")
 
 
@@ -154,7 +157,7 @@ def _of_transformers(model: Any) -> bool:
 
 
 def keeps_samples_apart(model: Any, rows: Sequence[Tokens], packed: Callable[[], Tensor]) -> bool:
-    """Whether nothing of the second of three samples gets to the two others.
+    """Whether the second of three samples has no influence on the two others.
 
     Args:
         model: whose input embeddings are made NaN where they are the second sample's.
@@ -184,7 +187,7 @@ def keeps_samples_apart(model: Any, rows: Sequence[Tokens], packed: Callable[[],
 
 
 def auxiliary_share(model: Any, configs: Sequence[Any], dtype: torch.dtype) -> float:
-    """By how much the model's own loss counts its auxiliary loss: `loss = CE + share aux_loss`.
+    """The share in the model's own loss `CE + share aux_loss`; 0 where it has no auxiliary loss.
 
     Raises:
         InputError: `output_router_logits` is set and the loss is not of that form.
@@ -196,7 +199,7 @@ def auxiliary_share(model: Any, configs: Sequence[Any], dtype: torch.dtype) -> f
     shares = []
     for length in (11, 16):
         ids = torch.randint(vocabulary, (1, length), generator=source)
-        ids = ids.to(next(model.parameters()).device)
+        ids = ids.to(device_of(model))
         with torch.no_grad(), computing_in(configs, dtype):
             out = model(input_ids=ids, labels=ids, use_cache=False)
             plain = F.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:])

@@ -1,33 +1,31 @@
 """Runs forward and backward passes that compute nothing that is not needed.
 
-Samples lie one after the other without padding (`packed_attention` keeps them apart), the output
-head runs on the labelled tokens alone and in chunks (`head`), and several clients share one pass.
-Whether an architecture can be run so is found out once (`packing`); where it cannot, samples are
-padded and clients train one at a time. Whatever is run, a row gets what the model's own pass of it
-alone gives: rows that would feel each other are run in passes of their own (`plans`).
+Samples lie one after the other without padding (`packed_forward`), the output head runs on the
+labelled tokens alone and in chunks (`head`), and several clients share one pass. Whether an
+architecture can be run so is found out once (`packing`, `joint_passes`); where it cannot, samples
+are padded and clients train one at a time. Every row gets what the model's own pass of that row
+alone would give: rows that would influence each other are run in separate passes (`plans`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedlora.data.tokenize import Tokens
 from fedlora.model import packed_attention as attention
 from fedlora.model import packing
 from fedlora.model.batches import collate, count_labelled, flatten_rows
-from fedlora.model.client_dropout import client_dropout
-from fedlora.model.client_rows import ClientRows, Form, mix_seed, spans_of
+from fedlora.model.client_rows import ClientRows, mix_seed, spans_of
 from fedlora.model.config_lengths import UNBOUNDED
-from fedlora.model.find_rows import find_rows
-from fedlora.model.full_modules import full_modules_of
+from fedlora.model.device import device_of
 from fedlora.model.head import (
     HeadPass,
     auxiliary_losses,
@@ -36,16 +34,16 @@ from fedlora.model.head import (
     head_logits,
     hidden_states,
 )
+from fedlora.model.joint_passes import draws_nothing, locate_rows
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.loss import summed_loss
-from fedlora.model.packed_attention import PackingError, attending, running_samples
+from fedlora.model.packed_attention import PackingError
+from fedlora.model.packed_forward import PackedForward
 from fedlora.model.per_model import PerModel
 from fedlora.model.plans import PassKind, PlannedPass, consecutive_passes, plan_passes
 from fedlora.model.rotary_factors import RotaryFactors
-from fedlora.model.sample_groups import samples_of
 from fedlora.model.torch_generator import borrowed_generator
 from fedlora.model.trial_rows import random_rows
-from fedlora.model.trunk import replaced_forward, unpadded_trunk
 from fedlora.model.wide import ForwardState
 
 
@@ -54,8 +52,8 @@ class PassResult:
     """What a pass has computed.
 
     Args:
-        losses: by client, the weighted sum of its cross-entropies.
-        computed: tokens that went through the model, padding among them.
+        losses: of each client, the weighted sum of its cross-entropies.
+        computed: tokens that went through the model, including padding.
     """
 
     losses: list[float]
@@ -63,17 +61,18 @@ class PassResult:
 
 
 class PackedRunner:
-    """Runs one model; `runner_of` keeps a runner for each.
+    """Runs training and evaluation passes of one model; `runner_of` keeps one for each model.
 
     Args:
-        model: of transformers, in the state in which it is to be compared: nothing of it changes.
+        model: of transformers, in the state in which it is to be compared; nothing of it changes.
 
     Attributes:
         packed: samples are run without padding.
-        joint: several clients can share a pass: nothing draws from torch's own generator.
+        joint: several clients can share a pass: nothing draws from torch's own generator, and it is
+            known where each client's rows lie.
         together: samples of different lengths can be padded to one length.
-        longest: tokens of a packed pass up to which it is known to be right.
-        longest_padded: of a sample up to which it is known that padding changes nothing.
+        longest: a packed pass of at most so many tokens is known to be right.
+        longest_padded: padding is known to change nothing for samples of at most so many tokens.
         auxiliary: the model's own loss is `CE + auxiliary aux_loss`.
 
     Raises:
@@ -84,20 +83,14 @@ class PackedRunner:
         layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
         self.client_rows = layers[0].client_rows if layers else ClientRows()
         self.padding = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
-        self.trunk = getattr(model, "base_model", model)
-        self.classifier = type(model).__name__.endswith("ForSequenceClassification")
-        self.offset = 0
         self.packed = self.joint = self.together = False
         self.longest = self.longest_padded = UNBOUNDED
         self.auxiliary = 0.0
-        self._dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        self._dropout_forms: list[dict[int, Form]] = [{} for _ in self._dropouts]
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
         self._configs = list(configs.values())
+        self.packed_forward = PackedForward(model, self.client_rows, self._configs, self.padding)
         self._forward_state = ForwardState(model)
         self._rotary = RotaryFactors(self._forward_state, self._configs, self.padding)
-        if self.trunk is model:  # holding it would keep the model alive
-            self.trunk = None
         if self._configs:
             attention.register()
             # Layers that torch.compile has taken are judged as they are written: the mode that
@@ -105,7 +98,8 @@ class PackedRunner:
             with torch.compiler.set_stance("force_eager"):
                 self._examine(model)
                 if self.joint:
-                    self.joint = self._locate_rows(model)
+                    run = partial(self._try_pass, model)
+                    self.joint = locate_rows(model, self.packed_forward, run)
 
     # --- training and evaluation ---
 
@@ -151,8 +145,8 @@ class PackedRunner:
             return self._backward_padded(model, parts, weights, seeds)
         rows = [row for part in parts for row in part]
         counts = [count_labelled(part) for part in parts]
-        device = _device(model)
-        each = torch.cat(
+        device = device_of(model)
+        token_weights = torch.cat(
             [
                 torch.full((n,), w, dtype=torch.float32, device=device)
                 for n, w in zip(counts, weights, strict=True)
@@ -160,11 +154,11 @@ class PackedRunner:
         )
         streams = contextlib.nullcontext() if seeds is None else self.client_rows.seeded(seeds)
         try:
-            with streams, self._packed_pass(parts, device):
-                if self.classifier:
-                    losses = self._classifier_backward(model, rows, each)
+            with streams, self.packed_forward.running(parts, device):
+                if self.packed_forward.classifier:
+                    losses = self._classifier_backward(model, rows, token_weights)
                 else:
-                    losses = self._language_model_backward(model, parts, counts, each)
+                    losses = self._language_model_backward(model, parts, counts, token_weights)
         except PackingError:  # of the forward pass, before any gradient
             self._shorten_passes(rows)
             return self.backward(model, parts, weights, seeds)
@@ -179,7 +173,7 @@ class PackedRunner:
         seeds: Sequence[int] | None,
     ) -> PassResult:
         """The model's own forward pass of each client's rows, padded, and its backward pass."""
-        losses, computed, device = [0.0] * len(parts), 0, _device(model)
+        losses, computed, device = [0.0] * len(parts), 0, device_of(model)
         for client, part in enumerate(parts):
             if not part:
                 continue
@@ -197,16 +191,16 @@ class PackedRunner:
         return PassResult(losses, computed)
 
     def forward(self, model: Any, rows: Sequence[Tokens]) -> Any:
-        """What a packed training pass computes before its loss, with all it keeps."""
-        device = _device(model)
+        """What a packed training pass computes before its loss, with all it keeps for backward."""
+        device = device_of(model)
         batch = collate(rows, device, self.padding)
         del batch["labels"]
         if any(self._pass_kind(model, len(row["input_ids"])).padded for row in rows):
             return model(**batch).logits
-        with self.client_rows.seeded([0]), self._packed_pass([rows], device):
-            if not self.classifier:
-                return self._trunk_output(flatten_rows(rows, device)[0])
-            return self._row_logits(model, rows)
+        with self.client_rows.seeded([0]), self.packed_forward.running([rows], device):
+            if not self.packed_forward.classifier:
+                return self.packed_forward.trunk_output(flatten_rows(rows, device)[0])
+            return self.packed_forward.classifier_logits(model, rows)
 
     def logits_and_labels(
         self, model: Any, rows: Sequence[Tokens]
@@ -214,7 +208,7 @@ class PackedRunner:
         """Logits in float32 `(n, vocabulary or classes)` and labels `(n,)`, chunk by chunk."""
 
         def kind(length: int) -> PassKind:
-            return self._pass_kind(model, length, self.classifier)
+            return self._pass_kind(model, length, self.packed_forward.classifier)
 
         for padded, part in consecutive_passes(rows, kind, self.longest):
             yield from self._pass_logits_and_labels(model, part, padded)
@@ -229,14 +223,15 @@ class PackedRunner:
             _, logits, labels = self._own_pass(model, rows)
             yield logits, labels
             return
-        device = _device(model)
+        device = device_of(model)
         try:
-            with self._packed_pass([rows], device):
+            with self.packed_forward.running([rows], device):
                 ids, predicted_at, labels = flatten_rows(rows, device)
-                out = self._trunk_output(ids)
-                for at in chunks(model, len(predicted_at)):
-                    hidden = hidden_states(out)[predicted_at[at]]
-                    yield head_logits(model, self.trunk, out, hidden), labels[at]
+                out = self.packed_forward.trunk_output(ids)
+                for chunk in chunks(model, len(predicted_at)):
+                    hidden = hidden_states(out)[predicted_at[chunk]]
+                    logits = head_logits(model, self.packed_forward.trunk, out, hidden)
+                    yield logits, labels[chunk]
         except PackingError:  # before anything was given
             self._shorten_passes(rows)
             yield from self.logits_and_labels(model, rows)
@@ -244,7 +239,7 @@ class PackedRunner:
     # --- what shares a pass ---
 
     def _pass_kind(self, model: Any, length: int, padded: bool = False) -> PassKind:
-        """How a sample is run: whether by the model's own pass, and which others it may join."""
+        """How a sample of this length is run: padded or packed, and with which others."""
         if self.packed and not padded and length <= self.longest:
             return PassKind(False, self._rotary.class_of(model, length))
         if self.together and length <= self.longest_padded:
@@ -252,7 +247,7 @@ class PackedRunner:
         return PassKind(True, length)
 
     def _shorten_passes(self, rows: Sequence[Tokens]) -> None:
-        """Run smaller passes from now on: this one could not be packed."""
+        """Run smaller passes from now on, because these rows could not be packed."""
         lengths = [len(row["input_ids"]) for row in rows]
         if len(rows) == 1:
             self.longest = lengths[0] - 1
@@ -269,11 +264,12 @@ class PackedRunner:
         weights: Tensor,
     ) -> Tensor:
         """Weighted cross-entropies `(labelled tokens,)`, detached, after the backward pass."""
+        trunk = self.packed_forward.trunk
         ids, *labels = flatten_rows([row for part in parts for row in part], weights.device)
-        out = self._trunk_output(ids)
+        out = self.packed_forward.trunk_output(ids)
         head = head_backward(
             model,
-            self.trunk,
+            trunk,
             out,
             (labels[0], labels[1]),
             weights,
@@ -282,7 +278,7 @@ class PackedRunner:
         )
         if self.auxiliary:
             tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
-            extra = auxiliary_losses(model, self.trunk, out, tokens)  # (clients,)
+            extra = auxiliary_losses(model, trunk, out, tokens)  # (clients,)
             return self._backward_with_auxiliary(head, extra, counts, weights)
         if head.gradient is not None:
             head.hidden.backward(head.gradient)
@@ -306,73 +302,35 @@ class PackedRunner:
     def _classifier_backward(self, model: Any, rows: Sequence[Tokens], weights: Tensor) -> Tensor:
         """Weighted cross-entropies `(rows,)`, detached, after the backward pass."""
         labels = torch.tensor([row["label"] for row in rows], device=weights.device)
-        logits = self._row_logits(model, rows).float()
+        logits = self.packed_forward.classifier_logits(model, rows).float()
         loss = F.cross_entropy(logits, labels, reduction="none") * weights
         loss.sum().backward()
         return loss.detach()
 
-    def _row_logits(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
-        """A classifier's logits `(rows, classes)`, its trunk run without padding."""
-        batch = collate(rows, _device(model), self.padding)
-        del batch["labels"]
-        with unpadded_trunk(self.trunk, self._positions):
-            return cast(Tensor, model(**batch).logits)
-
-    @contextlib.contextmanager
-    def _packed_pass(
-        self, parts: Sequence[Sequence[Tokens]], device: torch.device
-    ) -> Iterator[None]:
-        """All that makes a pass without padding one, for these rows of these clients."""
-        lengths = [len(row["input_ids"]) for part in parts for row in part]
-        whose = [client for client, part in enumerate(parts) for _ in part]
-        tokens = [sum(len(row["input_ids"]) for row in part) for part in parts]
-        samples = samples_of(lengths, whose, device)
-        of_tokens, of_samples = spans_of(tokens), spans_of([len(part) for part in parts])
-        before = [(c, getattr(c, "_attn_implementation", None)) for c in self._configs]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(attending(samples, self.client_rows))
-            stack.enter_context(self.client_rows.divided(tokens=of_tokens, samples=of_samples))
-            for number, module in enumerate(self._dropouts):
-                stack.enter_context(
-                    replaced_forward(module, self._client_dropout(number, len(parts)))
-                )
-            for config, _ in before:
-                config._attn_implementation_internal = attention.NAME
-            try:
-                yield
-            finally:
-                for config, name in before:
-                    config._attn_implementation_internal = name
-
-    def _client_dropout(self, number: int, clients: int) -> Callable[[Tensor], Tensor]:
-        module, forms = self._dropouts[number], self._dropout_forms[number]
-        return client_dropout(module, number, forms, self.client_rows, clients)
-
-    def _positions(self, device: torch.device) -> Tensor:
-        steps = [torch.arange(n, device=device) for n in running_samples().lengths]
-        return torch.cat(steps)[None] + self.offset
-
-    def _trunk_output(self, ids: Tensor) -> Any:
-        """What the trunk makes of all tokens."""
-        positions = self._positions(ids.device)
-        return self.trunk(input_ids=ids[None], position_ids=positions, use_cache=False)
-
     # --- padded ---
 
     def _own_pass(self, model: Any, rows: Sequence[Tokens]) -> tuple[Tensor, Tensor, Tensor]:
-        batch = collate(rows, _device(model), self.padding)
+        batch = collate(rows, device_of(model), self.padding)
         return summed_loss(model, batch, self.auxiliary)
 
     # --- whether it can be packed ---
 
+    def _try_pass(self, model: Any, rows: Sequence[Tokens]) -> None:
+        """Run all of the model once, so that its modules can be watched."""
+        if self.packed_forward.classifier:
+            self.forward(model, rows)
+        else:
+            self.packed_forward.all_logits(model, rows)
+
     def _examine(self, model: Any) -> None:
-        rows = random_rows(model, self.padding, self.classifier)
+        """Compare the model's passes with its own pass of each row alone, and keep the verdict."""
+        rows = random_rows(model, self.padding, self.packed_forward.classifier)
         training = model.training
         model.eval()
 
         def packed(rows: Sequence[Tokens], offset: int) -> Tensor:
-            self.offset = offset
-            return self._packed_logits(model, rows)
+            self.packed_forward.offset = offset
+            return self.packed_forward.logits(model, rows)
 
         try:
             with self.client_rows.without_clients():
@@ -382,60 +340,18 @@ class PackedRunner:
                     self._rotary,
                     rows,
                     lambda rows: self._own_pass(model, rows)[1],
-                    None if self.trunk is None else packed,
+                    None if self.packed_forward.trunk is None else packed,
                 )
-                self.packed, self.offset = verdict.packed, verdict.offset
+                self.packed, self.packed_forward.offset = verdict.packed, verdict.offset
                 self.together = verdict.together
                 self.longest, self.longest_padded = verdict.longest, verdict.longest_padded
                 self.auxiliary = verdict.auxiliary
                 if self.packed:
-                    self.joint = self._draws_nothing(model, rows) and not self.client_rows.mixing
+                    reproducible = draws_nothing(model, self.packed_forward, rows)
+                    self.joint = reproducible and not self.client_rows.mixing
         finally:
             self._forward_state.restore()
             model.train(training)
-
-    def _packed_logits(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
-        with self._packed_pass([rows], _device(model)):
-            if self.classifier:
-                return self._row_logits(model, rows).float()
-            ids, predicted_at, _ = flatten_rows(rows, _device(model))
-            out = self._trunk_output(ids)
-            return head_logits(model, self.trunk, out, hidden_states(out)[predicted_at])
-
-    def _draws_nothing(self, model: Any, rows: Sequence[Tokens]) -> bool:
-        """Whether a training pass leaves torch's own generator alone."""
-        model.train()
-        devices = [_device(model)] if _device(model).type == "cuda" else []
-        with borrowed_generator(devices), self.client_rows.seeded([0]):
-            before = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-            self._packed_logits(model, rows)
-            after = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-        model.eval()
-        return all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-
-    def _locate_rows(self, model: Any) -> bool:
-        """Find out where the clients' rows lie in all that must tell them apart."""
-        layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
-
-        def run(rows: Sequence[Tokens]) -> None:
-            if self.classifier:
-                self.forward(model, rows)
-                return
-            with self._packed_pass([rows], _device(model)):
-                out = self._trunk_output(flatten_rows(rows, _device(model))[0])
-                head_logits(model, self.trunk, out, hidden_states(out))
-
-        training = model.training
-        model.eval()
-        with self.client_rows.without_clients(), torch.no_grad():
-            others = [*layers, *self._dropouts]
-            draw = partial(random_rows, model, self.padding, self.classifier)
-            known, forms = find_rows(draw, full_modules_of(model), others, run)
-        model.train(training)
-        for layer in layers:
-            layer.forms = forms[layer]
-        self._dropout_forms = [forms[module] for module in self._dropouts]
-        return known
 
 
 runner_of = PerModel(PackedRunner)
@@ -446,7 +362,3 @@ def _streams_of(step: PlannedPass, seeds: Sequence[int]) -> list[int]:
     """The seeds of a pass: a client's second pass of a step must not draw what its first drew."""
     numbers = [step.numbers.get(client, 0) for client in range(len(seeds))]
     return [mix_seed(seed, n) if n else seed for seed, n in zip(seeds, numbers, strict=True)]
-
-
-def _device(model: Any) -> torch.device:
-    return cast(torch.device, next(model.parameters()).device)

@@ -10,10 +10,10 @@ from fedlora.data.tokenize import Tokens
 
 
 class PassKind(NamedTuple):
-    """How a row is run. Rows share a pass only if their kinds are equal.
+    """How a row is run. Rows may share a pass only if their kinds are equal.
 
     Args:
-        padded: through the model's own forward pass, padded, client by client; else packed.
+        padded: by the model's own forward pass with padding, client by client; else packed.
         group: which rows may share the pass: those of one length, or with the same rotary factors.
     """
 
@@ -49,15 +49,15 @@ class PlannedPass:
 def plan_passes(
     parts: Sequence[Sequence[Tokens]], kind: Callable[[int], PassKind], longest: int
 ) -> list[PlannedPass]:
-    """The passes of these rows; nearly always it is one.
+    """Divide the rows of a step among passes; nearly always a single one is enough.
 
-    Which of a client's rows are run together depends on its own rows alone, because its dropout is
-    drawn pass by pass: with other clients beside it, it has to draw what it draws alone.
+    Which of a client's rows are run together depends on that client's rows alone. Dropout is drawn
+    pass by pass, so a client draws the same whether or not others train beside it.
 
     Args:
         parts: each client's rows.
-        kind: of a row of so many tokens.
-        longest: tokens of a packed pass.
+        kind: number of tokens of a row -> how it is run.
+        longest: most tokens of a packed pass.
     """
     passes = list[PlannedPass]()
     for client, rows in enumerate(parts):
@@ -78,10 +78,10 @@ def _of_one_client(
     chunks = list[PlannedPass]()
     for row in rows:
         length = len(row["input_ids"])
-        how = kind(length)
-        chunk = next((c for c in reversed(chunks) if c.kind == how), None)
+        row_kind = kind(length)
+        chunk = next((c for c in reversed(chunks) if c.kind == row_kind), None)
         if chunk is None or (not chunk.padded and chunk.tokens + length > longest):
-            chunk = PlannedPass(how, {client: []}, {client: len(chunks)})
+            chunk = PlannedPass(row_kind, {client: []}, {client: len(chunks)})
             chunks.append(chunk)
         chunk.rows[client].append(row)
     return chunks
@@ -104,12 +104,12 @@ def consecutive_passes(
     """
     begin = 0
     while begin < len(rows):
-        how, end, tokens = kind(len(rows[begin]["input_ids"])), begin, 0
+        row_kind, end, tokens = kind(len(rows[begin]["input_ids"])), begin, 0
         while end < len(rows):
             length = len(rows[end]["input_ids"])
-            full = not how.padded and end > begin and tokens + length > longest
-            if full or kind(length) != how:
+            full = not row_kind.padded and end > begin and tokens + length > longest
+            if full or kind(length) != row_kind:
                 break
             end, tokens = end + 1, tokens + length
-        yield how.padded, rows[begin:end]
+        yield row_kind.padded, rows[begin:end]
         begin = end

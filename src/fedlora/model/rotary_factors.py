@@ -11,29 +11,30 @@ import torch
 from torch import Tensor
 
 from fedlora.model.config_lengths import longest_table, positions_of
+from fedlora.model.device import device_of
 from fedlora.model.trial_rows import LENGTHS, vocabulary_size
 from fedlora.model.wide import SAME_SHAPES, ForwardState, computing_in, nearly_equal
 
 
 @dataclass
 class RotaryFactors:
-    """Which lengths get the same rotary factors, so that their samples may share a pass.
+    """Divides sample lengths into classes whose samples may share a pass.
 
-    Two samples of six tokens run side by side, the second at positions up to `length - 1`; where
-    that changes the first, factors follow the longest sample (`rope_type` longrope, dynamic).
+    Some models choose their rotary factors by the longest sample of a pass (`rope_type` longrope or
+    dynamic). To find out, two samples of six tokens are run side by side, the second at positions
+    up to `length - 1`. Lengths for which the first sample's logits agree are one class.
 
     Args:
-        model: asked with `position_ids` of its own forward pass.
         forward_state: of the model.
         configs: the model's and those of its parts.
-        padding: a token that is no padding has another id.
+        padding: id of the padding token.
     """
 
     forward_state: ForwardState
     configs: Sequence[Any]
     padding: int
     uses_positions: bool = False
-    """The model's forward pass goes by the positions it is given."""
+    """The model's forward pass uses the positions it is given."""
     follow_longest: bool = False
     """The factors differ between lengths."""
 
@@ -43,7 +44,12 @@ class RotaryFactors:
         self.results = list[Tensor]()  # of each class
 
     def examine(self, model: Any, dtype: torch.dtype) -> None:
-        """Try the longest length the configuration has against a short one."""
+        """Compare the longest length of the configuration with a short one.
+
+        Args:
+            model: in the state in which it is to be compared.
+            dtype: in which passes are compared.
+        """
         self.dtype = dtype
         plain = self._run(model, 6)
         if plain is None:
@@ -66,7 +72,7 @@ class RotaryFactors:
                     self._find_class(model, length + 1)
 
     def class_of(self, model: Any, length: int) -> int:
-        """The class of a length: samples of one class may share a pass."""
+        """The number of a length's class; samples of one class may share a pass."""
         if not self.uses_positions:
             return 0
         at = bisect.bisect_left(self.lengths, length)
@@ -95,22 +101,25 @@ class RotaryFactors:
         return number
 
     def _run(self, model: Any, length: int) -> tuple[Tensor, Tensor] | None:
-        """Logits of the first sample, and of the second, which reaches up to this length."""
-        device = next(model.parameters()).device
+        """Logits of the first sample and of the second, whose positions reach up to `length - 1`.
+
+        None: the model cannot run that.
+        """
+        device = device_of(model)
         vocabulary = vocabulary_size(model)
         ids = torch.arange(12, device=device).view(2, 6) % vocabulary
         ids = torch.where(ids == self.padding, (ids + 12) % vocabulary, ids)
         steps = torch.arange(6, device=device)
-        places = torch.stack([steps, steps.where(steps < 3, steps + length - 6)])
+        positions = torch.stack([steps, steps.where(steps < 3, steps + length - 6)])
         training = model.training
         model.eval()
         self.forward_state.restore()
         try:
             with torch.no_grad(), computing_in(self.configs, self.dtype):
                 logits = model(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places
+                    input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions
                 ).logits
-        except Exception:  # it takes no positions, or has none of these
+        except Exception:  # it takes no positions, or its table has none so large
             return None
         finally:
             self.forward_state.restore()

@@ -18,12 +18,13 @@ class Group:
 
     Args:
         size, length: samples, and tokens of the longest.
-        gather: `(size * length,)` the token in every cell of the padded group; padding points to
-            the first token of its own sample, so that not even a NaN gets from one to another.
-        real: `(tokens,)` the cells that hold tokens; None: all of them, in order.
-        padding: `(padding,)` the other cells.
-        tokens: `(tokens,)` the token in every cell of `real`.
-        samples: which samples.
+        gather: `(size * length,)`, the number of the token in every cell of the padded group.
+            Padding points to the first token of its own sample, so that not even a NaN of another
+            sample can get in.
+        real: `(tokens,)`, the cells that hold tokens; None: all of them, in order.
+        padding: `(cells without a token,)`, the others.
+        tokens: `(tokens,)`, the number of the token in every cell of `real`.
+        samples: numbers of the samples in the pass.
     """
 
     size: int
@@ -41,8 +42,8 @@ class Samples:
 
     Args:
         lengths: tokens of each, in order.
-        clients: whose each is.
-        groups: for attention.
+        clients: of each, the client it belongs to.
+        groups: samples of similar length, which attention computes together.
     """
 
     lengths: tuple[int, ...]
@@ -80,12 +81,12 @@ def _group(
     steps = torch.arange(longest)[None]
     real = (steps < sizes).reshape(-1)
     tokens = (begins + steps).reshape(-1)
-    whole = bool(real.all())
+    has_padding = not bool(real.all())
     return Group(
         size=len(chosen),
         length=longest,
         gather=torch.where(real, tokens, begins.expand(-1, longest).reshape(-1)).to(device),
-        real=None if whole else real.nonzero()[:, 0].to(device),
+        real=real.nonzero()[:, 0].to(device) if has_padding else None,
         padding=(~real).nonzero()[:, 0].to(device),
         tokens=tokens[real].to(device),
         samples=tuple(chosen),
@@ -108,7 +109,7 @@ def unpad_group(x: Tensor, group: Group, heads: int) -> Tensor:
 
 
 def score_bar(group: Group, like: Tensor, causal: bool, mask: Tensor | None) -> Tensor | None:
-    """What is added to scores, `(1 or size, length, length)`: -inf where a token may not look."""
+    """Added to scores: -inf where a token may not attend, `(1 or size, length, length)`."""
     length = group.length
     bar = torch.zeros(1, length, length, dtype=torch.bool, device=like.device)
     if mask is not None:
@@ -121,6 +122,7 @@ def score_bar(group: Group, like: Tensor, causal: bool, mask: Tensor | None) -> 
         real = torch.ones(group.size * length, dtype=torch.bool, device=like.device)
         real[group.padding] = False
         real = real.view(group.size, 1, length)
-        # Nobody reads what padding sees, but a softmax over nothing would be NaN: it sees all.
+        # The outputs of padding are never read, but a softmax over nothing would be NaN. So padding
+        # may attend to everything.
         bar = (bar | ~real) & real.transpose(1, 2)
     return torch.zeros_like(bar, dtype=like.dtype).masked_fill_(bar, float("-inf"))

@@ -157,13 +157,13 @@ def _near(path: Path) -> str:
     inside = next((p for p in path.parents if p.is_dir()), Path())
     missing = path.relative_to(inside).parts if path.is_relative_to(inside) else path.parts
     try:
-        there = sorted(p.name for p in inside.iterdir() if p.is_dir() and p.name[0] != ".")
+        directories = sorted(p.name for p in inside.iterdir() if p.is_dir() and p.name[0] != ".")
     except OSError:
-        there = []
-    close = difflib.get_close_matches(missing[0] if missing else "", there, n=1, cutoff=0.6)
+        directories = []
+    close = difflib.get_close_matches(missing[0] if missing else "", directories, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {inside / close[0]}?"
-    some = ", ".join(there[:5]) + (" ..." if len(there) > 5 else "")
+    some = ", ".join(directories[:5]) + (" ..." if len(directories) > 5 else "")
     return f"; {inside.absolute()} has {some or 'no directories'}"
 
 

@@ -1,4 +1,4 @@
-"""Makes the random rows on which it is tried how a model can be run."""
+"""Makes random rows on which it is tried out how a model can be run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTHS = (7, 9, 12)
 def random_rows(
     model: Any, padding: int, classifier: bool, lengths: Sequence[int] = LENGTHS, seed: int = 0
 ) -> list[Tokens]:
-    """Random samples of so many tokens, all of them learnt; none is padding."""
+    """Random samples of these lengths, whose tokens are all labels and never padding."""
     vocabulary = vocabulary_size(model)
     source = torch.Generator().manual_seed(seed)
     rows: list[Tokens] = []

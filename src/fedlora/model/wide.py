@@ -1,7 +1,7 @@
 """Runs a model's own forward pass in a wider dtype, and puts its state back afterwards.
 
-Two ways to compute one thing differ by rounding; in float64 a difference that counts stands out,
-whatever the dtype of the weights.
+Two ways to compute the same thing differ by rounding. In float64 rounding is so small that a real
+difference stands out, whatever the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4}
-"""Relative to the largest logit. In float64 some modules still compute a part in float32."""
+"""Largest difference, relative to the largest logit, that counts as rounding. It is wide for
+float64, because some modules compute a part in float32 all the same."""
 SAME_SHAPES = 1e-3
-"""By how much less two passes of one shape may differ."""
+"""Factor on `BOUNDS` for two passes of the same shape, which differ by less."""
 LARGE = 2**30
-"""Parameters beyond which float32 has to do."""
+"""Models with more parameters are judged in float32, to save memory and time."""
 WEIGHT_PART = 2**25
-"""Numbers of a weight that are held in a wider dtype at once."""
+"""A larger weight is widened in parts of so many numbers, to save memory."""
 
 
 class WideMode(TorchFunctionMode):
-    """Compute in a wider dtype than the weights': each is widened where it is used.
+    """Makes all operations of this thread compute in a wider dtype than the weights have.
+
+    Weights are not converted beforehand: each is widened where it is used.
 
     Args:
-        dtype: float64, or float32.
+        dtype: float64 or float32.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -40,7 +43,7 @@ class WideMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """One operation of torch: narrow operands beside a wide one are widened."""
+        """Run one operation of torch, widening narrow operands beside a wide one."""
         name = getattr(func, "__name__", "")
         if name in ("float", "half", "bfloat16"):
             return args[0].to(self.dtype)
@@ -49,19 +52,21 @@ class WideMode(TorchFunctionMode):
         if any(x.dtype == self.dtype for x in _tensors((*args, *named.values()))):
             if func is F.linear and args[1].dtype in self.narrow:
                 return self._linear(*args, **named)
-            # What is written to stays itself.
-            first = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            args = tuple(x if first and i == 0 else self._wide(x) for i, x in enumerate(args))
+            # An operand that is written to must stay the same tensor.
+            writes_first = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            args = tuple(
+                x if writes_first and i == 0 else self._wide(x) for i, x in enumerate(args)
+            )
             named = {key: x if key == "out" else self._wide(x) for key, x in named.items()}
         elif _takes_the_default(func, args, named):
-            # Not by `torch.set_default_dtype`, which other threads would meet. Rounding such a
-            # number afterwards would be too late: the lowest of float64 is -inf in float32.
+            # `torch.set_default_dtype` would affect other threads. Converting the result afterwards
+            # would be too late: the lowest number of float64 is -inf in float32.
             named["dtype"] = self.dtype
         out = func(*args, **named)
         return out.to(self.dtype) if func is F.embedding or self._was_made(out, args) else out
 
     def _was_made(self, out: Any, args: tuple[Any, ...]) -> bool:
-        """Whether an operation made narrow numbers of none, as a quotient of integers."""
+        """Whether narrow floats were made of other numbers, as by dividing integers."""
         if not isinstance(out, Tensor) or out.dtype not in self.narrow:
             return False
         return not any(x.is_floating_point() for x in _tensors(args))
@@ -84,9 +89,9 @@ class WideMode(TorchFunctionMode):
 
 
 _FLOATS = {torch.zeros, torch.ones, torch.empty, torch.eye, torch.rand, torch.randn, torch.linspace}
-"""What makes tensors of torch's default dtype unless it is given another."""
+"""Functions that make tensors of torch's default dtype unless another is given."""
 _FLOATS_OF_FLOATS = {torch.full, torch.tensor, torch.scalar_tensor, torch.arange}
-"""What does so where one of its arguments is a float."""
+"""Functions that do so where one of their arguments is a float."""
 
 
 def _takes_the_default(func: Any, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
@@ -110,7 +115,7 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 @contextmanager
 def computing_in(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
-    """`WideMode`, with experts computed one by one: their fused kernels know few dtypes."""
+    """Compute in this dtype; experts are computed one by one, as fused kernels know few dtypes."""
     name = "_experts_implementation_internal"
     before = [(c, getattr(c, name)) for c in configs if getattr(c, name, None) is not None]
     try:
@@ -124,15 +129,15 @@ def computing_in(configs: Sequence[Any], dtype: torch.dtype) -> Iterator[None]:
 
 
 def wide_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype a model is judged in."""
-    many = sum(p.numel() for p in model.parameters()) > LARGE
-    return torch.float32 if many else torch.float64
+    """The dtype in which passes of a model are compared."""
+    large = sum(p.numel() for p in model.parameters()) > LARGE
+    return torch.float32 if large else torch.float64
 
 
 class ForwardState:
-    """What modules change in their forward pass beside their parameters, to be put back.
+    """Remembers what modules may change in their forward pass, so that it can be put back.
 
-    Rotary factors that follow the longest sample seen are such a state.
+    Rotary factors that follow the longest sample seen so far are an example.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -75,13 +75,13 @@ def frozen_dtype(base: BaseModel) -> str:
 def choose_exact_match(
     config: Config, base: BaseModel, data: FederatedData, task: str
 ) -> tuple[bool, int]:
-    """Whether answers are generated and compared with the references.
+    """Whether answers are generated and compared with their references.
 
-    Left open, they are where every prompt fits into the model's context together with its answer,
-    and all references are short enough to be reached.
+    Where the configuration leaves it open, they are if every prompt fits into the model's context
+    together with its answer, and no reference is longer than an answer may be.
 
     Returns:
-        That, and the model's context in tokens.
+        Whether they are, and the model's context in tokens.
 
     Raises:
         InputError: a row is too long for the model, or answers are asked for and nothing is asked.
@@ -133,12 +133,12 @@ def choose_cohort_size(
     sizes = [config.of_client(k).per_device_train_batch_size for k in range(len(federation.ranks))]
     rows = [part.train for part in data.clients]
     need = largest_need(base, list(zip(rows, sizes, federation.ranks, strict=True)), config.seed)
-    budget = (
+    available_bytes = (
         int(config.cohort_memory * 2**30)
         if config.cohort_memory
         else memory_available(base.device) // 2
     )
     clients, number = len(federation.sample(1)), num_workers or 1
     if base.device.type == "cpu":
-        budget //= number
-    return automatic_size(need, math.ceil(clients / number), budget, base.device)
+        available_bytes //= number
+    return automatic_size(need, math.ceil(clients / number), available_bytes, base.device)

@@ -7,29 +7,25 @@ these train, is the engine's to know (`fedlora.runs.engine`).
 from __future__ import annotations
 
 import dataclasses
-import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter, write_adapter
-from fedlora.errors import CheckpointError, InputError
+from fedlora.errors import InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import global_delta
-from fedlora.federation.messages import Broadcast, ClientState
+from fedlora.federation.messages import Broadcast
 from fedlora.federation.records import RoundRecord
 from fedlora.federation.server import Server
-from fedlora.lowrank import Deltas, add_all
+from fedlora.lowrank import Deltas
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
+from fedlora.runs.best_round import Best
 from fedlora.runs.directory import RunDirectory, Saved
-from fedlora.runs.engine import Answer, Engine, EngineState, Failure
-from fedlora.runs.evaluation import own_adapter
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 from fedlora.runs.events import (
     ClientEnd,
     End,
@@ -43,10 +39,18 @@ from fedlora.runs.events import (
     Scores,
     Start,
 )
+from fedlora.runs.final_model import (
+    FinalModel,
+    model_of_round,
+    model_of_state,
+    write_global_model,
+    write_personal_models,
+)
 from fedlora.runs.metrics_log import read_metrics
+from fedlora.runs.results import Callbacks, Result, RoundResult
 from fedlora.runs.round_clock import RoundClock
 from fedlora.runs.run_header import begin_event, header
-from fedlora.runs.safe_writing import verify, write_errors_are_explained
+from fedlora.runs.safe_writing import write_errors_are_explained
 from fedlora.runs.session import Session
 from fedlora.runs.state_file import settled
 from fedlora.text import finite
@@ -55,73 +59,6 @@ from fedlora.threads import Watcher
 Models = dict[int, tuple[Deltas, Mapping[str, Tensor]]]
 """Client number -> the model it ended a round with: what is added to the base, what is trained
 whole."""
-
-
-@dataclass(frozen=True)
-class RoundResult:
-    """What a callback is told after a round.
-
-    Args:
-        record: the round.
-        metrics: its line in `metrics.jsonl`.
-        state: the server's state after it.
-    """
-
-    record: RoundRecord
-    metrics: Mapping[str, Any]
-    state: ServerState
-
-
-Callbacks = Sequence[Callable[[RoundResult], None]]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run returns.
-
-    Args:
-        output_dir: the run's directory.
-        final_dir: the final adapter as a PEFT directory.
-        adapter: the final global update, target module -> update.
-        metrics: the lines of `metrics.jsonl`, in order.
-        best_round: the round with the best metric; None without an evaluation.
-    """
-
-    output_dir: Path
-    final_dir: Path
-    adapter: Deltas
-    metrics: list[dict[str, Any]]
-    best_round: int | None
-
-    @property
-    def evaluations(self) -> dict[int, dict[str, Any]]:
-        """Round -> global evaluation, round 0 being the base."""
-        return {
-            line["round"]: line["evaluation"] for line in self.metrics if line.get("evaluation")
-        }
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far.
-
-    Args:
-        round: when it was measured; None before there was one.
-        value: of the metric that decides (`metric_for_best_model`).
-        evaluations_since: how many came after it and were no better.
-    """
-
-    round: int | None = None
-    value: float | None = None
-    evaluations_since: int = 0
-
-    def after(self, number: int, value: float, *, greater: bool) -> Best:
-        """The best one, now that round `number` has reached `value`; NaN is never better."""
-        sign = 1.0 if greater else -1.0
-        better = self.value is None or sign * value > sign * self.value
-        if math.isfinite(value) and better:
-            return Best(number, value)
-        return replace(self, evaluations_since=self.evaluations_since + 1)
 
 
 def make_server(session: Session, initial: ServerState, spool: Path) -> Server:
@@ -309,13 +246,13 @@ class Course:
         self.report(ClientEnd(event="client_end", client=client, metrics=metrics, rejected=problem))
 
     def _look_at_model(
-        self, answer: Answer, due: bool, models: Models, personal: dict[int, Scores]
+        self, result: ClientResult, due: bool, models: Models, personal: dict[int, Scores]
     ) -> None:
         """Keep and evaluate the model a client ended with, where that is asked for."""
-        evaluates, update = self.config.eval_personal and due, answer.update
+        evaluates, update = self.config.eval_personal and due, result.update
         if not (evaluates or self.config.save_client_models):
             return
-        model = answer.model()
+        model = result.model()
         if self.config.save_client_models:
             models[update.client] = model, update.dense
         if evaluates and (
@@ -377,53 +314,32 @@ class Course:
     # --- the end ---
 
     def _end(self) -> Result:
-        state = self.server.state
-        number, delta, dense = self._final_model()
-        self._log(End(event="end", round=state.round, final=number, best=self.best.round))
+        state, best, base = self.server.state, self.best.round, self.session.base
+        final = self._final_model()
+        self._log(End(event="end", round=state.round, final=final.round, best=best))
 
-        def fill(partial: Path) -> None:
+        def fill(target: Path) -> None:
             if self.personal:
-                self._write_own_models(partial, dense)
+                states, num_clients = (
+                    self.engine.state().clients,
+                    len(self.session.federation.ranks),
+                )
+                write_personal_models(target, base, state, states, num_clients, final.dense)
             else:
-                write_adapter(partial, delta, self.session.base.targets, dense)
-                last = self.directory.path / f"round-{state.round}"
-                for kept in sorted(last.glob("client-*")):
-                    shutil.copytree(kept, partial / kept.name)
-            self.session.base.tokenizer.save_pretrained(partial)
+                last_round = self.directory.path / f"round-{state.round}"
+                write_global_model(target, base, final, last_round)
 
-        final = self.directory.save_final(fill)
-        return Result(self.directory.path, final, delta, list(self.log), self.best.round)
+        final_dir = self.directory.save_final(fill)
+        return Result(self.directory.path, final_dir, final.delta, list(self.log), best)
 
-    def _final_model(self) -> tuple[int, Deltas, Mapping[str, Tensor]]:
-        """The round whose model the run ends with, that model, and what it trained whole."""
+    def _final_model(self) -> FinalModel:
+        """The last round's model, or the best round's where the configuration asks for it."""
         state, best = self.server.state, self.best.round
-        if not self.config.load_best_model_at_end or best in (None, state.round):
-            return state.round, global_delta(state), state.dense
-        assert best is not None
+        if not self.config.load_best_model_at_end or best is None or best == state.round:
+            return model_of_state(state)
         if best == 0:
-            return 0, global_delta(self.initial), self.initial.dense
-        saved = self._saved_adapter(best)
-        return best, saved.deltas, saved.dense
-
-    def _write_own_models(self, partial: Path, dense: Mapping[str, Tensor]) -> None:
-        """Write `client-K/` for every client of a rule that has no global model."""
-        state, kept = self.server.state, self.engine.state().clients
-        for client in range(len(self.session.federation.ranks)):
-            own = own_adapter(state, kept.get(client, ClientState()))
-            model = add_all([state.base_delta, own])
-            write_adapter(partial / f"client-{client}", model, self.session.base.targets, dense)
-
-    def _saved_adapter(self, number: int) -> SavedAdapter:
-        path = self.directory.path / f"round-{number}"
-        try:
-            verify(path)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; it is the best round, which load_best_model_at_end needs. Remove all "
-                f"round-* directories to train it again, then: fedlora run --resume "
-                f"{self.directory.path}"
-            ) from None
-        return load_adapter(path)
+            return model_of_state(self.initial)
+        return model_of_round(self.directory.path, best)
 
     # --- telling ---
 

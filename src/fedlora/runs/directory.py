@@ -233,10 +233,10 @@ def check_free(path: str | Path) -> None:
         raise InputError(f"output_dir: {path} is a file")
     if (path / CONFIG).exists():
         done = (path / FINAL).is_dir()
-        how = "" if done else f", or go on with it: fedlora run --resume {path}"
+        advice = "" if done else f", or go on with it: fedlora run --resume {path}"
         raise InputError(
             f"output_dir: {path} holds {'a complete' if done else 'another'} run; choose another "
-            f"--output_dir{how}"
+            f"--output_dir{advice}"
         )
     if any(p.name not in (LOCK, PARTIAL_CONFIG) for p in path.iterdir()):
         raise InputError(f"output_dir: {path} is not empty; choose another --output_dir")

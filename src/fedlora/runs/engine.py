@@ -3,7 +3,7 @@
 The course of a run (`fedlora.runs.course`) does not know which engine it has: one that trains all
 clients in this process, one that hands them to worker processes, or one that speaks to other
 machines. To write one, implement `Engine` and give it to a `Course`; `fedlora.engines.local` is the
-shortest example, and `tests/test_course.py` has a smaller one.
+shortest example, and `tests/runs/test_course.py` has a smaller one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fedlora.runs.events import Evaluations
 
 
 @dataclass(frozen=True)
-class Answer:
+class ClientResult:
     """A client has trained and sent its update.
 
     Args:
         update: what it sent.
         model: makes the model it ended the round with, all that is added to the base. It is called
-            only where such models are kept or evaluated, and before the next answer is asked for.
+            only where such models are kept or evaluated, and before the next result is asked for.
     """
 
     update: ClientUpdate
@@ -41,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client did not train, or its answer did not come; the round goes on without it.
+    """A client did not train, or its update did not come; the round goes on without it.
 
     Args:
         client: its number.
@@ -73,8 +73,8 @@ class Engine(Protocol):
     itself, where it hears of them; all other events are the course's.
 
     What a client makes of a broadcast depends on the broadcast, its own data and its own state
-    alone, and the server folds in client order. Therefore the order of answers changes no bit of a
-    run, and an engine may repeat a client that it has no answer from.
+    alone, and the server folds in client order. Therefore the order of results changes no bit of a
+    run, and an engine may repeat a client that it has no result from.
     """
 
     @property
@@ -91,13 +91,13 @@ class Engine(Protocol):
 
     def exchange(
         self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[Answer | Failure]:
+    ) -> Iterator[ClientResult | Failure]:
         """Carry a round's broadcasts to their clients, and bring what comes back.
 
-        A client that fails is a value and not an exception: exactly one `Answer` or `Failure` comes
-        for each client, in any order, as soon as it is known. A client of which nothing came when
-        the iterator ends counts as failed. An exception ends the run: it says that the engine as a
-        whole cannot go on.
+        A client that fails is a value and not an exception: exactly one `ClientResult` or `Failure`
+        comes for each client, in any order, as soon as it is known. A client of which nothing came
+        when the iterator ends counts as failed. An exception ends the run: it says that the engine
+        as a whole cannot go on.
 
         Args:
             broadcasts: one for each client of the round, ascending by client.

@@ -10,7 +10,8 @@ from pathlib import Path
 from fedlora.config.config import Config
 from fedlora.runs.events import Event, Report, ignore
 from fedlora.runs.progress import Progress
-from fedlora.runs.trackers import Trackers, check_trackers
+from fedlora.runs.tracker_checks import check_trackers
+from fedlora.runs.trackers import Trackers
 from fedlora.text import finite, first_line
 
 

@@ -48,10 +48,10 @@ _Point = list[float]  # position in rounds, loss
 def read_progress(run: str | Path) -> dict[str, Any] | None:
     """The snapshot in a run's directory; None where there is none, or none that can be read."""
     try:
-        found = json.loads((Path(run) / PROGRESS).read_text(encoding="utf-8"))
+        snapshot = json.loads((Path(run) / PROGRESS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return snapshot if isinstance(snapshot, dict) else None
 
 
 @dataclass

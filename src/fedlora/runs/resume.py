@@ -55,12 +55,12 @@ def _differs(path: Path, different: Sequence[str], saved: Config, more: int) -> 
         saved: the configuration it began with.
         more: how many more rounds are asked for.
     """
-    how = f"\nWhen it has ended: {further(path, saved, more)}" if more > 0 else ""
+    advice = f"\nWhen it has ended: {further(path, saved, more)}" if more > 0 else ""
     return (
         f"--resume {path}: the configuration differs from the one the run began with:\n"
         + "\n".join(different)
         + "\nLeave these keys as they were, or start a new run in another --output_dir"
-        + how
+        + advice
     )
 
 
@@ -76,12 +76,12 @@ def refuse_complete(path: Path, config: Config | None) -> None:
     """
     if not (path / CONFIG).is_file() or not (path / FINAL).is_dir():
         return
-    how = ""
+    advice = ""
     with contextlib.suppress(InputError):  # a damaged configuration is no way to go on
         saved = _saved(path)
         more = config.num_rounds - saved.num_rounds if config else 0
-        how = f".\n{further(path, saved, more if more > 0 else saved.num_rounds)}"
-    raise InputError(f"--resume {path}: nothing to resume; the run is complete{how}")
+        advice = f".\n{further(path, saved, more if more > 0 else saved.num_rounds)}"
+    raise InputError(f"--resume {path}: nothing to resume; the run is complete{advice}")
 
 
 def further(path: Path, saved: Config, rounds: int) -> str:

@@ -128,9 +128,9 @@ def write_errors_are_explained(directory: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and str(directory) not in str(error.filename):
             raise
-        what = "no space left on the device" if full else "cannot be written to"
+        problem = "no space left on the device" if full else "cannot be written to"
         remedy = "Free some space" if full else "Mend that"
         raise FedloraError(
-            f"{directory}: {what} ({error.strerror}); every round-N directory there is whole. "
+            f"{directory}: {problem} ({error.strerror}); every round-N directory there is whole. "
             f"{remedy}, then: fedlora run --resume {directory}"
         ) from None

@@ -24,7 +24,7 @@ from fedlora.runs.session import (
 )
 from fedlora.runs.site_report import SiteReport, in_client_order
 from fedlora.runs.starting import init_notes
-from fedlora.runs.trackers import check_trackers
+from fedlora.runs.tracker_checks import check_trackers
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ from fedlora.runs.checks import (
     data_warnings,
 )
 from fedlora.runs.starting import from_adapter, init_notes
-from fedlora.runs.trackers import check_trackers
+from fedlora.runs.tracker_checks import check_trackers
 
 SETTLED = keys_marked(Config, Mark.AUTOMATIC, Mark.REWRITTEN)
 """Keys that a resolved configuration may hold otherwise than the user wrote them."""
@@ -144,7 +144,9 @@ def classifies(config: Config, source: Source) -> bool:
     """Whether a classifier is trained: the data, the settings or the checkpoint say so."""
     if config.lora_task_type != "auto":
         return config.lora_task_type == "SEQ_CLS"
-    return is_classification(config) or (source.classifier and config.template == "auto")
+    return is_classification(config.lora_task_type, config.label_column_name, config.template) or (
+        source.classifier and config.template == "auto"
+    )
 
 
 def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, FederatedData]:
@@ -166,7 +168,7 @@ def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, 
     )
     label_names: tuple[str, ...] = ()
     if classify:
-        labels = find_labels(config, raw, template_of(config, raw, True))
+        labels = find_labels(raw, template_of(config, raw, True), config.label_names)
         label_names = tuple(labels) if config.label_names else label_order(source, labels)
     data = load_data(config, tokenizer, raw, classify=classify, label_names=label_names)
     return source, tokenizer, data
@@ -261,7 +263,12 @@ def load_base(
 ) -> tuple[BaseModel, list[str]]:
     """The base with adapter layers and faster kernels, and what the user should know of it."""
     base, notes = load_model(source, tokenizer, config, label_names, weights=weights)
-    accelerate(base.model, config)
+    accelerate(
+        base.model,
+        gradient_checkpointing=config.gradient_checkpointing,
+        torch_compile=config.torch_compile,
+        use_liger_kernel=config.use_liger_kernel,
+    )
     return base, notes
 
 
@@ -298,14 +305,14 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         raise InputError(f"client {client} has no rows to train on by itself")
     rank, overrides = spec.ranks[client], session.config.client_overrides
     assert not isinstance(overrides, str)
-    own = (overrides or {}).get(client)
+    settings = (overrides or {}).get(client)
     config = session.config.model_copy(
         update={
             "method": "fedit",  # with one client: go on training the same adapter
             "method_options": {},
             "num_clients": 1,
             "client_ranks": [rank],
-            "client_overrides": {0: own} if own else None,
+            "client_overrides": {0: settings} if settings else None,
             "output_dir": str(output_dir),
             "save_total_limit": 2,
         }
@@ -354,12 +361,12 @@ def starting_state(session: Ingredients) -> ServerState:
     Raises:
         InputError: `init_adapter` cannot be read, or changes what is no target module.
     """
-    given: Mapping[str, LowRank] = {}
+    adapter: Mapping[str, LowRank] = {}
     dense, source = session.base.read_full_params(), session.config.init_adapter
     if source:
         shapes, names = session.federation.shapes, session.label_names
-        given, dense = from_adapter(source, session.base.model, shapes, dense, names)
-    return initial_state(session.federation, given, dense)
+        adapter, dense = from_adapter(source, session.base.model, shapes, dense, names)
+    return initial_state(session.federation, adapter, dense)
 
 
 def resolve_paths(config: Config) -> Config:

@@ -99,17 +99,17 @@ def assemble_site(config: Config, client: int) -> SiteSession:
             "eval_exact_match": exact_match,
         }
     )
-    own = data.clients[client]
+    client_data = data.clients[client]
     dropped = [dropped_line(rows, why) for why, rows in data.dropped.items()]
     return SiteSession(
         resolved,
         base,
-        own,
+        client_data,
         make_agreement(config, base),
         SiteReport(
             client=client,
             name=raw.names[client],
-            num_examples=len(own.train),
+            num_examples=len(client_data.train),
             rank=ranks[client],
             label_names=data.label_names,
             base=base.fingerprint,

@@ -45,8 +45,8 @@ def from_adapter(
     except InputError as error:
         raise InputError(f"init_adapter: {error}") from None
     rename = renamer(model, [*shapes, *dense])
-    given = {rename(name): x for name, x in saved.deltas.items()}
-    for name, x in given.items():
+    deltas = {rename(name): x for name, x in saved.deltas.items()}
+    for name, x in deltas.items():
         if shapes.get(name) != x.shape:
             raise InputError(
                 f"init_adapter: {source} changes {name} {x.shape}, which is not among the target "
@@ -61,13 +61,13 @@ def from_adapter(
     out = dict(dense)
     for name, value in ((rename(name), value) for name, value in saved.dense.items()):
         if name not in out or out[name].shape != value.shape:
-            there = tuple(out[name].shape) if name in out else "absent"
+            shape = tuple(out[name].shape) if name in out else "absent"
             raise InputError(
                 f"init_adapter: {source} holds {name} {tuple(value.shape)}, which is not among "
-                f"what is trained whole ({there}); see lora_modules_to_save"
+                f"what is trained whole ({shape}); see lora_modules_to_save"
             )
         out[name] = value.to(out[name].dtype)
-    return given, out
+    return deltas, out
 
 
 def _same_weights(saved: SavedAdapter, rename: Callable[[str], str], model: nn.Module) -> None:
@@ -76,13 +76,13 @@ def _same_weights(saved: SavedAdapter, rename: Callable[[str], str], model: nn.M
     Raises:
         InputError: which.
     """
-    own = {
+    parameters = {
         name.replace(".base.", "."): p for name, p in model.named_parameters(remove_duplicate=False)
     }
     for name, value in saved.base.items():
-        there = own.get(rename(name))
-        if there is None or not same_weights(there.detach().cpu(), value):
-            shape = "absent" if there is None else tuple(there.shape)
+        parameter = parameters.get(rename(name))
+        if parameter is None or not same_weights(parameter.detach().cpu(), value):
+            shape = "absent" if parameter is None else tuple(parameter.shape)
             raise InputError(
                 f"init_adapter: {saved.source} brings the base's weight {name} "
                 f"{tuple(value.shape)}, which is another one here ({shape}); where a vocabulary "
@@ -97,7 +97,7 @@ def init_notes(config: Config) -> list[str]:
     try:
         theirs = base_name(read_adapter_config(Path(config.init_adapter)))
     except InputError:
-        return []  # said where it is read
+        return []  # `from_adapter` reports it
     embedded = config.model_name_or_path == EMBEDDED
     own = str(BASE_DIR) if embedded else config.model_name_or_path
     ours = base_name({"base_model_name_or_path": own})

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fedlora
 from fedlora.client.evaluate import scores
-from fedlora.client.trainer import Budget
+from fedlora.client.local_training import LocalTraining
 from fedlora.lowrank import unfold
 from fedlora.methods import METHODS
 from fedlora.model.base import BaseModel
@@ -106,7 +106,7 @@ def heads_of(model: Any) -> dict[str, Tensor]:
     }
 
 
-CLIPPED = Budget(
+CLIPPED = LocalTraining(
     client=2,
     round=3,
     per_device_train_batch_size=4,
@@ -119,9 +119,9 @@ CLIPPED = Budget(
 )
 
 
-BUDGETS = {
+TRAININGS = {
     "clipping, warm-up, decay, a partial batch": CLIPPED,
-    "no clipping, other moments": Budget(
+    "no clipping, other moments": LocalTraining(
         per_device_train_batch_size=5,
         learning_rate=1e-2,
         lr_scheduler_type="cosine",
@@ -133,15 +133,15 @@ BUDGETS = {
 }
 
 
-def compare(path: Path, session: Session, budget: Budget, where: Path) -> list[float]:
+def compare(path: Path, session: Session, training: LocalTraining, where: Path) -> list[float]:
     """Train both ways; losses, adapters and heads are the same."""
     base, data = session.base, session.data.clients[0].train
     assert len({len(row["input_ids"]) for row in data}) > 2  # there is padding
     model, start = peft_classifier(path, session), base.read_full_params()
     assert heads_of(model).keys() == start.keys()
-    losses, _ = by_trainer(model, data, budget, where)
-    ours = losses_of(base, data, budget)
-    assert len(ours) == len(losses) == budget.steps(len(data)) > 3
+    losses, _ = by_trainer(model, data, training, where)
+    ours = losses_of(base, data, training)
+    assert len(ours) == len(losses) == training.steps(len(data)) > 3
     assert max(losses) - min(losses) > 0.05
     assert ours == pytest.approx(losses, rel=3e-5)
     same(base.read_adapter(), adapter_of(model, base), 5e-3)
@@ -153,11 +153,11 @@ def compare(path: Path, session: Session, budget: Budget, where: Path) -> list[f
     return ours
 
 
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS.keys())
 def test_training_a_classifier_is_that_of_transformers(
-    bert: Path, data: Path, budget: Budget, tmp_path: Path
+    bert: Path, data: Path, training: LocalTraining, tmp_path: Path
 ) -> None:
-    compare(bert, session_of(bert, data, tmp_path), budget, tmp_path)
+    compare(bert, session_of(bert, data, tmp_path), training, tmp_path)
 
 
 def test_training_a_causal_classifier_is_that_of_transformers(
@@ -183,7 +183,7 @@ def test_an_accumulated_step_is_that_of_the_whole_batch(
 
 def gradients(base: BaseModel, data: Any) -> tuple[float, float]:
     """The norms of the adapter's and of the head's gradient in the first step of `CLIPPED`."""
-    from fedlora.client.trainer import batches
+    from fedlora.client.local_training import batches
     from fedlora.model.batches import collate
     from fedlora.model.loss import summed_loss
 
@@ -212,7 +212,7 @@ def test_gradients_are_clipped_over_adapter_and_head_together(
     assert max(adapter, head) < limit < 0.999 * together
     # With a huge epsilon and no moments AdamW's step is `-lr / eps * gradient`.
     eps = 1e4
-    budget = replace(
+    training = replace(
         CLIPPED,
         adam_beta1=0.0,
         adam_beta2=0.0,
@@ -227,7 +227,7 @@ def test_gradients_are_clipped_over_adapter_and_head_together(
 
     def moved(max_grad_norm: float) -> dict[str, Tensor]:
         base.load([], None, full_params=start)
-        losses_of(base, part, replace(budget, max_grad_norm=max_grad_norm))
+        losses_of(base, part, replace(training, max_grad_norm=max_grad_norm))
         return {name: x - start[name] for name, x in base.read_full_params().items()}
 
     free, clipped = moved(0.0), moved(limit)

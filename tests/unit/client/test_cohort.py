@@ -33,11 +33,11 @@ from support.cohort import (
     Ends,
     adapter_of,
     base_of,
-    budgets_of,
     client_adapters_of,
     close,
     rows_of,
     trained,
+    trainings_of,
 )
 
 
@@ -54,15 +54,15 @@ def distance(one: Ends, client_adapters: Sequence[ClientAdapter]) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_fifty_steps_together_are_fifty_steps_alone(name: str) -> None:
     base = base_of(name)
-    client_adapters, budgets = (
+    client_adapters, trainings = (
         client_adapters_of(base),
-        budgets_of(max_steps=50, learning_rate=5e-4),
+        trainings_of(max_steps=50, learning_rate=5e-4),
     )
     data = [rows_of(name, 14, k) for k in range(len(RANKS))]
     assert runner_of(base.model).joint
-    alone = trained(base, client_adapters, data, budgets, ALONE)
-    close(trained(base, client_adapters, data, budgets, TOGETHER), alone, 1e-5)
-    close(trained(base, client_adapters, data, budgets, [[2, 0], [3, 1]]), alone, 1e-5)
+    alone = trained(base, client_adapters, data, trainings, ALONE)
+    close(trained(base, client_adapters, data, trainings, TOGETHER), alone, 1e-5)
+    close(trained(base, client_adapters, data, trainings, [[2, 0], [3, 1]]), alone, 1e-5)
     assert distance(alone, client_adapters) > 1e-3
 
 
@@ -82,14 +82,14 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_each_client_has_its_own(name: str, case: dict[str, Any]) -> None:
     base = base_of(name)
-    client_adapters, budgets = client_adapters_of(base), budgets_of(**case)
+    client_adapters, trainings = client_adapters_of(base), trainings_of(**case)
     data = [rows_of(name, 11 + k, k) for k in range(len(RANKS))]
-    alone = trained(base, client_adapters, data, budgets, ALONE)
-    close(trained(base, client_adapters, data, budgets, TOGETHER), alone, 1e-5)
+    alone = trained(base, client_adapters, data, trainings, ALONE)
+    close(trained(base, client_adapters, data, trainings, TOGETHER), alone, 1e-5)
     if case.get("max_steps") != -1:
         assert [m["steps"] for _, _, m in alone] == [6, 9, 4, 9]
     if "num_train_epochs" not in case and case.get("max_grad_norm") != 0:
-        plain = trained(base, client_adapters, data, budgets_of(), ALONE)
+        plain = trained(base, client_adapters, data, trainings_of(), ALONE)
         moved = [
             float((x[n].A - y[n].A).norm())
             for (x, _, _), (y, _, _) in zip(alone, plain, strict=True)
@@ -105,11 +105,11 @@ def test_dropout_is_drawn_from_each_clients_own_stream(name: str, where: str) ->
     assert runner_of(base.model).joint
     client_adapters = client_adapters_of(base, dropout=0.0 if where == "in the base" else 0.3)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-    budgets = budgets_of()
-    alone = trained(base, client_adapters, data, budgets, ALONE)
-    close(trained(base, client_adapters, data, budgets, TOGETHER), alone, 1e-5)
-    close(trained(base, client_adapters, data, budgets, [[3, 1], [0, 2]]), alone, 1e-5)
-    other = trained(base, client_adapters, data, [replace(b, seed=4) for b in budgets], ALONE)
+    trainings = trainings_of()
+    alone = trained(base, client_adapters, data, trainings, ALONE)
+    close(trained(base, client_adapters, data, trainings, TOGETHER), alone, 1e-5)
+    close(trained(base, client_adapters, data, trainings, [[3, 1], [0, 2]]), alone, 1e-5)
+    other = trained(base, client_adapters, data, [replace(b, seed=4) for b in trainings], ALONE)
     name_of = next(iter(alone[0][0]))
     assert not torch.equal(other[0][0][name_of].B, alone[0][0][name_of].B)
 
@@ -120,8 +120,8 @@ def test_a_frozen_factor_stays_to_the_bit(name: str, trains: str) -> None:
     base = base_of(name)
     client_adapters = client_adapters_of(base, trains=trains)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-    alone = trained(base, client_adapters, data, budgets_of(), ALONE)
-    together = trained(base, client_adapters, data, budgets_of(), TOGETHER)
+    alone = trained(base, client_adapters, data, trainings_of(), ALONE)
+    together = trained(base, client_adapters, data, trainings_of(), TOGETHER)
     close(together, alone, 1e-5)
     for (x, _, _), client_adapter in zip(together, client_adapters, strict=True):
         for n, began in client_adapter.adapter.items():
@@ -135,8 +135,8 @@ def test_a_client_may_leave_modules_out() -> None:
     some = {n: x for n, x in client_adapters[1].adapter.items() if n.endswith("q_proj")}
     client_adapters[1] = replace(client_adapters[1], adapter=some)
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    alone = trained(base, client_adapters, data, budgets_of(), ALONE)
-    together = trained(base, client_adapters, data, budgets_of(), TOGETHER)
+    alone = trained(base, client_adapters, data, trainings_of(), ALONE)
+    together = trained(base, client_adapters, data, trainings_of(), TOGETHER)
     assert together[1][0].keys() == some.keys()
     close(together, alone, 1e-5)
 
@@ -159,17 +159,17 @@ def test_a_common_update_less_each_start_is_each_clients_rest(
         {n: prefix(adapter_of(base, 6, 99)[n], rank) for n in whole} for rank in RANKS
     ]
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-    budgets = budgets_of()
+    trainings = trainings_of()
     common = [
         ClientAdapter(start, {n: scale(x, -1.0) for n, x in start.items()}, 2.0, dropout)
         for start in starts
     ]
-    together = trained(base, common, data, budgets, TOGETHER, [{}, whole])
+    together = trained(base, common, data, trainings, TOGETHER, [{}, whole])
     for k, start in enumerate(starts):
         rest = {n: add([whole[n], scale(x, -1.0)]) for n, x in start.items()}
         one = [ClientAdapter(start, {}, 2.0, dropout)]
         base.load_clients([rest], one)
-        metrics = train_cohort(base, [data[k]], [budgets[k]])[0]
+        metrics = train_cohort(base, [data[k]], [trainings[k]])[0]
         close([(base.read_adapter(), {}, metrics)], [together[k]], 1e-5)
 
 
@@ -188,13 +188,13 @@ def test_in_bfloat16_a_shared_branch_gives_what_merging_gives_in_float32() -> No
         base.load_clients([whole], [])
         layer = next(iter(base.layers.values()))
         assert (layer.branch is not None) == (base is narrow)
-        budgets = budgets_of(learning_rate=1e-4)
-        ends.append(trained(base, client_adapters_of(base), data, budgets, TOGETHER, [whole]))
+        trainings = trainings_of(learning_rate=1e-4)
+        ends.append(trained(base, client_adapters_of(base), data, trainings, TOGETHER, [whole]))
     for (_, _, m), (_, _, n) in zip(*ends, strict=True):
         assert m["loss"] == pytest.approx(n["loss"], rel=2e-2)
     # And without S the loss is another, by more than that.
     without = trained(
-        narrow, client_adapters_of(narrow), data, budgets_of(learning_rate=1e-4), TOGETHER
+        narrow, client_adapters_of(narrow), data, trainings_of(learning_rate=1e-4), TOGETHER
     )
     assert abs(without[0][2]["loss"] - ends[0][0][2]["loss"]) > 1e-3
 
@@ -232,8 +232,8 @@ def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
     base.load_clients([], client_adapters_of(base))
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
     with pytest.raises(MixedRowsError, match="one client at a time"):
-        train_cohort(base, data, budgets_of())
-    ends = trained(base, client_adapters_of(base), data, budgets_of(), ALONE)
+        train_cohort(base, data, trainings_of())
+    ends = trained(base, client_adapters_of(base), data, trainings_of(), ALONE)
     assert all(m["padding"] > 0 for _, _, m in ends)
 
 
@@ -278,7 +278,7 @@ def test_the_measured_need_is_what_a_pass_keeps(monkeypatch: pytest.MonkeyPatch)
     assert two.activations == pytest.approx(2 * one.activations, rel=0.2)
 
 
-def test_the_size_follows_the_budget() -> None:
+def test_the_size_follows_the_memory() -> None:
     device = torch.device("cpu")
     base = base_of("llama")
     need = largest_need(base, [(rows_of("llama", 4, 1), 4, 4)])
@@ -319,10 +319,10 @@ def test_a_pass_without_padding_scores_as_the_model_does(name: str) -> None:
 def test_the_head_in_chunks_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("llama")
     data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    whole = trained(base, client_adapters_of(base), data, budgets_of(), TOGETHER)
+    whole = trained(base, client_adapters_of(base), data, trainings_of(), TOGETHER)
     monkeypatch.setattr("fedlora.model.head.CHUNK_NUMBERS", 64 * 100)
     assert max(count_labelled(rows) for rows in data) > 64
-    close(trained(base, client_adapters_of(base), data, budgets_of(), TOGETHER), whole, 1e-5)
+    close(trained(base, client_adapters_of(base), data, trainings_of(), TOGETHER), whole, 1e-5)
 
 
 @pytest.mark.parametrize("longest", [0, 512])
@@ -377,12 +377,12 @@ def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_public_trainer_is_a_cohort_of_one() -> None:
     base = base_of("llama")
-    data, budget = rows_of("llama", 9, 0), budgets_of()[0]
+    data, training = rows_of("llama", 9, 0), trainings_of()[0]
     base.load([], adapter_of(base, 6, 0), 2.0)
-    train(base.model, data, budget)
+    train(base.model, data, training)
     one = base.read_adapter()
     client_adapters = client_adapters_of(base)
-    (other, _, _), *_ = trained(base, client_adapters[:1], [data], [budget], [[0]])
+    (other, _, _), *_ = trained(base, client_adapters[:1], [data], [training], [[0]])
     assert all(torch.equal(one[n].A, other[n].A) for n in one)
     assert all(torch.equal(one[n].B, other[n].B) for n in one)
 
@@ -391,7 +391,7 @@ def test_the_public_trainer_is_a_cohort_of_one() -> None:
 def test_padding_is_reported(name: str) -> None:
     base = base_of(name)
     data = [rows_of(name, 9, k) for k in range(len(RANKS))]
-    ends = trained(base, client_adapters_of(base), data, budgets_of(), TOGETHER)
+    ends = trained(base, client_adapters_of(base), data, trainings_of(), TOGETHER)
     assert [m["padding"] for _, _, m in ends] == [0.0] * len(RANKS)
 
 

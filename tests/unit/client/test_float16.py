@@ -8,7 +8,7 @@ import transformers as hf
 from torch import Tensor
 
 from fedlora.client.cohort import train_cohort
-from fedlora.client.trainer import Budget
+from fedlora.client.local_training import LocalTraining
 from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
@@ -51,7 +51,7 @@ def change_of(
     for _ in range(clients):
         drawn = [torch.randint(3, 3000, (30,), generator=source).tolist() for _ in range(6)]
         rows.append([{"input_ids": ids, "labels": ids} for ids in drawn])
-    monkeypatch.setattr("fedlora.client.trainer.count_labelled", lambda rows: tokens)
+    monkeypatch.setattr("fedlora.client.local_run.count_labelled", lambda rows: tokens)
     adapter = {
         name: LowRank(
             torch.randn(4, n, generator=source) / n**0.5, 0.1 * torch.randn(m, 4, generator=source)
@@ -59,7 +59,7 @@ def change_of(
         for name, (m, n) in base.targets.shapes.items()
     }
     client_adapter = ClientAdapter(adapter, scale=2.0, full_params=base.read_full_params())
-    budget = Budget(
+    training = LocalTraining(
         max_steps=1,
         learning_rate=RATE,
         adam_epsilon=1.0,
@@ -67,7 +67,7 @@ def change_of(
         per_device_train_batch_size=6,
     )
     base.load_clients([], [client_adapter] * clients)
-    train_cohort(base, rows, [budget] * clients)
+    train_cohort(base, rows, [training] * clients)
     out = []
     for k in range(clients):
         ended, dense = base.read_adapter(k), base.read_full_params(k)
@@ -91,5 +91,5 @@ def test_what_overflows_is_computed_again_with_less(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("fedlora.client.trainer.FLOAT16_SCALE", 2.0**18)
     again = change_of(base_of(torch.float16), 2**14, 2, monkeypatch)
     assert float((again - plain).norm()) <= 1e-2 * float(plain.norm())
-    monkeypatch.setattr("fedlora.client.trainer.FLOAT16_LEAST", 2.0**18 + 1)  # it did overflow
+    monkeypatch.setattr("fedlora.client.local_run.FLOAT16_LEAST", 2.0**18 + 1)  # it did overflow
     assert not change_of(base_of(torch.float16), 2**14, 2, monkeypatch).isfinite().all()

@@ -11,7 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from fedlora.client.trainer import Budget, batches, schedule, train
+from fedlora.client.local_training import LocalTraining, batches, schedule
+from fedlora.client.trainer import train
 from fedlora.data.templates import TEMPLATES
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
 from fedlora.lowrank import LowRank, unfold
@@ -74,9 +75,9 @@ def peft_model(base_path: Path, base: BaseModel) -> Any:
     return model
 
 
-BUDGETS = {
+TRAININGS = {
     # 22 rows in batches of 4: five whole, one of two; three micro-batches to a step: two steps.
-    "accumulation, clipping, warm-up, decay, partial batches": Budget(
+    "accumulation, clipping, warm-up, decay, partial batches": LocalTraining(
         client=2,
         round=3,
         per_device_train_batch_size=4,
@@ -89,7 +90,7 @@ BUDGETS = {
         max_grad_norm=0.25,
         num_train_epochs=3,
     ),
-    "a share of warm-up, a last step of one micro-batch, half an epoch": Budget(
+    "a share of warm-up, a last step of one micro-batch, half an epoch": LocalTraining(
         per_device_train_batch_size=3,
         gradient_accumulation_steps=7,  # eight micro-batches: steps of seven and of one
         learning_rate=1e-2,
@@ -97,7 +98,7 @@ BUDGETS = {
         warmup_steps=0.3,
         num_train_epochs=2.5,
     ),
-    "steps beyond an epoch, other moments, no clipping": Budget(
+    "steps beyond an epoch, other moments, no clipping": LocalTraining(
         client=1,
         per_device_train_batch_size=8,
         learning_rate=1e-2,
@@ -110,7 +111,7 @@ BUDGETS = {
         num_train_epochs=1,
         max_steps=8,
     ),
-    "a constant rate, fewer steps than an epoch": Budget(
+    "a constant rate, fewer steps than an epoch": LocalTraining(
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
@@ -120,17 +121,17 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS.keys())
 def test_training_is_that_of_transformers(
-    base_path: Path, budget: Budget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_path: Path, training: LocalTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = load_base(str(base_path), target_modules="all-linear")
     data = dataset_of(base, 22)
     model = peft_model(base_path, base)
-    losses, rates = by_trainer(model, data, budget, tmp_path)
+    losses, rates = by_trainer(model, data, training, tmp_path)
     our_rates = record_rates(monkeypatch)
-    ours = losses_of(base, data, budget)
-    assert len(ours) == len(losses) == budget.steps(len(data)) > 3
+    ours = losses_of(base, data, training)
+    assert len(ours) == len(losses) == training.steps(len(data)) > 3
     assert max(losses) - min(losses) > 0.05  # it does move
     assert ours == pytest.approx(losses, rel=2e-5)
     assert our_rates == pytest.approx(rates, rel=1e-6, abs=1e-12)
@@ -143,17 +144,19 @@ def test_loss_on_whole_texts_is_that_of_transformers(tiny_llama: Path, tmp_path:
     base = load_base(str(tiny_llama), target_modules="all-linear")
     data = dataset_of(base, 10, completion_only=False)
     assert data[0]["labels"][0] != IGNORE
-    budget = Budget(per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=4)
-    losses, _ = by_trainer(peft_model(tiny_llama, base), data, budget, tmp_path)
-    assert losses_of(base, data, budget) == pytest.approx(losses, rel=2e-5)
+    training = LocalTraining(
+        per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=4
+    )
+    losses, _ = by_trainer(peft_model(tiny_llama, base), data, training, tmp_path)
+    assert losses_of(base, data, training) == pytest.approx(losses, rel=2e-5)
 
 
 def test_clipping_is_active_in_the_comparison(llama: BaseModel) -> None:
     """The test above would not see clipping if gradients were below the limit anyway."""
     data = dataset_of(llama, 22)
-    budget = BUDGETS["accumulation, clipping, warm-up, decay, partial batches"]
-    clipped = losses_of(llama, data, budget)
-    assert losses_of(llama, data, replace(budget, max_grad_norm=0.0)) != pytest.approx(
+    training = TRAININGS["accumulation, clipping, warm-up, decay, partial batches"]
+    clipped = losses_of(llama, data, training)
+    assert losses_of(llama, data, replace(training, max_grad_norm=0.0)) != pytest.approx(
         clipped, rel=1e-4
     )
 
@@ -161,7 +164,7 @@ def test_clipping_is_active_in_the_comparison(llama: BaseModel) -> None:
 def test_fedprox_is_a_term_of_the_loss(llama: BaseModel, tiny_llama: Path) -> None:
     """`mu/2 ||theta - theta_0||^2` in the graph, all parameters flattened, AdamW by its formula."""
     data = dataset_of(llama, 12)
-    budget = Budget(
+    training = LocalTraining(
         client=3,
         round=2,
         per_device_train_batch_size=4,
@@ -179,28 +182,28 @@ def test_fedprox_is_a_term_of_the_loss(llama: BaseModel, tiny_llama: Path) -> No
     first = [torch.zeros_like(p) for p in parameters]
     second = [torch.zeros_like(p) for p in parameters]
     expected = []
-    for step, micro in enumerate(batches(data, budget, 8), 1):
+    for step, micro in enumerate(batches(data, training, 8), 1):
         together = collate([row for part in micro for row in part])
         loss = model(**together).loss
         expected.append(float(loss.detach()))
         near = sum((p - p_0).square().sum() for p, p_0 in zip(parameters, theta_0, strict=True))
-        grads = torch.autograd.grad(loss + budget.proximal_mu / 2 * near, parameters)
+        grads = torch.autograd.grad(loss + training.proximal_mu / 2 * near, parameters)
         norm = torch.cat([g.flatten() for g in grads]).norm()
-        factor = min(1.0, budget.max_grad_norm / (float(norm) + 1e-6))
+        factor = min(1.0, training.max_grad_norm / (float(norm) + 1e-6))
         with torch.no_grad():
             for p, g, m, v in zip(parameters, grads, first, second, strict=True):
                 m.mul_(0.9).add_(0.1 * factor * g)
                 v.mul_(0.999).add_(0.001 * (factor * g).square())
-                p.mul_(1 - budget.learning_rate * budget.weight_decay)
+                p.mul_(1 - training.learning_rate * training.weight_decay)
                 p.sub_(
-                    budget.learning_rate
+                    training.learning_rate
                     * (m / (1 - 0.9**step))
                     / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
                 )
     # The loss reported is the one on the data, without the term.
-    assert losses_of(llama, data, budget) == pytest.approx(expected, rel=1e-4)
+    assert losses_of(llama, data, training) == pytest.approx(expected, rel=1e-4)
     same(llama.read_adapter(), adapter_of(model, llama), 5e-3)
-    assert losses_of(llama, data, replace(budget, proximal_mu=0.0)) != pytest.approx(
+    assert losses_of(llama, data, replace(training, proximal_mu=0.0)) != pytest.approx(
         expected, rel=1e-3
     )
 
@@ -237,8 +240,8 @@ KINDS = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "
 @pytest.mark.parametrize(("warmup", "in_steps"), [(0, 0), (3, 3), (0.25, 5)])
 def test_schedules_are_those_of_transformers(kind: str, warmup: float, in_steps: int) -> None:
     rate, steps = 2e-4, 20
-    budget = Budget(lr_scheduler_type=kind, warmup_steps=warmup, learning_rate=rate)
-    factor = schedule(budget, steps)
+    training = LocalTraining(lr_scheduler_type=kind, warmup_steps=warmup, learning_rate=rate)
+    factor = schedule(training, steps)
     wanted = rates_of_transformers(kind, in_steps, steps, rate)
     assert [rate * factor(i) for i in range(steps)] == pytest.approx(wanted, rel=1e-9, abs=1e-15)
 
@@ -248,7 +251,7 @@ def test_a_schedule_restarts_each_round_or_spans_the_federation(
     kind: str, llama: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = record_rates(monkeypatch)
-    budget = Budget(
+    training = LocalTraining(
         num_rounds=3,
         per_device_train_batch_size=1,
         learning_rate=1e-3,
@@ -259,7 +262,7 @@ def test_a_schedule_restarts_each_round_or_spans_the_federation(
     data = dataset_of(llama, 2)
     for scope in ("round", "federation"):
         for number in (1, 2, 3):
-            losses_of(llama, data, replace(budget, round=number, lr_scheduler_scope=scope))
+            losses_of(llama, data, replace(training, round=number, lr_scheduler_scope=scope))
     once = rates_of_transformers(kind, 1, 4, 1e-3)
     whole = rates_of_transformers(kind, 3, 12, 1e-3)
     assert rates == pytest.approx([*once * 3, *whole], rel=1e-9, abs=1e-15)
@@ -267,10 +270,10 @@ def test_a_schedule_restarts_each_round_or_spans_the_federation(
 
 def test_batches_are_shuffled_epochs_cut_as_trainer_cuts_them() -> None:
     data: list[Tokens] = [{"input_ids": [i], "labels": [i]} for i in range(11)]
-    budget = Budget(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    training = LocalTraining(per_device_train_batch_size=2, gradient_accumulation_steps=4)
     found = [
         [[row["input_ids"][0] for row in part] for part in micro]
-        for micro in batches(data, budget, 5)
+        for micro in batches(data, training, 5)
     ]
     # Six batches, the last of one row; steps of four and of two of them; then the next epoch.
     assert [[len(part) for part in micro] for micro in found] == [
@@ -284,9 +287,11 @@ def test_batches_are_shuffled_epochs_cut_as_trainer_cuts_them() -> None:
     assert sorted(flat[0] + flat[1]) == sorted(flat[2] + flat[3]) == list(range(11))
     assert flat[0] + flat[1] != flat[2] + flat[3]
     for other in ({"seed": 1}, {"round": 2}, {"client": 1}):
-        assert list(batches(data, replace(budget, **other), 1)) != list(batches(data, budget, 1))
-    assert list(batches(data, replace(budget, learning_rate=1.0), 5)) == list(
-        batches(data, budget, 5)
+        assert list(batches(data, replace(training, **other), 1)) != list(
+            batches(data, training, 1)
+        )
+    assert list(batches(data, replace(training, learning_rate=1.0), 5)) == list(
+        batches(data, training, 5)
     )
 
 
@@ -303,20 +308,20 @@ def test_batches_are_shuffled_epochs_cut_as_trainer_cuts_them() -> None:
     ],
 )
 def test_the_number_of_steps(number: int, values: dict[str, Any], steps: int) -> None:
-    assert Budget(per_device_train_batch_size=8, **values).steps(number) == steps
+    assert LocalTraining(per_device_train_batch_size=8, **values).steps(number) == steps
 
 
 def test_steps_beyond_an_epoch(llama: BaseModel) -> None:
     """Three rows, ten steps of two: every row is seen, epoch after epoch."""
     data = dataset_of(llama, 3)
     told: list[tuple[int, int, int]] = []
-    budget = Budget(
+    training = LocalTraining(
         per_device_train_batch_size=2,
         max_steps=10,
         on_step=lambda step, steps, loss, tokens: told.append((step, steps, tokens)),
     )
     llama.load([], start_of(llama), SCALE)
-    metrics = train(llama.model, data, budget)
+    metrics = train(llama.model, data, training)
     lengths = sum(len(row["input_ids"]) for row in data)
     assert [(step, steps) for step, steps, _ in told] == [(i, 10) for i in range(1, 11)]
     assert [told[i][2] + told[i + 1][2] for i in range(0, 10, 2)] == [lengths] * 5
@@ -345,14 +350,14 @@ def test_metrics(llama: BaseModel, packed: bool, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(runner_of(llama.model), "joint", False)
     data = dataset_of(llama, 8)
     losses: list[float] = []
-    budget = Budget(
+    training = LocalTraining(
         per_device_train_batch_size=8,
         learning_rate=1e-2,
         num_train_epochs=4,
         on_step=lambda step, steps, loss, tokens: losses.append(loss),
     )
     llama.load([], start_of(llama), SCALE)
-    metrics = train(llama.model, data, budget)
+    metrics = train(llama.model, data, training)
     lengths = [len(row["input_ids"]) for row in data]
     assert metrics["steps"] == len(losses) == 4
     assert metrics["loss"] == pytest.approx(sum(losses) / 4)
@@ -366,11 +371,11 @@ def test_metrics(llama: BaseModel, packed: bool, monkeypatch: pytest.MonkeyPatch
 
 def test_dropout_depends_on_seed_round_and_client_alone(llama: BaseModel) -> None:
     data = dataset_of(llama, 1)  # of one row, so that the order of batches plays no part
-    budget = Budget(learning_rate=1e-2, max_steps=2)
+    training = LocalTraining(learning_rate=1e-2, max_steps=2)
 
     def trained(dropout: float = 0.5, **values: Any) -> dict[str, LowRank]:
         llama.load([], start_of(llama), SCALE, dropout)
-        train(llama.model, data, replace(budget, **values))
+        train(llama.model, data, replace(training, **values))
         return llama.read_adapter()
 
     torch.manual_seed(1)
@@ -392,7 +397,7 @@ def test_nothing_to_train_is_an_error(llama: BaseModel) -> None:
     data = dataset_of(llama, 2)
     llama.load([])
     with pytest.raises(ValueError, match="at least one row and one parameter"):
-        train(llama.model, data, Budget())
+        train(llama.model, data, LocalTraining())
     llama.load([], start_of(llama), SCALE)
     with pytest.raises(ValueError, match="at least one row and one parameter"):
-        train(llama.model, [], Budget())
+        train(llama.model, [], LocalTraining())

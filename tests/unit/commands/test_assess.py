@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 
 from fedlora.client.evaluate import evaluate
 from fedlora.commands.cli import main
-from fedlora.commands.eval.asking import Asker, answers, conversation_form, read_prompts
+from fedlora.commands.eval.asking import Asker, answers, prompt_format_of, read_prompts
 from fedlora.commands.eval.general import Losses, forgetting, measured
 from fedlora.commands.eval.models import load_models, tokenizer_of
 from fedlora.commands.eval.options import Given, Loading, first
@@ -220,13 +220,13 @@ def test_conversations_of_several_turns(tiny_llama: Path) -> None:
         {"role": "assistant", "content": "two"},
         {"role": "user", "content": "three"},
     ]
-    form = conversation_form(subject, tokenizer)
+    form = prompt_format_of(subject, tokenizer)
     text = tokenizer.decode(form.tokens(turns))
     assert "Vicuna" in form.name
     assert text.endswith("USER: one ASSISTANT: two</s>USER: three ASSISTANT:")
     config = Config(template="alpaca")
     alpaca = replace(subject, config=config, of_a_run=True)
-    text = tokenizer.decode(conversation_form(alpaca, tokenizer).tokens(turns))
+    text = tokenizer.decode(prompt_format_of(alpaca, tokenizer).tokens(turns))
     rendered = TEMPLATES["alpaca"].render({"instruction": "one", "output": ""})
     assert isinstance(rendered, tuple)
     assert text == f"{rendered[0]}two\n\n### Instruction:\nthree\n\n### Response:\n"

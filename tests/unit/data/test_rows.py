@@ -353,7 +353,7 @@ def test_the_splits_of_a_run(data_set: Path) -> None:
     assert sorted(row["text"] for row in raw.train) == ["a", "b", "c"]
     assert [row["text"] for row in raw.eval] == ["d"]
     assert load_rows(Config(**values)).eval == []
-    assert raw.what == str(data_set)
+    assert raw.title == str(data_set)
 
 
 @pytest.mark.parametrize("split", ["training", "validation[:10]"])
@@ -390,7 +390,10 @@ def test_what_is_no_data_set(
 def test_a_class_with_names_is_learnt(data_set: Path) -> None:
     config = Config(dataset_name=str(data_set), num_clients=1, dataset_train_split="train[:2]")
     raw = load_rows(config)
-    assert find_labels(config, raw, template_of(config, raw, True)) == ["negative", "positive"]
+    assert find_labels(raw, template_of(config, raw, True), config.label_names) == [
+        "negative",
+        "positive",
+    ]
 
 
 def test_columns_in_the_order_they_first_appear() -> None:
@@ -556,7 +559,7 @@ def label_problem(tmp_path: Path, values: list[dict[str, Any]], **keys: Any) -> 
     config = run_of(tmp_path, values, label_column_name="label", **keys)
     raw = load_rows(config)
     with pytest.raises(InputError) as raised:
-        find_labels(config, raw, template_of(config, raw, True))
+        find_labels(raw, template_of(config, raw, True), config.label_names)
     return str(raised.value)
 
 
@@ -601,7 +604,7 @@ def test_what_are_no_classes(tmp_path: Path) -> None:
 def test_labels_in_natural_order(labels: list[Any], names: list[str], tmp_path: Path) -> None:
     config = run_of(tmp_path, labelled(labels), label_column_name="label")
     raw = load_rows(config)
-    assert find_labels(config, raw, template_of(config, raw, True)) == names
+    assert find_labels(raw, template_of(config, raw, True), config.label_names) == names
 
 
 def test_what_is_read_is_what_is_trained_on(tiny_llama: Path, tmp_path: Path) -> None:

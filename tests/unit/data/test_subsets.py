@@ -49,8 +49,8 @@ def test_nothing_is_said_where_all_are_taken() -> None:
 
 def test_held_out_rows_are_taken_of_one_client_after_the_other() -> None:
     parts = [["a0", "a1", "a2"], ["b0"], ["c0", "c1"]]
-    everything, said = in_turn(config(None, None), parts)
+    everything, said = in_turn(parts, None, 0)
     assert (everything, said) == (["a0", "b0", "c0", "a1", "c1", "a2"], ())
-    some, said = in_turn(config(None, 4), parts)
+    some, said = in_turn(parts, 4, 0)
     assert [row[0] for row in some] == ["a", "b", "c", "a"]
     assert said == ("4 of 6 rows are evaluated on (max_eval_samples)",)

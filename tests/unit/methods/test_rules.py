@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from fedlora.adapters.aggregate import aggregate
 from fedlora.adapters.saved_adapter import load_adapter, write_adapter
-from fedlora.client.trainer import Budget, tail_penalty, train
+from fedlora.client.local_run import tail_penalty
+from fedlora.client.local_training import LocalTraining
+from fedlora.client.trainer import train
 from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
@@ -459,7 +461,7 @@ def terms(model: Any) -> list[Any]:
 def test_hetloras_penalty_and_its_gradient(rank: int, share: float, begin: int) -> None:
     scale, weight = 1.7, 0.3
     model, pairs = layers(rank, scale, 1)
-    penalty = tail_penalty(terms(model), Budget(tail_penalty=weight, tail_from=share))
+    penalty = tail_penalty(terms(model), LocalTraining(tail_penalty=weight, tail_from=share))
     wanted = weight * sum(
         np.linalg.norm(scale * b[:, begin:]) * np.linalg.norm(a[begin:]) for a, b in pairs
     )
@@ -480,7 +482,7 @@ def test_hetloras_penalty_has_a_gradient_at_zero_and_without_a_tail() -> None:
         for layer in model:
             if empty_b:
                 layer.B.data.zero_()
-        penalty = tail_penalty(terms(model), Budget(tail_penalty=0.1, tail_from=share))
+        penalty = tail_penalty(terms(model), LocalTraining(tail_penalty=0.1, tail_from=share))
         assert float(penalty.detach()) == 0.0
         penalty.backward()
         for layer in model:
@@ -508,10 +510,10 @@ def test_the_local_loss_holds_hetloras_penalty_and_training_shrinks_the_tail(
     begin, losses, tails = 2, [], []
     for weight in (0.0, 0.5):
         base.load([], adapter, 2.0)
-        budget = Budget(
+        training = LocalTraining(
             learning_rate=5e-3, max_steps=10, tail_penalty=weight, tail_from=0.5, max_grad_norm=0.0
         )
-        losses.append(train(base.model, rows, budget)["loss_first"])
+        losses.append(train(base.model, rows, training)["loss_first"])
         ends = [pair(x) for x in base.read_adapter().values()]
         tails.append(sum(np.linalg.norm(b[:, begin:]) * np.linalg.norm(a[begin:]) for a, b in ends))
     began = [pair(x) for x in adapter.values()]
@@ -534,16 +536,16 @@ def test_a_hetlora_client_prunes_where_its_tail_has_shrunk(tiny_llama: Path) -> 
     ranks, shapes = [1, 3, 4, 4], base.targets.shapes
     factor = {0: 0.5, 1: 0.5, 2: 2.0, 3: 0.9}  # what a client's tail becomes
 
-    def local(model: Any, rows: Any, budget: Budget) -> dict[str, Any]:
-        assert budget.tail_penalty == 1e-3
-        assert budget.tail_from == 0.5
+    def local(model: Any, rows: Any, training: LocalTraining) -> dict[str, Any]:
+        assert training.tail_penalty == 1e-3
+        assert training.tail_from == 0.5
         for layer in model.modules():
             if isinstance(layer, AdapterLayer):
                 assert layer.A is not None
                 begin = len(layer.A) // 2
                 # One layer grows: the sum over all modules decides.
                 grows = 1.01 if layer is model.get_submodule(next(iter(shapes))) else 1.0
-                layer.B.data[:, begin:] *= factor[budget.client] * grows
+                layer.B.data[:, begin:] *= factor[training.client] * grows
         return {}
 
     agreement = Agreement(METHODS["hetlora"], config.rule_options(), shapes, 3)

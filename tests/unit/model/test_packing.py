@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 from fedlora.client.cohort import train_cohort
-from fedlora.client.trainer import Budget
+from fedlora.client.local_training import LocalTraining
 from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
@@ -384,11 +384,13 @@ def ends(base: BaseModel, data: Sequence[Sequence[Tokens]], groups: Sequence[Seq
             ClientAdapter(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group
         ]
         base.load_clients([], client_adapters)
-        budgets = [
-            Budget(client=k, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, seed=3)
+        trainings = [
+            LocalTraining(
+                client=k, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, seed=3
+            )
             for k in group
         ]
-        metrics = train_cohort(base, [data[k] for k in group], budgets)
+        metrics = train_cohort(base, [data[k] for k in group], trainings)
         for slot, k in enumerate(group):
             x = base.read_adapter(slot)
             flat = torch.cat([f.flatten() for y in x.values() for f in (y.A, y.B)])
@@ -439,11 +441,13 @@ def test_modules_trained_whole_beside_rows_that_run_padded(name: str) -> None:
                 ClientAdapter(adapter_of(base, k), dropout=0.2, full_params=start) for k in group
             ]
             base.load_clients([], client_adapters)
-            budgets = [
-                Budget(client=k, per_device_train_batch_size=4, max_steps=3, learning_rate=2e-3)
+            trainings = [
+                LocalTraining(
+                    client=k, per_device_train_batch_size=4, max_steps=3, learning_rate=2e-3
+                )
                 for k in group
             ]
-            train_cohort(base, [data[k] for k in group], budgets)
+            train_cohort(base, [data[k] for k in group], trainings)
             found |= {k: base.read_full_params(slot) for slot, k in enumerate(group)}
         dense.append(found)
     one, all_ = dense

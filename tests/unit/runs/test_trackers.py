@@ -12,10 +12,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedlora.errors import InputError
-from fedlora.runs import trackers
+from fedlora.runs import tracker_backends, tracker_checks
 from fedlora.runs.observers import observers
 from fedlora.runs.progress import read_progress
-from fedlora.runs.trackers import check_trackers, longest, round_values
+from fedlora.runs.tracker_checks import check_trackers
+from fedlora.runs.tracker_series import most_steps, round_values
 from support.trackers import (
     EXPECTED,
     LOCAL,
@@ -63,7 +64,7 @@ def test_tensorboard_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["none"], []),
         ([], []),
         (["tensorboard", "tensorboard"], ["tensorboard"]),
-        (["wandb", "trackio"], ["wandb", "trackio"]),
+        (["trackio", "tensorboard"], ["trackio", "tensorboard"]),
     ],
 )
 def test_names(wanted: Any, names: list[str]) -> None:
@@ -79,8 +80,8 @@ def test_unknown_name(tmp_path: Path) -> None:
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = trackers.find_spec
-    monkeypatch.setattr(trackers, "find_spec", lambda n: None if n == "wandb" else real(n))
+    real = tracker_checks.find_spec
+    monkeypatch.setattr(tracker_checks, "find_spec", lambda n: None if n == "wandb" else real(n))
     with pytest.raises(InputError, match=r"wandb is not installed; pip install 'fedlora\[tracke"):
         check_trackers(configured("wandb"))
     assert check_trackers(configured("all")) == ["tensorboard", "trackio"]
@@ -110,12 +111,12 @@ def test_closed_in_any_case(
 ) -> None:
     closed: list[bool] = []
 
-    class Watched(trackers._TensorBoard):
+    class Watched(tracker_backends.TensorBoard):
         def close(self, succeeded: bool) -> None:
             closed.append(succeeded)
             super().close(succeeded)
 
-    monkeypatch.setitem(trackers._OPEN, "tensorboard", Watched)
+    monkeypatch.setitem(tracker_backends.BACKENDS, "tensorboard", Watched)
     with pytest.raises(type(error)):
         break_off(configured("tensorboard"), tmp_path, [begin(), START], error)
     assert closed == [False]
@@ -128,7 +129,7 @@ def test_a_line_as_values() -> None:
     found = round_values(a_round(1))
     assert all(isinstance(x, float) and math.isfinite(x) for x in found.values())
     assert not any("per_class" in name or "layers" in name for name in found)
-    assert longest(a_round(1, steps=7)) == 7
+    assert most_steps(a_round(1, steps=7)) == 7
     assert round_values({"event": "start", "round": 0}) == {}
 
 
@@ -151,7 +152,7 @@ def test_a_tracker_hears_of_every_tenth_step(
         steps=lambda values, step: points.append(step),
         close=lambda succeeded: None,
     )
-    monkeypatch.setitem(trackers._OPEN, "tensorboard", lambda opening: tracker)
+    monkeypatch.setitem(tracker_backends.BACKENDS, "tensorboard", lambda opening: tracker)
     steps: list[Event] = [{"event": "round_begin", "round": 1, "clients": [0]}]
     steps += [
         {"event": "step", "client": 0, "step": k, "steps": 25, "loss": 1.0, "tokens": 9}

@@ -37,7 +37,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Form:
+class PromptFormat:
     """How conversations become tokens.
 
     Args:
@@ -84,23 +84,27 @@ def _alpaca_turns(tokenizer: Any, messages: Messages) -> list[int]:
     return encode(tokenizer, text)
 
 
-def conversation_form(subject: Subject, tokenizer: Any, chat_asked_for: bool = False) -> Form:
+def prompt_format_of(
+    subject: Subject, tokenizer: Any, chat_asked_for: bool = False
+) -> PromptFormat:
     """How a chat is put to this model.
 
     Alpaca's prompt for a run that was trained on Alpaca rows, else the tokenizer's chat template,
     else Vicuna's.
 
     Args:
-        subject: whose form.
+        subject: the model, and what it was trained on.
         tokenizer: its tokenizer.
         chat_asked_for: the user names a chat template, which goes before all.
     """
     if subject.of_a_run and subject.config.template == "alpaca" and not chat_asked_for:
-        return Form("Alpaca's prompt, as in training", lambda m: _alpaca_turns(tokenizer, m))
+        return PromptFormat(
+            "Alpaca's prompt, as in training", lambda m: _alpaca_turns(tokenizer, m)
+        )
     if getattr(tokenizer, "chat_template", None):
-        return Form("the tokenizer's chat template", lambda m: _chat_tokens(tokenizer, m))
+        return PromptFormat("the tokenizer's chat template", lambda m: _chat_tokens(tokenizer, m))
     vicuna = BUILT_IN_CHAT["vicuna"].read_text(encoding="utf-8")
-    return Form(
+    return PromptFormat(
         "Vicuna's template (the tokenizer has none)", lambda m: _chat_tokens(tokenizer, m, vicuna)
     )
 

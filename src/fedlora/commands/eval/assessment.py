@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedlora.client.evaluate import evaluate
 from fedlora.commands.eval import general, mmlu, mt_bench
-from fedlora.commands.eval.asking import Form, conversation_form
+from fedlora.commands.eval.asking import PromptFormat, prompt_format_of
 from fedlora.commands.eval.harness import Harness, task_scores
 from fedlora.commands.eval.judge import Judge, JudgeError
 from fedlora.commands.eval.models import Models, load_models, tokenizer_of
@@ -368,10 +368,12 @@ class _Work:
         self, models: Models, questions: Sequence[mt_bench.Question], judge: Judge | None
     ) -> JudgeError | None:
         """Answers of every model, then grades of every model while the judge answers."""
-        form = conversation_form(
+        prompt_format = prompt_format_of(
             self.subject, models.tokenizer, self.options.loading.chat_template_path is not None
         )
-        answers = {model: self._answers(models, model, questions, form) for model in self.chosen}
+        answers = {
+            model: self._answers(models, model, questions, prompt_format) for model in self.chosen
+        }
         if judge is None:
             self._say(
                 "MT-bench stops after the answers: no judge. --judge_url URL --judge_model NAME "
@@ -379,13 +381,17 @@ class _Work:
             )
             return None
         for model in self.chosen:
-            problem = self._grades(models, model, questions, answers[model], judge, form)
+            problem = self._grades(models, model, questions, answers[model], judge, prompt_format)
             if problem:
                 return problem
         return None
 
     def _answers(
-        self, models: Models, model: str, questions: Sequence[mt_bench.Question], form: Form
+        self,
+        models: Models,
+        model: str,
+        questions: Sequence[mt_bench.Question],
+        prompt_format: PromptFormat,
     ) -> dict[str, list[str]]:
         """Question -> a model's answers, which are kept as they come."""
         path = self.results.place(model) / "mt_bench.answers.jsonl"
@@ -398,13 +404,13 @@ class _Work:
                 path,
                 m,
                 models.tokenizer,
-                form,
+                prompt_format,
                 identity=self.subject.fingerprint(model),
                 max_new_tokens=self.options.max_new_tokens,
                 context=models.context,
                 batch_size=self.batch_size,
             )
-        self._say(f"{model}: answers by {form.name}: {path}")
+        self._say(f"{model}: answers by {prompt_format.name}: {path}")
         if cuts:
             self._say(
                 f"{model}: {cuts} prompts did not fit into the context of {models.context} "
@@ -419,7 +425,7 @@ class _Work:
         questions: Sequence[mt_bench.Question],
         answers: Mapping[str, Sequence[str]],
         judge: Judge,
-        form: Form,
+        prompt_format: PromptFormat,
     ) -> JudgeError | None:
         """A model's grades, recorded where there is one for every answer."""
         options = self.options
@@ -436,7 +442,7 @@ class _Work:
                 file=str(options.mt_bench_file),
                 judge=judge.model,
                 judge_url=judge.url,
-                form=form.name,
+                form=prompt_format.name,
                 max_new_tokens=options.max_new_tokens,
                 references=sum(bool(q.references) for q in questions),
             )

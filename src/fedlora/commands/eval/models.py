@@ -70,7 +70,7 @@ def load_models(
         dtype, _ = resolve_dtype(subject.source.config, device)
         config = config.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
     tokenizer = tokenizer or tokenizer_of(subject)
-    model, _ = load_pretrained(subject.source, config, label_names, True)
+    model, _ = load_pretrained(subject.source, config.dtype, config.seed, label_names)
     embeddings = model.get_input_embeddings()
     if embeddings is not None and len(tokenizer) > embeddings.num_embeddings:
         raise InputError(

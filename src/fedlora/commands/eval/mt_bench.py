@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.commands.eval.asking import Form, answers
+from fedlora.commands.eval.asking import PromptFormat, answers
 from fedlora.commands.eval.judge import Case, Judge, JudgeError, case, rating
 from fedlora.data.rows import read_rows
 from fedlora.errors import InputError
@@ -113,7 +113,7 @@ def answered(
     path: Path,
     model: Any,
     tokenizer: Any,
-    form: Form,
+    prompt_format: PromptFormat,
     *,
     identity: str,
     max_new_tokens: int,
@@ -128,7 +128,7 @@ def answered(
         path: where answers are kept.
         model: of transformers.
         tokenizer: the model's.
-        form: how a conversation is put to it.
+        prompt_format: how a conversation is put to it.
         identity: of the model; answers of another one are not taken.
         max_new_tokens: longest answer of a turn.
         context: the model's, in tokens.
@@ -138,7 +138,7 @@ def answered(
     Returns:
         Question id -> an answer for each turn, and how many prompts had to be cut.
     """
-    settings = _digest(identity, form.name, str(max_new_tokens))
+    settings = _digest(identity, prompt_format.name, str(max_new_tokens))
     digests = {q.id: _digest(*q.turns) for q in questions}
     out = {
         str(r["question_id"]): [str(x) for x in r["choices"][0]["turns"]]
@@ -155,7 +155,7 @@ def answered(
         texts, cut = answers(
             model,
             tokenizer,
-            [form.tokens(talk) for talk in talks],
+            [prompt_format.tokens(talk) for talk in talks],
             max_new_tokens=max_new_tokens,
             context=context,
             batch_size=batch_size,
@@ -171,7 +171,7 @@ def answered(
                 "question_id": q.id,
                 "category": q.category,
                 "choices": [{"index": 0, "turns": out[q.id]}],
-                "form": form.name,
+                "form": prompt_format.name,
                 "max_new_tokens": max_new_tokens,
                 "asked": digests[q.id],
                 "settings": settings,

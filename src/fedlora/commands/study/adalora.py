@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora.client.trainer import Budget, batches, schedule
+from fedlora.client.local_training import LocalTraining, batches, schedule
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.lowrank import to_dense
@@ -29,11 +29,13 @@ LEAST = 4
 """Steps: a quarter of them is trained at the final ranks."""
 
 
-def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapping[str, Any]:
-    """Train a client's adapter by AdaLoRA: `(model, dataset, budget) -> metrics`.
+def train_adalora(
+    model: Any, dataset: Sequence[Tokens], training: LocalTraining
+) -> Mapping[str, Any]:
+    """Train a client's adapter by AdaLoRA: `(model, dataset, training) -> metrics`.
 
-    The adapter begins at the client's full rank and ends at half of it on average: the budget
-    falls, cubically, from a tenth of the steps to three quarters of them.
+    The adapter begins at the client's full rank and ends at half of it on average: its rank
+    budget falls, cubically, from a tenth of the steps to three quarters of them.
 
     Returns:
         loss (mean over the steps), steps, tokens (of all steps, without padding, as `train` counts
@@ -57,28 +59,28 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
             "trainer: adalora trains adapters alone, and this model has parameters that are "
             "trained whole (a classifier's head, lora_modules_to_save)"
         )
-    steps = budget.steps(len(dataset))
+    steps = training.steps(len(dataset))
     if steps < LEAST:
         raise InputError(
             f"trainer: adalora divides the rank while it trains; {steps} steps a round are too "
             f"few, take {LEAST} or more"
         )
-    tuned = _adalora(model, layers, steps, budget)
+    tuned = _adalora(model, layers, steps, training)
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=budget.learning_rate,
-        betas=(budget.adam_beta1, budget.adam_beta2),
-        eps=budget.adam_epsilon,
-        weight_decay=budget.weight_decay,
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
     )
-    factor, losses, seen = schedule(budget, steps), list[float](), 0
+    factor, losses, seen = schedule(training, steps), list[float](), 0
     device = next(iter(parameters)).device
     tuned.train()
-    for step, micro in enumerate(batches(dataset, budget, steps)):
+    for step, micro in enumerate(batches(dataset, training, steps)):
         counted = sum(count_labelled(part) for part in micro)
         for group in optimizer.param_groups:
-            group["lr"] = budget.learning_rate * factor(step)
+            group["lr"] = training.learning_rate * factor(step)
         loss = 0.0
         for part in micro:
             if not (share := count_labelled(part) / max(counted, 1)):
@@ -87,16 +89,16 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
             own = tuned.base_model(**collate(part, device)).loss * share
             own.backward()
             loss += float(own.detach())
-        if budget.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
+        if training.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()
         tuned.base_model.update_and_allocate(step)
         optimizer.zero_grad()
         losses.append(loss)
         tokens = sum(len(row["input_ids"]) for part in micro for row in part)
         seen += tokens
-        if budget.on_step is not None:
-            budget.on_step(step + 1, steps, loss, tokens)
+        if training.on_step is not None:
+            training.on_step(step + 1, steps, loss, tokens)
     rank = _write_back(tuned, layers)
     return {
         "loss": sum(losses) / len(losses),
@@ -106,7 +108,9 @@ def train_adalora(model: Any, dataset: Sequence[Tokens], budget: Budget) -> Mapp
     }
 
 
-def _adalora(model: Any, layers: Mapping[str, AdapterLayer], steps: int, budget: Budget) -> Any:
+def _adalora(
+    model: Any, layers: Mapping[str, AdapterLayer], steps: int, training: LocalTraining
+) -> Any:
     """A copy of the client's model with PEFT's AdaLoRA in the place of its adapters."""
     from peft import AdaLoraConfig, get_peft_model
 
@@ -120,7 +124,7 @@ def _adalora(model: Any, layers: Mapping[str, AdapterLayer], steps: int, budget:
     rank = first.A.shape[0]
     term = first.clients[0]
     assert isinstance(term, ClientTerm)
-    torch.manual_seed(budget.seed * 1_000_003 + budget.round * 1_009 + budget.client)
+    torch.manual_seed(training.seed * 1_000_003 + training.round * 1_009 + training.client)
     return get_peft_model(
         plain,
         AdaLoraConfig(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedlora.client.trainer import TrainFunction, train
+from fedlora.client.local_training import TrainFunction
+from fedlora.client.trainer import train
 from fedlora.errors import InputError
 
 

@@ -58,7 +58,7 @@ def divide(config: Config, raw: RawData, ranks: list[int], by: str | None = None
         InputError: there is no such column.
     """
     counted = label_counts(config, raw, by)
-    rows = f"{raw.what}: {len(raw.train):,} rows, {len(raw.clients)} clients"
+    rows = f"{raw.title}: {len(raw.train):,} rows, {len(raw.clients)} clients"
     return Division(
         f"{rows}, {_how(config, raw)}, seed {config.seed}",
         counted.column,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.client.worker import budget_of
+from fedlora.client.worker import local_training_of
 from fedlora.commands.views.sentences import say
 from fedlora.lowrank import scaling
 from fedlora.runs.session import Session
@@ -58,7 +58,7 @@ def client_plans(session: Session) -> list[ClientPlan]:
                 scaling(own.alpha(rank), rank, own.use_rslora),
                 len(part.train),
                 sum(len(row["input_ids"]) for row in part.train),
-                budget_of(own).steps(len(part.train)) if part.train else 0,
+                local_training_of(own).steps(len(part.train)) if part.train else 0,
                 sum(rank * (m + n) for m, n in shapes) + dense,
             )
         )
@@ -82,12 +82,12 @@ def show_plan(session: Session, console: Console) -> None:
         say(console, f"trained whole: {names} ({_count(dense)} parameters)")
     for warning in session.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"))
-    budget = budget_of(config)
+    training = local_training_of(config)
     say(
         console,
         f"method {config.method}, {config.num_rounds} rounds, {len(spec.sample(1))} of "
-        f"{len(spec.ranks)} clients in each; batches of {budget.per_device_train_batch_size} x "
-        f"{budget.gradient_accumulation_steps}, learning rate {config.learning_rate:g}",
+        f"{len(spec.ranks)} clients in each; batches of {training.per_device_train_batch_size} x "
+        f"{training.gradient_accumulation_steps}, learning rate {config.learning_rate:g}",
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("client", "rank", "scale", "rows", "tokens", "steps a round", "trained", "up"):

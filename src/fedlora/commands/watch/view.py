@@ -152,7 +152,7 @@ def _alive(path: Path, progress: dict[str, Any], now: float) -> bool:
     if progress.get("phase") == "stopped":
         return False
     if not progress:
-        return _locked(path)
+        return _locked(path) or _just_made(path, now)
     fresh = now - float(progress["updated"]) < _STALE
     if progress.get("host") != socket.gethostname():
         return fresh
@@ -163,6 +163,14 @@ def _alive(path: Path, progress: dict[str, Any], now: float) -> bool:
     except PermissionError:
         pass  # somebody else's
     return fresh or _locked(path)
+
+
+def _just_made(path: Path, now: float) -> bool:
+    """Whether the run has its configuration alone, as in the moment before it takes its lock."""
+    try:
+        return not (path / METRICS).exists() and now - (path / CONFIG).stat().st_mtime < _STALE
+    except OSError:
+        return False
 
 
 def _locked(path: Path) -> bool:
