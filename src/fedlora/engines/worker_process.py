@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fedlora.client.cohort import out_of_memory
-from fedlora.client.trainer import StepCallback
+from fedlora.client.local_training import StepCallback
 from fedlora.client.worker import Worker
 from fedlora.errors import FedloraError
 from fedlora.federation.envelope import Header, Message, check_header, decode, encode

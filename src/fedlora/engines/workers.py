@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.client.trainer import TrainFunction
+from fedlora.client.local_training import TrainFunction
 from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.engines.local import LocalEngine, make_worker
@@ -45,6 +45,10 @@ from fedlora.runs.session import Session, assemble
 
 MOST_ATTEMPTS = 3
 """How often clients are asked to train whose worker process ends under them."""
+
+Outcome = ClientResult | Failure
+"""What became of a client."""
+
 
 Clients = Sequence[Broadcast]
 """Broadcasts of clients that train in one pass."""
@@ -154,9 +158,7 @@ class WorkersEngine:
 
     # --- a round ---
 
-    def exchange(
-        self, broadcasts: Clients, deadline: float | None = None
-    ) -> Iterator[ClientResult | Failure]:
+    def exchange(self, broadcasts: Clients, deadline: float | None = None) -> Iterator[Outcome]:
         """Train the clients, as many in a pass as `cohort_size` says and a pass per worker."""
         self._begun.clear()
         names, sent = GroupNames(), {broadcast.client: broadcast for broadcast in broadcasts}
@@ -213,7 +215,7 @@ class WorkersEngine:
 
     def _hear(
         self, worker: _Process, waiting: deque[_Task], sent: Mapping[int, Broadcast]
-    ) -> list[ClientResult | Failure]:
+    ) -> list[Outcome]:
         """Read one message of a worker, or find that it has died.
 
         Returns:
@@ -235,16 +237,14 @@ class WorkersEngine:
             self._failed(message.body, task, waiting)
             return []
         updates, states = read_trained(message, {b.client: self._modules(b) for b in task.clients})
-        answers: list[ClientResult | Failure] = [
+        answers: list[Outcome] = [
             ClientResult(update, partial(self._model, sent[update.client], update))
             for update in updates
         ]
         self.local.states.update(states)
         return answers
 
-    def _died(
-        self, worker: _Process, task: _Task, waiting: deque[_Task]
-    ) -> list[ClientResult | Failure]:
+    def _died(self, worker: _Process, task: _Task, waiting: deque[_Task]) -> list[Outcome]:
         """Replace a worker that has ended; its clients train again, a few times."""
         worker.process.join(5)
         why = _ending(worker.process.exitcode)
