@@ -36,7 +36,7 @@ def test_rows_that_differ_are_counted() -> None:
     one = torch.zeros(4, 2)
     other = one.clone()
     other[1, 0] = other[3, 1] = 1.0
-    with pytest.raises(InputError, match="^embed: a and b repeat .* 2 of its 4 rows differ"):
+    with pytest.raises(InputError, match=r"^embed: a and b repeat .* 2 of its 4 rows differ"):
         common_base_weights([adapter("a", embed=one), adapter("b", embed=other)])
 
 

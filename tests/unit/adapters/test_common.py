@@ -51,7 +51,7 @@ def test_the_configuration_of_several() -> None:
 
 
 def test_two_tasks_do_not_belong_together() -> None:
-    with pytest.raises(InputError, match="^task_type: 'CAUSAL_LM' and 'SEQ_CLS'; these adapters"):
+    with pytest.raises(InputError, match=r"^task_type: 'CAUSAL_LM' and 'SEQ_CLS'; these adapters"):
         common_config([adapter(task_type="CAUSAL_LM"), adapter(task_type="SEQ_CLS")])
 
 

@@ -76,7 +76,7 @@ def test_orders_are_by_name_where_all_have_the_same_names() -> None:
     pair = [classifier("a"), classifier("b")]
     assert common_orders(pair, [("no", "yes"), ("yes", "no")]) == [("no", "yes"), ("yes", "no")]
     assert common_orders(pair, [("0", "1"), None]) is None
-    with pytest.raises(InputError, match="b: does not say what labels .* another adapter has no"):
+    with pytest.raises(InputError, match=r"b: does not say what labels .* another adapter has no"):
         common_orders(pair, [("no", "yes"), None])
     with pytest.raises(InputError, match="'yes' and 'Yes ' differ in case or white space alone"):
         common_orders(pair, [("no", "yes"), ("no", "Yes ")])

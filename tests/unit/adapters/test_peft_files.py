@@ -47,7 +47,7 @@ def test_absent_configurations(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / CONFIG_NAME).write_text("{}")
-    with pytest.raises(InputError, match="as one, two in it are$"):
+    with pytest.raises(InputError, match=r"as one, two in it are$"):
         read_adapter_config(tmp_path)
 
 
