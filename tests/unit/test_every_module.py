@@ -36,7 +36,7 @@ def imported(tree: ast.Module) -> set[str]:
     return names
 
 
-def tests_in(tree: ast.Module) -> list[str]:
+def names_of_tests(tree: ast.Module) -> list[str]:
     """The names of a file's tests."""
     return [
         node.name
@@ -57,7 +57,7 @@ def test_every_unit_file_imports_its_module_and_tests_something() -> None:
             continue
         tree = ast.parse(unit_file(module).read_text(encoding="utf-8"))
         name = ".".join(("fedlora", *module.with_suffix("").parts))
-        if name not in imported(tree) or not tests_in(tree):
+        if name not in imported(tree) or not names_of_tests(tree):
             wrong.append(f"{unit_file(module).relative_to(REPOSITORY)} of {name}")
     assert not wrong, f"no test of their module in: {', '.join(wrong)}"
 
