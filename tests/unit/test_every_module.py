@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedlora.methods import METHODS
@@ -25,10 +26,10 @@ def unit_file(module: Path) -> Path:
     return UNIT / module.parent / f"test_{module.name}"
 
 
-def imported(tree: ast.Module) -> set[str]:
-    """Full names of all that a file imports, modules and what it takes of them."""
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Full names of all that these statements import, modules and what is taken of them."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -36,13 +37,12 @@ def imported(tree: ast.Module) -> set[str]:
     return names
 
 
-def names_of_tests(tree: ast.Module) -> list[str]:
-    """The names of a file's tests."""
-    return [
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    ]
+def has_tests_of(file: Path, module: str) -> bool:
+    """Whether a file imports the module, at its top or within a test, and holds a test."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    imports = module in imported(tree.body) or module in imported(ast.walk(tree))
+    functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+    return imports and any(function.name.startswith("test_") for function in functions)
 
 
 def test_every_module_has_its_unit_file() -> None:
@@ -51,14 +51,14 @@ def test_every_module_has_its_unit_file() -> None:
 
 
 def test_every_unit_file_imports_its_module_and_tests_something() -> None:
-    wrong = []
-    for module in modules():
-        if not unit_file(module).is_file():
-            continue
-        tree = ast.parse(unit_file(module).read_text(encoding="utf-8"))
-        name = ".".join(("fedlora", *module.with_suffix("").parts))
-        if name not in imported(tree) or not names_of_tests(tree):
-            wrong.append(f"{unit_file(module).relative_to(REPOSITORY)} of {name}")
+    wrong = [
+        f"{unit_file(module).relative_to(REPOSITORY)} of {name}"
+        for module in modules()
+        if unit_file(module).is_file()
+        and not has_tests_of(
+            unit_file(module), name := ".".join(("fedlora", *module.with_suffix("").parts))
+        )
+    ]
     assert not wrong, f"no test of their module in: {', '.join(wrong)}"
 
 
