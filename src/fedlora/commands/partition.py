@@ -84,6 +84,7 @@ def _counts(division: Division, picture: Path | None) -> dict[str, Any]:
         return {**rows, "counts": dict(zip(division.values, counts, strict=True))}
 
     of_each = zip(division.names, division.ranks, division.counts, strict=True)
+    evaluation = division.evaluation or [0] * len(division.values)  # there may be none
     return {
         "event": "partition",
         "heading": division.heading,
@@ -92,6 +93,6 @@ def _counts(division: Division, picture: Path | None) -> dict[str, Any]:
             {"client": client, "name": name, "rank": rank, **counted(counts)}
             for client, (name, rank, counts) in enumerate(of_each)
         ],
-        "eval": counted(division.evaluation),
+        "eval": counted(evaluation),
         "picture": picture,
     }

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 import fedlora
+from fedlora.data.conversations import conversation
+from fedlora.data.rendered import Chat
 from fedlora.data.templates import TEMPLATES, UnusableRowError
 from fedlora.data.tokenize import IGNORE, tokenize
 from support import chat_templates
@@ -469,3 +471,19 @@ def test_other_weights_are_refused(said: dict[str, Any], says: str) -> None:
 def test_templates_that_fail_say_why(template: str, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         chat(with_chat(byte_level(), template), turns("hi", "hello"))
+
+
+def test_a_conversation_is_its_rendered_text_token_by_token() -> None:
+    special = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = with_chat(byte_level(special, trained=False), CHATML)
+    chat = Chat(turns("hi", "hello"))
+    text = tokenizer.apply_chat_template(chat.messages, tokenize=False)
+    ids, learnt = conversation(chat, tokenizer, True)
+    assert tokenizer.decode(ids).startswith(text)
+    kept = [token for token, learn in zip(ids, learnt, strict=True) if learn]
+    assert tokenizer.decode(kept).startswith("hello<|im_end|>")
+    everything, all_learnt = conversation(chat, tokenizer, False)
+    assert tokenizer.decode(everything).startswith(text)
+    assert all(all_learnt)
+    with pytest.raises(fedlora.InputError, match="chat"):
+        conversation(chat, byte_level(trained=False), True)

@@ -19,10 +19,14 @@ from fedlora.model.base import BaseModel, attach
 from fedlora.model.batches import collate, count_labelled
 from fedlora.model.client_rows import MixedRowsError
 from fedlora.model.lora_layer import ClientAdapter
+from fedlora.model.loss import summed_loss
+from fedlora.model.packing import examine
 from fedlora.model.passes import PackedRunner, runner_of
 from fedlora.model.plans import plan_passes
+from fedlora.model.rotary_factors import RotaryFactors
 from fedlora.model.targets import find_targets
-from fedlora.model.wide import computing_in
+from fedlora.model.trial_rows import random_rows
+from fedlora.model.wide import ForwardState, computing_in
 from fedlora.seeds import Purpose, fresh_factors
 from support.packing import EXPERTS, MIXTURES, SIZES, built, found, routed, rows_of
 
@@ -463,3 +467,15 @@ def test_what_cannot_be_packed_trains_one_client_at_a_time() -> None:
     base = base_of(built(kind, config))
     with pytest.raises(MixedRowsError, match="one client at a time"):
         ends(base, [rows_of([9, 5]), rows_of([4, 7])], [[0, 1]])
+
+
+def test_without_a_packed_pass_rows_are_at_least_padded_to_one_length() -> None:
+    model = built("llama", SIZES)
+    rows = random_rows(model, 0, False)
+
+    def padded(rows: Sequence[Tokens]) -> Tensor:
+        return summed_loss(model, collate(rows, torch.device("cpu"), 0))[1]
+
+    rotary = RotaryFactors(ForwardState(model), [model.config], 0)
+    verdict = examine(model, [model.config], rotary, rows, padded, None)
+    assert (verdict.packed, verdict.together, verdict.auxiliary) == (False, True, 0.0)
