@@ -62,7 +62,7 @@ from support.simulated import (
     train,
 )
 
-law = settings(max_examples=60, deadline=None, derandomize=True)
+law = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 # Relative to sum_k p_k ||s_k B_k A_k||, summed over the rounds.
@@ -125,7 +125,7 @@ def test_flora_is_the_dense_recursion(
         assert all(not x.B.any() for s in done.starts.values() for x in s.adapter.values())
 
 
-@settings(law, max_examples=120)
+@law
 @given(mixed_ranks, participation, given_ranks, exact_options, seeds, st.sampled_from(DTYPES))
 def test_exact_is_the_dense_recursion(
     ranks: list[int],
@@ -162,7 +162,7 @@ def test_exact_is_the_dense_recursion(
 
 
 @pytest.mark.parametrize("method", [m for m in ALWAYS if m not in ("exact", "flora")])
-@settings(law, max_examples=15)
+@settings(law, max_examples=6)
 @given(mixed_ranks, participation, given_ranks, seeds, st.sampled_from(DTYPES))
 def test_rules_that_are_always_exact_are_the_dense_recursion(
     method: str,
