@@ -7,18 +7,51 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from fedlora.client.trainer import Budget, train
-from fedlora.data.tokenize import Tokens
+from fedlora.data.templates import TEMPLATES
+from fedlora.data.tokenize import Tokens, tokenize
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel
 from fedlora.model.batches import collate
 from fedlora.seeds import Purpose, fresh_factors, generator
+from support.models import load_base
+from support.rows import rows
 
 SCALE, RANK = 2.0, 4
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama: Path) -> BaseModel:
+    """The tiny Llama with layers in place; a test loads the adapter it needs."""
+    return load_base(str(tiny_llama), target_modules="all-linear")
+
+
+def dataset_of(base: BaseModel, number: int, completion_only: bool = True) -> list[Tokens]:
+    """Tokenised rows of different lengths."""
+    values = rows(number)
+    for i, row in enumerate(values):
+        row["completion"] += "abc"[: i % 4]
+    template = TEMPLATES["prompt_completion"]
+    found = [tokenize(row, template, base.tokenizer, 64, completion_only) for row in values]
+    return [row for row in found if row]
+
+
+def record_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate at every AdamW step from here on."""
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def noting(self: Any, *arguments: Any, **options: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    return rates
 
 
 def start_of(base: BaseModel) -> dict[str, LowRank]:
