@@ -44,7 +44,7 @@ from support.simulated import (
     train,
 )
 
-law = settings(max_examples=60, deadline=None, derandomize=True)
+law = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 STEPPED = [name for name, rule in METHODS.items() if rule.server_optimiser]
