@@ -19,8 +19,9 @@ from fedlora.client.trainer import Budget
 from fedlora.lowrank import unfold
 from fedlora.model.base import BaseModel
 from fedlora.runs.session import Session
-from support.classifier import bert, classifier_of, data, llama, session_of, sites  # noqa: F401
-from support.train import RANK, SCALE, adapter_of, by_trainer, losses_of, same, start_of
+from support.by_trainer import adapter_of, by_trainer
+from support.classifier import bert, data, llama, session_of  # noqa: F401
+from support.train import RANK, SCALE, losses_of, same, start_of
 
 
 def peft_classifier(path: Path, session: Session) -> Any:

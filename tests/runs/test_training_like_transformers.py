@@ -16,12 +16,11 @@ from fedlora.data.tokenize import IGNORE
 from fedlora.lowrank import unfold
 from fedlora.model.base import BaseModel
 from fedlora.model.batches import collate
+from support.by_trainer import adapter_of, by_trainer
 from support.models import load_base
 from support.train import (  # noqa: F401
     RANK,
     SCALE,
-    adapter_of,
-    by_trainer,
     dataset_of,
     llama,
     losses_of,

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 import fedlora
 from fedlora.client.evaluate import scores
@@ -28,6 +27,8 @@ from support.classifier import bert, classifier_of, data, llama, session_of, sit
 )
 @settings(deadline=None, max_examples=25)
 def test_scores_are_those_of_scikit_learn(case: tuple[int, list[tuple[int, int]]]) -> None:
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
     number, pairs = case
     truth, guess = [t for t, _ in pairs], [g for _, g in pairs]
     names = [f"label {i}" for i in range(number)]
@@ -49,6 +50,8 @@ def test_scores_are_those_of_scikit_learn(case: tuple[int, list[tuple[int, int]]
 
 def test_labels_absent_in_truth_or_guesses() -> None:
     """Of five labels one is never guessed, one never true, one neither."""
+    from sklearn.metrics import f1_score
+
     truth, guess = [0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 3, 0, 0, 1]
     found = scores(torch.tensor(truth), torch.tensor(guess), list("abcde"))
     assert found["per_class"]["c"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 3}

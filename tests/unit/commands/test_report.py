@@ -15,7 +15,6 @@ import torch
 
 from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.commands.cli import main
-from fedlora.commands.report import figures
 from fedlora.commands.report.collect import Collected
 from fedlora.commands.report.page import data_of, render, rounded
 from fedlora.commands.report.reading import find_runs, names_of, read_run
@@ -29,10 +28,12 @@ from support.report import collected
 from support.report_runs import lines_of, targets_of, update, write_run
 
 
-def is_drawn(figure: Any) -> bool:
-    """Whether a figure becomes a picture."""
+def is_drawn(name: str, shown: Collected) -> bool:
+    """Whether a report's figure of this name becomes a picture."""
+    from fedlora.commands.report import figures
+
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=50)
+    getattr(figures, name)(shown).savefig(file, format="png", dpi=50)
     return file.getvalue().startswith(b"\x89PNG")
 
 
@@ -149,7 +150,9 @@ def test_a_first_round_that_dwarfs_the_rest_makes_the_scale_logarithmic(
     assert next(x["log"] for x in pages if x["measure"] == "perplexity") is log
     if len(values) == 1:
         return
-    axes = {x.get_title().partition(",")[0]: x for x in figures.quality(data).axes}
+    from fedlora.commands.report.figures import quality
+
+    axes = {x.get_title().partition(",")[0]: x for x in quality(data).axes}
     assert axes["Perplexity"].get_yscale() == ("log" if log else "linear")
     assert axes["Token accuracy"].get_yscale() == "linear"
 
@@ -165,7 +168,7 @@ def test_a_band_that_reaches_below_zero_can_be_drawn_on_a_log_scale(tmp_path: Pa
     panel = next(x for x in shown.panels if x.measure == "perplexity")
     assert panel.log
     assert panel.lines[0].curve.mean[1] < (panel.lines[0].curve.sd[1] or 0.0)
-    assert is_drawn(figures.quality(shown))
+    assert is_drawn("quality", shown)
 
 
 def test_singular_values_are_those_of_the_matrix(tmp_path: Path) -> None:
@@ -335,7 +338,7 @@ def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
     lines = lines_of(rounds=2)
     for client in lines[0]["clients"]:
         client["counts"] = {"$x^{": 3, "$y": 2}
-    assert is_drawn(figures.data(collected(write_run(tmp_path / "run", lines))))
+    assert is_drawn("data", collected(write_run(tmp_path / "run", lines)))
 
 
 def test_mistakes_are_explained(tmp_path: Path) -> None:
