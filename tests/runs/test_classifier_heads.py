@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlora.methods import METHODS
 from support.architectures import LABELS, Rounds, save_model
-from support.classifier import bert, classifier_of, data, llama, session_of, sites  # noqa: F401
+from support.classifier import bert, classifier_of, data, session_of  # noqa: F401
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

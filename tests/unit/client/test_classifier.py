@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fedlora
 from fedlora.client.evaluate import scores
 from support.architectures import labelled_rows
-from support.classifier import bert, classifier_of, data, llama, session_of, sites  # noqa: F401
+from support.classifier import bert, session_of, sites  # noqa: F401
 
 
 @given(
