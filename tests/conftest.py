@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -25,6 +26,11 @@ torch.set_num_threads(1)
 
 # Tokens of large data are cached; tests leave the user's cache alone.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fedlora-tests-")
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made lives to the end; the garbage collector need not look at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,17 @@ LLAMA = {
 
 def llama(**more: Any) -> Any:
     """A random Llama, the same every time."""
+    if more:
+        return _llama(**more)
+    return copy.deepcopy(_plain_llama())
+
+
+def _llama(**more: Any) -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**LLAMA, **more)).eval()
+
+
+_plain_llama = cache(_llama)
 
 
 def saved(path: Path, model: Any, seed: int, **options: Any) -> Path:

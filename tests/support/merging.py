@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,9 +34,14 @@ Dense64 = dict[str, Tensor]
 """Target module -> its update (m, n) in float64."""
 
 
-def causal(path: Path) -> Any:
-    """The untouched base."""
+@cache
+def _loaded(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def causal(path: Path) -> Any:
+    """The untouched base: a copy, as loading it for every use is slow."""
+    return copy.deepcopy(_loaded(path))
 
 
 def randomise(model: nn.Module, seed: int, size: float = 0.2) -> None:
@@ -46,8 +53,29 @@ def randomise(model: nn.Module, seed: int, size: float = 0.2) -> None:
                 p.copy_(size * torch.randn(p.shape, generator=rng))
 
 
+_saved: dict[tuple[Path, int, str], dict[str, bytes]] = {}
+"""Base, seed and options -> the files that PEFT wrote."""
+
+
 def peft_saves(path: Path, base: Any, seed: int = 0, **options: Any) -> Path:
-    """A LoRA directory written by PEFT, for a base path or a model."""
+    """A LoRA directory written by PEFT, for a base path or a model.
+
+    For a base path the same options give the same files, which PEFT writes once.
+    """
+    if not isinstance(base, Path):
+        return _peft_writes(path, base, seed, **options)
+    key = (base, seed, repr(sorted(options.items())))
+    if key in _saved:
+        path.mkdir(parents=True)
+        for name, content in _saved[key].items():
+            (path / name).write_bytes(content)
+    else:
+        _peft_writes(path, base, seed, **options)
+        _saved[key] = {file.name: file.read_bytes() for file in path.iterdir()}
+    return path
+
+
+def _peft_writes(path: Path, base: Any, seed: int, **options: Any) -> Path:
     model = causal(base) if isinstance(base, Path) else base
     options = {"task_type": "CAUSAL_LM", **options}
     # Else PEFT copies the base weights of an embedding or output layer into the directory.

@@ -29,6 +29,47 @@ SIZES: dict[str, Any] = {
 EXPERTS = {**SIZES, "num_experts_per_tok": 2, "num_local_experts": 4}
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+    "original_max_position_embeddings": 30,
+    "factor": 8.0,
+}
+
+
+WINDOWS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "ModernBERT": ("modernbert", {**SIZES, "local_attention": 32, "num_hidden_layers": 4}, True),
+    "PhiMoE, in the mask alone": ("phimoe", {**EXPERTS, "sliding_window": 40}, False),
+    "Mistral": ("mistral", {**SIZES, "sliding_window": 40}, False),
+    "Qwen 2, in some layers": (
+        "qwen2",
+        {**SIZES, "sliding_window": 40, "use_sliding_window": True, "max_window_layers": 1},
+        False,
+    ),
+    "Gemma 3": ("gemma3_text", {**SIZES, "sliding_window": 40, "head_dim": 16}, False),
+}
+
+
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "longrope, Phi-3": ("phi3", {**SIZES, "rope_parameters": LONGROPE}),
+    "longrope, Llama": ("llama", {**SIZES, "rope_parameters": LONGROPE}),
+    "longrope, PhiMoE": (
+        "phimoe",
+        {**EXPERTS, "rope_parameters": {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3}},
+    ),
+    "dynamic": (
+        "llama",
+        {
+            **SIZES,
+            "max_position_embeddings": 30,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        },
+    ),
+}
+
+
 def built(
     name: str, config: dict[str, Any], classify: bool = False, dtype: torch.dtype = torch.float32
 ) -> Any:

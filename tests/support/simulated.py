@@ -183,12 +183,11 @@ def idle(server: Server, sent: Broadcast, dtype: torch.dtype = F64) -> ClientUpd
     return answer(server, sent, moved(server, sent, dtype=dtype, step=0.0))
 
 
-def ended(server: Server, sent: Broadcast, update: ClientUpdate) -> dict[str, LowRank]:
+def ended(start: Start, update: ClientUpdate) -> dict[str, LowRank]:
     """A client's factors as the server can know them: what was not sent has not moved."""
-    start = start_of(server, sent).adapter
     out = {}
     for name, x in update.adapter.items():
-        began = prefix(start[name], x.rank)
+        began = prefix(start.adapter[name], x.rank)
         out[name] = LowRank(
             x.A if "A" in update.sends else began.A.to(x.A),
             x.B if "B" in update.sends else began.B.to(x.B),
@@ -196,10 +195,9 @@ def ended(server: Server, sent: Broadcast, update: ClientUpdate) -> dict[str, Lo
     return out
 
 
-def learnt(server: Server, sent: Broadcast, update: ClientUpdate) -> Matrices:
+def learnt(start: Start, update: ClientUpdate) -> Matrices:
     """`M_k - M_k_start`."""
-    start = start_of(server, sent)
-    return combine((1.0, matrices(ended(server, sent, update))), (-1.0, matrices(start.adapter)))
+    return combine((1.0, matrices(ended(start, update))), (-1.0, matrices(start.adapter)))
 
 
 @dataclass(frozen=True)
@@ -242,8 +240,8 @@ def close(server: Server, sent: Mapping[int, Broadcast], updates: Sequence[Clien
         assert server.accept(update) == ""
     total = sum(u.num_examples for u in updates)
     weights = {k: u.num_examples / total for k, u in sorted(told.items())}
-    known = {k: ended(server, sent[k], u) for k, u in told.items()}
-    wanted = combine(*[(p, learnt(server, sent[k], told[k])) for k, p in weights.items()])
+    known = {k: ended(starts[k], u) for k, u in told.items()}
+    wanted = combine(*[(p, learnt(starts[k], told[k])) for k, p in weights.items()])
     scale = sum(p * size(matrices(known[k])) for k, p in weights.items())
     record = server.commit()
     return Round(before, sent, starts, told, known, weights, wanted, scale, record, server.state)

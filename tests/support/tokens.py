@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from fedlora.data.templates import (
     TEMPLATES,
 )
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
+from fedlora.model.sources import find_source, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -114,12 +117,17 @@ SPECIAL = re.compile(
 
 
 def chat_templates() -> Path:
-    """Those that TRL ships: `X.jinja` and, with markers, `X_training.jinja`."""
-    import trl
+    """Those that TRL ships: `X.jinja` and, with markers, `X_training.jinja`.
 
-    return Path(trl.__file__).parent / "chat_templates"
+    TRL is found without being imported, which takes longer than most tests.
+    """
+    spec = find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "chat_templates"
 
 
+@cache
 def of_model(name: str) -> Any:
     """A token per byte, the template's special tokens, and the template."""
     path = chat_templates() / f"{name}.jinja"
@@ -161,3 +169,61 @@ MODELS: list[tuple[str, str, tuple[str, ...]]] = [
     ("qwen3_8", "<think>\n", ("\n",)),
 ]
 """A template; what only TRL learns before each turn; what after it, and after the last."""
+
+
+BARE = (
+    "{% for m in messages %}{{ 'Q: ' if m['role'] == 'user' else 'A: ' }}{{ m['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
+"""No end-of-turn token, and a prompt for generation that ends with a space."""
+
+
+@pytest.fixture(scope="session")
+def letters(tiny_llama: Path) -> Any:
+    """A token per character."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def metaspace() -> Any:
+    """Like Llama 2's: every text begins with `<s>` and its first word with a space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    core.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False),
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session", params=["letters", "byte level", "metaspace", "stories260K"])
+def any_tokenizer(request: pytest.FixtureRequest, letters: Any) -> Any:
+    """Four kinds, the last that of a real model."""
+    if request.param == "letters":
+        return letters
+    if request.param == "byte level":
+        return byte_level(["<|im_start|>", "<|im_end|>"])
+    if request.param == "metaspace":
+        return metaspace()
+    from transformers import AutoTokenizer
+
+    path = request.getfixturevalue("material") / "models" / "stories260K"
+    return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def vicuna(tiny_llama: Path) -> str:
+    """The chat template that is built in."""
+    tokenizer = load_tokenizer(find_source(str(tiny_llama)), chat_template="vicuna")
+    return str(tokenizer.chat_template)

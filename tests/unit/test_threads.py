@@ -1,4 +1,4 @@
-"""How many threads a run takes on a machine that others use too: the parts."""
+"""How many threads a run takes on a machine that others use too."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -29,7 +28,7 @@ from fedlora import InputError, aggregate, load_adapter, save_adapter
 from fedlora.adapters.keys import read_keys, unwrapped
 from fedlora.adapters.names import Twin, find_twins
 from fedlora.adapters.renaming import documented
-from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME
+from fedlora.adapters.saved_adapter import CONFIG_NAME
 from support.adapter_names import LANGUAGE, LLAMA, OLD, llama, multimodal, respelt, saved
 from support.merging import (
     change_config,
@@ -88,16 +87,6 @@ def test_wrapped_models(case: str, tmp_path: Path) -> None:
     # One alone, of unequal ranks after a cut, is written as PEFT loads it too.
     save_adapter(tmp_path / "alone", load_adapter(paths[1]))
     assert peft_effect(llama(), tmp_path / "alone").keys() == wanted.keys()
-
-
-def test_a_compiled_model_that_peft_saved(tmp_path: Path) -> None:
-    model = torch.compile(llama())
-    path = saved(tmp_path / "a", model, 1)
-    assert any("_orig_mod" in key for key in load_file(path / WEIGHTS_NAME))
-    assert "model.layers.0.self_attn.q_proj" in load_adapter(path).deltas
-    save_adapter(tmp_path / "out", load_adapter(path))
-    wanted = {n: x.B.double() @ x.A.double() for n, x in load_adapter(path).deltas.items()}
-    same_effect(peft_effect(llama(), tmp_path / "out"), wanted)
 
 
 def test_full_names_of_a_wrapped_model(tmp_path: Path) -> None:

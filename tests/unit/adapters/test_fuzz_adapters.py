@@ -289,7 +289,7 @@ def spoil(file: Path, how: str, number: int) -> None:
 
 
 @settings(
-    max_examples=300,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     database=None,

@@ -3,8 +3,10 @@ name of the label, say what is right."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,11 @@ KINDS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 def classifier(kind: str, labels: Sequence[str]) -> Any:
     """A random base of an architecture with these labels; its body is the same for any."""
+    return copy.deepcopy(_classifier(kind, tuple(labels)))
+
+
+@cache
+def _classifier(kind: str, labels: tuple[str, ...]) -> Any:
     names = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
     config = AutoConfig.for_model(kind, **KINDS[kind][0], **names)
     config.pad_token_id = 0

@@ -18,14 +18,14 @@ from fedlora.model.targets import find_targets
 RATE = 1e3
 
 
-def base_of(dtype: torch.dtype, vocabulary: int = 3000) -> BaseModel:
+def base_of(dtype: torch.dtype, vocabulary: int = 500) -> BaseModel:
     """The same weights, representable in float16, in either dtype; a norm is trained whole."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         pad_token_id=0,
         use_cache=False,
@@ -49,7 +49,7 @@ def change_of(
     source = torch.Generator().manual_seed(1)
     rows: list[list[Tokens]] = []
     for _ in range(clients):
-        drawn = [torch.randint(3, 3000, (30,), generator=source).tolist() for _ in range(6)]
+        drawn = [torch.randint(3, 500, (30,), generator=source).tolist() for _ in range(6)]
         rows.append([{"input_ids": ids, "labels": ids} for ids in drawn])
     monkeypatch.setattr("fedlora.client.local_run.count_labelled", lambda rows: tokens)
     adapter = {

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.client.trainer import LocalTraining
-from fedlora.client.worker import Worker, budget_of
+from fedlora.client.local_training import LocalTraining
+from fedlora.client.worker import Worker, local_training_of
 from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
 from fedlora.federation.aggregators.mean import Mean
@@ -44,7 +44,7 @@ def set_up(base: BaseModel, method: str, **keys: Any) -> tuple[Server, Worker]:
 
 
 def test_what_local_training_reads_of_a_configuration() -> None:
-    budget = budget_of(Config(max_steps=7, learning_rate=0.5, seed=3))
+    budget = local_training_of(Config(max_steps=7, learning_rate=0.5, seed=3))
     assert (budget.max_steps, budget.learning_rate, budget.seed) == (7, 0.5, 3)
     assert budget.client == LocalTraining().client
 

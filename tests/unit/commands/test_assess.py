@@ -1,4 +1,4 @@
-"""The parts of assess."""
+"""Generating and evaluating: options, windows of texts, losses, prompts as they were trained on."""
 
 from __future__ import annotations
 

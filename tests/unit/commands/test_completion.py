@@ -1,4 +1,4 @@
-"""The parts of completion."""
+"""Shell completion knows every verb, every option of its help, and every configuration key."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ KEYS = [*Config.model_fields, *sorted(rule_keys()), "lora_rank", "", " ", "é", 
 
 
 FEW = settings(
-    max_examples=150,
+    max_examples=40,
     deadline=None,
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
@@ -219,7 +219,7 @@ def test_keys_from_the_command_line(arguments: list[str]) -> None:
 
 
 @seed(0)
-@settings(FEW, max_examples=60)
+@settings(FEW, max_examples=20)
 @given(tokens)
 def test_the_command_ends_with_0_or_2(arguments: list[str]) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")

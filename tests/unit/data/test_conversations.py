@@ -242,9 +242,9 @@ NO_CALLS = ("cohere", "cohere2", "llama3", "gemma", "gemma3", "lfm2", "qwen2_5_v
 NO_CALLS += ("phi3_5", "deepseek_r1_distill")
 
 
-@pytest.mark.parametrize(("name", "before", "after"), [m for m in MODELS if m[0] not in NO_CALLS])
 @pytest.mark.parametrize("content", ["", "Let me see."])
 @pytest.mark.parametrize("names", [("weather",), ("weather", "clock")])
+@pytest.mark.parametrize(("name", "before", "after"), [m for m in MODELS if m[0] not in NO_CALLS])
 def test_tool_calls_are_found_as_if_they_were_marked(
     name: str, before: str, after: tuple[str, ...], content: str, names: tuple[str, ...]
 ) -> None:

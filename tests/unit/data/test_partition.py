@@ -21,7 +21,7 @@ from fedlora.errors import InputError
 from fedlora.text import natural
 from support.rows import rows, write_jsonl
 
-law = settings(max_examples=80, deadline=None, derandomize=True)
+law = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 seeds = st.integers(0, 2**32 - 1)

@@ -110,7 +110,7 @@ cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\
 
 
 @settings(
-    max_examples=60,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -1,4 +1,7 @@
-"""Tokens and labels: written out by hand, and against what TRL makes of the same rows."""
+"""Tokens and labels are those written out by hand, of any template and any tokenizer.
+
+The comparison with TRL is in tests/runs/test_tokens_like_trl.py.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,23 @@ from fedlora.data.templates import (
     custom,
 )
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
-from fedlora.model.sources import find_source, load_tokenizer
 from support.rows import write_jsonl
-from support.tokens import (
+from support.tokens import (  # noqa: F401
+    BARE,
     CHATML,
     MARKED_CHATML,
     MODELS,
     SENTENCES,
+    any_tokenizer,
     byte_level,
     chat,
     chat_templates,
     learnt,
+    letters,
     of_model,
     stretches,
     turns,
+    vicuna,
     with_chat,
 )
 
@@ -49,57 +55,6 @@ ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-
-
-BARE = (
-    "{% for m in messages %}{{ 'Q: ' if m['role'] == 'user' else 'A: ' }}{{ m['content'] }}\n"
-    "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
-)
-"""No end-of-turn token, and a prompt for generation that ends with a space."""
-
-
-@pytest.fixture(scope="session")
-def letters(tiny_llama: Path) -> Any:
-    """A token per character."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_llama)
-
-
-def metaspace() -> Any:
-    """Like Llama 2's: every text begins with `<s>` and its first word with a space."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    core.decoder = decoders.Metaspace(prepend_scheme="first")
-    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    core.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False),
-    )
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-@pytest.fixture(scope="session", params=["letters", "byte level", "metaspace", "stories260K"])
-def any_tokenizer(request: pytest.FixtureRequest, letters: Any) -> Any:
-    """Four kinds, the last that of a real model."""
-    if request.param == "letters":
-        return letters
-    if request.param == "byte level":
-        return byte_level(["<|im_start|>", "<|im_end|>"])
-    if request.param == "metaspace":
-        return metaspace()
-    from transformers import AutoTokenizer
-
-    path = request.getfixturevalue("material") / "models" / "stories260K"
-    return AutoTokenizer.from_pretrained(path)
 
 
 def characters(tokenizer: Any, text: str) -> list[int]:
@@ -504,238 +459,14 @@ def test_labels_that_are_no_classes_are_refused(label: Any, letters: Any) -> Non
         tokenize({"text": "x", "label": label}, template, letters, 100, True, ("0", "1"))
 
 
-def of_trl(
-    model: Path, tokenizer: Any, rows: list[dict[str, Any]], out: Path, **settings: Any
-) -> list[Tokens]:
-    """What TRL's SFTTrainer trains on: tokens and labels, from its data set and its collator."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    trainer = SFTTrainer(
-        str(model),
-        SFTConfig(
-            output_dir=str(out),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=copy.deepcopy(tokenizer),
-    )
-    found = []
-    for row in trainer.train_dataset:
-        batch = trainer.data_collator([row])
-        found.append({key: batch[key][0].tolist() for key in ("input_ids", "labels")})
-    return found
-
-
-def of_ours(
-    tokenizer: Any,
-    rows: list[dict[str, Any]],
-    template: str,
-    max_length: int,
-    completion_only: bool,
-) -> list[Tokens]:
-    """What fedlora trains on."""
-    found = []
-    for row in rows:
-        try:
-            made = tokenize(row, TEMPLATES[template], tokenizer, max_length, completion_only)
-        except UnusableRowError:
-            continue
-        found.append(made)
-    return found
-
-
-TEXTS = [
-    "Once upon a time, a very little while ago.",
-    "  two spaces,\ttabs\n\n    and code: x  =  1\n",
-    "Zoë's 日本 🙂 na\u0308ive",
-    "ends with a space ",
-    "the end is there</s>",
-    "ends <|endoftext|>",
-    "x",
-]
-
-
-PAIRS = [
-    {"prompt": "What is the capital of France?", "completion": " Paris."},
-    {"prompt": "What is the capital of France? ", "completion": "Paris is."},
-    {"prompt": "Add the numb", "completion": "ers, and write down the result"},
-    {"prompt": "def area(width):\n", "completion": "    return width * 2"},
-    {"prompt": "def area(width):\n    ", "completion": "    return"},
-    {"prompt": "stop", "completion": ""},
-    {"prompt": "Zoë 🙂", "completion": "🙂 日本"},
-    {"prompt": "it ends", "completion": " here</s>"},
-    {"prompt": "The river was cold and the stones were grey. " * 3, "completion": "Yes"},
-]
-
-
-TALKS = [
-    turns("What is the capital of France?", "The capital is Paris."),
-    turns("hi", "  Zoë 🙂", "and\n\nnow?", "    return 1\n", "so", "yes ", system="Be kind."),
-    turns("The river was cold and the stones were grey. " * 3, "Yes"),
-    turns("x", "y", "x", "y"),
-]
-
-
-CUTS = (1000, 40, 12, 5)
-
-
-def test_texts_equal_trls(any_tokenizer: Any, tiny_llama: Path, tmp_path: Path) -> None:
-    rows = [{"text": text} for text in TEXTS]
-    for cut in CUTS:
-        theirs = of_trl(tiny_llama, any_tokenizer, rows, tmp_path, max_length=cut)
-        assert len(theirs) == len(rows)
-        for completion_only in (True, False):
-            assert of_ours(any_tokenizer, rows, "text", cut, completion_only) == theirs
-
-
-@pytest.mark.parametrize("completion_only", [True, False])
-def test_prompts_and_completions_equal_trls(
-    completion_only: bool, any_tokenizer: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
-    """Rows that lose their completion to the cut are dropped by both."""
-    numbers = set()
-    for cut in CUTS:
-        theirs = of_trl(
-            tiny_llama,
-            any_tokenizer,
-            PAIRS,
-            tmp_path,
-            max_length=cut,
-            completion_only_loss=completion_only,
-        )
-        assert of_ours(any_tokenizer, PAIRS, "prompt_completion", cut, completion_only) == theirs
-        numbers.add(len(theirs))
-    assert max(numbers) == len(PAIRS)
-    assert (min(numbers) < len(PAIRS)) == completion_only
-
-
-def test_a_completion_without_a_prompt_equals_trls(
-    any_tokenizer: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
-    """But for the first label, which nothing predicts: TRL leaves a tokenizer's `<s>` out."""
-    row = {"prompt": "", "completion": "Yes, the answer"}
-    [theirs] = of_trl(tiny_llama, any_tokenizer, [row], tmp_path)
-    [ours] = of_ours(any_tokenizer, [row], "prompt_completion", 1024, True)
-    assert ours["input_ids"] == theirs["input_ids"]
-    assert ours["labels"][1:] == theirs["labels"][1:] == theirs["input_ids"][1:]
-
-
-@pytest.mark.parametrize("completion_only", [True, False])
-@pytest.mark.parametrize("template", [CHATML, BARE, "vicuna"])
-def test_conversational_completions_equal_trls(
-    template: str,
-    completion_only: bool,
-    any_tokenizer: Any,
-    tiny_llama: Path,
-    tmp_path: Path,
-    vicuna: str,
-) -> None:
-    tokenizer = with_chat(any_tokenizer, vicuna if template == "vicuna" else template)
-    rows = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in TALKS]
-    cut, numbers = 1000, []
-    for _ in range(2):
-        theirs = of_trl(
-            tiny_llama,
-            tokenizer,
-            rows,
-            tmp_path,
-            max_length=cut,
-            completion_only_loss=completion_only,
-        )
-        assert of_ours(tokenizer, rows, "prompt_completion", cut, completion_only) == theirs
-        numbers.append(len(theirs))
-        cut = len(theirs[0]["input_ids"]) - 1  # in the completion of the first
-    assert numbers[0] == len(rows)
-    assert numbers[1] > 0
-    assert (numbers[1] < len(rows)) == completion_only
-
-
-@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML, "vicuna"])
-def test_whole_conversations_equal_trls(
-    template: str, any_tokenizer: Any, tiny_llama: Path, tmp_path: Path, vicuna: str
-) -> None:
-    tokenizer = with_chat(any_tokenizer, vicuna if template == "vicuna" else template)
-    rows = [{"messages": talk} for talk in TALKS]
-    for cut in (1000, 30):
-        settings = {"max_length": cut, "assistant_only_loss": False}
-        theirs = of_trl(tiny_llama, tokenizer, rows, tmp_path, **settings)
-        assert len(theirs) == len(rows)
-        assert of_ours(tokenizer, rows, "chat", cut, False) == theirs
-
-
-@pytest.mark.parametrize("template", [MARKED_CHATML, "vicuna"])
-def test_assistant_turns_with_markers_equal_trls(
-    template: str, any_tokenizer: Any, tiny_llama: Path, tmp_path: Path, vicuna: str
-) -> None:
-    tokenizer = with_chat(any_tokenizer, vicuna if template == "vicuna" else template)
-    rows = [{"messages": talk} for talk in TALKS]
-    cut, numbers = 1000, []
-    for _ in range(2):
-        settings = {"max_length": cut, "assistant_only_loss": True}
-        theirs = of_trl(tiny_llama, tokenizer, rows, tmp_path, **settings)
-        assert of_ours(tokenizer, rows, "chat", cut, True) == theirs
-        numbers.append(len(theirs))
-        cut = len(theirs[0]["input_ids"]) - 2  # in the first's answer, before that of the third
-    assert numbers[0] == len(rows)
-    assert 0 < numbers[1] < len(rows)
-
-
-def test_tools_and_settings_of_a_row_equal_trls(tiny_llama: Path, tmp_path: Path) -> None:
-    """Tools may be JSON text: a data set's columns cannot hold functions of all shapes."""
-    tool = {
-        "type": "function",
-        "function": {
-            "name": "rain",
-            "description": "Whether it rains.",
-            "parameters": {"type": "object", "properties": {}},
-        },
-    }
-    listing = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{{ mood or '' }}\n"
-    tokenizer = with_chat(byte_level(["<|im_start|>", "<|im_end|>"]), listing + MARKED_CHATML)
-    for tools in ([tool], json.dumps([tool])):
-        extra = {"tools": tools, "chat_template_kwargs": {"mood": "glad"}}
-        rows = [{"messages": turns("x", "yes"), **extra}]
-        theirs = of_trl(tiny_llama, tokenizer, rows, tmp_path, assistant_only_loss=True)
-        assert tokenizer.decode(theirs[0]["input_ids"]).startswith("[rain]glad\n")
-        assert of_ours(tokenizer, rows, "chat", 1024, True) == theirs
-
-
-def test_real_rows_with_a_real_tokenizer_equal_trls(
-    material: Path, tiny_llama: Path, tmp_path: Path
-) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(material / "models" / "stories260K")
-    path = material / "datasets" / "dolly_fed10" / "local_training_0.json"
-    everything = json.loads(path.read_text(encoding="utf-8"))
-    rows = [row for row in everything if row["context"]][:15]
-    rows += [row for row in everything if not row["context"]][:15]
-    pairs = []
-    for row in rows:
-        prompt, completion = TEMPLATES["alpaca"].render(row)
-        pairs.append({"prompt": prompt, "completion": completion})
-    numbers = []
-    for cut in (10_000, 256):
-        theirs = of_trl(tiny_llama, tokenizer, pairs, tmp_path, max_length=cut)
-        assert of_ours(tokenizer, rows, "alpaca", cut, True) == theirs
-        numbers.append(len(theirs))
-    assert numbers[0] == 30
-    assert 0 < numbers[1] < 30
-
-
 TALK = turns("Hi there", "Hello,\nfriend: <b>1</b>", "What 's now?", "Nothing.", "So", "  Hello, ")
 
 
 PLAIN = turns("Hi there", "Hello, friend.", "What now?", "Nothing.")
 
 
-@pytest.mark.parametrize(("name", "before", "after"), MODELS, ids=[model[0] for model in MODELS])
 @pytest.mark.parametrize("talk", [PLAIN, TALK], ids=["plain", "odd"])
+@pytest.mark.parametrize(("name", "before", "after"), MODELS, ids=[model[0] for model in MODELS])
 def test_turns_are_found_as_if_they_were_marked(
     name: str, before: str, after: tuple[str, ...], talk: list[dict[str, Any]]
 ) -> None:
@@ -958,13 +689,6 @@ def test_named_chat_templates(letters: Any) -> None:
     tokenizer.chat_template = {"rag": "no"}
     with pytest.raises(fedlora.InputError, match="chat template"):
         chat(tokenizer, talk)
-
-
-@pytest.fixture(scope="session")
-def vicuna(tiny_llama: Path) -> str:
-    """The chat template that is built in."""
-    tokenizer = load_tokenizer(find_source(str(tiny_llama)), chat_template="vicuna")
-    return str(tokenizer.chat_template)
 
 
 VICUNA_SYSTEM = (

@@ -1,4 +1,4 @@
-"""The parts of methods doc."""
+"""The page of methods has a row for every rule, and the README names each with its file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of architectures."""
+"""Target modules of every architecture are those that PEFT chooses; expert weights are refused."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 from peft.utils import constants
 
 import fedlora
-from fedlora.runs.session import assemble
+from fedlora.model.loading import load_model
+from fedlora.model.sources import find_source, load_tokenizer
+from fedlora.model.targets import Targets
 from support.architectures import (  # noqa: F401
     CASES,
     ENCODERS,
+    LABELS,
     MIXTURES,
     adapted_by_peft,
-    data,
-    keys_of,
     models,
     save_model,
 )
@@ -40,27 +42,41 @@ def names_of(name: str) -> list[str]:
     return found.get(name, ["q_proj", "o_proj"])
 
 
+def targets_of(path: Path, classify: bool, wanted: Any = "all-linear") -> Targets:
+    """What a run would train of this model."""
+    config = fedlora.Config(
+        model_name_or_path=str(path),
+        label_column_name="label" if classify else None,
+        lora_target_modules=wanted,
+    )
+    source = find_source(str(path))
+    tokenizer = load_tokenizer(source, None)
+    labels = LABELS if classify else ()
+    return load_model(source, tokenizer, config, labels)[0].targets
+
+
 @pytest.mark.parametrize("which", ["all-linear", "default", "names"])
 @pytest.mark.parametrize(
     ("name", "classify"), CASES, ids=[n + ("-classifier" if c else "") for n, c in CASES]
 )
 def test_targets_are_those_peft_chooses(
-    name: str, classify: bool, which: str, models: Callable[[str], Path], data: Path, tmp_path: Path
+    name: str, classify: bool, which: str, models: Callable[[str], Path]
 ) -> None:
     wanted: Any = {"all-linear": "all-linear", "default": None, "names": names_of(name)}[which]
-    keys = keys_of(models(name), data, tmp_path, classify, lora_target_modules=wanted)
     kind = hf.AutoModelForSequenceClassification if classify else hf.AutoModelForCausalLM
-    plain = kind.from_pretrained(models(name))
+    config = hf.AutoConfig.from_pretrained(models(name))
+    with torch.device("meta"):
+        plain = kind.from_config(config)
     task = "SEQ_CLS" if classify else "CAUSAL_LM"
     whole: tuple[str, ...] = ()
     known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if which == "default" and plain.config.model_type not in known:
         with pytest.raises(fedlora.InputError, match="lora_target_modules: PEFT has no default"):
-            assemble(fedlora.Config(**keys))
+            targets_of(models(name), classify, wanted)
         with pytest.raises(ValueError, match="target_modules"):
             adapted_by_peft(plain, wanted, task, whole)
         return
-    targets = assemble(fedlora.Config(**keys)).base.targets
+    targets = targets_of(models(name), classify, wanted)
     if which == "default" and name in MIXTURES:  # of which PEFT 0.21 loses its own default
         wanted = list(known[name])
     whole = targets.modules_to_save
@@ -73,16 +89,18 @@ def test_targets_are_those_peft_chooses(
 
 
 def test_a_trained_pooler_gets_an_adapter_and_a_new_one_is_trained_whole(
-    models: Callable[[str], Path], data: Path, tmp_path: Path
+    models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Published BERTs have a pooler; PEFT adapts it, as any linear layer."""
     path = save_model(tmp_path / "bert", ENCODERS["bert"](), hf.BertModel)
-    targets = assemble(fedlora.Config(**keys_of(path, data, tmp_path, True))).base.targets
+    targets = targets_of(path, True)
     assert "bert.pooler.dense" in targets.shapes
     assert targets.modules_to_save == ("classifier",)
-    plain = hf.AutoModelForSequenceClassification.from_pretrained(path)
+    config = hf.AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        plain = hf.AutoModelForSequenceClassification.from_config(config)
     assert set(targets.shapes) == adapted_by_peft(plain, "all-linear", "SEQ_CLS", [])
-    bare = assemble(fedlora.Config(**keys_of(models("bert"), data, tmp_path, True))).base.targets
+    bare = targets_of(models("bert"), True)
     assert "bert.pooler.dense" not in bare.shapes
     assert set(bare.modules_to_save) == {"bert.pooler.dense", "classifier"}
 

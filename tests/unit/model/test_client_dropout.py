@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.model.client_dropout import client_dropout
-from fedlora.model.client_rows import ClientRows, Form, spans_of
+from fedlora.model.client_rows import ClientRows, RowLayout, spans_of
 
 P, WIDTH = 0.25, 400
-IN_ORDER = {3: Form(1)}
+IN_ORDER = {3: RowLayout(1)}
 """`(1, tokens, width)`."""
 
 
 def dropped(
-    x: Tensor, counts: list[int], seeds: list[int], forms: dict[int, Form], number: int = 0
+    x: Tensor, counts: list[int], seeds: list[int], forms: dict[int, RowLayout], number: int = 0
 ) -> Tensor:
     """What the layer makes of the tokens of clients with these seeds."""
     rows = ClientRows()
@@ -46,7 +46,7 @@ def test_layers_draw_from_streams_of_their_own() -> None:
 
 def test_tokens_along_another_axis_draw_what_they_draw_in_order() -> None:
     """`(tokens, heads * d)` as `(1, heads, tokens, d)`: each token's entries stay together."""
-    heads = {4: Form(2)}
+    heads = {4: RowLayout(2)}
     x = torch.ones(1, 2, 9, WIDTH)
     together = dropped(x, [4, 5], [7, 8], heads)
     assert torch.equal(together[:, :, 4:], dropped(x[:, :, 4:], [5], [8], heads))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.data.tokenize import Tokens
-from fedlora.model.client_rows import ClientRows, Form
+from fedlora.model.client_rows import ClientRows, RowLayout
 from fedlora.model.find_rows import find_rows
 from fedlora.model.full_modules import FullModule
 
@@ -30,7 +30,7 @@ def passed(module: nn.Module, arrange: Callable[[Tensor, list[int]], Tensor], ro
     module(arrange(TABLE[ids], lengths))
 
 
-def form_of(arrange: Callable[[Tensor, list[int]], Tensor]) -> tuple[bool, dict[int, Form]]:
+def form_of(arrange: Callable[[Tensor, list[int]], Tensor]) -> tuple[bool, dict[int, RowLayout]]:
     """What is found out of a module that gets this."""
     module = nn.Identity()
     known, forms = find_rows(draw, [], [module], partial(passed, module, arrange))
@@ -38,24 +38,24 @@ def form_of(arrange: Callable[[Tensor, list[int]], Tensor]) -> tuple[bool, dict[
 
 
 def test_tokens_along_one_axis() -> None:
-    assert form_of(lambda x, _: x[None]) == (True, {3: Form(1)})
-    assert form_of(lambda x, _: x) == (True, {2: Form(0)})
+    assert form_of(lambda x, _: x[None]) == (True, {3: RowLayout(1)})
+    assert form_of(lambda x, _: x) == (True, {2: RowLayout(0)})
     heads = form_of(lambda x, _: x.view(1, -1, 2, 3).transpose(1, 2))
-    assert heads == (True, {4: Form(2)})
+    assert heads == (True, {4: RowLayout(2)})
 
 
 def test_samples_instead_of_tokens() -> None:
     def pooled(x: Tensor, lengths: list[int]) -> Tensor:
         return torch.stack([part.mean(0) for part in x.split(lengths)])
 
-    assert form_of(pooled) == (True, {2: Form(0, "samples")})
+    assert form_of(pooled) == (True, {2: RowLayout(0, "samples")})
 
 
 def test_several_entries_of_each_token_together_or_apart() -> None:
     together = form_of(lambda x, _: x.view(-1, 3))  # token 0's two halves, token 1's ...
-    assert together == (True, {2: Form(0, multiples=frozenset({2}))})
+    assert together == (True, {2: RowLayout(0, multiples=frozenset({2}))})
     apart = form_of(lambda x, _: torch.cat([x[:, :3], x[:, 3:]]))  # all first halves, then ...
-    assert apart == (True, {2: Form(0, multiples=frozenset({2}), apart=True)})
+    assert apart == (True, {2: RowLayout(0, multiples=frozenset({2}), apart=True)})
 
 
 def test_rows_that_are_mixed_are_not_known() -> None:
@@ -75,6 +75,6 @@ def test_a_module_trained_whole_learns_where_its_rows_lie() -> None:
     full = FullModule(head, ClientRows())
     known, _ = find_rows(draw, [full], [], partial(passed, head, lambda x, _: x[None]))
     assert known
-    assert full.inputs == {(3,): (Form(1),)}
-    assert full.outputs == {(3,): (Form(1),)}
+    assert full.inputs == {(3,): (RowLayout(1),)}
+    assert full.outputs == {(3,): (RowLayout(1),)}
     assert full.watch is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.model.client_rows import ClientRows, Form, MixedRowsError, spans_of
+from fedlora.model.client_rows import ClientRows, MixedRowsError, RowLayout, spans_of
 from fedlora.model.full_modules import FullModule, full_modules_of, kinds_of, make_float32
 
 
@@ -15,7 +15,7 @@ def full(rows: ClientRows) -> tuple[nn.Linear, FullModule]:
     module = nn.Linear(3, 3, bias=False)
     wrapped = FullModule(module, rows)
     wrapped.load_copies("head", [{"head.weight": 2 * torch.eye(3)}, {"head.weight": -torch.eye(3)}])
-    wrapped.inputs = wrapped.outputs = {(2,): (Form(0),)}
+    wrapped.inputs = wrapped.outputs = {(2,): (RowLayout(0),)}
     return module, wrapped
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedlora.lowrank import Dense, LowRank
-from fedlora.model.client_rows import ClientRows, Form, spans_of
+from fedlora.model.client_rows import ClientRows, RowLayout, spans_of
 from fedlora.model.lora_layer import AdapterLayer, ClientAdapter, ClientTerm
 from support.adapters import random_lowrank
 from support.simulated import matrix
@@ -19,7 +19,7 @@ def layer(dtype: torch.dtype = torch.float32) -> AdapterLayer:
     """Over a linear layer of 5 inputs and 4 outputs."""
     torch.manual_seed(0)
     out = AdapterLayer(nn.Linear(5, 4).to(dtype), ClientRows())
-    out.forms = {3: Form(1)}
+    out.forms = {3: RowLayout(1)}
     return out
 
 

@@ -11,33 +11,12 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from fedlora.client.cohort import train_cohort
-from fedlora.client.local_training import LocalTraining
 from fedlora.data.tokenize import Tokens
-from fedlora.lowrank import LowRank
-from fedlora.model.base import BaseModel, attach
 from fedlora.model.batches import collate, count_labelled
-from fedlora.model.client_rows import MixedRowsError
-from fedlora.model.lora_layer import ClientAdapter
-from fedlora.model.loss import summed_loss
-from fedlora.model.packing import examine
 from fedlora.model.passes import PackedRunner, runner_of
 from fedlora.model.plans import plan_passes
-from fedlora.model.rotary_factors import RotaryFactors
-from fedlora.model.targets import find_targets
-from fedlora.model.trial_rows import random_rows
-from fedlora.model.wide import ForwardState, computing_in
-from fedlora.seeds import Purpose, fresh_factors
-from support.packing import EXPERTS, MIXTURES, SIZES, built, found, routed, rows_of
-
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [2.0, 4.0, 8.0, 16.0],
-    "original_max_position_embeddings": 30,
-    "factor": 8.0,
-}
+from fedlora.model.wide import computing_in
+from support.packing import EXPERTS, MIXTURES, ROPES, SIZES, WINDOWS, built, found, routed, rows_of
 
 
 def alone(model: Any, rows: Sequence[Tokens]) -> list[Tensor]:
@@ -61,19 +40,6 @@ def steps_of(model: Any, parts: Sequence[Sequence[Tokens]]) -> int:
     """In how many passes these rows are run."""
     passes = runner_of(model)
     return len(plan_passes(parts, lambda n: passes._pass_kind(model, n), passes.longest))
-
-
-WINDOWS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "ModernBERT": ("modernbert", {**SIZES, "local_attention": 32, "num_hidden_layers": 4}, True),
-    "PhiMoE, in the mask alone": ("phimoe", {**EXPERTS, "sliding_window": 40}, False),
-    "Mistral": ("mistral", {**SIZES, "sliding_window": 40}, False),
-    "Qwen 2, in some layers": (
-        "qwen2",
-        {**SIZES, "sliding_window": 40, "use_sliding_window": True, "max_window_layers": 1},
-        False,
-    ),
-    "Gemma 3": ("gemma3_text", {**SIZES, "sliding_window": 40, "head_dim": 16}, False),
-}
 
 
 @pytest.mark.parametrize("longest", [0, 512])
@@ -121,24 +87,6 @@ def test_a_windows_gradient_is_that_of_the_model(packed: bool) -> None:
     for n, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(got[n], p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.norm()))
-
-
-ROPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "longrope, Phi-3": ("phi3", {**SIZES, "rope_parameters": LONGROPE}),
-    "longrope, Llama": ("llama", {**SIZES, "rope_parameters": LONGROPE}),
-    "longrope, PhiMoE": (
-        "phimoe",
-        {**EXPERTS, "rope_parameters": {**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3}},
-    ),
-    "dynamic": (
-        "llama",
-        {
-            **SIZES,
-            "max_position_embeddings": 30,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-        },
-    ),
-}
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -364,118 +312,3 @@ def test_the_auxiliary_loss_is_the_models_own(name: str, packed: bool) -> None:
 def test_without_the_setting_there_is_no_auxiliary_loss() -> None:
     model = built(*MIXTURES["mixtral"])
     assert runner_of(model).auxiliary == 0
-
-
-def base_of(model: Any) -> BaseModel:
-    model.config.use_cache = False
-    return attach(model, None, find_targets(model, "all-linear", "it", None, [], "CAUSAL_LM"))
-
-
-def adapter_of(base: BaseModel, client: int) -> dict[str, LowRank]:
-    fresh = fresh_factors(7, 0, client, Purpose.CLIENT_INIT, base.targets.shapes)
-    source = torch.Generator().manual_seed(client)
-    return {
-        n: LowRank(fresh(n, 2), 0.05 * torch.randn(m, 2, generator=source))
-        for n, (m, _) in base.targets.shapes.items()
-    }
-
-
-def ends(base: BaseModel, data: Sequence[Sequence[Tokens]], groups: Sequence[Sequence[int]]) -> Any:
-    """Each client's trained factors as one vector, and its losses."""
-    out: dict[int, Any] = {}
-    for group in groups:
-        client_adapters = [
-            ClientAdapter(adapter_of(base, k), scale=2.0, dropout=0.2) for k in group
-        ]
-        base.load_clients([], client_adapters)
-        trainings = [
-            LocalTraining(
-                client=k, per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, seed=3
-            )
-            for k in group
-        ]
-        metrics = train_cohort(base, [data[k] for k in group], trainings)
-        for slot, k in enumerate(group):
-            x = base.read_adapter(slot)
-            flat = torch.cat([f.flatten() for y in x.values() for f in (y.A, y.B)])
-            out[k] = flat, metrics[slot]["loss"]
-    return [out[k] for k in sorted(out)]
-
-
-TOGETHER: dict[str, Any] = {
-    "longrope": lambda: built(*ROPES["longrope, Phi-3"]),
-    "dynamic": lambda: built(*ROPES["dynamic"]),
-    "auxiliary loss": lambda: routed("mixtral"),
-    "a window": lambda: built(*WINDOWS["Mistral"][:2]),
-    "a number nothing explains": lambda: built("llama", {**SIZES, "reach_of_it": 45}),
-}
-
-
-@pytest.mark.parametrize("case", TOGETHER)
-def test_together_is_alone(case: str) -> None:
-    base = base_of(TOGETHER[case]())
-    passes = runner_of(base.model)
-    assert passes.joint
-    if case == "a number nothing explains":
-        assert passes.longest == 45
-    data = [rows_of([10, 50, 33, 28, 44, 7], seed=k) for k in range(3)]
-    one = ends(base, data, [[0], [1], [2]])
-    for (x, loss), (y, other) in zip(ends(base, data, [[0, 1, 2]]), one, strict=True):
-        assert float((x - y).norm()) <= 1e-5 * float(y.norm())
-        assert loss == pytest.approx(other, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_modules_trained_whole_beside_rows_that_run_padded(name: str) -> None:
-    """Rows longer than a packed pass may be run client by client, each by its own copy."""
-    model = built(name, {**SIZES, "reach_of_it": 45})
-    model.config.use_cache = False
-    whole = [n for n, m in model.named_modules() if n.endswith("norm") and len([*m.parameters()])]
-    targets = find_targets(model, "all-linear", "it", None, whole, "CAUSAL_LM")
-    base = attach(model, None, targets)
-    passes = runner_of(base.model)
-    assert passes.joint
-    assert passes.longest == 45
-    data = [rows_of([10, 50, 33, 28, 60, 7], seed=k) for k in range(3)]
-    start, dense = base.read_full_params(), []
-    for groups in ([[0], [1], [2]], [[0, 1, 2]]):
-        found: dict[int, Any] = {}
-        for group in groups:
-            client_adapters = [
-                ClientAdapter(adapter_of(base, k), dropout=0.2, full_params=start) for k in group
-            ]
-            base.load_clients([], client_adapters)
-            trainings = [
-                LocalTraining(
-                    client=k, per_device_train_batch_size=4, max_steps=3, learning_rate=2e-3
-                )
-                for k in group
-            ]
-            train_cohort(base, [data[k] for k in group], trainings)
-            found |= {k: base.read_full_params(slot) for slot, k in enumerate(group)}
-        dense.append(found)
-    one, all_ = dense
-    for k in range(3):
-        for key, value in one[k].items():
-            moved = float((value - start[key]).norm())
-            assert moved > 0
-            assert float((all_[k][key] - value).norm()) <= 1e-3 * moved, key
-
-
-def test_what_cannot_be_packed_trains_one_client_at_a_time() -> None:
-    kind, config = LEAKING["LFM2"]
-    base = base_of(built(kind, config))
-    with pytest.raises(MixedRowsError, match="one client at a time"):
-        ends(base, [rows_of([9, 5]), rows_of([4, 7])], [[0, 1]])
-
-
-def test_without_a_packed_pass_rows_are_at_least_padded_to_one_length() -> None:
-    model = built("llama", SIZES)
-    rows = random_rows(model, 0, False)
-
-    def padded(rows: Sequence[Tokens]) -> Tensor:
-        return summed_loss(model, collate(rows, torch.device("cpu"), 0))[1]
-
-    rotary = RotaryFactors(ForwardState(model), [model.config], 0)
-    verdict = examine(model, [model.config], rotary, rows, padded, None)
-    assert (verdict.packed, verdict.together, verdict.auxiliary) == (False, True, 0.0)

@@ -1,4 +1,4 @@
-"""A run's directory: made in one step, locked, verified, pruned, never overwritten: the parts."""
+"""A run's directory and state: made in one step, never overwritten, read back to the bit."""
 
 from __future__ import annotations
 

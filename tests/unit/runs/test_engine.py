@@ -6,7 +6,7 @@ import inspect
 
 from fedlora.engines.local import LocalEngine
 from fedlora.federation.messages import ClientUpdate
-from fedlora.runs.engine import Answer, Engine, EngineState, Failure
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 
 
 def test_an_answer_is_its_updates_clients_and_makes_a_model_when_it_is_asked() -> None:
@@ -16,7 +16,7 @@ def test_an_answer_is_its_updates_clients_and_makes_a_model_when_it_is_asked() -
         made.append(1)
         return {}
 
-    answer = Answer(ClientUpdate(3, 1, {}, 5), model)  # type: ignore[arg-type]
+    answer = ClientResult(ClientUpdate(3, 1, {}, 5), model)  # type: ignore[arg-type]
     assert answer.client == 3
     assert made == []
     assert answer.model() == {}

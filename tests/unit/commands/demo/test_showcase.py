@@ -1,4 +1,4 @@
-"""`fedlora demo` and the embedded default, in a short form: the parts."""
+"""The table that `fedlora demo` prints, its seeds, and the embedded default configuration."""
 
 from __future__ import annotations
 

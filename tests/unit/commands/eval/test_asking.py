@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.commands.eval.asking import Asker, conversation_form, encode, read_prompts
+from fedlora.commands.eval.asking import Asker, encode, prompt_format_of, read_prompts
 from fedlora.commands.eval.models import tokenizer_of
 from fedlora.commands.eval.options import Loading
 from fedlora.commands.eval.subject import Subject, find_subject
@@ -87,7 +87,7 @@ def test_prompts_of_a_file(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_conversations_without_a_template_are_vicunas(tiny_llama: Path) -> None:
     subject, tokenizer = model(tiny_llama)
-    form = conversation_form(subject, tokenizer)
+    form = prompt_format_of(subject, tokenizer)
     assert form.name.startswith("Vicuna's template")
     text = read(tokenizer, form.tokens([{"role": "user", "content": "hi"}]))
     assert text.endswith("USER: hi ASSISTANT:")

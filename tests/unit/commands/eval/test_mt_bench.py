@@ -1,4 +1,4 @@
-"""The parts of assess mt bench."""
+"""MT-Bench: what the judge is told, how its ratings are read, and which files are refused."""
 
 from __future__ import annotations
 

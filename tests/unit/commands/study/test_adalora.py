@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.client.trainer import Budget
+from fedlora.client.local_training import LocalTraining
 from fedlora.commands.study.adalora import KEPT, train_adalora
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
@@ -30,9 +30,9 @@ def base(*whole: str) -> BaseModel:
     return it
 
 
-def budget(**more: Any) -> Budget:
+def budget(**more: Any) -> LocalTraining:
     """Eight steps of two rows."""
-    return Budget(
+    return LocalTraining(
         **{"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **more}
     )
 
