@@ -23,7 +23,9 @@ _OWN_LOADING = ("torch_compile", "gradient_checkpointing", "use_liger_kernel")
 _READ = ("dtype", "use_cpu", "lora_target_modules", "tokenizer_name", "chat_template_path")
 """Keys that loading a causal model reads."""
 
-_load_base: Callable[..., tuple[BaseModel, list[str]]] = session.load_base
+original_load_base: Callable[..., tuple[BaseModel, list[str]]] = session.load_base
+"""What loads a base of its own for every run."""
+
 _kept: dict[str, tuple[BaseModel, list[str]]] = {}
 
 
@@ -49,12 +51,12 @@ def _load_or_reuse(
     """
     own = label_names or config.lora_modules_to_save or any(getattr(config, k) for k in _OWN_LOADING)
     if own or not weights or not Path(source.name).is_dir():
-        return _load_base(source, tokenizer, config, label_names, weights=weights)
+        return original_load_base(source, tokenizer, config, label_names, weights=weights)
     name = _name_of(source, config)
     if name not in _kept:
         while len(_kept) >= MOST:
             del _kept[next(iter(_kept))]
-        _kept[name] = _load_base(source, tokenizer, config, label_names)
+        _kept[name] = original_load_base(source, tokenizer, config, label_names)
     base, notes = _kept[name]
     base.load([])
     base.model.eval()
@@ -76,4 +78,4 @@ def kept_bases() -> Iterator[None]:
 @pytest.fixture
 def fresh_bases(kept_bases: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a test that looks at loading, or holds two bases at a time: every run loads its own."""
-    monkeypatch.setattr(session, "load_base", _load_base)
+    monkeypatch.setattr(session, "load_base", original_load_base)
