@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,7 +38,7 @@ from fedlora.methods.values import ServerState
 from fedlora.model.base import BaseModel
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs import evaluation as rating
-from fedlora.runs.course import Result
+from fedlora.runs.course import Result, RoundResult
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import assemble
 from support.models import save_tokenizer
@@ -50,6 +51,9 @@ from support.resume import (
     whole_lines,
 )
 from support.rows import rows, write_jsonl
+
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
 
 RULES = list(METHODS)
 
@@ -125,7 +129,7 @@ def watch(
     **changes: Any,
 ) -> Watched:
     """Run with some keys changed, into a directory of that name; options of `run` go through."""
-    options = {k: changes.pop(k) for k in ("train_function", "report") if k in changes}
+    options = {k: changes.pop(k) for k in ("train_function", "callbacks") if k in changes}
     where = str(Path(values["output_dir"]).with_name(name))
     config = Config(**{**values, **changes, "output_dir": where})
     sent: dict[tuple[int, int], Broadcast] = {}
@@ -237,20 +241,14 @@ SHORT = {
 }
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Watched]:
-    """The embedded default in a short form, run once by every rule that is asked for."""
-    done: dict[str, Watched] = {}
-
-    def get(method: str) -> Watched:
-        if method not in done:
-            values = {**read_yaml(EMBEDDED_CONFIG), **SHORT, "method": method}
-            values["client_ranks"] = ranks_for(method, MIXED, 8)
-            values["output_dir"] = str(tmp_path_factory.mktemp("embedded") / method)
-            done[method] = watch(values, method)
-        return done[method]
-
-    return get
+@pytest.fixture(scope="module", params=RULES)
+def embedded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """The embedded default in a short form, run once by every rule."""
+    method = request.param
+    values = {**read_yaml(EMBEDDED_CONFIG), **SHORT, "method": method}
+    values["client_ranks"] = ranks_for(method, MIXED, 8)
+    values["output_dir"] = str(tmp_path_factory.mktemp("embedded") / method)
+    return watch(values, method)
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +258,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     return assemble(Config(**{**values, "output_dir": str(tmp_path_factory.mktemp("x"))})).base
 
 
-@pytest.mark.parametrize("method", RULES)
-def test_the_embedded_default_learns(
-    embedded: Callable[[str], Watched], base: BaseModel, method: str
-) -> None:
-    run = embedded(method)
+def test_the_embedded_default_learns(embedded: Watched, base: BaseModel) -> None:
+    run, method = embedded, embedded.config.method
     assert run.losses[2] < run.losses[1] < run.losses[0]
     assert run.losses[2] < 0.9 * run.losses[0]
     steps = [[run.got[number, k].metrics["loss"] for k in range(10)] for number in (1, 2)]
@@ -304,14 +299,11 @@ def test_the_embedded_default_learns(
         model = theirs.unload()
 
 
-@pytest.mark.parametrize("method", ["hetlora", "rolora", "fedsa"])
+@pytest.mark.parametrize("embedded", ["hetlora", "rolora", "fedsa"], indirect=True)
 def test_the_command_line_does_the_same(
-    embedded: Callable[[str], Watched],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
+    embedded: Watched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, out = embedded(method), tmp_path / "out"
+    run, method, out = embedded, embedded.config.method, tmp_path / "out"
     ranks = ranks_for(method, MIXED, 8)
     argv = [word for key, value in SHORT.items() for word in (f"--{key}", str(value).lower())]
     argv += ["--method", method, "--output_dir", str(out), "--client_ranks", *map(str, ranks)]
@@ -326,11 +318,8 @@ def test_the_command_line_does_the_same(
         assert same.read_bytes() == (path / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("method", RULES)
-def test_factors_that_are_not_trained_stay_to_the_bit(
-    embedded: Callable[[str], Watched], method: str
-) -> None:
-    run = embedded(method)
+def test_factors_that_are_not_trained_stay_to_the_bit(embedded: Watched) -> None:
+    run, method = embedded, embedded.config.method
     rule, options = METHODS[method], run.config.rule_options()
     shapes = {n: x.shape for n, x in run.got[1, 0].adapter.items()}
     for (number, client), update in run.got.items():
@@ -634,9 +623,8 @@ def test_ranks_prune_themselves(quick: dict[str, Any]) -> None:
     assert [[c["rank"] for c in line["clients"]] for line in kept.rounds] == [[8, 4, 2, 2]] * 5
 
 
-@pytest.mark.parametrize("method", RULES)
-def test_bytes_are_what_travels(embedded: Callable[[str], Watched], method: str) -> None:
-    run = embedded(method)
+def test_bytes_are_what_travels(embedded: Watched) -> None:
+    run, method = embedded, embedded.config.method
     shapes = [x.shape for x in run.got[1, 0].adapter.values()]
     a, b = 4 * sum(n for _, n in shapes), 4 * sum(m for m, _ in shapes)  # bytes of a direction
     single = {"ffa": [b, b], "fedsvd": [b, b], "fedsa": [a, a], "rolora": [b, a]}
@@ -697,11 +685,9 @@ def test_what_is_not_sent_down_is_there_already(
     assert checked > 0
 
 
-@pytest.mark.parametrize("method", RULES)
-def test_rules_are_exact_where_they_say_so(
-    quick: dict[str, Any], embedded: Callable[[str], Watched], method: str
-) -> None:
-    errors = [line["aggregation_error"] for line in embedded(method).rounds]
+def test_rules_are_exact_where_they_say_so(quick: dict[str, Any], embedded: Watched) -> None:
+    method = embedded.config.method
+    errors = [line["aggregation_error"] for line in embedded.rounds]
     if method == PERSONAL:
         assert errors == [None, None]
     elif method in EXACT:
@@ -1008,6 +994,16 @@ def test_ranks_above_the_width_of_a_layer(quick: dict[str, Any], method: str) ->
                 torch.testing.assert_close(gram, wanted, rtol=0, atol=1e-5)
 
 
+@dataclass(frozen=True)
+class Given:
+    """An adapter to go on from, and its loss on the held-out rows of `quick`."""
+
+    path: Path
+    rank: int
+    data: Sequence[Tokens]
+    loss: float
+
+
 def given_adapter(base: str, path: Path, **options: Any) -> Path:
     """An adapter of PEFT's own, both factors random."""
     torch.manual_seed(8)
@@ -1023,45 +1019,40 @@ def given_adapter(base: str, path: Path, **options: Any) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def given(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Adapters of PEFT's own by their rank, of q_proj and up_proj alone."""
-    path = tmp_path_factory.mktemp("given")
-    return {
-        rank: given_adapter(
-            str(tiny_llama),
-            path / str(rank),
-            r=rank,
-            lora_alpha=7,
-            target_modules=["q_proj", "up_proj"],
-        )
-        for rank in (3, 12)
-    }
+@pytest.fixture(scope="module", params=[3, 12])
+def given(
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    site_files: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Given:
+    """An adapter of PEFT's own of this rank, of q_proj and up_proj alone."""
+    base, path = str(tiny_llama), tmp_path_factory.mktemp("given") / "adapter"
+    modules = ["q_proj", "up_proj"]
+    given_adapter(base, path, r=request.param, lora_alpha=7, target_modules=modules)
+    files = {"train_file": site_files / "site_*.jsonl", "eval_file": site_files / "eval.jsonl"}
+    data = evaluation_rows({"model_name_or_path": base, **{k: str(x) for k, x in files.items()}})
+    return Given(path, request.param, data, loss_of(base, path, data))
 
 
-@pytest.mark.parametrize("rank", [3, 12])
 @pytest.mark.parametrize("method", RULES)
-def test_going_on_from_an_adapter(
-    quick: dict[str, Any], given: dict[int, Path], method: str, rank: int
-) -> None:
+def test_going_on_from_an_adapter(quick: dict[str, Any], given: Given, method: str) -> None:
     """Round 0 is the adapter, whatever its rank; whoever learns nothing stays at it.
 
     With fedsa every client begins with the adapter's B as its own, and goes on from there.
     """
-    base = quick["model_name_or_path"]
-    wanted = loss_of(base, given[rank], evaluation_rows(quick))
-    values = keys_for(quick, method, init_adapter=str(given[rank]), max_steps=6)
-    run = watch(values, num_rounds=1)
-    assert run.losses[0] == pytest.approx(wanted, rel=1e-5)
-    assert run.losses[1] < wanted
+    values = keys_for(quick, method, init_adapter=str(given.path), num_rounds=1)
+    run = watch(values, max_steps=6)
+    assert run.losses[0] == pytest.approx(given.loss, rel=1e-5)
+    assert run.losses[1] < given.loss
     if method == PERSONAL:
-        assert all(x["loss"] == pytest.approx(wanted) for x in _each(run.result.metrics[1]))
-    if rank > 4 and method in ("flexlora", "raflora"):
+        assert all(x["loss"] == pytest.approx(given.loss) for x in _each(run.result.metrics[1]))
+    if given.rank > 4 and method in ("flexlora", "raflora"):
         return  # clients hold of it what their rank affords
-    idle = watch(values, "idle", client_ranks=4, num_rounds=1, train_function=nothing)
-    assert idle.losses == pytest.approx([wanted] * 2, rel=1e-5)
-    found = loss_of(base, idle.finals()[0], evaluation_rows(quick))
-    assert found == pytest.approx(wanted, rel=1e-5)
+    idle = watch(values, "idle", client_ranks=4, train_function=nothing)
+    assert idle.losses == pytest.approx([given.loss] * 2, rel=1e-5)
+    found = loss_of(quick["model_name_or_path"], idle.finals()[0], given.data)
+    assert found == pytest.approx(given.loss, rel=1e-5)
 
 
 def _each(line: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -1119,7 +1110,13 @@ def test_factors_larger_than_a_layer_beside_clients_that_leave_layers_out(
         "dtype": "float32",
         "output_dir": str(tmp_path / "whole"),
     }
-    seen = watch(values, "whole")
+
+    def copy(done: RoundResult) -> None:
+        """What a run that was killed after round 2 has left."""
+        if done.record.round == 2:
+            shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+
+    seen = watch(values, "whole", callbacks=[copy])
     shapes = {name: tuple(shape) for name, shape in seen.result.metrics[0]["modules"].items()}
     assert any(12 * (m + n) > m * n for m, n in shapes.values())
     rule, options = METHODS[method], seen.config.rule_options()
@@ -1152,14 +1149,7 @@ def test_factors_larger_than_a_layer_beside_clients_that_leave_layers_out(
         assert line["aggregation_error"] < 1e-5
     assert all(math.isfinite(one["metrics"]["loss"]) for r in seen.rounds for one in r["clients"])
 
-    def stop(done: Any) -> None:
-        if done.record.round == 2:
-            raise KeyboardInterrupt
-
-    again = {**values, "output_dir": str(tmp_path / "again")}
-    with pytest.raises(KeyboardInterrupt):
-        fedlora.run(Config(**again), callbacks=[stop])
-    resumed = fedlora.run(resume=tmp_path / "again")
+    resumed = fedlora.run(resume=tmp_path / "killed")
     for ours, theirs in zip(
         sorted(resumed.final_dir.rglob(WEIGHTS)),
         sorted(seen.result.final_dir.rglob(WEIGHTS)),
