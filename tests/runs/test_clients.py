@@ -21,6 +21,9 @@ from fedlora.errors import InputError
 from fedlora.runs.metrics_log import read_metrics
 from support.clients import keys  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
+
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -40,7 +40,6 @@ from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs import evaluation as rating
 from fedlora.runs.course import Result, RoundResult
 from fedlora.runs.metrics_log import read_metrics
-from fedlora.runs.session import assemble
 from support.models import save_tokenizer
 from support.resume import (
     ROUNDS,
@@ -80,7 +79,7 @@ def ranks_for(method: str, mixed: Sequence[int], equal: int = 4) -> list[int]:
 
 @dataclass
 class Watched:
-    """A finished run, and the messages and states that made it.
+    """A finished run, its base, and the messages and states that made it.
 
     Messages are by `(round, client)`, states by the round they stand after; `own` is what a client
     has kept for itself after a round.
@@ -88,6 +87,7 @@ class Watched:
 
     result: Result
     config: Config
+    base: BaseModel
     sent: dict[tuple[int, int], Broadcast] = field(default_factory=dict)
     got: dict[tuple[int, int], ClientUpdate] = field(default_factory=dict)
     states: dict[int, ServerState] = field(default_factory=dict)
@@ -136,10 +136,12 @@ def watch(
     got: dict[tuple[int, int], ClientUpdate] = {}
     states: dict[int, ServerState] = {}
     own: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+    bases: list[BaseModel] = []
     handle, plan, commit = Worker.handle_together, Server.plan, Server.commit
 
     def handled(worker: Worker, broadcasts: Sequence[Broadcast], *rest: Any) -> list[Trained]:
         sent.update({(b.round, b.client): b for b in broadcasts})
+        bases.append(worker.base)
         everyone = handle(worker, broadcasts, *rest)
         for update in (trained.update for trained in everyone):
             key = update.round, update.client
@@ -162,7 +164,7 @@ def watch(
         patch.setattr(Server, "plan", planned)
         patch.setattr(Server, "commit", committed)
         result = fedlora.run(config, **options)
-    return Watched(result, config, sent, got, states, own)
+    return Watched(result, config, bases[0], sent, got, states, own)
 
 
 @pytest.fixture
@@ -251,15 +253,8 @@ def embedded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return watch(values, method)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    """The embedded base with adapter layers, to put models together with."""
-    values = {**read_yaml(EMBEDDED_CONFIG), **SHORT}
-    return assemble(Config(**{**values, "output_dir": str(tmp_path_factory.mktemp("x"))})).base
-
-
-def test_the_embedded_default_learns(embedded: Watched, base: BaseModel) -> None:
-    run, method = embedded, embedded.config.method
+def test_the_embedded_default_learns(embedded: Watched) -> None:
+    run, method, base = embedded, embedded.config.method, embedded.base
     assert run.losses[2] < run.losses[1] < run.losses[0]
     assert run.losses[2] < 0.9 * run.losses[0]
     steps = [[run.got[number, k].metrics["loss"] for k in range(10)] for number in (1, 2)]
@@ -866,13 +861,12 @@ def test_classifiers_by_every_rule(quick: dict[str, Any], tmp_path: Path, method
     torch.testing.assert_close(run.last.dense[head], mean, rtol=1e-5, atol=1e-6)
     assert not torch.equal(run.last.dense[head], run.states[0].dense[head])
     assert run.result.evaluations[1]["accuracy"] >= 0
-    ours = assemble(run.config).base
     for client, path in enumerate(run.finals()):
         model = AutoModelForSequenceClassification.from_pretrained(
             quick["model_name_or_path"], num_labels=3
         )
-        ours.load(run.model_of(client), full_params=run.last.dense)
-        assert difference(ours.model, PeftModel.from_pretrained(model, path)) < 1e-5
+        run.base.load(run.model_of(client), full_params=run.last.dense)
+        assert difference(run.base.model, PeftModel.from_pretrained(model, path)) < 1e-5
 
 
 @pytest.mark.parametrize("method", RULES)
@@ -882,6 +876,7 @@ def test_clients_that_train_a_part_of_the_modules(quick: dict[str, Any], method:
     own = {0: {"lora_target_modules": q}, **{k: {"lora_target_modules": v} for k in (1, 2, 3)}}
     run = watch(keys_for(quick, method, client_overrides=own, max_steps=3))
     assert run.losses[2] < run.losses[0]
+    assert run.last.dense == {}  # nothing is trained whole unless it is asked for
     for (_, client), update in run.got.items():
         ends = {name.rpartition(".")[2] for name in update.adapter}
         assert ends == set(q if client == 0 else v)

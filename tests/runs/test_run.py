@@ -36,7 +36,6 @@ from fedlora.runs.session import Session, assemble
 from support.kept_bases import original_load_base
 from support.rows import rows, write_jsonl
 
-
 pytestmark = pytest.mark.usefixtures("kept_bases")
 
 

@@ -18,6 +18,8 @@ from support.study import (
     study,
 )
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),

@@ -49,7 +49,9 @@ def _load_or_reuse(
     A classifier, and a model of which modules are trained whole, is loaded anew: its run changes
     parameters of the model itself.
     """
-    own = label_names or config.lora_modules_to_save or any(getattr(config, k) for k in _OWN_LOADING)
+    own = (
+        label_names or config.lora_modules_to_save or any(getattr(config, k) for k in _OWN_LOADING)
+    )
     if own or not weights or not Path(source.name).is_dir():
         return original_load_base(source, tokenizer, config, label_names, weights=weights)
     name = _name_of(source, config)

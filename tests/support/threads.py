@@ -57,6 +57,7 @@ def run(
 
 @pytest.fixture
 def keys(small_run: dict[str, Any]) -> dict[str, Any]:
+    """A run of four rounds of one step, without an evaluation; the number of threads is open."""
     return {
         **small_run,
         "num_threads": None,
@@ -64,6 +65,5 @@ def keys(small_run: dict[str, Any]) -> dict[str, Any]:
         "max_steps": 1,
         "eval_file": None,
         "dtype": "float32",
-        "eval_exact_match": False,
         "use_cpu": True,
     }
