@@ -1,4 +1,4 @@
-"""What is a client's own: ranks, target modules, settings: whole runs."""
+"""What is a client's own: ranks, target modules and settings, trained and resumed with."""
 
 from __future__ import annotations
 

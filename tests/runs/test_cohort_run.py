@@ -25,7 +25,6 @@ from fedlora.model.base import BaseModel
 from fedlora.model.client_rows import ClientRows
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.passes import PackedRunner
-from fedlora.runs.course import Result
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import assemble
 from support.architectures import COMMON, DISTILBERT, GPT2, GROUPED, keys_of, save_model
@@ -35,6 +34,7 @@ from support.classifier import (
 )
 from support.models import save_tokenizer
 from support.resume import StoppedError, stop_after
+from support.runs import run, timeless
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
 
@@ -82,13 +82,6 @@ def cohorts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     return found
 
 
-def run(values: Mapping[str, Any], name: str = "out", **changes: Any) -> Result:
-    """Run with some keys changed, into a directory of that name; options of `run` go through."""
-    options = {k: changes.pop(k) for k in ("train_function", "callbacks", "report") if k in changes}
-    where = str(Path(values["output_dir"]).with_name(name))
-    return fedlora.run(Config(**{**values, **changes, "output_dir": where}), **options)
-
-
 def finals(path: Path) -> dict[str, bytes]:
     """The files of the final adapters' weights: one, or one for every client."""
     found = sorted((path / "final").rglob(WEIGHTS_NAME))
@@ -97,16 +90,8 @@ def finals(path: Path) -> dict[str, bytes]:
 
 
 def course(path: Path) -> list[Any]:
-    """What `metrics.jsonl` tells of a run, without what depends on the clock."""
-
-    def timeless(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {
-                k: timeless(v) for k, v in x.items() if k not in ("seconds", "started", "error")
-            }
-        return [timeless(v) for v in x] if isinstance(x, list) else x
-
-    return [timeless(line) for line in read_metrics(path) if line["event"] != "resume"]
+    """What `metrics.jsonl` tells of a run, without what depends on the clock or is rounding."""
+    return [timeless(line, "error") for line in read_metrics(path) if line["event"] != "resume"]
 
 
 def same_bits(one: Path, other: Path) -> None:

@@ -1,4 +1,4 @@
-"""`fedlora report` without a browser: what is read, collected and written: whole runs."""
+"""`fedlora report` of real runs: its numbers, its series, its page and its pictures."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,7 +24,7 @@ from fedlora.client.worker import Trained, Worker
 from fedlora.commands.cli import main
 from fedlora.config.sources import read_yaml
 from fedlora.data.datasets import load_data
-from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.data.tokenize import Tokens
 from fedlora.embedded import BASE_DIR
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import InputError
@@ -50,6 +50,7 @@ from support.resume import (
     whole_lines,
 )
 from support.rows import rows, write_jsonl
+from support.runs import evaluation_rows, given_adapter, loss_of, nothing
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
 
@@ -184,32 +185,6 @@ def finite(adapter: Adapter) -> bool:
 
 def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def nothing(model: Any, dataset: Sequence[Any], budget: Budget) -> dict[str, Any]:
-    """A local training that leaves everything as it is."""
-    return {}
-
-
-def evaluation_rows(values: Mapping[str, Any]) -> Sequence[Tokens]:
-    """The common held-out rows of a run."""
-    tokenizer = AutoTokenizer.from_pretrained(values["model_name_or_path"])
-    return load_data(Config(**values), tokenizer).eval
-
-
-def loss_of(base: str, adapter: Path, data: Sequence[Tokens]) -> float:
-    """Of an adapter PEFT loads on the untouched base, row by row, by transformers' own loss."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    total, count = 0.0, 0
-    for row in data:
-        number = sum(label != IGNORE for label in row["labels"][1:])
-        with torch.no_grad():
-            out = model(
-                input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
-            )
-        total, count = total + float(out.loss) * number, count + number
-    return total / count
 
 
 def logits(model: Any) -> Tensor:
@@ -997,21 +972,6 @@ class Given:
     rank: int
     data: Sequence[Tokens]
     loss: float
-
-
-def given_adapter(base: str, path: Path, **options: Any) -> Path:
-    """An adapter of PEFT's own, both factors random."""
-    torch.manual_seed(8)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", **options),
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.5 * torch.randn(p.shape))
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module", params=[3, 12])

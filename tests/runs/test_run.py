@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import fedlora
 from fedlora import Config
@@ -22,7 +21,7 @@ from fedlora.client.generation import generate
 from fedlora.client.trainer import Budget, train
 from fedlora.client.worker import Worker
 from fedlora.data.datasets import load_data
-from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import client_start, global_delta
@@ -35,15 +34,9 @@ from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import Session, assemble
 from support.kept_bases import original_load_base
 from support.rows import rows, write_jsonl
+from support.runs import evaluation_rows, given_adapter, loss_of, nothing, run
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
-
-
-def run(values: Mapping[str, Any], name: str = "out", **changes: Any) -> Result:
-    """Run with some keys changed, into a directory of that name; options of `run` go through."""
-    options = {k: changes.pop(k) for k in ("train_function", "callbacks", "report") if k in changes}
-    where = str(Path(values["output_dir"]).with_name(name))
-    return fedlora.run(Config(**{**values, **changes, "output_dir": where}), **options)
 
 
 def final_bytes(result: Result) -> bytes:
@@ -64,34 +57,6 @@ def asked(result: Result) -> list[list[int]]:
 def saved_rounds(result: Result) -> list[str]:
     """The rounds on the disk."""
     return sorted(p.name for p in result.output_dir.glob("round-*"))
-
-
-def loss_of(base: str, adapter: Path | None, data: Sequence[Tokens]) -> float:
-    """Of an adapter PEFT loads on the untouched base, row by row, by transformers' own loss."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    model.eval()
-    total, count = 0.0, 0
-    for row in data:
-        number = sum(label != IGNORE for label in row["labels"][1:])
-        with torch.no_grad():
-            out = model(
-                input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
-            )
-        total, count = total + float(out.loss) * number, count + number
-    return total / count
-
-
-def evaluation_rows(values: Mapping[str, Any]) -> Sequence[Tokens]:
-    """What the global model of that run is evaluated on."""
-    tokenizer = AutoTokenizer.from_pretrained(values["model_name_or_path"])
-    return load_data(Config(**values), tokenizer).eval
-
-
-def nothing(model: Any, dataset: Sequence[Tokens], budget: Budget) -> dict[str, Any]:
-    """A local training that leaves everything as it is."""
-    return {}
 
 
 def worse_after(good: int) -> Any:
@@ -476,21 +441,6 @@ def test_best_needs_an_evaluation(small_run: dict[str, Any]) -> None:
             run(small_run, eval_file=None, **{key: value})
     bare = run(small_run, eval_file=None)
     assert (bare.evaluations, bare.best_round) == ({}, None)
-
-
-def given_adapter(base: str, path: Path, **options: Any) -> Path:
-    """An adapter of PEFT's own, both factors random."""
-    torch.manual_seed(8)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", **options),
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.5 * torch.randn(p.shape))
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.mark.parametrize("method", ["exact", "flora", "zero_pad"])

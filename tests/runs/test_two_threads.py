@@ -1,4 +1,4 @@
-"""Whole runs: two threads."""
+"""Two threads train two models at once, and neither notices the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of architectures share."""
+"""Makes a tiny model of every architecture, trains it, and loads what was saved by PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of resume share."""
+"""Kills runs at a point of their course, and reads what they have left."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import yaml
 import fedlora
 import fedlora.methods
 from fedlora.runs.metrics_log import read_metrics
+from support.runs import timeless
 
 ROUNDS = 3
 
@@ -208,12 +209,6 @@ def write(path: Path, values: dict[str, Any]) -> Path:
 
 def course(path: Path) -> list[dict[str, Any]]:
     """What `metrics.jsonl` tells of a run, without what depends on the clock."""
-
-    def timeless(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: timeless(v) for k, v in x.items() if k not in ("seconds", "started")}
-        return [timeless(v) for v in x] if isinstance(x, list) else x
-
     return [timeless(line) for line in read_metrics(path)]
 
 

@@ -1,4 +1,4 @@
-"""What the tests of threads share."""
+"""Pretends a machine of two cores whose others are busy, and runs on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of two threads share."""
+"""Says how many threads meet, and how often."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watch in processes of their own."""
+"""`fedlora watch` beside a run of another process: in a terminal, in a log, and after a kill."""
 
 from __future__ import annotations
 
