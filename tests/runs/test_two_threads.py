@@ -14,7 +14,8 @@ from fedlora.client.trainer import Budget, train
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel, attach
 from fedlora.model.targets import find_targets
-from support.two_threads import ROUNDS
+
+ROUNDS = 3
 
 
 def base_of(kind: str, number: int) -> BaseModel:
