@@ -36,7 +36,7 @@ def _name_of(source: Source, config: Config) -> str:
     return repr((source.name, stamps, [getattr(config, key) for key in _READ]))
 
 
-def _load_or_reuse(
+def load_or_reuse(
     source: Source,
     tokenizer: Any,
     config: Config,
@@ -73,7 +73,7 @@ def kept_bases() -> Iterator[None]:
     (`test_a_base_that_has_served_a_run_serves_another` in `runs/test_run.py`).
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "load_base", _load_or_reuse)
+        patch.setattr(session, "load_base", load_or_reuse)
         yield
 
 

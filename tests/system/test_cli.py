@@ -64,12 +64,12 @@ LONG = 10  # rounds
 
 
 def long_run(site: Path, out: str) -> list[str]:
-    """Ten rounds of half a second or more, to be interrupted in one of the first."""
+    """Ten rounds of a quarter of a second or more, to be interrupted in one of the first."""
     keys = [
         "--num_rounds",
         str(LONG),
         "--max_steps",
-        "20",
+        "10",
         "--eval_file",
         "none",
         "--lora_target_modules",
