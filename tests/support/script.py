@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,45 @@ def run_script(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [FEDLORA, *argv], cwd=cwd, env=environment(), capture_output=True, text=True
     )
+
+
+_IN_TURN = """
+import os, shlex, sys
+from pathlib import Path
+from fedlora.commands.cli import main
+where, *lines = sys.argv[1:]
+for number, line in enumerate(lines):
+    for descriptor, name in ((1, "out"), (2, "err")):
+        path = os.path.join(where, f"{number}.{name}")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    code = main(shlex.split(line))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    Path(where, f"{number}.code").write_text(str(code))
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A command's exit code, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_in_turn(*lines: str, cwd: Path) -> list[Said]:
+    """Run several command lines in one process, which takes most of its time to start."""
+    with tempfile.TemporaryDirectory() as where:
+        command = [sys.executable, "-c", _IN_TURN, where, *lines]
+        subprocess.run(command, cwd=cwd, env=environment(), check=True)
+
+        def read(number: int, kind: str) -> str:
+            return Path(where, f"{number}.{kind}").read_text()
+
+        return [
+            Said(int(read(n, "code")), read(n, "out"), read(n, "err")) for n in range(len(lines))
+        ]
 
 
 def files(path: Path) -> dict[str, bytes]:

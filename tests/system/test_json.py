@@ -172,7 +172,8 @@ def test_study(told: Told, here: Path, small_run: dict[str, Any]) -> None:
 
 
 def test_demo(told: Told, here: Path) -> None:
-    short = "--num_rounds 1 --max_steps 1 --max_eval_samples 12 --num_threads 1"
+    short = "--num_rounds 1 --max_steps 1 --max_train_samples 16 --max_eval_samples 12"
+    short += " --num_clients 2 --client_ranks 8 4 --num_threads 1 --processes 1"
     (last,) = told(f"demo {short} --seeds 4")
     assert last["event"] == "demo"
     assert last["seeds"] == [4]
