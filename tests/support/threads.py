@@ -57,12 +57,17 @@ def run(
 
 @pytest.fixture
 def keys(small_run: dict[str, Any]) -> dict[str, Any]:
-    """A run of four rounds of one step, without an evaluation; the number of threads is open."""
+    """Four rounds of one client and one step, without an evaluation; the number of threads is open.
+
+    Two threads on cores that others use too are many times slower than one, so little is computed.
+    """
     return {
         **small_run,
         "num_threads": None,
         "num_rounds": 4,
         "max_steps": 1,
+        "clients_per_round": 1,
+        "lora_target_modules": ["q_proj"],
         "eval_file": None,
         "dtype": "float32",
         "use_cpu": True,
