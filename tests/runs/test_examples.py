@@ -55,7 +55,8 @@ def test_every_example_is_tested() -> None:
 
 @pytest.mark.usefixtures("at_the_root")
 def test_stories260k_on_dolly(tmp_path: Path) -> None:
-    result = run_short("stories260k-dolly", tmp_path, max_train_samples=16, max_eval_samples=8)
+    few = {"max_train_samples": 8, "max_eval_samples": 8, "per_device_train_batch_size": 2}
+    result = run_short("stories260k-dolly", tmp_path, **few)
     line, losses = result.metrics[-2], result.evaluations
     assert losses[1]["loss"] < losses[0]["loss"]
     assert [c["rank"] for c in line["clients"]] == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
