@@ -1,4 +1,4 @@
-"""Whole runs: acceleration."""
+"""Options that trade time for memory, and a dtype that is measured, in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs: adapter contents."""
+"""A run goes on from adapters with old names and with names that wrappers have changed."""
 
 from __future__ import annotations
 

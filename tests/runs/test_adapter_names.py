@@ -1,4 +1,4 @@
-"""Whole runs: adapter names."""
+"""Names of modules from before a refactoring, of bare models and inside wrappers."""
 
 from __future__ import annotations
 

@@ -24,6 +24,9 @@ from fedlora.runs.site_report import SiteReport
 from fedlora.runs.site_session import SiteSession, assemble_site
 from support.rows import rows, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
+
 RANKS = [8, 4, 2, 2]
 LABELLED = {"label_column_name": "kind", "text_column_names": ["prompt"]}
 
@@ -32,7 +35,7 @@ LABELLED = {"label_column_name": "kind", "text_column_names": ["prompt"]}
 def keys(small_run: dict[str, Any]) -> dict[str, Any]:
     """A run of one round without a common evaluation, its clients training one after the other."""
     own = {k: v for k, v in small_run.items() if k != "eval_file"}
-    return {**own, "num_rounds": 1, "dtype": "float32", "cohort_size": 1, "eval_exact_match": False}
+    return {**own, "num_rounds": 1, "dtype": "float32", "cohort_size": 1}
 
 
 def at_its_site(keys: dict[str, Any], site_files: Path, site: Path, client: int) -> SiteSession:

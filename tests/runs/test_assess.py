@@ -28,6 +28,9 @@ from fedlora.runs.directory import RunDirectory, append_eval
 from fedlora.runs.metrics_log import read_metrics
 from support.rows import write_jsonl
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
+
 GENERAL = "sort abc>abc reverse abc>cba upper abc>ABC double ab>aabb " * 20
 
 

@@ -249,13 +249,10 @@ def test_an_output_head_is_trained_under_every_rule(
     method: str, llama: Path, data: Path, tmp_path: Path
 ) -> None:
     more = {"lora_modules_to_save": ["lm_head"], "method": method, "client_ranks": [3, 3]}
-    keys = keys_of(llama, data, tmp_path / "out", False, **more)
-    trained = train_federation(keys)
-    start = assemble(trained.config).base.read_full_params()
-    assert not torch.equal(trained.state.dense["lm_head.weight"], start["lm_head.weight"])
+    trained = train_federation(keys_of(llama, data, tmp_path / "out", False, **more))
+    start = load_file(llama / "model.safetensors")["lm_head.weight"]
+    assert not torch.equal(trained.state.dense["lm_head.weight"], start)
     assert_same_logits(trained.ours().model, by_peft(trained))
-    without = {**keys, "lora_modules_to_save": None, "output_dir": str(tmp_path / "without")}
-    assert train_federation(without).state.dense == {}
 
 
 def test_tied_weights_are_trained_whole_on_both_their_ends(data: Path, tmp_path: Path) -> None:
@@ -341,6 +338,7 @@ def test_a_run_goes_on_from_one_of_its_own(
     method: str, trained: Trained, bert: Path, data: Path, tmp_path: Path
 ) -> None:
     more = {"init_adapter": str(trained.result.final_dir), "method": method, "client_ranks": [3, 3]}
+    more |= {"num_rounds": 1, "max_steps": 1}
     next_one = train_federation(keys_of(bert, data, tmp_path / "out", True, **more))
     ended, begun = trained.result.evaluations[2], next_one.result.evaluations[0]
     assert begun["loss"] == pytest.approx(ended["loss"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""The command line as a user types it."""
+"""`fedlora run` as a user types it: its data, its best round, where it may write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
 from fedlora.embedded import CONFIG
 from fedlora.runs.metrics_log import read_metrics
-from support.cli import _offline, _signals_as_they_were, here, site  # noqa: F401
+from support.script import _offline, _signals_as_they_were, here, site  # noqa: F401
 
 
 def test_json(site: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs: client rows."""
+"""Rows of several clients in a pass: a module that runs twice, and rows that surprise."""
 
 from __future__ import annotations
 

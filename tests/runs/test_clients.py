@@ -1,4 +1,4 @@
-"""What is a client's own: ranks, target modules, settings: whole runs."""
+"""What is a client's own: ranks, target modules and settings, trained and resumed with."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from fedlora.config.sources import read_yaml
 from fedlora.errors import InputError
 from fedlora.runs.metrics_log import read_metrics
 from support.clients import keys  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -32,6 +32,9 @@ from fedlora.runs.run_header import config_file
 from fedlora.runs.session import Session, assemble, starting_state
 from support.paths import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
+
 Order = Callable[[Sequence[Broadcast]], list[Broadcast]]
 
 

@@ -15,6 +15,8 @@ from fedlora.runs.metrics_log import read_metrics
 SHORT = {
     "num_rounds": "1",
     "max_steps": "1",
+    "max_train_samples": "16",
+    "per_device_train_batch_size": "4",
     "max_eval_samples": "12",
     "client_ranks": ["8", "4"],
     "num_clients": "2",

@@ -55,7 +55,8 @@ def test_every_example_is_tested() -> None:
 
 @pytest.mark.usefixtures("at_the_root")
 def test_stories260k_on_dolly(tmp_path: Path) -> None:
-    result = run_short("stories260k-dolly", tmp_path, max_steps=4, max_train_samples=24)
+    few = {"max_train_samples": 8, "max_eval_samples": 8, "per_device_train_batch_size": 2}
+    result = run_short("stories260k-dolly", tmp_path, **few)
     line, losses = result.metrics[-2], result.evaluations
     assert losses[1]["loss"] < losses[0]["loss"]
     assert [c["rank"] for c in line["clients"]] == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
@@ -66,7 +67,13 @@ def test_stories260k_on_dolly(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["exact", "flora", "zero_pad", "fedit"])
 def test_minilm_on_trec(method: str, minilm: str, tmp_path: Path) -> None:
     equal = {"client_ranks": [16] * 10} if method == "fedit" else {}
-    more = {"max_steps": 1, "method": method, "model_name_or_path": minilm, **equal}
+    more = {
+        "max_steps": 1,
+        "max_train_samples": 16,
+        "method": method,
+        "model_name_or_path": minilm,
+        **equal,
+    }
     result = run_short("minilm-trec", tmp_path, **more)
     assert set(result.evaluations[1]) == {"loss", "accuracy", "macro_f1", "per_class"}
     labels = ["ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"]

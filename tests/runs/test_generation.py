@@ -68,8 +68,8 @@ def overfitted(rows: list[Tokens], tokenizer: Any) -> Any:
     model = hf.LlamaForCausalLM(
         hf.LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
+            hidden_size=32,
+            intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
             bos_token_id=1,
@@ -77,7 +77,7 @@ def overfitted(rows: list[Tokens], tokenizer: Any) -> Any:
             pad_token_id=0,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     longest = max(len(row["input_ids"]) for row in rows)
     ids, labels = torch.zeros(len(rows), longest).long(), torch.full((len(rows), longest), IGNORE)
     for i, row in enumerate(rows):
@@ -90,7 +90,7 @@ def overfitted(rows: list[Tokens], tokenizer: Any) -> Any:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if float(loss.detach()) < 0.01:
+        if float(loss.detach()) < 0.03:
             break
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""Whole runs: json."""
+"""`fedlora watch --json` waits for a run that has not begun."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.commands.cli import main
-from support.json import Told, _as_it_was, here, told  # noqa: F401
+from support.json import Told, here, told  # noqa: F401
+from support.script import _offline, _signals_as_they_were  # noqa: F401
 
 
 def test_watch_waits_and_then_tells(

@@ -1,4 +1,4 @@
-"""Whole runs: layers."""
+"""Runs of models with layers that adapters cannot or must not go into."""
 
 from __future__ import annotations
 

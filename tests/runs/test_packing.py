@@ -1,4 +1,4 @@
-"""Whole runs: packing."""
+"""Models that cannot be packed as they are: a mask of their own, another auxiliary loss."""
 
 from __future__ import annotations
 

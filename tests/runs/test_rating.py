@@ -19,15 +19,21 @@ from fedlora.errors import InputError
 from fedlora.lowrank import to_dense
 from fedlora.runs.metrics_log import read_metrics
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
+
 KEYS = {
     "num_rounds": 2,
     "max_steps": 2,
     "max_eval_samples": 20,
     "max_train_samples": 40,
+    "per_device_train_batch_size": 4,
     "client_eval_fraction": 0.2,
     "num_clients": 4,
     "client_ranks": [8, 4, 2, 2],
     "num_threads": 1,
+    "eval_exact_match": False,
+    "metric_for_best_model": "eval_loss",
     "save_total_limit": None,
 }
 
@@ -131,9 +137,11 @@ def test_personal_rules_are_as_they_were(tmp_path: Path) -> None:
 def test_general_text_is_evaluated_in_every_round(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    text = "once upon a time there was a small house by the sea. " * 30
-    (tmp_path / "general.txt").write_text(text)
-    run(tmp_path / "run", general_file=str(tmp_path / "general.txt"))
+    story = "once upon a time there was a small house by the sea. " * 30
+    (tmp_path / "general.txt").write_text(story)
+    text = str(tmp_path / "general.txt")
+    result = run(tmp_path / "run", general_file=text, eval_exact_match=True)
+    assert "exact_match" in result.evaluations[2]
     lines = [x for x in read_metrics(tmp_path / "run") if x["event"] in ("start", "round")]
     losses = [x["general_evaluation"]["loss"] for x in lines]
     assert len(losses) == 3

@@ -1,4 +1,4 @@
-"""`fedlora report` without a browser: what is read, collected and written: whole runs."""
+"""`fedlora report` of real runs: its numbers, its series, its page and its pictures."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ from fedlora.commands.report.reading import read_run
 from fedlora.config.sources import layered, read_yaml
 from support.report import collected
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
 
 def close(shown: Any, written: float) -> bool:
     """Equal to the documented six significant digits."""
     return math.isclose(shown, written, rel_tol=5.1e-6, abs_tol=0.0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short runs of the embedded default: exact and flora, two seeds each."""
+    """Short runs of the embedded model by four clients: exact and flora, two seeds each."""
     root = tmp_path_factory.mktemp("real")
     for method in ("exact", "flora"):
         for seed in (1, 2):
             keys = {
                 "num_rounds": 2,
                 "max_steps": 1,
-                "max_eval_samples": 20,
-                "client_eval_fraction": 0.02,
+                "num_clients": 4,
+                "client_ranks": [8, 4, 4, 2],
+                "max_train_samples": 24,
+                "per_device_train_batch_size": 4,
+                "max_eval_samples": 6,
+                "client_eval_fraction": 0.1,
                 "num_threads": 1,
                 "method": method,
                 "seed": seed,

@@ -38,6 +38,9 @@ from support.resume import (
     write,
 )
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
+
 METHODS = ("exact", "flora")
 
 

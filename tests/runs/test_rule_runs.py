@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,7 +25,7 @@ from fedlora.client.worker import Trained, Worker
 from fedlora.commands.cli import main
 from fedlora.config.sources import read_yaml
 from fedlora.data.datasets import load_data
-from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.data.tokenize import Tokens
 from fedlora.embedded import BASE_DIR
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.errors import InputError
@@ -39,8 +40,7 @@ from fedlora.model.base import BaseModel
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs import evaluation as rating
 from fedlora.runs.metrics_log import read_metrics
-from fedlora.runs.results import Result
-from fedlora.runs.session import assemble
+from fedlora.runs.results import Result, RoundResult
 from support.models import save_tokenizer
 from support.resume import (
     ROUNDS,
@@ -51,6 +51,10 @@ from support.resume import (
     whole_lines,
 )
 from support.rows import rows, write_jsonl
+from support.runs import evaluation_rows, given_adapter, loss_of, nothing
+
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
 
 RULES = list(METHODS)
 
@@ -77,7 +81,7 @@ def ranks_for(method: str, mixed: Sequence[int], equal: int = 4) -> list[int]:
 
 @dataclass
 class Watched:
-    """A finished run, and the messages and states that made it.
+    """A finished run, its base, and the messages and states that made it.
 
     Messages are by `(round, client)`, states by the round they stand after; `own` is what a client
     has kept for itself after a round.
@@ -85,6 +89,7 @@ class Watched:
 
     result: Result
     config: Config
+    base: BaseModel
     sent: dict[tuple[int, int], Broadcast] = field(default_factory=dict)
     got: dict[tuple[int, int], ClientUpdate] = field(default_factory=dict)
     states: dict[int, ServerState] = field(default_factory=dict)
@@ -126,17 +131,19 @@ def watch(
     **changes: Any,
 ) -> Watched:
     """Run with some keys changed, into a directory of that name; options of `run` go through."""
-    options = {k: changes.pop(k) for k in ("train_function", "report") if k in changes}
+    options = {k: changes.pop(k) for k in ("train_function", "callbacks") if k in changes}
     where = str(Path(values["output_dir"]).with_name(name))
     config = Config(**{**values, **changes, "output_dir": where})
     sent: dict[tuple[int, int], Broadcast] = {}
     got: dict[tuple[int, int], ClientUpdate] = {}
     states: dict[int, ServerState] = {}
     own: dict[tuple[int, int], Mapping[str, Tensor]] = {}
+    bases: list[BaseModel] = []
     handle, plan, commit = Worker.handle_together, Server.plan, Server.commit
 
     def handled(worker: Worker, broadcasts: Sequence[Broadcast], *rest: Any) -> list[Trained]:
         sent.update({(b.round, b.client): b for b in broadcasts})
+        bases.append(worker.base)
         everyone = handle(worker, broadcasts, *rest)
         for update in (trained.update for trained in everyone):
             key = update.round, update.client
@@ -159,7 +166,7 @@ def watch(
         patch.setattr(Server, "plan", planned)
         patch.setattr(Server, "commit", committed)
         result = fedlora.run(config, **options)
-    return Watched(result, config, sent, got, states, own)
+    return Watched(result, config, bases[0], sent, got, states, own)
 
 
 @pytest.fixture
@@ -179,32 +186,6 @@ def finite(adapter: Adapter) -> bool:
 
 def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-def nothing(model: Any, dataset: Sequence[Any], training: LocalTraining) -> dict[str, Any]:
-    """A local training that leaves everything as it is."""
-    return {}
-
-
-def evaluation_rows(values: Mapping[str, Any]) -> Sequence[Tokens]:
-    """The common held-out rows of a run."""
-    tokenizer = AutoTokenizer.from_pretrained(values["model_name_or_path"])
-    return load_data(Config(**values), tokenizer).eval
-
-
-def loss_of(base: str, adapter: Path, data: Sequence[Tokens]) -> float:
-    """Of an adapter PEFT loads on the untouched base, row by row, by transformers' own loss."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    total, count = 0.0, 0
-    for row in data:
-        number = sum(label != IGNORE for label in row["labels"][1:])
-        with torch.no_grad():
-            out = model(
-                input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
-            )
-        total, count = total + float(out.loss) * number, count + number
-    return total / count
 
 
 def logits(model: Any) -> Tensor:
@@ -238,34 +219,18 @@ SHORT = {
 }
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Watched]:
-    """The embedded default in a short form, run once by every rule that is asked for."""
-    done: dict[str, Watched] = {}
-
-    def get(method: str) -> Watched:
-        if method not in done:
-            values = {**read_yaml(EMBEDDED_CONFIG), **SHORT, "method": method}
-            values["client_ranks"] = ranks_for(method, MIXED, 8)
-            values["output_dir"] = str(tmp_path_factory.mktemp("embedded") / method)
-            done[method] = watch(values, method)
-        return done[method]
-
-    return get
+@pytest.fixture(scope="module", params=RULES)
+def embedded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """The embedded default in a short form, run once by every rule."""
+    method = request.param
+    values = {**read_yaml(EMBEDDED_CONFIG), **SHORT, "method": method}
+    values["client_ranks"] = ranks_for(method, MIXED, 8)
+    values["output_dir"] = str(tmp_path_factory.mktemp("embedded") / method)
+    return watch(values, method)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    """The embedded base with adapter layers, to put models together with."""
-    values = {**read_yaml(EMBEDDED_CONFIG), **SHORT}
-    return assemble(Config(**{**values, "output_dir": str(tmp_path_factory.mktemp("x"))})).base
-
-
-@pytest.mark.parametrize("method", RULES)
-def test_the_embedded_default_learns(
-    embedded: Callable[[str], Watched], base: BaseModel, method: str
-) -> None:
-    run = embedded(method)
+def test_the_embedded_default_learns(embedded: Watched) -> None:
+    run, method, base = embedded, embedded.config.method, embedded.base
     assert run.losses[2] < run.losses[1] < run.losses[0]
     assert run.losses[2] < 0.9 * run.losses[0]
     steps = [[run.got[number, k].metrics["loss"] for k in range(10)] for number in (1, 2)]
@@ -305,14 +270,11 @@ def test_the_embedded_default_learns(
         model = theirs.unload()
 
 
-@pytest.mark.parametrize("method", ["hetlora", "rolora", "fedsa"])
+@pytest.mark.parametrize("embedded", ["hetlora", "rolora", "fedsa"], indirect=True)
 def test_the_command_line_does_the_same(
-    embedded: Callable[[str], Watched],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
+    embedded: Watched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, out = embedded(method), tmp_path / "out"
+    run, method, out = embedded, embedded.config.method, tmp_path / "out"
     ranks = ranks_for(method, MIXED, 8)
     argv = [word for key, value in SHORT.items() for word in (f"--{key}", str(value).lower())]
     argv += ["--method", method, "--output_dir", str(out), "--client_ranks", *map(str, ranks)]
@@ -327,11 +289,8 @@ def test_the_command_line_does_the_same(
         assert same.read_bytes() == (path / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("method", RULES)
-def test_factors_that_are_not_trained_stay_to_the_bit(
-    embedded: Callable[[str], Watched], method: str
-) -> None:
-    run = embedded(method)
+def test_factors_that_are_not_trained_stay_to_the_bit(embedded: Watched) -> None:
+    run, method = embedded, embedded.config.method
     rule, options = METHODS[method], run.config.rule_options()
     shapes = {n: x.shape for n, x in run.got[1, 0].adapter.items()}
     for (number, client), update in run.got.items():
@@ -637,9 +596,8 @@ def test_ranks_prune_themselves(quick: dict[str, Any]) -> None:
     assert [[c["rank"] for c in line["clients"]] for line in kept.rounds] == [[8, 4, 2, 2]] * 5
 
 
-@pytest.mark.parametrize("method", RULES)
-def test_bytes_are_what_travels(embedded: Callable[[str], Watched], method: str) -> None:
-    run = embedded(method)
+def test_bytes_are_what_travels(embedded: Watched) -> None:
+    run, method = embedded, embedded.config.method
     shapes = [x.shape for x in run.got[1, 0].adapter.values()]
     a, b = 4 * sum(n for _, n in shapes), 4 * sum(m for m, _ in shapes)  # bytes of a direction
     single = {"ffa": [b, b], "fedsvd": [b, b], "fedsa": [a, a], "rolora": [b, a]}
@@ -700,11 +658,9 @@ def test_what_is_not_sent_down_is_there_already(
     assert checked > 0
 
 
-@pytest.mark.parametrize("method", RULES)
-def test_rules_are_exact_where_they_say_so(
-    quick: dict[str, Any], embedded: Callable[[str], Watched], method: str
-) -> None:
-    errors = [line["aggregation_error"] for line in embedded(method).rounds]
+def test_rules_are_exact_where_they_say_so(quick: dict[str, Any], embedded: Watched) -> None:
+    method = embedded.config.method
+    errors = [line["aggregation_error"] for line in embedded.rounds]
     if method == PERSONAL:
         assert errors == [None, None]
     elif method in EXACT:
@@ -883,13 +839,12 @@ def test_classifiers_by_every_rule(quick: dict[str, Any], tmp_path: Path, method
     torch.testing.assert_close(run.last.dense[head], mean, rtol=1e-5, atol=1e-6)
     assert not torch.equal(run.last.dense[head], run.states[0].dense[head])
     assert run.result.evaluations[1]["accuracy"] >= 0
-    ours = assemble(run.config).base
     for client, path in enumerate(run.finals()):
         model = AutoModelForSequenceClassification.from_pretrained(
             quick["model_name_or_path"], num_labels=3
         )
-        ours.load(run.model_of(client), full_params=run.last.dense)
-        assert difference(ours.model, PeftModel.from_pretrained(model, path)) < 1e-5
+        run.base.load(run.model_of(client), full_params=run.last.dense)
+        assert difference(run.base.model, PeftModel.from_pretrained(model, path)) < 1e-5
 
 
 @pytest.mark.parametrize("method", RULES)
@@ -899,6 +854,7 @@ def test_clients_that_train_a_part_of_the_modules(quick: dict[str, Any], method:
     own = {0: {"lora_target_modules": q}, **{k: {"lora_target_modules": v} for k in (1, 2, 3)}}
     run = watch(keys_for(quick, method, client_overrides=own, max_steps=3))
     assert run.losses[2] < run.losses[0]
+    assert run.last.dense == {}  # nothing is trained whole unless it is asked for
     for (_, client), update in run.got.items():
         ends = {name.rpartition(".")[2] for name in update.adapter}
         assert ends == set(q if client == 0 else v)
@@ -1011,60 +967,50 @@ def test_ranks_above_the_width_of_a_layer(quick: dict[str, Any], method: str) ->
                 torch.testing.assert_close(gram, wanted, rtol=0, atol=1e-5)
 
 
-def given_adapter(base: str, path: Path, **options: Any) -> Path:
-    """An adapter of PEFT's own, both factors random."""
-    torch.manual_seed(8)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", **options),
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.5 * torch.randn(p.shape))
-    model.save_pretrained(path)
-    return path
+@dataclass(frozen=True)
+class Given:
+    """An adapter to go on from, and its loss on the held-out rows of `quick`."""
+
+    path: Path
+    rank: int
+    data: Sequence[Tokens]
+    loss: float
 
 
-@pytest.fixture(scope="module")
-def given(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Adapters of PEFT's own by their rank, of q_proj and up_proj alone."""
-    path = tmp_path_factory.mktemp("given")
-    return {
-        rank: given_adapter(
-            str(tiny_llama),
-            path / str(rank),
-            r=rank,
-            lora_alpha=7,
-            target_modules=["q_proj", "up_proj"],
-        )
-        for rank in (3, 12)
-    }
+@pytest.fixture(scope="module", params=[3, 12])
+def given(
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    site_files: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Given:
+    """An adapter of PEFT's own of this rank, of q_proj and up_proj alone."""
+    base, path = str(tiny_llama), tmp_path_factory.mktemp("given") / "adapter"
+    modules = ["q_proj", "up_proj"]
+    given_adapter(base, path, r=request.param, lora_alpha=7, target_modules=modules)
+    files = {"train_file": site_files / "site_*.jsonl", "eval_file": site_files / "eval.jsonl"}
+    data = evaluation_rows({"model_name_or_path": base, **{k: str(x) for k, x in files.items()}})
+    return Given(path, request.param, data, loss_of(base, path, data))
 
 
-@pytest.mark.parametrize("rank", [3, 12])
 @pytest.mark.parametrize("method", RULES)
-def test_going_on_from_an_adapter(
-    quick: dict[str, Any], given: dict[int, Path], method: str, rank: int
-) -> None:
+def test_going_on_from_an_adapter(quick: dict[str, Any], given: Given, method: str) -> None:
     """Round 0 is the adapter, whatever its rank; whoever learns nothing stays at it.
 
     With fedsa every client begins with the adapter's B as its own, and goes on from there.
     """
-    base = quick["model_name_or_path"]
-    wanted = loss_of(base, given[rank], evaluation_rows(quick))
-    values = keys_for(quick, method, init_adapter=str(given[rank]), max_steps=6)
-    run = watch(values, num_rounds=1)
-    assert run.losses[0] == pytest.approx(wanted, rel=1e-5)
-    assert run.losses[1] < wanted
+    values = keys_for(quick, method, init_adapter=str(given.path), num_rounds=1)
+    run = watch(values, max_steps=6)
+    assert run.losses[0] == pytest.approx(given.loss, rel=1e-5)
+    assert run.losses[1] < given.loss
     if method == PERSONAL:
-        assert all(x["loss"] == pytest.approx(wanted) for x in _each(run.result.metrics[1]))
-    if rank > 4 and method in ("flexlora", "raflora"):
+        assert all(x["loss"] == pytest.approx(given.loss) for x in _each(run.result.metrics[1]))
+    if given.rank > 4 and method in ("flexlora", "raflora"):
         return  # clients hold of it what their rank affords
-    idle = watch(values, "idle", client_ranks=4, num_rounds=1, train_function=nothing)
-    assert idle.losses == pytest.approx([wanted] * 2, rel=1e-5)
-    found = loss_of(base, idle.finals()[0], evaluation_rows(quick))
-    assert found == pytest.approx(wanted, rel=1e-5)
+    idle = watch(values, "idle", client_ranks=4, train_function=nothing)
+    assert idle.losses == pytest.approx([given.loss] * 2, rel=1e-5)
+    found = loss_of(quick["model_name_or_path"], idle.finals()[0], given.data)
+    assert found == pytest.approx(given.loss, rel=1e-5)
 
 
 def _each(line: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -1122,7 +1068,13 @@ def test_factors_larger_than_a_layer_beside_clients_that_leave_layers_out(
         "dtype": "float32",
         "output_dir": str(tmp_path / "whole"),
     }
-    seen = watch(values, "whole")
+
+    def copy(done: RoundResult) -> None:
+        """What a run that was killed after round 2 has left."""
+        if done.record.round == 2:
+            shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+
+    seen = watch(values, "whole", callbacks=[copy])
     shapes = {name: tuple(shape) for name, shape in seen.result.metrics[0]["modules"].items()}
     assert any(12 * (m + n) > m * n for m, n in shapes.values())
     rule, options = METHODS[method], seen.config.rule_options()
@@ -1155,14 +1107,7 @@ def test_factors_larger_than_a_layer_beside_clients_that_leave_layers_out(
         assert line["aggregation_error"] < 1e-5
     assert all(math.isfinite(one["metrics"]["loss"]) for r in seen.rounds for one in r["clients"])
 
-    def stop(done: Any) -> None:
-        if done.record.round == 2:
-            raise KeyboardInterrupt
-
-    again = {**values, "output_dir": str(tmp_path / "again")}
-    with pytest.raises(KeyboardInterrupt):
-        fedlora.run(Config(**again), callbacks=[stop])
-    resumed = fedlora.run(resume=tmp_path / "again")
+    resumed = fedlora.run(resume=tmp_path / "killed")
     for ours, theirs in zip(
         sorted(resumed.final_dir.rglob(WEIGHTS)),
         sorted(seen.result.final_dir.rglob(WEIGHTS)),

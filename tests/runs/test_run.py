@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import fedlora
 from fedlora import Config
@@ -23,7 +22,7 @@ from fedlora.client.local_training import LocalTraining
 from fedlora.client.trainer import train
 from fedlora.client.worker import Worker
 from fedlora.data.datasets import load_data
-from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import client_start, global_delta
@@ -34,24 +33,11 @@ from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.results import Result, RoundResult
 from fedlora.runs.session import Session, assemble
+from support.kept_bases import original_load_base
 from support.rows import rows, write_jsonl
+from support.runs import evaluation_rows, given_adapter, loss_of, nothing, run
 
-
-@pytest.mark.parametrize("method", ["fedit", "zero_pad", "flora", "exact"])
-def test_every_method_learns(small_run: dict[str, Any], method: str) -> None:
-    ranks = [4, 4, 4, 4] if method == "fedit" else small_run["client_ranks"]
-    config = {**small_run, "method": method, "client_ranks": ranks, "max_steps": 10}
-    result = fedlora.run(fedlora.Config(**config))
-    losses = [found["loss"] for _, found in sorted(result.evaluations.items())]
-    assert len(losses) == 3
-    assert losses[-1] < losses[0]
-
-
-def run(values: Mapping[str, Any], name: str = "out", **changes: Any) -> Result:
-    """Run with some keys changed, into a directory of that name; options of `run` go through."""
-    options = {k: changes.pop(k) for k in ("train_function", "callbacks", "report") if k in changes}
-    where = str(Path(values["output_dir"]).with_name(name))
-    return fedlora.run(Config(**{**values, **changes, "output_dir": where}), **options)
+pytestmark = pytest.mark.usefixtures("kept_bases")
 
 
 def final_bytes(result: Result) -> bytes:
@@ -74,34 +60,6 @@ def saved_rounds(result: Result) -> list[str]:
     return sorted(p.name for p in result.output_dir.glob("round-*"))
 
 
-def loss_of(base: str, adapter: Path | None, data: Sequence[Tokens]) -> float:
-    """Of an adapter PEFT loads on the untouched base, row by row, by transformers' own loss."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    model.eval()
-    total, count = 0.0, 0
-    for row in data:
-        number = sum(label != IGNORE for label in row["labels"][1:])
-        with torch.no_grad():
-            out = model(
-                input_ids=torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])
-            )
-        total, count = total + float(out.loss) * number, count + number
-    return total / count
-
-
-def evaluation_rows(values: Mapping[str, Any]) -> Sequence[Tokens]:
-    """What the global model of that run is evaluated on."""
-    tokenizer = AutoTokenizer.from_pretrained(values["model_name_or_path"])
-    return load_data(Config(**values), tokenizer).eval
-
-
-def nothing(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> dict[str, Any]:
-    """A local training that leaves everything as it is."""
-    return {}
-
-
 def worse_after(good: int) -> Any:
     """A local training that learns in the first rounds and destroys afterwards."""
 
@@ -118,9 +76,14 @@ def worse_after(good: int) -> Any:
     return local
 
 
-@pytest.mark.parametrize("method", ["exact", "flora", "zero_pad"])
-def test_saved_rounds_have_the_loss_that_was_logged(small_run: dict[str, Any], method: str) -> None:
-    result = run(small_run, method=method, num_rounds=3, max_steps=6)
+@pytest.mark.parametrize("method", ["fedit", "exact", "flora", "zero_pad"])
+def test_every_method_learns_and_its_saved_rounds_have_the_loss_that_was_logged(
+    small_run: dict[str, Any], method: str
+) -> None:
+    ranks = [4, 4, 4, 4] if method == "fedit" else small_run["client_ranks"]
+    result = run(small_run, method=method, client_ranks=ranks, num_rounds=3, max_steps=6)
+    assert sorted(result.evaluations) == [0, 1, 2, 3]
+    assert result.evaluations[3]["loss"] < result.evaluations[0]["loss"]
     data = evaluation_rows(small_run)
     base = small_run["model_name_or_path"]
     logged = {line["round"]: line for line in read_metrics(result.output_dir)}
@@ -141,7 +104,8 @@ def test_saved_rounds_have_the_loss_that_was_logged(small_run: dict[str, Any], m
 
 
 def test_the_result_is_what_is_on_the_disk(small_run: dict[str, Any]) -> None:
-    result = run(small_run)
+    result = run(small_run, eval_exact_match="auto")
+    assert "exact_match" in result.evaluations[2]
     assert result.final_dir == result.output_dir / "final"
     assert [line["event"] for line in result.metrics] == ["begin", "start", "round", "round", "end"]
     assert read_metrics(result.output_dir) == json.loads(json.dumps(result.metrics))
@@ -158,6 +122,19 @@ def test_the_seed_decides_every_byte(small_run: dict[str, Any]) -> None:
     torch.manual_seed(99)  # what others draw does not matter
     assert final_bytes(run(values, "again")) == final_bytes(first)
     assert final_bytes(run(values, "other", seed=43)) != final_bytes(first)
+
+
+def test_a_base_that_has_served_a_run_serves_another(small_run: dict[str, Any]) -> None:
+    """The tests of this file share their bases, and see what they would see with their own."""
+    values = {**small_run, "lora_dropout": 0.1, "eval_exact_match": "auto"}
+    bases = [assemble(Config(**values)).base for _ in range(2)]
+    assert bases[0].model is bases[1].model
+    shared = run(values, "shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlora.runs.session.load_base", original_load_base)
+        own = run(values, "own")
+    assert own.evaluations == shared.evaluations
+    assert final_bytes(own) == final_bytes(shared)
 
 
 def trained_by_hand(session: Session, backwards: bool) -> bytes:
@@ -191,6 +168,7 @@ def test_the_order_of_clients_changes_no_bit(
 ) -> None:
     """Nor does the order of cohorts, as long as the same clients share a pass."""
     values = {**small_run, "method": method, "lora_dropout": 0.1, "cohort_size": cohort_size}
+    values |= {"max_steps": 2}
     session = assemble(Config(**values))
     forwards = trained_by_hand(session, backwards=False)
     assert trained_by_hand(session, backwards=True) == forwards
@@ -466,21 +444,6 @@ def test_best_needs_an_evaluation(small_run: dict[str, Any]) -> None:
     assert (bare.evaluations, bare.best_round) == ({}, None)
 
 
-def given_adapter(base: str, path: Path, **options: Any) -> Path:
-    """An adapter of PEFT's own, both factors random."""
-    torch.manual_seed(8)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", **options),
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_" in name:
-                p.copy_(0.5 * torch.randn(p.shape))
-    model.save_pretrained(path)
-    return path
-
-
 @pytest.mark.parametrize("method", ["exact", "flora", "zero_pad"])
 @pytest.mark.parametrize("rank", [3, 12])
 def test_round_0_is_the_given_adapter(
@@ -575,15 +538,16 @@ def test_the_scale_matters_and_the_loss_logged_is_of_it(small_run: dict[str, Any
 
 @pytest.mark.parametrize("method", ["exact", "flora", "zero_pad"])
 def test_server_momentum_and_learning_rate(small_run: dict[str, Any], method: str) -> None:
-    values = {**small_run, "method": method, "num_rounds": 3}
+    values = {**small_run, "method": method}
     plain = run(values, "plain")
     heavy = run(values, "heavy", server_momentum=0.5)
     half = run(values, "half", server_learning_rate=0.5)
     assert len({final_bytes(r) for r in (plain, heavy, half)}) == 3
     # The first round has no velocity yet; afterwards momentum carries it farther.
-    first, *later = (line["update_norm"] for line in rounds_of(heavy))
+    first, later = (line["update_norm"] for line in rounds_of(heavy))
     assert first == pytest.approx(rounds_of(plain)[0]["update_norm"], rel=1e-5)
-    assert all(math.isfinite(norm) and norm > 0 for norm in later)
+    assert math.isfinite(later)
+    assert later > 0
     for result in (heavy, half):
         losses = [found["loss"] for _, found in sorted(result.evaluations.items())]
         assert losses[-1] < losses[0]
@@ -608,11 +572,10 @@ def test_clients_are_evaluated_on_what_they_held_out(small_run: dict[str, Any]) 
 
 
 def test_exact_match_is_measured_where_references_fit(small_run: dict[str, Any]) -> None:
-    fits = run(small_run, "fits", num_rounds=1, train_function=nothing)
+    values = {**small_run, "eval_exact_match": "auto", "num_rounds": 1}
+    fits = run(values, "fits", train_function=nothing)
     assert 0 <= fits.evaluations[0]["exact_match"] <= 1
-    short = run(
-        small_run, "short", num_rounds=1, train_function=nothing, generation_max_new_tokens=3
-    )
+    short = run(values, "short", train_function=nothing, generation_max_new_tokens=3)
     assert "exact_match" not in short.evaluations[0]
 
 
@@ -624,6 +587,7 @@ def test_rows_without_a_prompt_have_no_exact_match(
         **small_run,
         "train_file": str(tmp_path / "text.jsonl"),
         "eval_file": str(tmp_path / "text.jsonl"),
+        "eval_exact_match": "auto",
         "num_rounds": 1,
     }
     assert "exact_match" not in run(values, train_function=nothing).evaluations[0]

@@ -1,4 +1,4 @@
-"""`fedlora study`: the grid, the statistics, the runs and the tables: whole runs."""
+"""`fedlora study` in this process: mistakes are told, shipped studies laid out."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import pytest
 from fedlora.commands.cli import main
 from fedlora.commands.study.load import load_study
 from fedlora.commands.study.plan import shipped
-from fedlora.runs.metrics_log import read_metrics
 from support.study import (
-    SHORT,
     made,  # noqa: F401
-    overrides,
     study,
 )
+
+pytestmark = pytest.mark.usefixtures("kept_bases")
 
 
 @pytest.mark.parametrize(
@@ -84,20 +83,6 @@ def test_a_shipped_study_lays_out_at_both_sizes(
     assert len(load_study(name, size=size).runs) > 10
 
 
-def test_what_is_complete_is_not_run_again(
-    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = made / "out" / "runs"
-    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
-    monkeypatch.setattr(
-        "fedlora.commands.study.execute._new_worker", lambda *_: pytest.fail("ran again")
-    )
-    path = str(made / "mine.yaml")
-    assert main(["study", path, "--output_dir", str(made / "out")]) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.jsonl")}
-    assert "two rules" in capsys.readouterr().out
-
-
 def test_adalora_counts_tokens_and_weighs_losses_as_our_own_training_does(
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -129,21 +114,3 @@ def test_adalora_counts_tokens_and_weighs_losses_as_our_own_training_does(
     penalties = [a - b for a, b in zip(first["whole"], first["ours"], strict=True)]
     assert min(penalties) > 0  # PEFT's, of random factors
     assert first["parts"] == pytest.approx(first["whole"], rel=1e-5)
-
-
-def test_a_client_alone_and_adalora_are_runs_too(tmp_path: Path) -> None:
-    grid = {"who": {"together": {}, "alone": {"alone": 3}, "ada": {"trainer": "adalora"}}}
-    part = {"keys": {"method": "flora", "client_ranks": 4}, "grid": grid}
-    path = study(tmp_path, seeds=[0], parts={"t": part})
-    out = tmp_path / "out"
-    steps = [*SHORT[:3], "4", *SHORT[4:]]
-    assert main(["study", str(path), "--output_dir", str(out), *steps]) == 0
-    keys = {**overrides(), "max_steps": 4}
-    runs = {x.labels["who"]: x for x in load_study(str(path), overrides=keys).runs}
-    lines = {k: read_metrics(out / "runs" / run.directory) for k, run in runs.items()}
-    clients = {k: next(x for x in v if x["event"] == "round")["clients"] for k, v in lines.items()}
-    assert len(clients["together"]) == 10
-    assert len(clients["alone"]) == 1
-    assert clients["alone"][0]["num_examples"] == clients["together"][3]["num_examples"]
-    assert all(x["metrics"]["mean_rank"] <= 4 for x in clients["ada"])
-    assert (out / "runs" / runs["alone"].directory / "final" / "adapter_config.json").is_file()

@@ -11,6 +11,8 @@ import torch
 from fedlora import threads
 from support.threads import Machine, keys, run, two_threads  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
 
 def test_a_system_that_does_not_tell_changes_nothing(
     keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -1,4 +1,4 @@
-"""Looking before running, as a user types it: partition, data, run --dry_run: whole runs."""
+"""A plan (`run --dry_run`) reads no weights, and says what the run then does."""
 
 from __future__ import annotations
 

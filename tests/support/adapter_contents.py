@@ -1,4 +1,4 @@
-"""What the tests of adapter contents share."""
+"""Writes adapters as PEFT does."""
 
 from __future__ import annotations
 

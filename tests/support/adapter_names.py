@@ -1,4 +1,4 @@
-"""What the tests of adapter names share."""
+"""Makes tiny models and adapters of PEFT whose keys can be spelt otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of adapters share."""
+"""Makes updates of every kind for the modules of a small model."""
 
 from __future__ import annotations
 

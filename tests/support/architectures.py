@@ -1,4 +1,4 @@
-"""What the tests of architectures share."""
+"""Makes a tiny model of every architecture, trains it, and loads what was saved by PEFT."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fedlora
 from fedlora.client.worker import Worker
+from fedlora.engines.local import run_session
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import client_start
 from fedlora.federation.messages import ClientUpdate
@@ -184,26 +185,29 @@ class Trained:
     model: Path
     config: fedlora.Config
     result: fedlora.Result
+    base: BaseModel
     state: ServerState
     warnings: tuple[str, ...]
 
     def ours(self) -> BaseModel:
-        """The global model, put together once more by the package itself."""
-        base = assemble(self.config).base
-        base.load([self.state.base_delta, self.state.adapter], full_params=self.state.dense)
-        return base
+        """The run's base, and the global model loaded into it."""
+        layers = [self.state.base_delta, self.state.adapter]
+        self.base.load(layers, full_params=self.state.dense)
+        return self.base
 
 
 def train_federation(keys: dict[str, Any]) -> Trained:
-    """A whole run through the public entry."""
+    """A whole run, as `fedlora.run` makes it; its base is kept."""
     config, states, warnings = fedlora.Config(**keys), list[ServerState](), list[str]()
 
     def report(event: Any) -> None:
         if event["event"] == "warning":
             warnings.append(event["message"])
 
-    result = fedlora.run(config, callbacks=[lambda r: states.append(r.state)], report=report)
-    return Trained(Path(keys["model_name_or_path"]), config, result, states[-1], tuple(warnings))
+    session = assemble(config)
+    result = run_session(session, callbacks=[lambda r: states.append(r.state)], report=report)
+    model = Path(keys["model_name_or_path"])
+    return Trained(model, config, result, session.base, states[-1], tuple(warnings))
 
 
 def by_peft(trained: Trained, adapter: bool = True, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the tests of assess mmlu share."""
+"""Holds questions as MMLU has them, and the harness's own task over a file of them."""
 
 from __future__ import annotations
 

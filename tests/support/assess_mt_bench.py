@@ -1,4 +1,4 @@
-"""What the tests of assess mt bench share."""
+"""Holds a few questions of MT-bench."""
 
 from __future__ import annotations
 

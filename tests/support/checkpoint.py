@@ -1,4 +1,4 @@
-"""What the tests of checkpoint share."""
+"""Makes a state with something in every place, to be saved and read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of classifier share."""
+"""Makes tiny classifiers and the rows they are trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of client rows share."""
+"""Trains clients alone and together, and compares how their parameters moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of clients share."""
+"""Sets up runs whose clients have settings of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of cohort share."""
+"""Trains several clients of small models, each alone and all in one pass, and compares them."""
 
 from __future__ import annotations
 
@@ -27,72 +27,36 @@ from fedlora.model.base import BaseModel, attach
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.targets import find_targets
 from fedlora.seeds import Purpose, fresh_factors
-from support.models import LLAMA
+from support.architectures import COMMON, GPT2, GROUPED
 
 RANKS = (6, 3, 1, 4)
 
 
 def llama(dropout: float = 0.0) -> Any:
     """Grouped-query attention; its attention's dropout if asked."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **LLAMA,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            attention_dropout=dropout,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**GROUPED, attention_dropout=dropout))
 
 
 def gpt2(dropout: float = 0.0) -> Any:
     """Conv1D layers, learnt positions, biases; dropout in embeddings, attention and residuals."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=100,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=128,
-            pad_token_id=0,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-        )
-    )
+    drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+    return GPT2LMHeadModel(GPT2Config(**GPT2, **drops))
+
+
+def _dropping(dropout: float) -> dict[str, float]:
+    """An encoder's dropout, in its layers and its attention."""
+    return {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
 
 
 def bert(dropout: float = 0.0) -> Any:
     """A classifier with a pooler and a head."""
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            num_labels=3,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        )
-    )
+    return BertForSequenceClassification(BertConfig(**COMMON, **_dropping(dropout), num_labels=3))
 
 
 def roberta(dropout: float = 0.0) -> Any:
     """A head of several layers, and positions counted from the padding's id on."""
     return RobertaForSequenceClassification(
-        RobertaConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            pad_token_id=1,
-            num_labels=3,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-        )
+        RobertaConfig(**{**COMMON, "pad_token_id": 1}, **_dropping(dropout), num_labels=3)
     )
 
 

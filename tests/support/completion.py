@@ -1,4 +1,4 @@
-"""What the tests of completion share."""
+"""Names the verbs that shells complete."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""What the tests of json share."""
+"""Types commands with `--json`, and reads the lines that they write."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,13 @@ def no_constant(name: str) -> None:
     raise AssertionError(f"{name} is no JSON")
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
 def here(tmp_path: Path, small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with `my.yaml`, two short rounds into `out`."""
     path = tmp_path / "here"
     path.mkdir()
     monkeypatch.chdir(path)
-    keys = {**small_run, "output_dir": "out", "max_steps": 1, "eval_exact_match": False}
+    keys = {**small_run, "output_dir": "out", "max_steps": 1}
     (path / "my.yaml").write_text(yaml.safe_dump(keys))
     return path
 

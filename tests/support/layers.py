@@ -1,4 +1,4 @@
-"""What the tests of layers share."""
+"""Makes tiny models whose layers are no plain `W x + b`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of merging share."""
+"""Makes adapters to merge, and merges them in float64 by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of methods doc share."""
+"""Reads docs/methods.md, and loads the module it shows."""
 
 from __future__ import annotations
 

@@ -1,17 +1,9 @@
-"""Small random models, a tokenizer of whole words, and layers for tests."""
+"""Loads models, saves a tokenizer of single characters, and gives layers their adapters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-from support.tiers import (  # noqa: F401
-    pytest_collection_modifyitems,
-    pytest_deselected,
-    pytest_sessionfinish,
-    pytest_testnodedown,
-    pytest_unconfigure,
-)
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 100,

@@ -1,4 +1,4 @@
-"""What the tests of packing share."""
+"""Makes models whose attention is far from uniform, and runs rows through them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of report share."""
+"""Collects what a report of run directories shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of resume share."""
+"""Kills runs at a point of their course, and reads what they have left."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ import yaml
 import fedlora
 import fedlora.methods
 from fedlora.runs.metrics_log import read_metrics
+from support.paths import REPOSITORY
+from support.runs import timeless
 
 ROUNDS = 3
 
 
-# One process that has loaded everything; every request runs in a fork of it, which may be killed.
+# One process that has loaded everything, the base among it; every request runs in a fork of it,
+# which may be killed.
 DRIVER = '''
 import json, os, resource, shutil, signal, sys
 from pathlib import Path
@@ -34,9 +37,13 @@ import peft, transformers
 from fedlora.adapters import saved_adapter as adapters
 from fedlora.client import worker
 from fedlora.commands import cli
+from fedlora.config.config import Config
+from fedlora.config.sources import read_yaml
 from fedlora.engines import local
 from fedlora.model import passes
 from fedlora.runs import directory as checkpoint
+from fedlora.runs import session
+from support.kept_bases import load_or_reuse
 
 
 def die(*_, **__):
@@ -139,6 +146,8 @@ def child(request):
     return code
 
 
+session.load_base = load_or_reuse
+session.assemble(Config(**read_yaml(sys.argv[1])))
 print("ready", flush=True)
 for line in sys.stdin:
     pid = os.fork()
@@ -183,12 +192,18 @@ class Driver:
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+def driver(
+    tiny_llama: Path, site_files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Driver]:
     path = tmp_path_factory.mktemp("driver")
     (path / "driver.py").write_text(DRIVER)
+    keys = {"model_name_or_path": str(tiny_llama), "train_file": str(site_files / "site_*.jsonl")}
+    config = write(path / "config.yaml", {**keys, "num_threads": 1, "output_dir": str(path)})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    here = str(REPOSITORY / "tests")
+    environment["PYTHONPATH"] = os.pathsep.join([here, environment.get("PYTHONPATH", "")])
     with subprocess.Popen(
-        [sys.executable, str(path / "driver.py")],
+        [sys.executable, str(path / "driver.py"), str(config)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -208,12 +223,6 @@ def write(path: Path, values: dict[str, Any]) -> Path:
 
 def course(path: Path) -> list[dict[str, Any]]:
     """What `metrics.jsonl` tells of a run, without what depends on the clock."""
-
-    def timeless(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: timeless(v) for k, v in x.items() if k not in ("seconds", "started")}
-        return [timeless(v) for v in x] if isinstance(x, list) else x
-
     return [timeless(line) for line in read_metrics(path)]
 
 

@@ -1,18 +1,10 @@
-"""Rows for tests, and files of them."""
+"""Makes rows, and files of them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-from support.tiers import (  # noqa: F401
-    pytest_collection_modifyitems,
-    pytest_deselected,
-    pytest_sessionfinish,
-    pytest_testnodedown,
-    pytest_unconfigure,
-)
 
 
 def rows(number: int, offset: int = 0) -> list[dict[str, str]]:

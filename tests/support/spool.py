@@ -1,4 +1,4 @@
-"""What the tests of spool share."""
+"""Gives a server a spool, and compares states to the bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of study share."""
+"""Writes a small study, and runs it once for the tests of a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def study(tmp_path: Path, **changes: Any) -> Path:
                 "keys": {
                     "num_rounds": 2,
                     "max_steps": 1,
+                    "max_train_samples": 16,
                     "max_eval_samples": 8,
+                    "per_device_train_batch_size": 4,
+                    "eval_exact_match": False,
+                    "metric_for_best_model": "eval_loss",
                     "num_threads": 1,
                 },
             },

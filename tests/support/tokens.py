@@ -1,4 +1,4 @@
-"""What the tests of tokens share."""
+"""Makes tokenizers with chat templates, and shows which stretches of text are learnt."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""What the tests of views share."""
+"""Sets up a directory to look at before running, and reads the tables and bars that are shown."""
 
 from __future__ import annotations
 
 import re
 import shlex
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,18 @@ import yaml
 
 from fedlora.commands.cli import main
 from support.rows import rows, write_jsonl
+from support.script import _offline, _signals_as_they_were, files
 
-
-@pytest.fixture(autouse=True)
-def _signals_as_they_were() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.delenv("COLUMNS", raising=False)
+__all__ = [
+    "Say",
+    "_offline",
+    "_signals_as_they_were",
+    "bars_of",
+    "files",
+    "here",
+    "say",
+    "table_of",
+]
 
 
 @pytest.fixture
@@ -37,14 +33,10 @@ def here(tmp_path: Path, small_run: dict[str, Any], monkeypatch: pytest.MonkeyPa
     path = tmp_path / "here"
     path.mkdir()
     monkeypatch.chdir(path)
-    keys = {**small_run, "output_dir": "out", "eval_exact_match": False}
+    keys = {**small_run, "output_dir": "out"}
     (path / "my.yaml").write_text(yaml.safe_dump(keys))
     write_jsonl(path / "all.jsonl", rows(60))
     return path
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 Say = Callable[[str], str]

@@ -1,4 +1,4 @@
-"""What the tests of watch share."""
+"""Writes what a run leaves while it goes on, and renders the view of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in processes of their own."""
+"""An adapter written by another process has the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classifier in processes of their own."""
+"""A classifier's run that is killed and resumed ends with the same bytes."""
 
 from __future__ import annotations
 

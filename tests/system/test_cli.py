@@ -1,4 +1,4 @@
-"""The command line as a user types it: in processes of their own."""
+"""`fedlora` as a shell starts it: pipes, terminals and signals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import shlex
 import signal
 import struct
 import subprocess
-import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
@@ -22,21 +21,15 @@ import pytest
 from fedlora.commands.cli import main
 from fedlora.config.sources import read_yaml
 from fedlora.runs.metrics_log import read_metrics
-from support.cli import _offline, _signals_as_they_were, here, site  # noqa: F401
-
-FEDLORA = str(Path(sys.executable).parent / "fedlora")
-
-
-def environment() -> dict[str, str]:
-    changing = ("FORCE_COLOR", "TTY_COMPATIBLE", "PYTHONUNBUFFERED")
-    usual = {k: v for k, v in os.environ.items() if k not in changing}
-    return {**usual, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-
-
-def run_script(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [FEDLORA, *argv], cwd=cwd, env=environment(), capture_output=True, text=True
-    )
+from support.script import (  # noqa: F401
+    FEDLORA,
+    _offline,
+    _signals_as_they_were,
+    environment,
+    here,
+    run_script,
+    site,
+)
 
 
 def test_config_to_a_file_to_a_run(
@@ -71,12 +64,12 @@ LONG = 10  # rounds
 
 
 def long_run(site: Path, out: str) -> list[str]:
-    """Ten rounds of half a second or more, to be interrupted in one of the first."""
+    """Ten rounds of a quarter of a second or more, to be interrupted in one of the first."""
     keys = [
         "--num_rounds",
         str(LONG),
         "--max_steps",
-        "20",
+        "10",
         "--eval_file",
         "none",
         "--lora_target_modules",

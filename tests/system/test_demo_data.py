@@ -1,4 +1,4 @@
-"""Demo data in processes of their own."""
+"""The embedded rows are the same in every process, and light to import."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from fedlora.commands.json_lines import only_json
 from fedlora.config.config import Config
 from fedlora.data.raw_data import load_rows
 from fedlora.runs.metrics_log import read_metrics
-from support.json import Told, _as_it_was, here, no_constant, told  # noqa: F401
+from support.json import Told, here, no_constant, told  # noqa: F401
+from support.script import _offline, _signals_as_they_were  # noqa: F401
 
 
 def test_config(told: Told) -> None:
@@ -171,7 +172,8 @@ def test_study(told: Told, here: Path, small_run: dict[str, Any]) -> None:
 
 
 def test_demo(told: Told, here: Path) -> None:
-    short = "--num_rounds 1 --max_steps 1 --max_eval_samples 12 --num_threads 1"
+    short = "--num_rounds 1 --max_steps 1 --max_train_samples 16 --max_eval_samples 12"
+    short += " --num_clients 2 --client_ranks 8 4 --num_threads 1 --processes 1"
     (last,) = told(f"demo {short} --seeds 4")
     assert last["event"] == "demo"
     assert last["seeds"] == [4]

@@ -1,4 +1,4 @@
-"""Merging in processes of their own."""
+"""`fedlora aggregate` in a process: how much memory it takes, and the table it prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads a run takes on a machine that others use too: in processes of their own."""
+"""A run beside processes that are really busy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token cache in processes of their own."""
+"""The directory of cached tokens is that of datasets, whatever is imported first."""
 
 from __future__ import annotations
 

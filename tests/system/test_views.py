@@ -1,65 +1,52 @@
-"""Views in processes of their own."""
+"""Looking before running, through the installed script: nothing but the view is written."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 from support.rows import rows
+from support.script import run_in_turn, run_script
 from support.views import _offline, _signals_as_they_were, bars_of, files, here, table_of  # noqa: F401
-
-FEDLORA = str(Path(sys.executable).parent / "fedlora")
 
 
 def test_a_pipe_has_no_colours(here: Path) -> None:
-    done = run_script("partition", "my.yaml", "--by", "kind")
+    done = run_script("partition", "my.yaml", "--by", "kind", cwd=here)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
     assert bars_of(done.stdout)
 
 
-def run_script(*argv: str) -> subprocess.CompletedProcess[str]:
-    changing = ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS")
-    usual = {k: v for k, v in os.environ.items() if k not in changing}
-    environment = {**usual, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([FEDLORA, *argv], env=environment, capture_output=True, text=True)
-
-
-def test_a_data_set_is_shown_without_noise(here: Path) -> None:
-    """No progress bars of libraries on standard error."""
-    (here / "data").mkdir()
-    (here / "all.jsonl").rename(here / "data" / "train.jsonl")
-    done = run_script("partition", "--dataset_name", "data", "--num_clients", "3")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [cells[2] for cells in table_of(done.stdout)[1]] == ["20", "20", "20"]
-
-
-def test_a_parquet_file_is_shown_without_noise(here: Path) -> None:
+def test_data_are_shown_without_noise(here: Path) -> None:
+    """No progress bars of libraries on standard error; a damaged file is one line."""
     from datasets import Dataset
 
+    (here / "data").mkdir()
+    (here / "all.jsonl").rename(here / "data" / "train.jsonl")
     Dataset.from_list(rows(12)).to_parquet(str(here / "x.parquet"))
-    done = run_script("partition", "--train_file", "x.parquet", "--num_clients", "3")
-    assert (done.returncode, done.stderr) == (0, "")
-    (here / "x.parquet").write_bytes((here / "x.parquet").read_bytes()[:-9])
-    done = run_script("partition", "--train_file", "x.parquet", "--num_clients", "3")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("fedlora: train_file: ")
-    assert done.stderr.count("\n") == 1
+    (here / "damaged.parquet").write_bytes((here / "x.parquet").read_bytes()[:-9])
+    data_set, parquet, damaged = run_in_turn(
+        "partition --dataset_name data --num_clients 3",
+        "partition --train_file x.parquet --num_clients 3",
+        "partition --train_file damaged.parquet --num_clients 3",
+        cwd=here,
+    )
+    assert (data_set.returncode, data_set.stderr) == (0, "")
+    assert [cells[2] for cells in table_of(data_set.stdout)[1]] == ["20", "20", "20"]
+    assert (parquet.returncode, parquet.stderr) == (0, "")
+    assert (damaged.returncode, damaged.stdout) == (2, "")
+    assert damaged.stderr.startswith("fedlora: train_file: ")
+    assert damaged.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["partition my.yaml --by topic", "data my.yaml --show x", "run my.yaml --dry_run --lora_r 0"],
-)
-def test_bad_input_through_the_installed_script(line: str, here: Path) -> None:
+def test_bad_input_through_the_installed_script(here: Path) -> None:
     before = files(here)
-    done = run_script(*shlex.split(line))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("fedlora: ")
-    assert done.stderr.count("\n") == 1
+    lines = ("partition my.yaml --by topic", "data my.yaml --show x")
+    answers = [
+        run_script("run", "my.yaml", "--dry_run", "--lora_r", "0", cwd=here),
+        *run_in_turn(*lines, cwd=here),
+    ]
+    for done in answers:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("fedlora: ")
+        assert done.stderr.count("\n") == 1
     assert files(here) == before

@@ -1,4 +1,4 @@
-"""Watch in processes of their own."""
+"""`fedlora watch` beside a run of another process: in a terminal, in a log, and after a kill."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
 
     def far_enough() -> bool:
         assert run.poll() is None
-        if (look := reader.look()) is None:
+        look = reader.look()
+        if look is None or not look.progress:  # its directory is there before it says anything
             return False
         looks.append(look)
         trained = any(x.state == "training" and x.loss for x in clients(looks[-1]).values())

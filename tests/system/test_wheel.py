@@ -24,6 +24,9 @@ PACKAGE = ROOT / "src" / "fedlora"
 BASE = PACKAGE / "embedded" / "base"
 
 
+COMMANDS = PACKAGE / "commands"
+
+
 def run(*command: str | Path, cwd: Path) -> str:
     """Run a command without the caller's Python settings; return what it printed."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -76,8 +79,9 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
     assert "fedlora/embedded/base/config.json" in shipped
     assert any(Path(name).match("fedlora/embedded/base/*.safetensors") for name in shipped)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in shipped)
-    data = [BASE, PACKAGE / "report" / "page", PACKAGE / "report" / "vendor"]
-    data.append(PACKAGE / "study" / "studies")
+    data = [BASE, COMMANDS / "report" / "page", COMMANDS / "report" / "vendor"]
+    data.append(COMMANDS / "study" / "studies")
+    assert all(folder.is_dir() for folder in data)
     files = [path for folder in data for path in folder.rglob("*") if path.is_file()]
     expected = [*PACKAGE.rglob("*.py"), *files]
     missing = {path.relative_to(PACKAGE.parent).as_posix() for path in expected} - shipped

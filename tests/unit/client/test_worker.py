@@ -44,9 +44,9 @@ def set_up(base: BaseModel, method: str, **keys: Any) -> tuple[Server, Worker]:
 
 
 def test_what_local_training_reads_of_a_configuration() -> None:
-    budget = local_training_of(Config(max_steps=7, learning_rate=0.5, seed=3))
-    assert (budget.max_steps, budget.learning_rate, budget.seed) == (7, 0.5, 3)
-    assert budget.client == LocalTraining().client
+    training = local_training_of(Config(max_steps=7, learning_rate=0.5, seed=3))
+    assert (training.max_steps, training.learning_rate, training.seed) == (7, 0.5, 3)
+    assert training.client == LocalTraining().client
 
 
 def test_clients_trained_together_end_where_they_end_alone(base: BaseModel) -> None:
@@ -75,8 +75,8 @@ def test_a_factor_that_stays_with_its_client_is_not_sent_and_trained_on(base: Ba
 def test_a_training_of_ones_own(base: BaseModel) -> None:
     seen: list[LocalTraining] = []
 
-    def mine(model: Any, rows: Sequence[Any], budget: LocalTraining) -> Mapping[str, Any]:
-        seen.append(budget)
+    def mine(model: Any, rows: Sequence[Any], training: LocalTraining) -> Mapping[str, Any]:
+        seen.append(training)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -87,7 +87,7 @@ def test_a_training_of_ones_own(base: BaseModel) -> None:
     assert not worker.joint
     sent = server.plan()
     updates = [trained.update for trained in worker.handle_together(list(sent.values()))]
-    assert [budget.client for budget in seen] == [0, 1]
+    assert [training.client for training in seen] == [0, 1]
     assert updates[0].metrics == {"loss": 0.25, "note": "mine"}
     for x in updates[0].adapter.values():
         assert torch.equal(x.A, torch.ones_like(x.A))

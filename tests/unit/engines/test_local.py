@@ -58,7 +58,7 @@ def test_every_client_is_announced_once_and_answers(monkeypatch: pytest.MonkeyPa
 
 
 def test_another_training_is_another_run() -> None:
-    def mine(model: Any, rows: Any, budget: Any) -> dict[str, float]:
+    def mine(model: Any, rows: Any, training: Any) -> dict[str, float]:
         return {}
 
     ours = LocalEngine(session(), train, print).identity

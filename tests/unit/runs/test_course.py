@@ -10,7 +10,9 @@ import pytest
 
 from fedlora.config.config import Config
 from fedlora.methods import METHODS
-from fedlora.runs.course import Best, Result, has_personal_models
+from fedlora.runs.best_round import Best
+from fedlora.runs.course import has_personal_models
+from fedlora.runs.results import Result
 
 
 @pytest.mark.parametrize(

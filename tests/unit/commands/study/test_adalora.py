@@ -30,7 +30,7 @@ def base(*whole: str) -> BaseModel:
     return it
 
 
-def budget(**more: Any) -> LocalTraining:
+def training(**more: Any) -> LocalTraining:
     """Eight steps of two rows."""
     return LocalTraining(
         **{"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **more}
@@ -40,7 +40,7 @@ def budget(**more: Any) -> LocalTraining:
 def test_the_rank_is_divided_among_the_layers() -> None:
     it, told = base(), []
     rows = rows_of([6, 5, 7, 4])
-    metrics = train_adalora(it.model, rows, budget(on_step=lambda *step: told.append(step)))
+    metrics = train_adalora(it.model, rows, training(on_step=lambda *step: told.append(step)))
     assert metrics["steps"] == len(told) == 8
     assert metrics["tokens"] == sum(tokens for *_, tokens in told) == 4 * 22
     assert metrics["mean_rank"] <= KEPT * 4
@@ -53,10 +53,10 @@ def test_the_rank_is_divided_among_the_layers() -> None:
 def test_what_it_cannot_train() -> None:
     it = base()
     with pytest.raises(InputError, match="3 steps a round are too few, take 4 or more"):
-        train_adalora(it.model, rows_of([6]), budget(max_steps=3))
+        train_adalora(it.model, rows_of([6]), training(max_steps=3))
     with pytest.raises(InputError, match="trains adapters alone, and this model has parameters"):
-        train_adalora(base("lm_head").model, rows_of([6]), budget())
+        train_adalora(base("lm_head").model, rows_of([6]), training())
     moved = {n: LowRank(x.A, x.B + 1) for n, x in it.read_adapter().items()}
     it.load([], moved)
     with pytest.raises(InputError, match="starts every round afresh; use it with method flora"):
-        train_adalora(it.model, rows_of([6]), budget())
+        train_adalora(it.model, rows_of([6]), training())

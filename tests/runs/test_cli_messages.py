@@ -1,4 +1,4 @@
-"""The command line as a user types it: what is wrong, and what is said of it."""
+"""What the command line says without running anything: help, configurations, mistakes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from fedlora.commands.cli import VERBS, main
 from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
 from fedlora.embedded import CONFIG
-from support.cli import _offline, _signals_as_they_were, here, site  # noqa: F401
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+from support.script import _offline, _signals_as_they_were, files, here, site  # noqa: F401
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
