@@ -236,6 +236,17 @@ def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
         )
 
 
+def test_a_round_waits_for_nobody_beyond_its_time(keys: Keys, tmp_path: Path) -> None:
+    events: list[Event] = []
+    keys |= {"num_rounds": 2, "round_timeout": 20.0, "min_clients_per_round": 2}
+    pool = take(keys, tmp_path, report=events.append, train_function=sleeps, **POOL)
+    first, second = rounds_with_metrics(pool)
+    assert [bool(client["weight"]) for client in first["clients"]] == [True, False, True]
+    assert all(client["weight"] for client in second["clients"])
+    warnings = [e["message"] for e in events if e["event"] == "warning"]
+    assert warnings == ["client 1 is left out of round 1: it was not done by the round's deadline"]
+
+
 def test_workers_that_load_the_base_themselves_give_the_same(keys: Keys, tmp_path: Path) -> None:
     """As those on GPUs do, which cannot be forked."""
     keys |= {"num_rounds": 1}

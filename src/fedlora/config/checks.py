@@ -75,6 +75,20 @@ def check_clients_per_round(config: Config) -> None:
         )
 
 
+def check_round_under_failure(config: Config) -> None:
+    """A round waits for no more clients than it asks, and only workers can be stopped."""
+    least, asked = config.min_clients_per_round, config.clients_per_round
+    if least is not None and isinstance(asked, int) and least > asked:
+        raise ValueError(
+            f"min_clients_per_round: {least} are more than clients_per_round {asked} asks"
+        )
+    if config.round_timeout is not None and config.engine == "local":
+        raise ValueError(
+            "round_timeout belongs to engine: workers; clients that train in this process cannot "
+            "be stopped"
+        )
+
+
 def check_local_training(config: Config) -> None:
     """A pass trains at least one client, and a round at least one step."""
     if config.cohort_size != "auto" and config.cohort_size < 1:
@@ -148,6 +162,7 @@ CHECKS = (
     check_ranks,
     check_rank_shares,
     check_clients_per_round,
+    check_round_under_failure,
     check_local_training,
     check_partition,
     check_custom_template,

@@ -174,6 +174,17 @@ class Config(BaseModel):
     clients_per_round: Annotated[int | float | None, JsonSchema(NUMBER_OR_SHARE)] = Field(
         None, gt=0, description="a number, a share (0.3), or none: all"
     )
+    min_clients_per_round: Annotated[int | None, Mark.ALONE] = Field(
+        None,
+        ge=1,
+        description="fewer updates commit no round; none: with none the model stays as it is",
+    )
+    round_attempts: int = Field(
+        3, ge=1, description="of a round below min_clients_per_round, before the run stops"
+    )
+    round_timeout: float | None = Field(
+        None, gt=0, description="seconds after which nobody is waited for (engine: workers)"
+    )
     client_ranks: Annotated[
         int | list[int] | None,
         Mark.AUTOMATIC,

@@ -198,10 +198,11 @@ class LocalEngine:
 
     def state(self) -> EngineState:
         """How many clients share a pass, and what outlives the round at the clients."""
-        return EngineState({"cohort_size": self.cohorts.size}, self.states)
+        return EngineState({"cohort_size": self.cohorts.size}, dict(self.states))
 
     def restore(self, state: EngineState) -> None:
         """Go on from what was saved."""
+        self.states.clear()  # it may be a round that is tried again, which leaves no trace
         self.states.update(state.clients)
         self.cohorts.size = state.facts["cohort_size"]
 

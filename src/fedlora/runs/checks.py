@@ -133,3 +133,21 @@ def data_warnings(data: FederatedData) -> list[str]:
         if unseen:
             warnings.append(f"no client has a row of the label {', '.join(unseen)}")
     return warnings
+
+
+def check_quorum(config: Config, asked: int) -> None:
+    """Refuse a round that could never be committed.
+
+    Args:
+        config: of the run.
+        asked: how many clients a round asks.
+
+    Raises:
+        InputError: what to do.
+    """
+    least = config.min_clients_per_round
+    if least is not None and least > asked:
+        raise InputError(
+            f"min_clients_per_round: {least}, but a round asks {asked} clients; lower it, or raise "
+            "clients_per_round"
+        )

@@ -7,6 +7,7 @@ these train, is the engine's to know (`fedlora.runs.engine`).
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedlora.errors import InputError
+from fedlora.errors import FedloraError, InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import global_delta
 from fedlora.federation.messages import Broadcast
@@ -188,13 +189,10 @@ class Course:
 
     def _round(self) -> None:
         clock = RoundClock("aggregate")
-        broadcasts = self.server.plan()
         number = self.server.state.round + 1
         last = number == self.config.num_rounds
         due = last or bool(self.config.eval_rounds and number % self.config.eval_rounds == 0)
-        clock.now("train")
-        self.report(RoundBegin(event="round_begin", round=number, clients=list(broadcasts)))
-        models, personal = self._exchange(number, broadcasts, due, clock)
+        models, personal = self._with_enough_clients(number, due, clock)
         clock.now("aggregate")
         record = self.server.commit()
         self.server.state = settled(self.server.state)
@@ -208,17 +206,55 @@ class Course:
         for callback in self.callbacks:
             callback(RoundResult(record, self.log[-1], self.server.state))
 
+    def _with_enough_clients(
+        self, number: int, due: bool, clock: RoundClock
+    ) -> tuple[Models, dict[int, Scores]]:
+        """Have a round's clients trained, again where fewer than `min_clients_per_round` count.
+
+        An attempt that is given up leaves no trace: neither at the server, which has committed
+        nothing, nor in what clients keep for themselves.
+
+        Returns:
+            As `_exchange` does.
+
+        Raises:
+            FedloraError: there were too few in every attempt; the run can be resumed.
+        """
+        least, before = self.config.min_clients_per_round or 0, self.engine.state()
+        for attempt in range(1, self.config.round_attempts + 1):
+            broadcasts = self.server.plan()
+            clock.now("train")
+            self.report(RoundBegin(event="round_begin", round=number, clients=list(broadcasts)))
+            counted, models, personal = self._exchange(number, broadcasts, due, clock)
+            if counted >= least:
+                return models, personal
+            self.engine.restore(EngineState(self.engine.state().facts, before.clients))
+            if attempt < self.config.round_attempts:
+                self._warn(
+                    f"{counted} of {len(broadcasts)} clients count in round {number}, fewer than "
+                    f"min_clients_per_round {least}; it is tried again"
+                )
+            clock.now("aggregate")
+        raise FedloraError(
+            f"round {number}: {counted} of {len(broadcasts)} clients count, fewer than "
+            f"min_clients_per_round {least}, in {self.config.round_attempts} attempts; nothing of "
+            "it is kept. See above why they are left out; then go on with: fedlora run --resume "
+            f"{self.directory.path}"
+        )
+
     def _exchange(
         self, number: int, broadcasts: Mapping[int, Broadcast], due: bool, clock: RoundClock
-    ) -> tuple[Models, dict[int, Scores]]:
+    ) -> tuple[int, Models, dict[int, Scores]]:
         """Have the clients of a round trained, and their updates folded as they come.
 
         Returns:
-            The clients' own models and what they measure, where they are asked for.
+            How many count, and the clients' own models and what they measure, where they are asked
+            for.
         """
-        models, personal = Models(), dict[int, Scores]()
-        missing = set(broadcasts)
-        for outcome in self.engine.exchange([broadcasts[k] for k in sorted(broadcasts)]):
+        models, personal, counted = Models(), dict[int, Scores](), 0
+        missing, timeout = set(broadcasts), self.config.round_timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for outcome in self.engine.exchange([broadcasts[k] for k in sorted(broadcasts)], deadline):
             missing.discard(outcome.client)
             if isinstance(outcome, Failure):
                 self._leave_out(number, outcome)
@@ -226,13 +262,14 @@ class Course:
             with clock.meanwhile("aggregate"):
                 problem = self.server.accept(outcome.update)
             self._client_ended(number, outcome.client, outcome.update.metrics, problem)
+            counted += not problem
             if problem or self.personal:
                 continue  # a rule with personal models evaluates and keeps them by itself
             with clock.meanwhile("evaluate"):
                 self._look_at_model(outcome, due, models, personal)
         for client in sorted(missing):
             self._leave_out(number, Failure(client, "it did not answer"))
-        return models, personal
+        return counted, models, personal
 
     def _leave_out(self, number: int, failure: Failure) -> None:
         self.server.reject(failure.client, failure.reason)

@@ -51,6 +51,7 @@ from fedlora.runs.checks import (
     check_evaluation,
     check_method,
     check_metric,
+    check_quorum,
     data_warnings,
 )
 from fedlora.runs.starting import from_adapter, init_notes
@@ -200,6 +201,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     exact_match, context = choose_exact_match(config, base, data, task)
     check_metric(config, task, exact_match=exact_match)
     check_evaluation(config, data)
+    check_quorum(config, len(federation.sample(1)))
     num_workers = choose_num_workers(config, base, federation)
     cohort_size: int | Literal["auto"] = "auto"
     if weights:
@@ -311,6 +313,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
             "method": "fedit",  # with one client: go on training the same adapter
             "method_options": {},
             "num_clients": 1,
+            "min_clients_per_round": None,
             "client_ranks": [rank],
             "client_overrides": {0: settings} if settings else None,
             "output_dir": str(output_dir),

@@ -35,6 +35,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key needs beside it
     "partition": {"partition_column": "a"},
     "template": {"completion_template": "{b}"},
     "num_workers": {"engine": "workers"},
+    "round_timeout": {"engine": "workers"},
 }
 
 
@@ -120,8 +121,8 @@ def test_a_client_alone_differs_from_its_federation_in_the_keys_that_say_so(
 ) -> None:
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}]
     config = Config(
-        method="exact", start_fraction=0.5, num_clients=2, client_ranks=[4, 8],
-        client_overrides={0: {"max_steps": 3}}, save_total_limit=None,
+        method="exact", start_fraction=0.5, num_clients=2, min_clients_per_round=2,
+        client_ranks=[4, 8], client_overrides={0: {"max_steps": 3}}, save_total_limit=None,
     )  # fmt: skip
     session = Session(
         config,

@@ -244,6 +244,7 @@ BESIDE = {  # what a key needs beside it
     "template": {"completion_template": "{a}"},
     "rank_shares": {"rank_choices": [4, 8]},
     "num_workers": {"engine": "workers"},
+    "round_timeout": {"engine": "workers"},
 }
 
 

@@ -1,0 +1,125 @@
+"""Rounds below `min_clients_per_round` are tried again, and never committed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedlora
+from fedlora import Config
+from fedlora.client.trainer import train
+from fedlora.engines.local import LocalEngine
+from fedlora.errors import FedloraError, InputError
+from fedlora.federation.messages import Broadcast
+from fedlora.runs.course import Course
+from fedlora.runs.directory import RunDirectory
+from fedlora.runs.engine import ClientResult, Failure
+from fedlora.runs.events import Event
+from fedlora.runs.observers import observers
+from fedlora.runs.results import Result
+from fedlora.runs.run_header import config_file
+from fedlora.runs.session import assemble, starting_state
+from support.runs import run
+
+pytestmark = pytest.mark.usefixtures("kept_bases")
+
+
+class LosesAnswers(LocalEngine):
+    """An engine on whose way some answers are lost, after their clients have trained.
+
+    Args:
+        lost: `(round, attempt)` -> the clients that do not get through, the attempt counted from 1.
+        arguments: of the engine.
+    """
+
+    def __init__(self, lost: Mapping[tuple[int, int], set[int]], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.lost, self.attempts = lost, dict[int, int]()
+
+    def exchange(  # type: ignore[override]
+        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
+    ) -> Iterator[ClientResult | Failure]:
+        number = broadcasts[0].round
+        attempt = self.attempts[number] = self.attempts.get(number, 0) + 1
+        for result in super().exchange(broadcasts, deadline):
+            gone = result.client in self.lost.get((number, attempt), ())
+            yield Failure(result.client, "its line is cut") if gone else result
+
+
+def take(
+    keys: Mapping[str, Any], out: Path, lost: Mapping[tuple[int, int], set[int]], told: list[Event]
+) -> Result:
+    session = assemble(Config(**{**keys, "output_dir": str(out)}))
+    directory = RunDirectory.create(out, config_file(session))
+    with (
+        closing(directory),
+        observers(session.config, out, told.append) as tell,
+        closing(LosesAnswers(lost, session, train, tell)) as engine,
+    ):
+        return Course(session, directory, starting_state(session), engine, (), tell).start()
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    paths = sorted(directory.rglob("*.safetensors"))
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def keys(small_run: dict[str, Any]) -> dict[str, Any]:
+    """`fedsa`: a factor stays with its client, and would keep the trace of a lost attempt."""
+    equal = {"method": "fedsa", "client_ranks": [4, 4, 4, 4]}
+    return {**small_run, **equal, "max_steps": 2, "min_clients_per_round": 3, "round_attempts": 2}
+
+
+def test_a_round_that_is_tried_again_leaves_no_trace(keys: dict[str, Any], tmp_path: Path) -> None:
+    told: list[Event] = []
+    disturbed = take(keys, tmp_path / "disturbed", {(1, 1): {0, 2}, (2, 1): {0, 1, 2, 3}}, told)
+    assert files(run(keys, "quiet").output_dir) == files(disturbed.output_dir)
+    again = [e["message"] for e in told if e["event"] == "warning" and "again" in e["message"]]
+    assert again == [
+        "2 of 4 clients count in round 1, fewer than min_clients_per_round 3; it is tried again",
+        "0 of 4 clients count in round 2, fewer than min_clients_per_round 3; it is tried again",
+    ]
+
+
+def test_enough_clients_are_enough(keys: dict[str, Any], tmp_path: Path) -> None:
+    """A client less than asked: the round counts, in one attempt, without it."""
+    told: list[Event] = []
+    result = take(keys, tmp_path / "out", {(1, 1): {2}}, told)
+    first = next(line for line in result.metrics if line["event"] == "round")
+    assert [c["client"] for c in first["clients"] if not c["weight"]] == [2]
+    assert sum(c["weight"] for c in first["clients"]) == pytest.approx(1)
+    assert sum(e["event"] == "round_begin" for e in told) == 2
+
+
+def test_a_run_that_stops_below_it_goes_on_later(keys: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FedloraError, match=r"2 of 4 clients count, .* in 2 attempts; nothing"):
+        take(keys, out, {(2, 1): {0, 3}, (2, 2): {1, 3}}, [])
+    assert [path.name for path in sorted(out.glob("round-*"))] == ["round-1"]
+    resumed = fedlora.run(resume=out)
+    assert files(resumed.output_dir) == files(run(keys, "quiet").output_dir)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"min_clients_per_round": 5}, "a round asks 4 clients; lower it, or raise clients_per"),
+        (
+            {"clients_per_round": 0.5},
+            "min_clients_per_round: 3, but a round asks 2 clients; lower it",
+        ),
+        ({"clients_per_round": 2}, "min_clients_per_round: 3 are more than clients_per_round 2"),
+        ({"round_timeout": 9.0}, "round_timeout belongs to engine: workers"),
+        ({"round_attempts": 0}, "round_attempts: 0 must be"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused(
+    keys: dict[str, Any], changed: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        assemble(Config(**{**keys, **changed}))
