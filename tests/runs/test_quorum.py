@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedlora.client.trainer import train
 from fedlora.engines.local import LocalEngine
 from fedlora.errors import FedloraError, InputError
 from fedlora.federation.messages import Broadcast
+from fedlora.lowrank import LowRank
 from fedlora.runs.course import Course
 from fedlora.runs.directory import RunDirectory
 from fedlora.runs.engine import ClientResult, Failure
@@ -103,6 +105,45 @@ def test_a_run_that_stops_below_it_goes_on_later(keys: dict[str, Any], tmp_path:
     assert [path.name for path in sorted(out.glob("round-*"))] == ["round-1"]
     resumed = fedlora.run(resume=out)
     assert files(resumed.output_dir) == files(run(keys, "quiet").output_dir)
+
+
+class SendsNonsense(LocalEngine):
+    """An engine that brings client 0 twice, client 9, and updates that nobody asked for."""
+
+    def exchange(  # type: ignore[override]
+        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
+    ) -> Iterator[ClientResult | Failure]:
+        for result in super().exchange(broadcasts, deadline):
+            update = result.update
+            if result.client == 0:
+                yield result
+            if result.client == 1:
+                update = replace(update, round=update.round + 1)
+            if result.client == 2:
+                halves = {n: LowRank(x.A[:1], x.B[:, :1]) for n, x in update.adapter.items()}
+                update = replace(update, adapter=halves)
+            yield replace(result, update=update)
+        yield replace(result, update=replace(result.update, client=9))
+
+
+def test_answers_that_nobody_asked_for_end_no_run(keys: dict[str, Any], tmp_path: Path) -> None:
+    told: list[Event] = []
+    keys |= {"method": "exact", "num_rounds": 1, "min_clients_per_round": 2}
+    session = assemble(Config(**{**keys, "output_dir": str(tmp_path / "out")}))
+    directory = RunDirectory.create(tmp_path / "out", config_file(session))
+    with closing(directory), closing(SendsNonsense(session, train, told.append)) as engine:
+        initial = starting_state(session)
+        result = Course(session, directory, initial, engine, (), told.append).start()
+    warnings = [event["message"] for event in told if event["event"] == "warning"]
+    assert warnings == [
+        "an answer of client 0 that nobody waits for is ignored",
+        "client 1 is left out of round 1: client 1 sent an update of round 2 that nobody asked for",
+        "client 2 is left out of round 1: client 2 sent modules, shapes or ranks other than those "
+        "asked for",
+        "an answer of client 9 that nobody waits for is ignored",
+    ]
+    line = next(line for line in result.metrics if line["event"] == "round")
+    assert [bool(client["weight"]) for client in line["clients"]] == [True, False, False, True]
 
 
 @pytest.mark.parametrize(

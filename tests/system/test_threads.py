@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedlora.threads import reading
 from support.threads import keys, run, two_threads  # noqa: F401
 
 
@@ -28,3 +29,22 @@ def test_beside_processes_that_are_really_busy(keys: dict[str, Any]) -> None:
             process.kill()
             process.wait()
     assert [x for x in choices if "instead of" in x and "other processes keep" in x]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")
+def test_what_a_live_child_computes_is_the_runs_own() -> None:
+    """Or a run would find its own workers in its way."""
+    before = reading()
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        deadline, spent = time.monotonic() + 60, 0.0
+        while spent < 0.5 and time.monotonic() < deadline:
+            time.sleep(0.05)  # it takes next to nothing of this process
+            now = reading()
+            assert before is not None
+            assert now is not None
+            spent = now.own - before.own
+    finally:
+        child.kill()
+        child.wait()
+    assert spent >= 0.5

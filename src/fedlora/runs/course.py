@@ -255,12 +255,19 @@ class Course:
         missing, timeout = set(broadcasts), self.config.round_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
         for outcome in self.engine.exchange([broadcasts[k] for k in sorted(broadcasts)], deadline):
+            if outcome.client not in missing:
+                self._warn(f"an answer of client {outcome.client} that nobody waits for is ignored")
+                continue
             missing.discard(outcome.client)
             if isinstance(outcome, Failure):
                 self._leave_out(number, outcome)
                 continue
-            with clock.meanwhile("aggregate"):
-                problem = self.server.accept(outcome.update)
+            try:
+                with clock.meanwhile("aggregate"):
+                    problem = self.server.accept(outcome.update)
+            except ValueError as error:  # not what it was asked for: its own fault, not the round's
+                self._leave_out(number, Failure(outcome.client, str(error)))
+                continue
             self._client_ended(number, outcome.client, outcome.update.metrics, problem)
             counted += not problem
             if problem or self.personal:
