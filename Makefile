@@ -47,7 +47,7 @@ test: $(STAMP) ## run the tests but the slow ones (WORKERS=2, PYTEST_ARGS=...)
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## run all tests, as .ci/run does
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=15 $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## check style, formatting, types and the import contract

@@ -96,8 +96,8 @@ class Engine(Protocol):
 
         A client that fails is a value and not an exception: exactly one `ClientResult` or `Failure`
         comes for each client, in any order, as soon as it is known. A client of which nothing came
-        when the iterator ends counts as failed. An exception ends the run: it says that the engine
-        as a whole cannot go on.
+        when the iterator ends counts as failed, and what comes twice or of nobody is ignored. An
+        exception ends the run: it says that the engine as a whole cannot go on.
 
         Args:
             broadcasts: one for each client of the round, ascending by client.
