@@ -18,7 +18,6 @@ from fedlora.engines.local import make_worker, run_session
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
-from fedlora.runs.best_round import Best
 from fedlora.runs.course import Course, has_personal_models
 from fedlora.runs.directory import RunDirectory
 from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
@@ -224,13 +223,3 @@ def test_every_second_of_a_round_counts_for_one_part() -> None:
     clock.now("evaluate")
     wait(200)
     assert clock.seconds() == {"train": 60, "aggregate": 7, "evaluate": 300}
-
-
-def test_the_best_evaluation() -> None:
-    best = Best()
-    for number, loss in enumerate([4.0, 3.0, float("nan"), 3.0, 5.0]):
-        best = best.after(number, loss, greater=False)
-    assert best == Best(1, 3.0, 3)
-    assert best.after(5, 2.0, greater=False) == Best(5, 2.0)
-    assert best.after(5, 2.0, greater=True) == Best(1, 3.0, 4)
-    assert best.after(5, 9.0, greater=True) == Best(5, 9.0)

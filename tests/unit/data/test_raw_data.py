@@ -34,7 +34,7 @@ def test_a_file_is_divided_and_its_evaluation_held_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "all.jsonl", everything)
     raw = load_rows(Config(train_file=str(path), num_clients=3, eval_fraction=0.25))
     assert len(raw.eval) == 10
-    assert raw.what == "all.jsonl"
+    assert raw.title == "all.jsonl"
     both = [*raw.train, *raw.eval]
     assert sorted(row["prompt"] for row in both) == sorted(row["prompt"] for row in everything)
     assert raw.numbers is not None

@@ -30,13 +30,10 @@ def labelled(*labels: Any) -> Rows:
 
 
 def test_the_settings_alone_may_say_that_it_classifies() -> None:
-    assert not is_classification(Config())
-    for keys in (
-        {"lora_task_type": "SEQ_CLS"},
-        {"label_column_name": "label"},
-        {"template": "classification"},
-    ):
-        assert is_classification(Config(**keys))
+    assert not is_classification("auto", None, "auto")
+    assert is_classification("SEQ_CLS", None, "auto")
+    assert is_classification("auto", "label", "auto")
+    assert is_classification("auto", None, "classification")
 
 
 def test_the_evaluation_needs_the_columns_of_the_training() -> None:
@@ -61,9 +58,8 @@ def test_one_empty_row_is_a_mistake_and_a_file_of_them_a_client_less() -> None:
 def test_labels_come_in_natural_order_or_as_they_are_named() -> None:
     data = raw(labelled("10", "9"), evaluation=labelled("1"))
     template = template_of(Config(), data, True)
-    assert find_labels(Config(), data, template) == ["1", "9", "10"]
-    named = Config(label_names=["9", "1", "10"])
-    assert find_labels(named, data, template) == ["9", "1", "10"]
+    assert find_labels(data, template, None) == ["1", "9", "10"]
+    assert find_labels(data, template, ["9", "1", "10"]) == ["9", "1", "10"]
 
 
 @pytest.mark.parametrize(
@@ -87,4 +83,4 @@ def test_what_are_no_labels(rows: Rows, keys: dict[str, Any], says: str) -> None
     data = raw(rows)
     template = template_of(Config(), data, True)
     with pytest.raises(InputError, match=says):
-        find_labels(Config(**keys), data, template)
+        find_labels(data, template, keys.get("label_names"))

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.model.acceleration import accelerate
 from support.packing import SIZES, built
@@ -20,7 +19,7 @@ def checkpoints(model: Any) -> bool:
 
 def test_nothing_is_changed_unless_it_is_asked_for() -> None:
     model = built("llama", SIZES)
-    accelerate(model, Config())
+    accelerate(model)
     assert not checkpoints(model)
     assert not any(m._compiled_call_impl for m in model.modules())
 
@@ -29,7 +28,7 @@ def test_checkpointing_computes_layers_again_with_the_same_gradients() -> None:
     gradients = []
     for again in (False, True):
         model = built("llama", SIZES).train()
-        accelerate(model, Config(gradient_checkpointing=again))
+        accelerate(model, gradient_checkpointing=again)
         assert checkpoints(model) is again
         runs = 0
 
@@ -49,14 +48,14 @@ def test_what_a_model_cannot_do_is_refused() -> None:
     model = built("llama", SIZES)
     model.supports_gradient_checkpointing = False
     with pytest.raises(InputError, match="gradient_checkpointing: LlamaForCausalLM cannot do it"):
-        accelerate(model, Config(gradient_checkpointing=True))
+        accelerate(model, gradient_checkpointing=True)
 
 
 def test_kernels_and_compilers_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("llama", SIZES)
     with pytest.raises(InputError, match="use_liger_kernel: its kernels need a CUDA device"):
-        accelerate(model, Config(use_liger_kernel=True))
+        accelerate(model, use_liger_kernel=True)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="torch_compile: on the CPU it needs a C"):
-        accelerate(model, Config(torch_compile=True))
+        accelerate(model, torch_compile=True)

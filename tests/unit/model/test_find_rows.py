@@ -55,7 +55,7 @@ def test_several_entries_of_each_token_together_or_apart() -> None:
     together = form_of(lambda x, _: x.view(-1, 3))  # token 0's two halves, token 1's ...
     assert together == (True, {2: RowLayout(0, multiples=frozenset({2}))})
     apart = form_of(lambda x, _: torch.cat([x[:, :3], x[:, 3:]]))  # all first halves, then ...
-    assert apart == (True, {2: RowLayout(0, multiples=frozenset({2}), apart=True)})
+    assert apart == (True, {2: RowLayout(0, multiples=frozenset({2}), strided=True)})
 
 
 def test_rows_that_are_mixed_are_not_known() -> None:

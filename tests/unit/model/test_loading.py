@@ -52,7 +52,7 @@ def test_rows_of_a_head_follow_their_labels(tiny_llama: Path, tmp_path: Path) ->
     own.config.id2label, own.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
     own.save_pretrained(tmp_path)
     source = find_source(str(tmp_path))
-    turned, missing = load_pretrained(source, Config(), ("yes", "no"), weights=True)
+    turned, missing = load_pretrained(source, "float32", 42, ("yes", "no"))
     assert torch.equal(turned.score.weight, own.score.weight[[1, 0]])
     assert missing == []
 
@@ -74,7 +74,7 @@ def test_modules_to_save_that_cannot_be(tiny_llama: Path, tmp_path: Path) -> Non
 def test_an_encoder_writes_no_text() -> None:
     source = Source("bert", BertConfig(), classifier=False)
     with pytest.raises(InputError, match=r"bert \(bert\) reads text in both directions"):
-        load_pretrained(source, Config(), (), weights=False)
+        load_pretrained(source, "float32", 42, (), weights=False)
 
 
 def test_sampling_and_penalties_are_not_inherited() -> None:

@@ -19,7 +19,7 @@ def layer(dtype: torch.dtype = torch.float32) -> AdapterLayer:
     """Over a linear layer of 5 inputs and 4 outputs."""
     torch.manual_seed(0)
     out = AdapterLayer(nn.Linear(5, 4).to(dtype), ClientRows())
-    out.forms = {3: RowLayout(1)}
+    out.layouts = {3: RowLayout(1)}
     return out
 
 

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from fedlora.data.tokenize import Tokens
 from fedlora.model.batches import collate, count_labelled
+from fedlora.model.loss import summed_loss
+from fedlora.model.packing import examine
 from fedlora.model.passes import PackedRunner, runner_of
 from fedlora.model.plans import plan_passes
+from fedlora.model.rotary_factors import ForwardState, RotaryFactors
+from fedlora.model.trial_rows import random_rows
 from fedlora.model.wide import computing_in
 from support.packing import EXPERTS, MIXTURES, ROPES, SIZES, WINDOWS, built, found, routed, rows_of
 
@@ -312,3 +316,15 @@ def test_the_auxiliary_loss_is_the_models_own(name: str, packed: bool) -> None:
 def test_without_the_setting_there_is_no_auxiliary_loss() -> None:
     model = built(*MIXTURES["mixtral"])
     assert runner_of(model).auxiliary == 0
+
+
+def test_without_a_packed_pass_rows_are_at_least_padded_to_one_length() -> None:
+    model = built("llama", SIZES)
+    rows = random_rows(model, 0, False)
+
+    def padded(rows: Sequence[Tokens]) -> Tensor:
+        return summed_loss(model, collate(rows, torch.device("cpu"), 0))[1]
+
+    rotary = RotaryFactors(ForwardState(model), [model.config], 0)
+    verdict = examine(model, [model.config], rotary, rows, padded, None)
+    assert (verdict.packed, verdict.together, verdict.auxiliary) == (False, True, 0.0)

@@ -81,7 +81,7 @@ def test_a_classifiers_rows() -> None:
     model = built("llama", SIZES, classify=True)
     rows = rows_of([6, 3, 9], classify=True)
     runner = runner_of(model)
-    assert runner.classifier
+    assert runner.packed_forward.classifier
     result = runner.backward(model, [rows], [1.0])
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows]
