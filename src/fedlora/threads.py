@@ -8,6 +8,7 @@ resumed run goes on with it.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,6 @@ from typing import TypeVar
 import torch
 
 _STAT = Path("/proc/stat")
-_TASKS = Path("/proc/self/task")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _QUOTA_1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 _PERIOD_1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
@@ -38,7 +38,7 @@ class Reading:
     Args:
         time: of the wall.
         busy: that this process's cores have spent on anything, all cores together.
-        own: that this process and its children, worker processes too, have spent on any core.
+        own: that this process, its workers and its ended children have spent on any core.
     """
 
     time: float
@@ -78,20 +78,22 @@ def reading() -> Reading | None:
                 user, nice, system, _, _, irq, softirq, *more = map(int, values)
                 ticks += user + nice + system + irq + softirq + (more[0] if more else 0)
         per_second = os.sysconf("SC_CLK_TCK")
-        own = sum(os.times()[:4]) + _ticks_of_children() / per_second
+        own = sum(os.times()[:4]) + _ticks_of_workers() / per_second
         return Reading(time.monotonic(), ticks / per_second, own)
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def _ticks_of_children() -> int:
-    """What the children that still live have spent; of those that have ended `os.times` tells."""
+def _ticks_of_workers() -> int:
+    """What this run's live worker processes have spent; of ended ones `os.times` tells.
+
+    Other programs that this process has started are others: they take cores from the run.
+    """
     ticks = 0
-    for children in _TASKS.glob("*/children"):
-        for pid in children.read_text().split():
-            with suppress(OSError):  # it has just ended
-                after_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-                ticks += sum(map(int, after_name[11:15]))  # utime stime cutime cstime
+    for child in multiprocessing.active_children():
+        with suppress(OSError):  # it has just ended
+            after_name = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks += sum(map(int, after_name[11:15]))  # utime stime cutime cstime
     return ticks
 
 
