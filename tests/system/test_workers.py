@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedlora
 from fedlora.client.trainer import train
 from fedlora.config.config import Config
+from fedlora.engines.local import make_worker
 from fedlora.engines.workers import MOST_ATTEMPTS, WorkerError, WorkersEngine
 from fedlora.errors import FedloraError
 from fedlora.federation.aggregators.mean import Mean
@@ -234,6 +236,20 @@ def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
             isinstance(outcome, ClientResult)
             for outcome in engine.exchange([*server.plan().values()])
         )
+
+
+def test_a_round_that_is_asked_again_sends_everything_again(keys: Keys) -> None:
+    """Other clients, or in another order: what they are sent has other names then."""
+    keys |= {"method": "zero_pad", "engine": "workers", "num_workers": 1}
+    session = assemble(Config(**keys))
+    server = Server(session.federation, starting_state(session), Mean())
+    with closing(WorkersEngine(session, train, lambda event: None)) as engine:
+        list(engine.exchange([server.plan()[2]]))
+        (result,) = engine.exchange([server.plan()[0]])
+    assert isinstance(result, ClientResult)
+    (expected,) = make_worker(session, train, {}).handle_together([server.plan()[0]])
+    for name, value in expected.update.tensors.items():
+        assert torch.equal(result.update.tensors[name], value)
 
 
 def test_a_round_waits_for_nobody_beyond_its_time(keys: Keys, tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ class WorkersEngine:
     def exchange(self, broadcasts: Clients, deadline: float | None = None) -> Iterator[Outcome]:
         """Train the clients, as many in a pass as `cohort_size` says and a pass per worker."""
         self._begun.clear()
+        for worker in self._pool:  # a round that is tried again names its groups anew
+            worker.known = frozenset()
         names, sent = GroupNames(), {broadcast.client: broadcast for broadcast in broadcasts}
         waiting = deque(map(_Task, self._grouped(broadcasts)))
         while waiting or self._busy:
