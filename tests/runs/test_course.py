@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,14 @@ from fedlora.engines.local import make_worker, run_session
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
-from fedlora.runs.course import Course, has_personal_models
-from fedlora.runs.directory import RunDirectory
+from fedlora.runs.course import has_personal_models
 from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 from fedlora.runs.evaluation import Evaluator
-from fedlora.runs.events import LOGGED, REPORTED, Evaluations, Event
+from fedlora.runs.events import LOGGED, REPORTED, Evaluations, Event, Report
 from fedlora.runs.metrics_log import read_metrics
-from fedlora.runs.observers import observers
-from fedlora.runs.results import Result
 from fedlora.runs.round_clock import RoundClock
-from fedlora.runs.run_header import config_file
-from fedlora.runs.session import Session, assemble, starting_state
+from fedlora.runs.session import Session, assemble
+from support.courses import take_course, tensor_files
 from support.paths import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
@@ -99,27 +95,11 @@ def shuffled(broadcasts: Sequence[Broadcast]) -> list[Broadcast]:
     return [broadcasts[k] for k in (3, 1, 0, 2)]
 
 
-def take_course(
-    keys: Mapping[str, Any],
-    output_dir: Path,
-    engine_of: Callable[[Session], Engine],
-    events: list[Event] | None = None,
-) -> Result:
-    session = assemble(Config(**{**keys, "output_dir": str(output_dir)}))
-    directory = RunDirectory.create(output_dir, config_file(session))
-    hear = (events if events is not None else []).append
-    with (
-        closing(directory),
-        observers(session.config, output_dir, hear) as tell,
-        closing(engine_of(session)) as engine,
-    ):
-        return Course(session, directory, starting_state(session), engine, (), tell).start()
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    """Every tensor of a run, file by file."""
-    found = sorted(directory.rglob("*.safetensors"))
-    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+def engine_in(
+    order: Order, *lost: Sequence[tuple[int, int]]
+) -> Callable[[Session, Report], Engine]:
+    """Makes the engine of a course."""
+    return lambda session, tell: OneByOne(session, order, *lost)
 
 
 def untimed(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -152,7 +132,7 @@ def test_the_order_of_answers_changes_no_bit(
     results = {}
     for name, order in (("in order", ascending), ("shuffled", shuffled)):
         events: list[Event] = []
-        engine_of = partial(OneByOne, order=order, fails=fails, silent=silent)
+        engine_of = engine_in(order, fails, silent)
         results[name] = take_course(keys, tmp_path / name, engine_of, events)
         warnings = [e["message"] for e in events if e["event"] == "warning"]
         assert warnings == [
@@ -162,8 +142,8 @@ def test_the_order_of_answers_changes_no_bit(
         ends = [e["client"] for e in events if e["event"] == "client_end"]
         assert sorted(ends[:4]) == sorted(ends[4:]) == [0, 1, 2, 3]
     one, other = results.values()
-    assert files(one.output_dir) == files(other.output_dir)
-    assert any(name.startswith("final/") for name in files(one.output_dir))
+    assert tensor_files(one.output_dir) == tensor_files(other.output_dir)
+    assert any(name.startswith("final/") for name in tensor_files(one.output_dir))
     assert json.dumps(untimed(one.metrics)) == json.dumps(untimed(other.metrics))
     for line, absent in zip(untimed(one.metrics), (1, 3), strict=True):
         weights = [c["weight"] for c in line["clients"]]
@@ -177,8 +157,8 @@ def test_another_engine_makes_the_same_run(keys: dict[str, Any], tmp_path: Path)
     session = assemble(Config(**{**keys, "cohort_size": 1, "output_dir": str(tmp_path / "local")}))
     local = run_session(session, report=events.append)
     keys["cohort_size"] = 1
-    other = take_course(keys, tmp_path / "other", lambda session: OneByOne(session, shuffled))
-    assert files(local.output_dir) == files(other.output_dir)
+    other = take_course(keys, tmp_path / "other", engine_in(shuffled))
+    assert tensor_files(local.output_dir) == tensor_files(other.output_dir)
     assert json.dumps(untimed(local.metrics)) == json.dumps(untimed(other.metrics))
 
     assert {event["event"] for event in events} == {*REPORTED} - {"warning"}

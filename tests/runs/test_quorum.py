@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ from fedlora.engines.local import LocalEngine
 from fedlora.errors import FedloraError, InputError
 from fedlora.federation.messages import Broadcast
 from fedlora.lowrank import LowRank
-from fedlora.runs.course import Course
-from fedlora.runs.directory import RunDirectory
 from fedlora.runs.engine import ClientResult, Failure
 from fedlora.runs.events import Event
-from fedlora.runs.observers import observers
 from fedlora.runs.results import Result
-from fedlora.runs.run_header import config_file
-from fedlora.runs.session import assemble, starting_state
+from fedlora.runs.session import assemble
+from support.courses import take_course, tensor_files
 from support.runs import run
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
@@ -55,19 +51,7 @@ class LosesAnswers(LocalEngine):
 def take(
     keys: Mapping[str, Any], out: Path, lost: Mapping[tuple[int, int], set[int]], told: list[Event]
 ) -> Result:
-    session = assemble(Config(**{**keys, "output_dir": str(out)}))
-    directory = RunDirectory.create(out, config_file(session))
-    with (
-        closing(directory),
-        observers(session.config, out, told.append) as tell,
-        closing(LosesAnswers(lost, session, train, tell)) as engine,
-    ):
-        return Course(session, directory, starting_state(session), engine, (), tell).start()
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    paths = sorted(directory.rglob("*.safetensors"))
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+    return take_course(keys, out, lambda x, tell: LosesAnswers(lost, x, train, tell), told)
 
 
 @pytest.fixture
@@ -80,7 +64,7 @@ def keys(small_run: dict[str, Any]) -> dict[str, Any]:
 def test_a_round_that_is_tried_again_leaves_no_trace(keys: dict[str, Any], tmp_path: Path) -> None:
     told: list[Event] = []
     disturbed = take(keys, tmp_path / "disturbed", {(1, 1): {0, 2}, (2, 1): {0, 1, 2, 3}}, told)
-    assert files(run(keys, "quiet").output_dir) == files(disturbed.output_dir)
+    assert tensor_files(run(keys, "quiet").output_dir) == tensor_files(disturbed.output_dir)
     again = [e["message"] for e in told if e["event"] == "warning" and "again" in e["message"]]
     assert again == [
         "2 of 4 clients count in round 1, fewer than min_clients_per_round 3; it is tried again",
@@ -104,7 +88,7 @@ def test_a_run_that_stops_below_it_goes_on_later(keys: dict[str, Any], tmp_path:
         take(keys, out, {(2, 1): {0, 3}, (2, 2): {1, 3}}, [])
     assert [path.name for path in sorted(out.glob("round-*"))] == ["round-1"]
     resumed = fedlora.run(resume=out)
-    assert files(resumed.output_dir) == files(run(keys, "quiet").output_dir)
+    assert tensor_files(resumed.output_dir) == tensor_files(run(keys, "quiet").output_dir)
 
 
 class SendsNonsense(LocalEngine):
@@ -129,11 +113,9 @@ class SendsNonsense(LocalEngine):
 def test_answers_that_nobody_asked_for_end_no_run(keys: dict[str, Any], tmp_path: Path) -> None:
     told: list[Event] = []
     keys |= {"method": "exact", "num_rounds": 1, "min_clients_per_round": 2}
-    session = assemble(Config(**{**keys, "output_dir": str(tmp_path / "out")}))
-    directory = RunDirectory.create(tmp_path / "out", config_file(session))
-    with closing(directory), closing(SendsNonsense(session, train, told.append)) as engine:
-        initial = starting_state(session)
-        result = Course(session, directory, initial, engine, (), told.append).start()
+    result = take_course(
+        keys, tmp_path / "out", lambda session, tell: SendsNonsense(session, train, tell), told
+    )
     warnings = [event["message"] for event in told if event["event"] == "warning"]
     assert warnings == [
         "an answer of client 0 that nobody waits for is ignored",

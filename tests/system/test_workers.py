@@ -26,23 +26,14 @@ from fedlora.errors import FedloraError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.server import Server
 from fedlora.methods import METHODS
-from fedlora.runs.course import Course
-from fedlora.runs.directory import RunDirectory
 from fedlora.runs.engine import ClientResult, Failure
 from fedlora.runs.events import Event
-from fedlora.runs.observers import observers
-from fedlora.runs.run_header import config_file
 from fedlora.runs.session import assemble, starting_state
 from fedlora.threads import cores
+from support.courses import take_course, tensor_files
 
 Keys = dict[str, Any]
 POOL = {"engine": "workers", "num_workers": 2}
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    """Every tensor of a run, file by file."""
-    paths = sorted(directory.rglob("*.safetensors"))
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def rounds(result: fedlora.Result) -> list[Any]:
@@ -66,7 +57,7 @@ def workers() -> list[Any]:
 
 
 def assert_same(one: fedlora.Result, other: fedlora.Result) -> None:
-    assert files(one.output_dir) == files(other.output_dir)
+    assert tensor_files(one.output_dir) == tensor_files(other.output_dir)
     assert rounds(one) == rounds(other)
 
 
@@ -106,7 +97,7 @@ def test_clients_share_passes_as_in_one_process(keys: Keys, tmp_path: Path, size
     }
     one, other = take(keys, tmp_path / "local"), take(keys, tmp_path / "pool", **POOL)
     assert_same(one, other)
-    assert any("client-" in name for name in files(one.output_dir))
+    assert any("client-" in name for name in tensor_files(one.output_dir))
 
 
 def test_more_workers_than_clients_and_automatic_ones(keys: Keys, tmp_path: Path) -> None:
@@ -267,14 +258,11 @@ def test_workers_that_load_the_base_themselves_give_the_same(keys: Keys, tmp_pat
     """As those on GPUs do, which cannot be forked."""
     keys |= {"num_rounds": 1}
     local, out = take(keys, tmp_path / "local"), tmp_path / "spawned"
-    session = assemble(Config(**{**keys, **POOL, "output_dir": str(out)}))
-    directory = RunDirectory.create(out, config_file(session))
-    with (
-        closing(directory),
-        observers(session.config, out, lambda event: None) as tell,
-        closing(WorkersEngine(session, train, tell, start_method="spawn")) as engine,
-    ):
-        spawned = Course(session, directory, starting_state(session), engine, (), tell).start()
+    spawned = take_course(
+        {**keys, **POOL},
+        out,
+        lambda session, tell: WorkersEngine(session, train, tell, start_method="spawn"),
+    )
     assert_same(local, spawned)
 
 
