@@ -118,6 +118,7 @@ class Server:
         state, federation, agreement = self.state, self.federation, self.agreement
         rule, options, largest = agreement.rule, agreement.options, max(federation.ranks)
         prepared = _laid_out(rule.broadcast(state, largest, options))
+        base_delta = _as_new(state.base_delta)
         numbers = RoundNumbers(dict.fromkeys(agreement.shapes, largest), state.levels)
         fresh = agreement.shared_factors
 
@@ -139,7 +140,7 @@ class Server:
                 rank=rank,
                 adapter=sent_to(rank).adapter,
                 leading=sent_to(rank).leading,
-                base_delta=state.base_delta,
+                base_delta=base_delta,
                 dense=state.dense,
                 nbytes=bytes_to(rank, last == state.round, last is None),
                 numbers=numbers,

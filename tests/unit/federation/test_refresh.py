@@ -10,6 +10,7 @@ from fedlora import lowrank
 from fedlora.federation import aggregation_error
 from fedlora.federation.aggregation_error import measure_change
 from fedlora.federation.aggregators.mean import Mean, ProductSum
+from fedlora.federation.codec import as_new
 from fedlora.federation.exchange import Agreement, client_start
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.participants import Federation
@@ -349,3 +350,26 @@ def test_threads_change_no_bit_and_their_number_is_kept(threads: int) -> None:
             torch.equal(told[n].A, x.A) and torch.equal(told[n].B, x.B) for n, x in wanted.items()
         )
     assert map_modules(refactor, {}) == {}
+
+
+def test_what_is_broadcast_lies_in_memory_as_what_has_travelled() -> None:
+    """And once for all clients, also where the state's own tensors are parts of larger ones."""
+    server = large("exact", [4, 2], {"layer": (180, 170), "small": (180, 170)})
+    part = with_spectrum(SPECTRA["falling"], torch.float32)
+    factors = LowRank(part[:6, :170], part[:180, 7:13])
+    server.state = ServerState(
+        round=3,
+        adapter={"layer": Dense(part[:180, :170]), "small": factors},
+        base_delta={"layer": Dense(part[20:200, :170])},
+        ranks={0: 4, 1: 2},
+    )
+    sent = server.plan()
+    for broadcast in sent.values():
+        parts = (broadcast.adapter, broadcast.leading, broadcast.base_delta)
+        for x in (x for deltas in parts for x in deltas.values()):
+            for tensor in (x.W,) if isinstance(x, Dense) else (x.A, x.B):
+                assert as_new(tensor) is tensor
+        assert broadcast.leading["small"] is broadcast.adapter["small"]  # and counts once
+    assert sent[0].base_delta is sent[1].base_delta
+    assert sent[0].adapter is sent[1].adapter  # so that clients share a pass over it
+    torch.testing.assert_close(to_dense(sent[0].adapter["small"]), to_dense(factors))

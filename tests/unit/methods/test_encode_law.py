@@ -16,10 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.federation.codec import pack, unpack
+from fedlora.federation.envelope import Header, decode, encode
 from fedlora.federation.exchange import Agreement, client_start, encode_update, global_delta
-from fedlora.federation.messages import Broadcast, ClientUpdate, adapter_of
+from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.server import Server
+from fedlora.federation.wire import (
+    GroupNames,
+    read_train,
+    read_trained,
+    train_message,
+    trained_message,
+)
 from fedlora.lowrank import Deltas, Dense, LowRank, add_all, scale_all
 from fedlora.methods import METHODS
 from fedlora.methods.shared import with_shift
@@ -340,61 +347,22 @@ def test_who_drops_out_is_gone_from_the_sum(method: str) -> None:
     assert distance(law(fewer, told.agreement.rule.shift), after) <= TOLERANCE * size(after)
 
 
+HEADER = Header("run", 3, 0, "", "base", "agreement")
+
+
 def travelled(sent: Broadcast) -> Broadcast:
-    """A broadcast made anew from bytes: nothing of the server's is left in it."""
-
-    def group(name: str, deltas: Deltas) -> dict[str, Tensor]:
-        parts = {}
-        for module, x in deltas.items():
-            held = {"W": x.W} if isinstance(x, Dense) else {"A": x.A, "B": x.B}
-            parts |= {f"{name}/{module}/{factor}": t for factor, t in held.items()}
-        return parts
-
-    tensors = group("adapter", sent.adapter) | group("leading", sent.leading)
-    tensors |= {f"dense/{n}": t for n, t in sent.dense.items()}
-    header = {
-        "round": sent.round,
-        "client": sent.client,
-        "rank": sent.rank,
-        "widths": dict(sent.numbers.widths),
-        "levels": list(sent.numbers.levels),
-        "modules": None if sent.modules is None else sorted(sent.modules),
-    }
-    packet = unpack(pack(tensors, header))
-
-    def back(name: str) -> dict[str, Any]:
-        held: dict[str, dict[str, Tensor]] = {}
-        for key, value in packet.tensors.items():
-            group, _, rest = key.partition("/")
-            module, _, factor = rest.rpartition("/")
-            if group == name:
-                held.setdefault(module, {})[factor] = value
-        return {
-            module: Dense(x["W"]) if "W" in x else LowRank(x["A"], x["B"])
-            for module, x in held.items()
-        }
-
-    told = packet.header
-    return Broadcast(
-        round=told["round"],
-        client=told["client"],
-        rank=told["rank"],
-        adapter=back("adapter"),
-        leading=back("leading"),
-        base_delta={},  # what is frozen for good is not encoded
-        dense={k[6:]: t for k, t in packet.tensors.items() if k.startswith("dense/")},
-        nbytes=0,
-        numbers=replace(sent.numbers, widths=told["widths"], levels=tuple(told["levels"])),
-        modules=None if told["modules"] is None else frozenset(told["modules"]),
-    )
+    """A broadcast made anew from its message's bytes: nothing of the server's is left in it."""
+    message, _ = train_message(HEADER, [sent], {}, GroupNames())
+    (back,), _ = read_train(decode(encode(message)), {})
+    return back
 
 
 def exchanged(update: ClientUpdate, shapes: Mapping[str, tuple[int, int]]) -> ClientUpdate:
     """An update made anew from the bytes of what travels."""
-    packet = unpack(pack(update.tensors, {}))
+    message = decode(encode(trained_message(HEADER, [update], {})))
     asked = {name: shapes[name] for name in update.adapter}
-    dense = {k[6:]: t for k, t in packet.tensors.items() if k.startswith("dense/")}
-    return replace(update, adapter=adapter_of(packet.tensors, asked), dense=dense)
+    (back,), _ = read_trained(message, {update.client: asked})
+    return back
 
 
 def own_agreement(agreement: Agreement) -> Agreement:
@@ -440,29 +408,16 @@ def test_a_client_encodes_the_same_as_the_server(
         update = exchanged(done.updates[client], SHAPES)
         own = encode_update(update, client_start(sent, agreement), sent, agreement)
         own = with_shift(rule, own, before, agreement.options)
-        assert_same(own, on_the_server, beside_matrices(sent))
+        assert_same(own, on_the_server)
 
 
-def beside_matrices(sent: Broadcast) -> set[str]:
-    """Modules whose leading directions are sent beside a matrix.
-
-    At the server these lie in memory as the decomposition has left them, and the last bit of a norm
-    depends on that.
-    """
-    return {name for name, x in sent.adapter.items() if isinstance(x, Dense)}
-
-
-def assert_same(own: Encoded, other: Encoded, to_rounding: set[str]) -> None:
-    """Bit for bit, and in these modules to rounding."""
+def assert_same(own: Encoded, other: Encoded) -> None:
+    """Bit for bit."""
     mine, theirs = tensors_of(own), tensors_of(other)
     assert mine.keys() == theirs.keys()
-    for (kind, name, part), value in mine.items():
-        wanted = theirs[kind, name, part]
-        assert value.dtype == wanted.dtype
-        if name in to_rounding:
-            torch.testing.assert_close(value, wanted)
-        else:
-            assert torch.equal(value, wanted), (kind, name, part)
+    for key, value in mine.items():
+        assert value.dtype == theirs[key].dtype
+        assert torch.equal(value, theirs[key]), key
 
 
 def tensors_of(encoded: Encoded) -> dict[tuple[str, str, str], Tensor]:
