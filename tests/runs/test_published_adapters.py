@@ -13,22 +13,23 @@ from peft import (
     PeftModel,
 )
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
 )
 
 from fedlora import aggregate, load_adapter
-from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter
+from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME
 from fedlora.lowrank import total_norm
-from fedlora.model.layers import is_conv1d
 from support.merging import (  # noqa: F401
     Dense64,
+    add_to,
     causal,
     change_config,
     cli,
     deep,
+    effect,
     logits,
     made,
     older_format,
@@ -41,22 +42,6 @@ from support.merging import (  # noqa: F401
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-
-def effect(adapter: SavedAdapter) -> Dense64:
-    """What we hold, multiplied out."""
-    return {n: x.B.double() @ x.A.double() for n, x in adapter.deltas.items()}
-
-
-def add_to(model: Any, deltas: Dense64) -> Any:
-    """The model with dense updates added to its weights."""
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name, x in deltas.items():
-            layer = modules[name]
-            moved = layer.weight + (x.T if is_conv1d(layer) else x).float()
-            layer.weight = nn.Parameter(moved)  # a new one: the old may be another layer's too
-    return model
 
 
 EMOTION = ("r8-alpha10", "r8-alpha32", "r8-alpha8-large-norm", "r16-alpha32")

@@ -29,6 +29,7 @@ from transformers import (
 from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter
 from fedlora.commands.cli import main
 from fedlora.lowrank import LowRank
+from fedlora.model.layers import is_conv1d
 
 Dense64 = dict[str, Tensor]
 """Target module -> its update (m, n) in float64."""
@@ -215,3 +216,19 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ):
         out.append(peft_saves(path / f"site-{i}", LlamaForCausalLM(config), i, **options))
     return out
+
+
+def effect(adapter: SavedAdapter) -> Dense64:
+    """What we hold, multiplied out."""
+    return {n: x.B.double() @ x.A.double() for n, x in adapter.deltas.items()}
+
+
+def add_to(model: Any, deltas: Dense64) -> Any:
+    """The model with dense updates added to its weights."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, x in deltas.items():
+            layer = modules[name]
+            moved = layer.weight + (x.T if is_conv1d(layer) else x).float()
+            layer.weight = nn.Parameter(moved)  # a new one: the old may be another layer's too
+    return model

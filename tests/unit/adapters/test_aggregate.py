@@ -40,13 +40,14 @@ from fedlora.adapters.aggregate import ONE_SHOT
 from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter
 from fedlora.lowrank import LowRank, to_dense
 from fedlora.methods import METHODS
-from fedlora.model.layers import is_conv1d
 from support.merging import (  # noqa: F401
     Dense64,
+    add_to,
     causal,
     change_config,
     cli,
     deep,
+    effect,
     logits,
     made,
     older_format,
@@ -65,22 +66,6 @@ def in_bfloat16(path: Path) -> None:
     """The same directory with factors in bfloat16."""
     tensors = {k: v.bfloat16() for k, v in load_file(path / WEIGHTS_NAME).items()}
     save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
-
-
-def effect(adapter: SavedAdapter) -> Dense64:
-    """What we hold, multiplied out."""
-    return {n: x.B.double() @ x.A.double() for n, x in adapter.deltas.items()}
-
-
-def add_to(model: Any, deltas: Dense64) -> Any:
-    """The model with dense updates added to its weights."""
-    modules = dict(model.named_modules())
-    with torch.no_grad():
-        for name, x in deltas.items():
-            layer = modules[name]
-            moved = layer.weight + (x.T if is_conv1d(layer) else x).float()
-            layer.weight = nn.Parameter(moved)  # a new one: the old may be another layer's too
-    return model
 
 
 LLAMA: list[dict[str, Any]] = [
