@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import fedlora.commands.study.execute as study_pool
 from fedlora.commands.cli import main
 from fedlora.commands.study.execute import execute
 from fedlora.commands.study.load import load_study
@@ -112,21 +113,20 @@ def test_a_run_whose_process_dies_does_not_stop_the_others(
     path = study(tmp_path, seeds=[0], parts={"t": {"grid": {"method": ["flora", "ffa"]}}})
     found = load_study(str(path), overrides=overrides())
     heard: list[tuple[str, str]] = []
+    started: list[subprocess.Popen[str]] = []
+
+    def new_worker(*arguments: Any) -> Any:
+        worker = make_worker(*arguments)
+        started.append(worker.process)
+        return worker
 
     def on_change(what: str, run: Any, message: Any) -> None:
         heard.append((what, run.keys["method"]))
         if what == "start" and run.keys["method"] == "flora":
-            for child in children():
-                os.kill(child, signal.SIGKILL)
+            started[-1].kill()
 
-    def children() -> list[int]:
-        listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        return [
-            int(pid)
-            for pid in listed
-            if "fedlora.commands.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
-        ]
-
+    make_worker = study_pool._new_worker
+    monkeypatch.setattr(study_pool, "_new_worker", new_worker)
     failed = execute(found.runs, tmp_path / "runs", processes=1, gpu=False, on_change=on_change)
     (why,) = failed.values()
     assert why.startswith("its process was killed by signal 9; see ")
