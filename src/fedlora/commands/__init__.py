@@ -11,6 +11,7 @@ VERBS = {
     "partition": "fedlora.commands.partition",
     "data": "fedlora.commands.data",
     "aggregate": "fedlora.commands.aggregate",
+    "export": "fedlora.commands.export.verb",
     "config": "fedlora.commands.config",
     "demo": "fedlora.commands.demo.verb",
     "watch": "fedlora.commands.watch.verb",

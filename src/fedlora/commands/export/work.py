@@ -1,0 +1,340 @@
+"""Does what `fedlora export` is asked for: the table, the files, the comparison, the upload."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fedlora.adapters.export.merged import refuse_quantised
+from fedlora.adapters.export.ranks import RankCost, ranks_to_show, spectrum
+from fedlora.adapters.export.readers import (
+    MLX,
+    Base,
+    base_facts,
+    check_reader,
+    next_commands,
+    rank_for,
+    wants_one_rank,
+)
+from fedlora.client.memory import memory_available
+from fedlora.commands.eval.models import load_models, tokenizer_of
+from fedlora.commands.export.card import Written, model_card
+from fedlora.commands.export.files import Job, fill_adapter, fill_merged
+from fedlora.commands.export.hub import check_repo, files_to_push, push
+from fedlora.commands.export.origin import HeldOut, Origin, find_origin, held_out, with_adapters
+from fedlora.commands.export.output import check_output, write_whole
+from fedlora.commands.export.readback import Check, enforce, logits_of, token_rows
+from fedlora.commands.export.request import Request
+from fedlora.commands.export.table import as_json, cut_adapters, losses, show_table
+from fedlora.commands.json_lines import Emit
+from fedlora.commands.views.sentences import say
+from fedlora.errors import InputError
+from fedlora.model.loading import load_pretrained
+from fedlora.text import human_bytes
+
+SPARE = 1.3
+"""Memory that loading a model takes, as a multiple of its weights."""
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Where what is done is told: sentences and tables for people, or JSON for programs."""
+
+    console: Console
+    emit: Emit | None
+
+    def say(self, text: str) -> None:
+        """A sentence, for people alone."""
+        if self.emit is None:
+            say(self.console, text)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """An object, for programs alone."""
+        if self.emit is not None:
+            self.emit({"event": kind, **values})
+
+
+def export(request: Request, console: Console, emit: Emit | None = None) -> None:
+    """Show the table of ranks; write, compare and upload what is asked for.
+
+    Raises:
+        InputError: what is asked for cannot be done, and what to do.
+        CheckpointError: what was written is not what it came from; nothing of it is left.
+    """
+    teller = Teller(console, emit)
+    if request.repo is not None:
+        check_repo(request.repo)
+    origin = find_origin(request.loading)
+    skeleton = _skeleton(origin)
+    base = base_facts(origin.base_name, skeleton, bool(origin.adapter.config.get("fan_in_fan_out")))
+    notes = [*(origin.subject.notes if origin.subject else ()), *_check(request, origin, base)]
+    job = _job(request, origin, skeleton)
+    notes += _prepare_and_show(job, teller)
+    for note in notes:
+        teller.say(f"note: {note}")
+    if request.output is None:
+        teller.say(_what_next(job))
+        return
+    checks = _write(job, request.output)
+    commands = next_commands(
+        request.reader,
+        request.output,
+        base,
+        job.rank if request.format == "peft" else None,
+        origin.classifies,
+    )
+    _tell_written(job, request.output, checks, commands, teller)
+    if request.repo is not None:
+        _upload(request, request.output, request.repo, teller)
+
+
+def _skeleton(origin: Origin) -> Any:
+    """The model without weights; None where the base is not here."""
+    if origin.subject is None:
+        return None
+    return load_pretrained(origin.subject.source, "float32", 0, origin.labels, weights=False)[0]
+
+
+def _check(request: Request, origin: Origin, base: Base) -> list[str]:
+    """Refuse what cannot be done before anything is computed; gives what the user should know."""
+    if request.output is not None:
+        here = [path for name in (origin.name, base.name) if (path := Path(name)).is_dir()]
+        check_output(request.output, request.overwrite, [origin.path, *here])
+    if request.format == "merged":
+        subject = origin.needed()
+        refuse_quantised(subject.source.config, subject.source.name)
+        return []
+    if request.check == "logits" or request.eval_file is not None:
+        origin.needed()
+    return check_reader(request.reader, origin.adapter, base)
+
+
+def _job(request: Request, origin: Origin, skeleton: Any) -> Job:
+    """The update by its directions, and the ranks that follow from what is asked for."""
+    found = spectrum(origin.adapter.deltas)
+    cut = found.rank
+    if request.rank is not None:
+        cut = min(request.rank, cut)
+    elif request.energy is not None:
+        cut = found.rank_for(request.energy)
+    job = Job(origin, request, found, cut, cut, skeleton)
+    if request.format != "merged":
+        job.rank = rank_for(request.reader, cut)
+    if origin.subject is not None:
+        job.tokenizer = tokenizer_of(origin.subject)
+    return job
+
+
+# --- the table ---
+
+
+def _prepare_and_show(job: Job, teller: Teller) -> list[str]:
+    """Load the models that are needed, measure every rank, show the table; gives notes."""
+    origin, request = job.origin, job.request
+    ranks = ranks_to_show(job.spectrum.rank, [job.cut])
+    rows, notes = _rows(job)
+    by_logits = request.format is not None and _compares_logits(job)
+    loss: list[float] | None = None
+    with TemporaryDirectory(prefix="fedlora-export-") as scratch:
+        if rows or by_logits:
+            subject = origin.needed()
+            cuts = cut_adapters(origin.adapter, job.spectrum, ranks, Path(scratch)) if rows else {}
+            subject = with_adapters(subject, {origin.model: origin.path, **cuts})
+            try:
+                job.models = load_models(
+                    subject, [origin.model, *cuts], job.tokenizer, origin.labels
+                )
+            except InputError as error:
+                if request.eval_file or request.check == "logits":
+                    raise
+                notes.append(f"{error}; so losses and logits are left out")
+            else:
+                if rows:
+                    size = request.batch_size or _batch_size(origin)
+                    names = [*cuts, origin.model]
+                    loss = losses(job.models, names, rows, size, origin.labels)
+                if by_logits:
+                    with job.models.using(origin.model) as model:
+                        job.logits = logits_of(model, token_rows(model))
+    _tell_table(job, ranks, loss, rows, teller)
+    return notes
+
+
+def _batch_size(origin: Origin) -> int:
+    subject = origin.needed()
+    return subject.config.per_device_eval_batch_size if subject.of_a_run else 8
+
+
+def _rows(job: Job) -> tuple[HeldOut | None, list[str]]:
+    """The rows to measure losses on, and why there are none."""
+    request, origin = job.request, job.origin
+    if not request.held_out and request.eval_file is None:
+        return None, []
+    if origin.subject is None:
+        return None, [f"no losses and no logits, for the base is not here: {origin.why_no_base}"]
+    if not _fits(job) and request.eval_file is None:
+        return None, ["no losses: the model in float32 does not fit into the free memory"]
+    try:
+        return held_out(origin, request.eval_file, request.limit, job.tokenizer), []
+    except InputError as error:
+        if request.eval_file is not None:
+            raise
+        return None, [f"no losses: {error}"]
+
+
+def _fits(job: Job) -> bool:
+    """Whether the base fits into the free memory in float32."""
+    numbers = sum(p.numel() for p in job.skeleton.parameters())
+    use_cpu = job.request.loading.use_cpu
+    device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+    return bool(SPARE * 4 * numbers < memory_available(device))
+
+
+def _compares_logits(job: Job) -> bool:
+    """Whether the export is compared by logits, and not by its weights alone."""
+    if _files(job.request) == "mlx":  # MLX runs on Apple's machines alone
+        return False
+    if job.request.check != "auto":
+        return job.request.check == "logits"
+    return job.origin.subject is not None and _fits(job)
+
+
+def _tell_table(
+    job: Job, ranks: list[int], loss: list[float] | None, rows: HeldOut | None, teller: Teller
+) -> None:
+    request, origin, found = job.request, job.origin, job.spectrum
+    padded = wants_one_rank(request.reader)
+    beside = sum(value.nbytes for value in origin.adapter.dense.values())
+    costs: list[RankCost] = [found.cost(rank, beside, padded) for rank in ranks]
+    measured = rows if loss is not None else None
+    teller.event(
+        "ranks",
+        source=origin.name,
+        model=origin.model,
+        modules=len(found.directions),
+        rank=found.rank,
+        saved_whole=sorted(origin.adapter.dense),
+        measured_on=measured.as_json if measured else None,
+        ranks=as_json(costs, loss),
+    )
+    if teller.emit is not None:
+        return
+    teller.say(
+        f"{origin.path}: {len(found.directions)} modules, "
+        f"{'rank' if len(ranks) == 1 else 'ranks up to'} {found.rank}"
+        + (f", {len(origin.adapter.dense)} tensors trained whole" if origin.adapter.dense else "")
+    )
+    if measured:
+        teller.say(f"loss on {len(measured.rows)} of {measured.total} rows: {measured.where}")
+    chosen = job.cut if request.format == "peft" else None
+    show_table(costs, loss, chosen, teller.console)
+
+
+def _what_next(job: Job) -> str:
+    """What to type to have files, where the table alone was asked for."""
+    found, name = job.spectrum, shlex.quote(job.origin.name)
+    lines = ["next, for example:"]
+    rank = found.rank_for(0.99)
+    lines.append(
+        f"  fedlora export {name} --format peft --rank {rank} --output DIR"
+        f"    # {1.0 - found.error(rank) ** 2:.1%} of the energy"
+    )
+    lines.append(f"  fedlora export {name} --format peft --for vllm --output DIR")
+    lines.append(f"  fedlora export {name} --format merged --dtype bfloat16 --output DIR")
+    return "\n".join(lines)
+
+
+# --- the files ---
+
+
+def _write(job: Job, output: Path) -> list[Check]:
+    """Write, read back and compare; the directory has its name only when all is well."""
+    request, checks = job.request, list[Check]()
+    fill = fill_merged if request.format == "merged" else fill_adapter
+
+    def write(partial: Path) -> None:
+        checks.extend(fill(job, partial))
+        enforce(checks, output)
+        name = request.repo or output.name
+        card = Written(_files(request), name, [*_facts(job), *(check.in_words for check in checks)])
+        (partial / "README.md").write_text(model_card(job.origin, card), encoding="utf-8")
+
+    write_whole(output, write)
+    return checks
+
+
+def _files(request: Request) -> str:
+    """Whose files are written: peft, mlx or merged."""
+    return MLX if request.reader == MLX and request.format == "peft" else str(request.format)
+
+
+def _facts(job: Job) -> list[str]:
+    """What is said of the files: rank and error, or dtype."""
+    if job.request.format == "merged":
+        dtype = job.request.dtype or "the base's own dtype"
+        return [f"the base with the update merged in float32, saved in {dtype}"]
+    error = job.spectrum.error(job.cut)
+    ranks = (
+        f"rank {job.rank} in every module"
+        if wants_one_rank(job.request.reader)
+        else f"ranks up to {job.rank}, by module, which PEFT alone reads (others: --for)"
+    )
+    padded = f" ({job.rank - job.cut} of them zeros)" if job.rank > job.cut else ""
+    return [
+        f"{ranks}{padded}, lora_alpha = r, so scale 1",
+        f"relative error against the global update (Frobenius norm): {error:.1e}, "
+        f"{1.0 - error**2:.4%} of its energy",
+    ]
+
+
+def _tell_written(
+    job: Job, output: Path, checks: list[Check], commands: list[str], teller: Teller
+) -> None:
+    files = files_to_push(output)
+    teller.event(
+        "export",
+        format=job.request.format,
+        reader=job.request.reader,
+        output=str(output),
+        rank=job.rank if job.request.format == "peft" else None,
+        error=job.spectrum.error(job.cut) if job.request.format == "peft" else 0.0,
+        checks=[{"what": x.what, "reached": x.reached, "tolerance": x.tolerance} for x in checks],
+        compared_by="logits" if job.logits is not None else "weights",
+        files=[{"path": path, "bytes": size} for path, size in files],
+        commands=commands,
+    )
+    for line in (*_facts(job), *(check.in_words for check in checks)):
+        teller.say(line)
+    if job.logits is None:
+        teller.say("compared by its weights, not by logits")
+    total = human_bytes(sum(size for _, size in files))
+    teller.say(f"written and read back: {output} ({len(files)} files, {total})")
+    for command in commands:
+        teller.say(f"  {command}")
+
+
+def _upload(request: Request, output: Path, repo: str, teller: Teller) -> None:
+    """Put the export on the hub, or say what would be put there."""
+    files = files_to_push(output)
+    kind = "private" if request.private else "public"
+    if request.dry_run:
+        teller.event(
+            "push",
+            repo=repo,
+            private=request.private,
+            dry_run=True,
+            files=[{"path": path, "bytes": size} for path, size in files],
+        )
+        teller.say(f"would upload to {repo} ({kind} if it is made by this):")
+        for path, size in files:
+            teller.say(f"  {human_bytes(size):>9}  {path}")
+        return
+    url = push(output, repo, request.private)
+    teller.event("push", repo=repo, private=request.private, dry_run=False, url=url)
+    teller.say(f"uploaded: {url}")
