@@ -103,24 +103,33 @@ def fill_adapter(job: Job, directory: Path) -> list[Check]:
         job.tokenizer.save_pretrained(directory)
     if job.request.reader == OLLAMA:
         (directory / "Modelfile").write_text(modelfile(merged=False))
-    checks = [_distance_check(job, load_adapter(directory).deltas)]
+    checks = _checks_of_update(job, load_adapter(directory).deltas, kept)
     if job.models is not None and job.logits is not None:
         checks += _checks_by_peft(job, job.models, job.logits, kept, directory)
     return checks
 
 
-def _distance_check(job: Job, found: Mapping[str, LowRank]) -> Check:
-    """Whether what was written is as far from the origin as the table says."""
-    if found.keys() != job.origin.adapter.deltas.keys():
-        return Check("modules that are missing in it", float("inf"), WEIGHTS)
-    distance = relative_distance(found, job.origin.adapter.deltas)
-    stated = job.spectrum.error(job.cut)
-    return Check(
-        f"relative error of the update read back {distance:.1e}, stated {stated:.1e}; they differ "
-        "by",
-        abs(distance - stated),
-        WEIGHTS,
-    )
+def _checks_of_update(
+    job: Job, found: Mapping[str, LowRank], kept: Mapping[str, LowRank]
+) -> list[Check]:
+    """Whether the update read back is what was meant, and as far from the origin as stated."""
+    whole = job.origin.adapter.deltas
+    if found.keys() != whole.keys():
+        return [Check("modules that are missing in it", float("inf"), WEIGHTS)]
+    distance, stated = relative_distance(found, whole), job.spectrum.error(job.cut)
+    return [
+        Check(
+            "relative difference of the update read back from what was meant",
+            relative_distance(found, kept),
+            WEIGHTS,
+        ),
+        Check(
+            f"its relative error against the global update {distance:.1e}, stated {stated:.1e}; "
+            "they differ by",
+            abs(distance - stated),
+            WEIGHTS,
+        ),
+    ]
 
 
 def _checks_by_peft(
@@ -147,7 +156,7 @@ def _fill_mlx(job: Job, kept: Mapping[str, LowRank], directory: Path) -> list[Ch
     """MLX's own files, read back as MLX would read them."""
     layers = _num_layers(job)
     write_mlx(directory, kept, layers, job.origin.base_name)
-    return [_distance_check(job, read_mlx(directory, layers))]
+    return _checks_of_update(job, read_mlx(directory, layers), kept)
 
 
 def _num_layers(job: Job) -> int:
@@ -206,7 +215,7 @@ def _float_dtypes(plan: MergePlan) -> set[torch.dtype]:
 
 
 def _write_configuration(job: Job, plan: MergePlan, directory: Path) -> None:
-    """Write config.json, generation_config.json, the tokenizer, and code that comes with a model."""
+    """Write config.json, generation_config.json, the tokenizer, and the model's own code."""
     from transformers import GenerationConfig
 
     subject, skeleton = job.origin.needed(), job.skeleton

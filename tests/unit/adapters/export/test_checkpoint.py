@@ -89,7 +89,7 @@ def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no model.safetensors"):
         open_checkpoint(Source(str(tmp_path), None, False))
     (tmp_path / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(InputError, match="gone.safetensors is missing"):
+    with pytest.raises(InputError, match=r"gone\.safetensors is missing"):
         open_checkpoint(Source(str(tmp_path), None, False))
 
 

@@ -116,9 +116,7 @@ def test_a_merged_model_is_the_adapter_beside_its_base(
     same_logits(causal(tmp_path / "out"), wanted)
 
 
-def test_weights_that_are_tied_and_trained_alike_stay_one(
-    tied_llama: Path, tmp_path: Path
-) -> None:
+def test_weights_that_are_tied_and_trained_alike_stay_one(tied_llama: Path, tmp_path: Path) -> None:
     adapter = peft_saves(
         tmp_path / "in", tied_llama, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
     )

@@ -36,9 +36,7 @@ def test_factors_are_transposed_and_the_scale_is_a_factor(tmp_path: Path) -> Non
         assert (a.shape, b.shape) == ((n, 3), (3, m))
         x = torch.randn(5, n, generator=torch.Generator().manual_seed(0))
         # LoRALinear of mlx-lm: scale * (x @ lora_a) @ lora_b
-        torch.testing.assert_close(
-            parameters["scale"] * (x @ a) @ b, x @ to_dense(FACTORS[name]).T
-        )
+        torch.testing.assert_close(parameters["scale"] * (x @ a) @ b, x @ to_dense(FACTORS[name]).T)
 
 
 def test_what_is_read_back_is_what_was_written(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ OTHERS = [reader for reader in READERS if reader != "peft"]
 
 
 def adapter(*names: str) -> SavedAdapter:
-    return made({name: ((6, 4), 2) for name in names or ("model.layers.0.self_attn.q_proj",)})
+    return made(dict.fromkeys(names or ("model.layers.0.self_attn.q_proj",), ((6, 4), 2)))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8, 9, 64, 65, 257, 320, 321, 512])
@@ -69,7 +69,7 @@ def test_what_a_reader_would_misread_is_refused_with_the_way_round_it(reader: st
 
 
 def test_mlx_refuses_names_it_would_pass_over() -> None:
-    with pytest.raises(InputError, match="h.0.attn: MLX's models begin"):
+    with pytest.raises(InputError, match=r"h\.0\.attn: MLX's models begin"):
         check_reader("mlx", adapter("transformer.h.0.attn"), BASE)
 
 

@@ -38,7 +38,7 @@ def test_a_repository_is_private_and_gets_one_commit(tmp_path: Path) -> None:
 
 
 def test_what_the_hub_refuses_is_said_with_what_is_left(tmp_path: Path) -> None:
-    with pytest.raises(FedloraError, match="x: 401 no token; .* is written and can be uploaded"):
+    with pytest.raises(FedloraError, match=r"x: 401 no token; .* is written and can be uploaded"):
         push(tmp_path, "x", True, Hub("401\nno token"))
 
 

@@ -36,7 +36,7 @@ def test_a_failed_comparison_is_an_error() -> None:
     good, info = Check("logits", 1e-6, 1e-4), Check("the cut", 0.5, None)
     enforce([good, info], Path("out"))
     for reached in (1e-3, float("nan"), float("inf")):
-        with pytest.raises(CheckpointError, match="out: .*logits: .*allowed: 1e-04.*Nothing was"):
+        with pytest.raises(CheckpointError, match=r"out: .*logits: .*allowed: 1e-04.*Nothing was"):
             enforce([good, Check("logits", reached, 1e-4)], Path("out"))
     assert good.in_words == "logits: 1.0e-06 (allowed: 1e-04)"
     assert info.in_words == "the cut: 5.0e-01"
