@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,22 @@ def test_mistakes_and_what_is_there_already(
     assert "holds no round-9" in export(run_itself, "--round", 9, code=2)
     assert "is not here yet" in export(run_itself, "--format", "gguf", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_quantised_base_is_refused_and_the_original_is_not(
+    done: dict[str, Any], tiny_llama: Path, export: Call, tmp_path: Path
+) -> None:
+    quantised = tmp_path / "quantised"
+    shutil.copytree(tiny_llama, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantised / "config.json").write_text(json.dumps(config))
+    words = [done["output_dir"], "--format", "merged", "--output", tmp_path / "m"]
+    message = export(*words, "--base", quantised, code=2)
+    assert "its weights are quantised (gptq)" in message
+    assert "Give the unquantised model with --base" in message
+    assert not (tmp_path / "m").exists()
+    export(*words, "--base", tiny_llama, "--held_out", "false", "--check", "weights")
 
 
 def test_a_classifier_with_its_head(tiny_llama: Path, export: Call, tmp_path: Path) -> None:

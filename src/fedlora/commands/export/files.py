@@ -98,7 +98,7 @@ def fill_adapter(job: Job, directory: Path) -> list[Check]:
     kept = job.kept
     if job.request.reader == MLX:
         return _fill_mlx(job, kept, directory)
-    save_adapter(directory, replace(job.origin.adapter, deltas=kept))
+    save_adapter(directory, replace(job.origin.adapter, deltas=kept, config=_config(job)))
     if job.tokenizer is not None:
         job.tokenizer.save_pretrained(directory)
     if job.request.reader == OLLAMA:
@@ -107,6 +107,14 @@ def fill_adapter(job: Job, directory: Path) -> list[Check]:
     if job.models is not None and job.logits is not None:
         checks += _checks_by_peft(job, job.models, job.logits, kept, directory)
     return checks
+
+
+def _config(job: Job) -> Mapping[str, Any]:
+    """The adapter's configuration; a base that the user names is the one it is for."""
+    config = dict(job.origin.adapter.config)
+    if job.request.loading.base:
+        config |= {"base_model_name_or_path": job.request.loading.base, "revision": None}
+    return config
 
 
 def _checks_of_update(

@@ -134,11 +134,13 @@ class HeldOut:
         rows: tokenised.
         total: how many there were to take them from.
         where: what they are, in words.
+        batch_size: rows at once.
     """
 
     rows: Sequence[Tokens]
     total: int
     where: str
+    batch_size: int = 8
 
     @property
     def as_json(self) -> dict[str, Any]:
@@ -183,7 +185,8 @@ def held_out(
         every, where = tokenized(resolve_paths(subject.config))[2].eval, "the run's held-out rows"
     else:
         return None
-    return HeldOut(first(every, limit), len(every), where) if every else None
+    batch_size = subject.config.per_device_eval_batch_size if subject.of_a_run else 8
+    return HeldOut(first(every, limit), len(every), where, batch_size) if every else None
 
 
 def with_adapters(subject: Subject, adapters: dict[str, Path]) -> Subject:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,57 +14,51 @@ from rich.table import Table
 
 from fedlora.adapters.aggregate import save_adapter
 from fedlora.adapters.export.ranks import RankCost, Spectrum
-from fedlora.adapters.saved_adapter import SavedAdapter
 from fedlora.client.evaluate import evaluate
 from fedlora.commands.eval.models import Models
-from fedlora.commands.export.origin import HeldOut
+from fedlora.commands.export.origin import HeldOut, Origin
+from fedlora.commands.export.readback import load_export
 from fedlora.text import human_bytes
 
 
-def cut_adapters(
-    adapter: SavedAdapter, spectrum: Spectrum, ranks: Sequence[int], where: Path
-) -> dict[str, Path]:
-    """Write the adapter at every rank of the table, so that PEFT loads it as it would be served.
-
-    Args:
-        adapter: in full.
-        spectrum: of its update.
-        ranks: of the table; the last loses nothing and is not written.
-        where: an empty directory.
-
-    Returns:
-        `rank-R` -> its PEFT directory.
-    """
-    paths = {f"rank-{rank}": where / f"rank-{rank}" for rank in ranks[:-1]}
-    for rank, path in zip(ranks[:-1], paths.values(), strict=True):
-        save_adapter(path, replace(adapter, deltas=spectrum.cut(rank)))
-    return paths
-
-
 def losses(
-    models: Models,
-    names: Sequence[str],
-    rows: HeldOut,
-    batch_size: int,
-    labels: Sequence[str],
+    models: Models, origin: Origin, spectrum: Spectrum, ranks: Sequence[int], rows: HeldOut
 ) -> list[float]:
-    """The mean loss in nats of each of these models on the rows.
+    """The mean loss in nats at each rank of the table.
+
+    At every rank but the last, which loses nothing, the adapter is written and PEFT loads it, as
+    it would be served. One of them is held at a time.
 
     Args:
-        models: that are loaded.
-        names: of them, in the order wanted.
+        models: the base with the origin's adapter on it.
+        origin: what is exported.
+        spectrum: of its update.
+        ranks: of the table.
         rows: to measure on.
-        batch_size: rows at once.
-        labels: a classifier's.
     """
     out = []
-    for name in names:
-        with models.using(name) as model:
-            scores = evaluate(
-                model, models.tokenizer, rows.rows, batch_size=batch_size, label_names=labels
-            )
-        out.append(float(scores["loss"]))
-    return out
+    for rank in ranks[:-1]:
+        with TemporaryDirectory(prefix="fedlora-export-") as scratch:
+            path = Path(scratch) / "cut"
+            save_adapter(path, replace(origin.adapter, deltas=spectrum.cut(rank)))
+            load_export(models, path, "cut")
+        out.append(_loss(models, "cut", origin, rows))
+        models.peft.set_adapter(origin.model)
+        models.peft.delete_adapter("cut")
+    return [*out, _loss(models, origin.model, origin, rows)]
+
+
+def _loss(models: Models, name: str, origin: Origin, rows: HeldOut) -> float:
+    """The mean loss of one of the models that are loaded."""
+    with models.using(name) as model:
+        scores = evaluate(
+            model,
+            models.tokenizer,
+            rows.rows,
+            batch_size=rows.batch_size,
+            label_names=origin.labels,
+        )
+    return float(scores["loss"])
 
 
 def as_json(costs: Sequence[RankCost], loss: Sequence[float] | None) -> list[dict[str, Any]]:

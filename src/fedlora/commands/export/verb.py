@@ -6,7 +6,9 @@ from fedlora.commands.export.request import SYNTAX, read_request
 from fedlora.commands.json_lines import Emit
 
 HELP = """\
-fedlora export RUN_OR_ADAPTER [--format peft|merged --output DIR] [--round N] [--key value ...]
+fedlora export RUN_OR_ADAPTER [--round N] [--json]
+fedlora export RUN_OR_ADAPTER --format peft|merged --output DIR [--round N] [--key value ...]
+               [--json]
 
 Takes a model away. RUN_OR_ADAPTER is a run's directory, its round-N/ or final/, or any PEFT
 directory (what fedlora aggregate writes, for example). First comes a table of what a smaller rank
@@ -31,10 +33,12 @@ compared with the model it came from before it counts as done.
   --held_out false       measure no losses
   --check HOW            compare logits, or weights alone (less memory); auto: logits if it fits
   --push_to_hub REPO     upload what was written; a repository that is made is private, unless
-                         --private false. --dry_run lists the files and uploads nothing
+                         --private false
+  --dry_run              list what would be uploaded, and upload nothing
   --json                 one JSON object a line: the table, what was written, what was uploaded
-  --base, --use_cpu or --device cpu|cuda, --num_threads, --chat_template_path,
-  --trust_remote_code    as with fedlora eval
+  --base B               another base than the one named there; a written adapter names this one
+  --use_cpu or --device cpu|cuda, --num_threads, --chat_template_path, --trust_remote_code
+                         as with fedlora eval
 
 Examples:
   fedlora export out                                          # the table alone

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from fedlora.commands.export.origin import HeldOut, Origin, find_origin, held_ou
 from fedlora.commands.export.output import check_output, write_whole
 from fedlora.commands.export.readback import Check, enforce, logits_of, token_rows
 from fedlora.commands.export.request import Request
-from fedlora.commands.export.table import as_json, cut_adapters, losses, show_table
+from fedlora.commands.export.table import as_json, losses, show_table
 from fedlora.commands.json_lines import Emit
 from fedlora.commands.views.sentences import say
 from fedlora.errors import InputError
@@ -91,7 +90,7 @@ def export(request: Request, console: Console, emit: Emit | None = None) -> None
     )
     _tell_written(job, request.output, checks, commands, teller)
     if request.repo is not None:
-        _upload(request, request.output, request.repo, teller)
+        _upload(request, request.output, request.repo, base, teller)
 
 
 def _skeleton(origin: Origin) -> Any:
@@ -141,34 +140,21 @@ def _prepare_and_show(job: Job, teller: Teller) -> list[str]:
     rows, notes = _rows(job)
     by_logits = request.format is not None and _compares_logits(job)
     loss: list[float] | None = None
-    with TemporaryDirectory(prefix="fedlora-export-") as scratch:
-        if rows or by_logits:
-            subject = origin.needed()
-            cuts = cut_adapters(origin.adapter, job.spectrum, ranks, Path(scratch)) if rows else {}
-            subject = with_adapters(subject, {origin.model: origin.path, **cuts})
-            try:
-                job.models = load_models(
-                    subject, [origin.model, *cuts], job.tokenizer, origin.labels
-                )
-            except InputError as error:
-                if request.eval_file or request.check == "logits":
-                    raise
-                notes.append(f"{error}; so losses and logits are left out")
-            else:
-                if rows:
-                    size = request.batch_size or _batch_size(origin)
-                    names = [*cuts, origin.model]
-                    loss = losses(job.models, names, rows, size, origin.labels)
-                if by_logits:
-                    with job.models.using(origin.model) as model:
-                        job.logits = logits_of(model, token_rows(model))
+    if rows or by_logits:
+        subject = with_adapters(origin.needed(), {origin.model: origin.path})
+        try:
+            job.models = load_models(subject, [origin.model], job.tokenizer, origin.labels)
+        except InputError as error:
+            if request.eval_file or request.check == "logits":
+                raise
+            notes.append(f"{error}; so losses and logits are left out")
+    if job.models is not None and rows:
+        loss = losses(job.models, origin, job.spectrum, ranks, rows)
+    if job.models is not None and by_logits:
+        with job.models.using(origin.model) as model:
+            job.logits = logits_of(model, token_rows(model))
     _tell_table(job, ranks, loss, rows, teller)
     return notes
-
-
-def _batch_size(origin: Origin) -> int:
-    subject = origin.needed()
-    return subject.config.per_device_eval_batch_size if subject.of_a_run else 8
 
 
 def _rows(job: Job) -> tuple[HeldOut | None, list[str]]:
@@ -181,11 +167,14 @@ def _rows(job: Job) -> tuple[HeldOut | None, list[str]]:
     if not _fits(job) and request.eval_file is None:
         return None, ["no losses: the model in float32 does not fit into the free memory"]
     try:
-        return held_out(origin, request.eval_file, request.limit, job.tokenizer), []
+        found = held_out(origin, request.eval_file, request.limit, job.tokenizer)
     except InputError as error:
         if request.eval_file is not None:
             raise
         return None, [f"no losses: {error}"]
+    if found is not None and request.batch_size:
+        found = replace(found, batch_size=request.batch_size)
+    return found, []
 
 
 def _fits(job: Job) -> bool:
@@ -319,9 +308,14 @@ def _tell_written(
         teller.say(f"  {command}")
 
 
-def _upload(request: Request, output: Path, repo: str, teller: Teller) -> None:
+def _upload(request: Request, output: Path, repo: str, base: Base, teller: Teller) -> None:
     """Put the export on the hub, or say what would be put there."""
     files = files_to_push(output)
+    if request.format == "peft" and Path(base.name).is_dir():
+        teller.say(
+            "note: the adapter names its base by a path of this machine; --base OWNER/NAME gives "
+            "it the name by which others find it"
+        )
     kind = "private" if request.private else "public"
     if request.dry_run:
         teller.event(

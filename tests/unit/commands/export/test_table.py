@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
+from fedlora.adapters.aggregate import save_adapter
+
 from fedlora.adapters.export.ranks import RankCost, spectrum
-from fedlora.adapters.saved_adapter import load_adapter
-from fedlora.commands.export.table import as_json, cut_adapters, show_table
-from support.merging import made
+from fedlora.commands.eval.models import load_models
+from fedlora.commands.eval.options import Loading
+from fedlora.commands.export.origin import HeldOut, find_origin, with_adapters
+from fedlora.commands.export.table import as_json, losses, show_table
+from support.merging import peft_saves
+from support.runs import loss_of
 
 COSTS = [RankCost(8, 0.25, 0.9375, 1000), RankCost(16, 1e-4, 1 - 1e-8, 2000), RankCost(20, 0, 1, 9)]
 
@@ -38,10 +46,17 @@ def test_the_same_for_programs() -> None:
     assert [row["loss"] for row in as_json(COSTS, [2.0, 1.5, 1.25])] == [2.0, 1.5, 1.25]
 
 
-def test_every_rank_but_the_last_is_written_as_it_would_be_served(tmp_path: Path) -> None:
-    adapter = made({"a.q_proj": ((9, 8), 6), "b.q_proj": ((9, 8), 2)})
-    found = spectrum(adapter.deltas)
-    paths = cut_adapters(adapter, found, [1, 4, 6], tmp_path)
-    assert list(paths) == ["rank-1", "rank-4"]
-    back = load_adapter(paths["rank-4"])
-    assert {name: x.rank for name, x in back.deltas.items()} == {"a.q_proj": 4, "b.q_proj": 2}
+def test_a_cut_adapter_is_measured_as_peft_loads_it(tiny_llama: Path, tmp_path: Path) -> None:
+    path = peft_saves(tmp_path / "a", tiny_llama, r=3, target_modules=["q_proj", "up_proj"])
+    origin = find_origin(Loading(str(path), dtype="float32", use_cpu=True))
+    found = spectrum(origin.adapter.deltas)
+    models = load_models(with_adapters(origin.needed(), {"adapter": path}), ["adapter"])
+    ids = [5, 9, 14, 20, 33, 41]
+    rows = HeldOut([{"input_ids": ids, "labels": ids}], 1, "a row")
+    measured = losses(models, origin, found, [1, 2, 3], rows)
+    save_adapter(tmp_path / "r1", replace(origin.adapter, deltas=found.cut(1)))
+    data: Any = rows.rows
+    wanted = [loss_of(str(tiny_llama), where, data) for where in (tmp_path / "r1", path)]
+    assert [measured[0], measured[2]] == pytest.approx(wanted, rel=1e-5)
+    assert len(set(measured)) == 3
+    assert list(models.peft.peft_config) == ["adapter"]  # what was cut is gone
