@@ -138,7 +138,8 @@ def test_a_merged_model_is_the_global_model(
 ) -> None:
     out = tmp_path / "m"
     words = ["--format", "merged", "--dtype", dtype, "--max_shard_size", "20KB", "--output", out]
-    written = export(done["output_dir"], *words, "--held_out", "false")["export"]
+    words += ["--chat_template_path", "vicuna", "--held_out", "false"]
+    written = export(done["output_dir"], *words)["export"]
     assert [check["tolerance"] for check in written["checks"]] == [16.0, bound]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert str(model.dtype) == f"torch.{dtype}"
@@ -147,7 +148,9 @@ def test_a_merged_model_is_the_global_model(
     assert float((logits(model) - wanted).abs().max()) <= bound * float(wanted.abs().max())
     base = GenerationConfig.from_pretrained(done["model_name_or_path"])
     assert GenerationConfig.from_pretrained(out).eos_token_id == base.eos_token_id
-    assert len(AutoTokenizer.from_pretrained(out)) == 100
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == 100
+    assert "USER" in tokenizer.chat_template
 
 
 def test_mistakes_and_what_is_there_already(

@@ -131,7 +131,7 @@ def plan_merge(
     names = list(skeleton.state_dict(keep_vars=True))
     keys = _keys_by_name(skeleton, names, checkpoint)
     twins = _tied(skeleton)
-    changes = _changes(skeleton, adapter, deltas)
+    changes = _changes(skeleton, adapter, deltas, twins)
     if unknown := [name for name in changes if name not in names]:
         raise InputError(f"{unknown[0]}: the adapter changes it, and the base has no such weight")
     parts: dict[str, Part] = {}
@@ -161,9 +161,16 @@ class _Change:
 
 
 def _changes(
-    skeleton: Any, adapter: SavedAdapter, deltas: Mapping[str, LowRank]
+    skeleton: Any,
+    adapter: SavedAdapter,
+    deltas: Mapping[str, LowRank],
+    twins: Mapping[str, Sequence[str]],
 ) -> dict[str, _Change]:
-    """Full name of a parameter -> what becomes of it."""
+    """Full name of a parameter -> what becomes of it.
+
+    Weights of the base that lie in the adapter are loaded into the base by PEFT, so that a name
+    that is the same tensor there follows; a trained copy of one (`dense`) stands beside it.
+    """
     changes = {name: _Change(whole=value) for name, value in adapter.dense.items()}
     modules = dict(skeleton.named_modules())
     for module, x in deltas.items():
@@ -171,9 +178,13 @@ def _changes(
             raise InputError(f"{module}: the adapter changes it, and the base has no such module")
         transposed = module in adapter.embeddings or is_conv1d(modules[module])
         changes[f"{module}.weight"] = _Change(x, transposed)
+    carried = dict(adapter.base)
     for name, value in adapter.base.items():
+        carried |= {twin: value for twin in twins.get(name, ()) if twin not in adapter.base}
+    for name, value in carried.items():
         before = changes.get(name, _Change())
-        changes[name] = replace(before, whole=before.whole if before.whole is not None else value)
+        if before.whole is None:
+            changes[name] = replace(before, whole=value)
     return changes
 
 

@@ -105,8 +105,6 @@ def read_request(arguments: list[str]) -> Request:
             f"--format {kind}: is not here yet; --format peft --for llama.cpp writes what "
             "llama.cpp's converter makes GGUF of, and --format merged a whole model for it"
         )
-    others = {key: value for key, value in given.values.items() if key != "dtype"}
-    given.values = others  # what is loaded here is float32; --dtype is of what is written
     output, held_out, private = (
         given.text("output"),
         given.truth("held_out"),
@@ -131,7 +129,7 @@ def read_request(arguments: list[str]) -> Request:
         dry_run=given.flag("dry_run"),
         overwrite=given.flag("overwrite"),
     )
-    _check(request, [*given.values, *(["dtype"] if dtype else [])])
+    _check(request, list(given.values))
     return request
 
 

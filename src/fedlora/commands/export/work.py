@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ class Teller:
         if self.emit is None:
             say(self.console, text)
 
+    def note(self, text: str) -> None:
+        """What the user should know, for people and programs."""
+        self.say(f"note: {text}")
+        self.event("note", message=text)
+
+    def begin(self, what: str) -> None:
+        """What takes a while and begins now, for people who wait."""
+        if self.emit is None:
+            print(f"{what} ...", file=sys.stderr, flush=True)
+
     def event(self, kind: str, **values: Any) -> None:
         """An object, for programs alone."""
         if self.emit is not None:
@@ -76,10 +87,11 @@ def export(request: Request, console: Console, emit: Emit | None = None) -> None
     job = _job(request, origin, skeleton)
     notes += _prepare_and_show(job, teller)
     for note in notes:
-        teller.say(f"note: {note}")
+        teller.note(note)
     if request.output is None:
         teller.say(_what_next(job))
         return
+    teller.begin("merging" if request.format == "merged" else "writing and reading back")
     checks = _write(job, request.output)
     commands = next_commands(
         request.reader,
@@ -141,6 +153,7 @@ def _prepare_and_show(job: Job, teller: Teller) -> list[str]:
     by_logits = request.format is not None and _compares_logits(job)
     loss: list[float] | None = None
     if rows or by_logits:
+        teller.begin("loading the base")
         subject = with_adapters(origin.needed(), {origin.model: origin.path})
         try:
             job.models = load_models(subject, [origin.model], job.tokenizer, origin.labels)
@@ -149,6 +162,7 @@ def _prepare_and_show(job: Job, teller: Teller) -> list[str]:
                 raise
             notes.append(f"{error}; so losses and logits are left out")
     if job.models is not None and rows:
+        teller.begin(f"measuring the loss at {len(ranks)} ranks on {len(rows.rows)} rows")
         loss = losses(job.models, origin, job.spectrum, ranks, rows)
     if job.models is not None and by_logits:
         with job.models.using(origin.model) as model:
@@ -312,9 +326,9 @@ def _upload(request: Request, output: Path, repo: str, base: Base, teller: Telle
     """Put the export on the hub, or say what would be put there."""
     files = files_to_push(output)
     if request.format == "peft" and Path(base.name).is_dir():
-        teller.say(
-            "note: the adapter names its base by a path of this machine; --base OWNER/NAME gives "
-            "it the name by which others find it"
+        teller.note(
+            "the adapter names its base by a path of this machine; --base OWNER/NAME gives it the "
+            "name by which others find it"
         )
     kind = "private" if request.private else "public"
     if request.dry_run:

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from fedlora.adapters.aggregate import save_adapter
-
 from fedlora.adapters.export.ranks import RankCost, spectrum
 from fedlora.commands.eval.models import load_models
 from fedlora.commands.eval.options import Loading

@@ -34,7 +34,8 @@ def told(*words: object) -> list[dict[str, Any]]:
 
 
 def test_the_table_alone(lone: Path) -> None:
-    (table,) = told(lone)
+    table, note = told(lone)
+    assert note["event"] == "note"
     assert table["event"] == "ranks"
     assert [row["rank"] for row in table["ranks"]] == [8, 16, 20]
     assert table["measured_on"] is None
@@ -46,7 +47,7 @@ def test_the_table_alone(lone: Path) -> None:
 
 
 def test_what_is_written_says_how_it_was_compared(lone: Path, tmp_path: Path) -> None:
-    _, done = told(lone, "--format", "peft", "--for", "vllm", "--output", tmp_path / "out")
+    *_, done = told(lone, "--format", "peft", "--for", "vllm", "--output", tmp_path / "out")
     assert (done["event"], done["rank"], done["compared_by"]) == ("export", 32, "weights")
     assert "--max-lora-rank 32" in done["commands"][0]
     assert {x["path"] for x in done["files"]} == {
