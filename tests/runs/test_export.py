@@ -170,6 +170,18 @@ def test_mistakes_and_what_is_there_already(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_client_of_a_method_without_a_global_model(
+    done: dict[str, Any], export: Call, tmp_path: Path
+) -> None:
+    out = Path(run(done, "fedsa", method="fedsa", client_ranks=4, num_rounds=1).output_dir)
+    message = export(out, code=2)
+    assert "choose one by --model: client-0, client-1, client-2, client-3" in message
+    words = ["--model", "client-1", "--format", "peft", "--output", tmp_path / "a"]
+    assert export(out, *words)["export"]["error"] == 0.0
+    found, own = (load_adapter(x).deltas for x in (tmp_path / "a", out / "final" / "client-1"))
+    assert relative_distance(found, own) < 1e-6
+
+
 def test_a_quantised_base_is_refused_and_the_original_is_not(
     done: dict[str, Any], tiny_llama: Path, export: Call, tmp_path: Path
 ) -> None:

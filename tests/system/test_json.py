@@ -202,6 +202,7 @@ def test_completion_and_version(told: Told, capfd: pytest.CaptureFixture[str]) -
         ("partition nope.yaml", "nope.yaml: no such configuration file"),
         ("data my.yaml --show many", "--show many: expected a number of samples"),
         ("aggregate a b", "aggregate: give PEFT directories and --output DIR"),
+        ("export out --rank 4 --energy 0.5", "--rank and --energy exclude each other"),
         ("config --lora_r 0", "lora_r: '0' must be at least 1"),
         ("config --schema my.yaml", "my.yaml: --schema is the same for all"),
         ("demo --method flora", "method: the demo compares"),

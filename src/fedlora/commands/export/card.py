@@ -65,8 +65,11 @@ def model_card(origin: Origin, written: Written) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# Model Card for {written.name.rpartition('/')[2]}\n",
         f"This model is a fine-tuned version of {base_link}{on_data}.\n"
-        f"It has been trained using fedlora {__version__}, "
-        "by clients that kept their data to themselves.\n",
+        + (
+            f"It has been trained by federated learning, using fedlora {__version__}.\n"
+            if config is not None
+            else f"It was written by fedlora {__version__}.\n"
+        ),
         "## Quick start\n",
         _quick_start(origin, written, base if on_hub else Path(base).name),
         "## What is in it\n",

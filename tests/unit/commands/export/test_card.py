@@ -57,6 +57,8 @@ def test_nothing_of_this_machine_is_in_it(tmp_path: Path) -> None:
     moved = replace(ORIGIN, subject=None)
     text = model_card(moved, Written("peft", "x", []))
     assert "## Training procedure" not in text
+    assert "federated learning," not in text  # nobody knows how this adapter was trained
+    assert "by federated learning," in card("peft")
 
 
 def test_a_base_on_the_hub_is_linked() -> None:
