@@ -126,7 +126,7 @@ def test_a_round_and_the_share_of_energy(
     by_round = export(done["output_dir"], "--round", 1, *words, "--output", tmp_path / "a")
     by_path = export(source, *words, "--output", tmp_path / "b")
     one, other = load_adapter(tmp_path / "a").deltas, load_adapter(tmp_path / "b").deltas
-    assert relative_distance(one, other) < 1e-12
+    assert relative_distance(one, other) < 1e-7
     assert by_round["export"]["error"] == by_path["export"]["error"] <= 0.1**0.5
     distance = relative_distance(one, load_adapter(source).deltas)
     assert distance == pytest.approx(by_path["export"]["error"], abs=1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ from fedlora.errors import CheckpointError
 from fedlora.lowrank import LowRank, total_norm
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """An export on its way.
 
@@ -82,11 +81,6 @@ class Job:
     def is_whole(self) -> bool:
         """Whether nothing is cut off."""
         return self.cut >= self.spectrum.rank
-
-    def free_models(self) -> None:
-        """Give the base's memory back; what is needed of it is known."""
-        self.models = None
-        gc.collect()
 
 
 def fill_adapter(job: Job, directory: Path) -> list[Check]:
@@ -188,7 +182,6 @@ def fill_merged(job: Job, directory: Path) -> list[Check]:
     """
     subject = job.origin.needed()
     dtype = DTYPES[job.request.dtype] if job.request.dtype else None
-    job.free_models()
     plan = plan_merge(
         job.skeleton,
         open_checkpoint(subject.source),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from fedlora.adapters.export.readers import (
     wants_one_rank,
 )
 from fedlora.client.memory import memory_available
-from fedlora.commands.eval.models import load_models, tokenizer_of
+from fedlora.commands.eval.models import Models, load_models, tokenizer_of
 from fedlora.commands.export.card import Written, model_card
 from fedlora.commands.export.files import Job, fill_adapter, fill_merged
 from fedlora.commands.export.hub import check_repo, files_to_push, push
@@ -85,7 +86,8 @@ def export(request: Request, console: Console, emit: Emit | None = None) -> None
     base = base_facts(origin.base_name, skeleton, bool(origin.adapter.config.get("fan_in_fan_out")))
     notes = [*(origin.subject.notes if origin.subject else ()), *_check(request, origin, base)]
     job = _job(request, origin, skeleton)
-    notes += _prepare_and_show(job, teller)
+    job, more = _measured(job, teller)
+    notes += more
     for note in notes:
         teller.note(note)
     if request.output is None:
@@ -134,41 +136,50 @@ def _job(request: Request, origin: Origin, skeleton: Any) -> Job:
         cut = min(request.rank, cut)
     elif request.energy is not None:
         cut = found.rank_for(request.energy)
-    job = Job(origin, request, found, cut, cut, skeleton)
-    if request.format != "merged":
-        job.rank = rank_for(request.reader, cut)
-    if origin.subject is not None:
-        job.tokenizer = tokenizer_of(origin.subject)
-    return job
+    rank = cut if request.format == "merged" else rank_for(request.reader, cut)
+    tokenizer = None if origin.subject is None else tokenizer_of(origin.subject)
+    return Job(origin, request, found, cut, rank, skeleton, tokenizer)
 
 
 # --- the table ---
 
 
-def _prepare_and_show(job: Job, teller: Teller) -> list[str]:
-    """Load the models that are needed, measure every rank, show the table; gives notes."""
+def _measured(job: Job, teller: Teller) -> tuple[Job, list[str]]:
+    """Load the models that are needed, measure every rank, and show the table.
+
+    Returns:
+        The job with what it is compared with, and what the user should know. The models themselves
+        are in it only where an adapter is written: a merged model needs their memory.
+    """
     origin, request = job.origin, job.request
     ranks = ranks_to_show(job.spectrum.rank, [job.cut])
     rows, notes = _rows(job)
     by_logits = request.format is not None and _compares_logits(job)
-    loss: list[float] | None = None
+    models, loss, logits = None, None, None
     if rows or by_logits:
         teller.begin("loading the base")
-        subject = with_adapters(origin.needed(), {origin.model: origin.path})
         try:
-            job.models = load_models(subject, [origin.model], job.tokenizer, origin.labels)
+            models = _load(job)
         except InputError as error:
             if request.eval_file or request.check == "logits":
                 raise
             notes.append(f"{error}; so losses and logits are left out")
-    if job.models is not None and rows:
+    if models is not None and rows:
         teller.begin(f"measuring the loss at {len(ranks)} ranks on {len(rows.rows)} rows")
-        loss = losses(job.models, origin, job.spectrum, ranks, rows)
-    if job.models is not None and by_logits:
-        with job.models.using(origin.model) as model:
-            job.logits = logits_of(model, token_rows(model))
+        loss = losses(models, origin, job.spectrum, ranks, rows)
+    if models is not None and by_logits:
+        with models.using(origin.model) as model:
+            logits = logits_of(model, token_rows(model))
     _tell_table(job, ranks, loss, rows, teller)
-    return notes
+    kept = models if request.format == "peft" else None
+    return replace(job, models=kept, logits=logits), notes
+
+
+def _load(job: Job) -> Models:
+    """The base with the adapter that is exported on it."""
+    origin = job.origin
+    subject = with_adapters(origin.needed(), {origin.model: origin.path})
+    return load_models(subject, [origin.model], job.tokenizer, origin.labels)
 
 
 def _rows(job: Job) -> tuple[HeldOut | None, list[str]]:
@@ -259,6 +270,7 @@ def _what_next(job: Job) -> str:
 def _write(job: Job, output: Path) -> list[Check]:
     """Write, read back and compare; the directory has its name only when all is well."""
     request, checks = job.request, list[Check]()
+    gc.collect()  # models that were measured hold themselves in circles
     fill = fill_merged if request.format == "merged" else fill_adapter
 
     def write(partial: Path) -> None:

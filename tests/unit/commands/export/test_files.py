@@ -61,7 +61,7 @@ def test_an_export_that_is_another_model_does_not_pass(tmp_path: Path) -> None:
     wrong = job("peft", 6, 6)
     x = ADAPTER.deltas[NAMES[0]]
     moved = {**ADAPTER.deltas, NAMES[0]: replace(x, B=x.B * 1.01)}
-    wrong.origin = replace(wrong.origin, adapter=replace(ADAPTER, deltas=moved))
-    checks = fill_adapter(wrong, tmp_path)
+    other = replace(wrong.origin, adapter=replace(ADAPTER, deltas=moved))
+    checks = fill_adapter(replace(wrong, origin=other), tmp_path)
     assert [check.passed for check in checks] == [True, False]
     assert 0.005 < checks[1].reached < 0.01
