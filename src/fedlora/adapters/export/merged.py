@@ -318,9 +318,12 @@ def write_merged(directory: Path, plan: MergePlan, max_shard_size: int) -> list[
 def largest_difference(files: Sequence[Path], plan: MergePlan) -> float:
     """The largest difference of any written weight from `W + dW` in float64.
 
-    It is counted in units of what rounding to the tensor's dtype may change, half the epsilon times
-    the tensor's largest value; up to about 1 is rounding, and infinity says that a tensor is
-    missing or of another shape.
+    It is counted in units of what may happen to it on the way: rounding to the tensor's dtype, and
+    adding up to hundreds of products in float32,
+
+        unit = (eps(dtype) / 2 + 32 eps(float32)) max |W + dW|
+
+    so that up to about 1 is rounding. Infinity says that a tensor is missing or of another shape.
 
     Args:
         files: of `write_merged`.
@@ -338,7 +341,7 @@ def largest_difference(files: Sequence[Path], plan: MergePlan) -> float:
 
 
 def _difference(found: Tensor, plan: MergePlan, part: Part) -> float:
-    """Of one tensor, in units of its dtype's rounding."""
+    """Of one tensor, in the units of `largest_difference`."""
     if not found.is_floating_point():
         return 0.0 if torch.equal(found, plan._value(part)) else float("inf")
     wanted = plan._value(part).double()
@@ -347,6 +350,6 @@ def _difference(found: Tensor, plan: MergePlan, part: Part) -> float:
     if wanted.numel() == 0:
         return 0.0
     size = float(wanted.abs().max())
-    unit = torch.finfo(found.dtype).eps / 2 * size
+    unit = (torch.finfo(found.dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps) * size
     gap = float((found.double() - wanted).abs().max())
     return gap / unit if unit else (0.0 if gap == 0.0 else float("inf"))

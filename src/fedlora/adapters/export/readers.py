@@ -43,7 +43,8 @@ def rank_for(reader: str, rank: int) -> int:
     if legal is None:
         raise InputError(
             f"--for vllm: the update has rank {rank}, and vLLM serves {VLLM_RANKS[-1]} at most: "
-            f"give --rank {VLLM_RANKS[-1]} (the table says what it loses); or {MERGE}"
+            f"give --rank {VLLM_RANKS[-1]} (the table without --format says what it loses); or "
+            f"{MERGE}"
         )
     return legal
 

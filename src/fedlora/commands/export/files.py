@@ -29,7 +29,7 @@ from fedlora.commands.eval.models import Models
 from fedlora.commands.export.origin import Origin
 from fedlora.commands.export.readback import (
     LOGITS,
-    ROUNDINGS,
+    ROUNDING,
     WEIGHTS,
     Check,
     load_export,
@@ -195,9 +195,9 @@ def fill_merged(job: Job, directory: Path) -> list[Check]:
         (directory / "Modelfile").write_text(modelfile(merged=True))
     checks = [
         Check(
-            "largest difference of a weight from W + dW, in roundings of its dtype",
+            "largest difference of a weight from W + dW, as a multiple of rounding",
             largest_difference(files, plan),
-            ROUNDINGS,
+            ROUNDING,
         )
     ]
     if job.logits is not None:

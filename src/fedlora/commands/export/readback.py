@@ -20,9 +20,8 @@ LOGITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 the models themselves compute in float32."""
 WEIGHTS = 1e-5
 """Largest distance of a module's update from what was meant, relative to its norm."""
-ROUNDINGS = 16.0
-"""Largest difference of a merged weight, in roundings of its dtype: adding in float32 takes more
-than one where that is the dtype."""
+ROUNDING = 1.5
+"""Largest difference of a merged weight, in the units of `merged.largest_difference`."""
 _ROWS, _LENGTH = 4, 24
 
 

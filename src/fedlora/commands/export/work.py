@@ -136,7 +136,7 @@ def _job(request: Request, origin: Origin, skeleton: Any) -> Job:
         cut = min(request.rank, cut)
     elif request.energy is not None:
         cut = found.rank_for(request.energy)
-    rank = cut if request.format == "merged" else rank_for(request.reader, cut)
+    rank = rank_for(request.reader, cut) if request.format == "peft" else cut
     tokenizer = None if origin.subject is None else tokenizer_of(origin.subject)
     return Job(origin, request, found, cut, rank, skeleton, tokenizer)
 

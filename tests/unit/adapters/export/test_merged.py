@@ -58,8 +58,7 @@ def merge(
     made = plan(base, adapter, dtype, labels)
     output.mkdir()
     files = write_merged(output, made, 10**5)
-    limit = 16 if dtype in (None, torch.float32) else 1.01
-    assert largest_difference(files, made) < limit
+    assert largest_difference(files, made) <= 1
     config = json.loads((base / "config.json").read_text())
     if made.untied:
         config["tie_word_embeddings"] = False
@@ -217,7 +216,7 @@ def test_a_spoilt_file_is_noticed(tiny_llama: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({**tensors, name: tensors[name] + 1e-4}, file)
-    assert largest_difference(files, made) > 100
+    assert largest_difference(files, made) > 10
     save_file({key: value for key, value in tensors.items() if key != name}, file)
     assert largest_difference(files, made) == float("inf")
 

@@ -46,6 +46,18 @@ def test_the_table_alone(lone: Path) -> None:
     assert f"fedlora export {lone} --format peft --for vllm --output DIR" in text
 
 
+def test_a_rank_that_vllm_does_not_serve_is_shown_but_not_written(tmp_path: Path) -> None:
+    adapter = made({NAME: ((600, 520), 515)}, base_model_name_or_path="./gone")
+    save_adapter(tmp_path / "wide", adapter)
+    table, _ = told(tmp_path / "wide", "--for", "vllm")
+    assert table["rank"] == 515
+    words = [tmp_path / "wide", "--for", "vllm", "--format", "peft", "--output", tmp_path / "out"]
+    with pytest.raises(InputError, match="has rank 515, and vLLM serves 512 at most"):
+        told(*words)
+    *_, done = told(*words, "--rank", 512)
+    assert (done["rank"], done["error"] > 0) == (512, True)
+
+
 def test_what_is_written_says_how_it_was_compared(lone: Path, tmp_path: Path) -> None:
     *_, done = told(lone, "--format", "peft", "--for", "vllm", "--output", tmp_path / "out")
     assert (done["event"], done["rank"], done["compared_by"]) == ("export", 32, "weights")
