@@ -15,7 +15,7 @@ from fedlora.client.local_training import StepCallback, TrainFunction
 from fedlora.client.trainer import name_of_trainer, train
 from fedlora.client.worker import Trained, Worker
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas

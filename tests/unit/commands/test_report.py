@@ -17,10 +17,11 @@ from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.commands.cli import main
 from fedlora.commands.report.collect import Collected
 from fedlora.commands.report.page import data_of, render, rounded
-from fedlora.commands.report.reading import find_runs, names_of, read_run
+from fedlora.commands.report.reading import find_runs, names_of
 from fedlora.commands.report.series import group
 from fedlora.commands.report.spectrum import EXACT_UP_TO, KEPT, read_spectrum
 from fedlora.commands.report.verb import verb
+from fedlora.commands.run_files import read_run
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 from fedlora.runs.file_names import AS_WRITTEN

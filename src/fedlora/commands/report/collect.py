@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedlora.commands.report.measures import KINDS, Panel, change, panels, titled
-from fedlora.commands.report.reading import Line, Run, listed, mapping, number, whole
+from fedlora.commands.report.reading import what_lacks
 from fedlora.commands.report.series import Series, differing, group
 from fedlora.commands.report.spectrum import Spectrum
+from fedlora.commands.run_files import Line, Run, listed, mapping, number, whole
 
 MOST_KINDS = 10
 """Different values shown in a client's bar; the rarest beyond them are summed up."""
@@ -207,14 +208,14 @@ def _view(run: Run, spectrum: Spectrum, series: int, label: str) -> RunView:
         dense=whole(begin.get("dense_parameters")),
         task=str(begin.get("task") or config.get("lora_task_type") or ""),
         eval_rows=whole(begin.get("eval_rows")),
-        planned=whole(config.get("num_rounds")) or whole(begin.get("num_rounds")),
-        done=max(numbers, default=0),
+        planned=run.planned,
+        done=run.last_round,
         finished=bool(run.end),
         final=whole(run.end.get("final")),
         best=whole(run.end.get("best")),
         started=str(begin.get("started") or ""),
         environment={k: str(x) for k, x in _environment(begin).items()},
-        problems=run.problems,
+        problems=tuple(what_lacks(run)),
         clients=clients,
         quality=tuple(_quality(run)),
         changes=tuple(change(run, clients.ids)),

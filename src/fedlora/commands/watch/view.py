@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.runs.file_names import CONFIG, FINAL, METRICS
 from fedlora.runs.metrics_log import read_metrics
