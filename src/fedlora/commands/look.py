@@ -107,7 +107,8 @@ def _add(part: Participation, round: int, entry: Line) -> None:
         part.counted, part.last_round = part.counted + 1, round
     else:
         part.reason, part.reason_round = str(entry.get("rejected") or part.outcome), round
-    part.loss_before, part.loss = part.loss, number(metrics.get("loss"))
+    if (loss := number(metrics.get("loss"))) is not None:
+        part.loss_before, part.loss = part.loss, loss
     part.bytes_up += whole(entry.get("bytes_up")) or 0
     part.bytes_down += whole(entry.get("bytes_down")) or 0
 
