@@ -77,8 +77,8 @@ def participations(run: Run) -> dict[int, Participation]:
     """Every client that is known, by number, and its part in the rounds that are saved."""
     out: dict[int, Participation] = {}
     ranks = run.config.get("client_ranks")
-    for client, rank in enumerate(ranks if isinstance(ranks, list) else []):
-        out[client] = Participation(whole(rank))
+    for index, rank in enumerate(ranks if isinstance(ranks, list) else []):
+        out[index] = Participation(whole(rank))
     for entry in listed(run.begin.get("clients")):
         if (client := whole(entry.get("client"))) is not None:
             name, rows = str(entry.get("name") or ""), whole(entry.get("rows"))
@@ -89,8 +89,9 @@ def participations(run: Run) -> dict[int, Participation]:
             if (client := whole(entry.get("client"))) is not None:
                 asked.add(client)
                 _add(out.setdefault(client, Participation()), int(line["round"]), entry)
-        for client in out.keys() - asked:
-            out[client].outcome, out[client].steps = "not_sampled", 0
+        for client, part in out.items():
+            if client not in asked:
+                part.outcome, part.steps = "not_sampled", 0
     return dict(sorted(out.items()))
 
 

@@ -240,13 +240,13 @@ def _table(look: Look, width: int) -> Table:
         table.add_column("name", overflow="ellipsis", no_wrap=True, max_width=max(width // 6, 8))
     for name in ("rank", "rows", "rounds", "last", "up", "down"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("left out last", overflow="fold")
+    table.add_column("left out in round", overflow="fold")
     for client, part in shown:
         cells = [str(client), *([part.name] if named else [])]
         cells += ["-" if x is None else f"{x:,}" for x in (part.rank, part.rows)]
         cells.append(f"{part.counted}/{part.asked}" if part.asked else "-")
         cells.append("-" if part.last_round is None else str(part.last_round))
         cells += [human_bytes(part.bytes_up), human_bytes(part.bytes_down)]
-        reason = f"round {part.reason_round}: {part.reason}" if part.reason else ""
+        reason = f"{part.reason_round}: {part.reason}" if part.reason else ""
         table.add_row(*(Text(cell) for cell in cells), Text(reason))
     return table
