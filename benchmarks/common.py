@@ -19,7 +19,8 @@ def embedded_run(overrides: Mapping[str, Any]) -> dict[int, float]:
     """The embedded default with other keys; exact match (share) by evaluated round."""
     import fedlora
     from fedlora.commands.console import quiet_libraries
-    from fedlora.config.sources import layered, read_yaml
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
     from fedlora.embedded import CONFIG
 
     quiet_libraries()
@@ -33,7 +34,8 @@ def alone_run(overrides: Mapping[str, Any], client: int) -> dict[int, float]:
     """One client of the embedded default by itself; exact match by evaluated round."""
     import fedlora
     from fedlora.commands.console import quiet_libraries
-    from fedlora.config.sources import layered, read_yaml
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
     from fedlora.embedded import CONFIG
     from fedlora.engines.local import run_session
     from fedlora.runs.session import alone, assemble

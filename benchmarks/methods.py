@@ -26,7 +26,8 @@ def one(method: str, ranks: str, schedule: str, seed: int) -> dict[str, Any]:
     """A run's last exact match, mean aggregation error, and bytes."""
     import fedlora
     from fedlora.commands.console import quiet_libraries
-    from fedlora.config.sources import layered, read_yaml
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
     from fedlora.embedded import CONFIG
 
     quiet_libraries()

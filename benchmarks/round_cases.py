@@ -95,7 +95,7 @@ def run_fedlora(case: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     import tempfile
 
     from fedlora import Config, run
-    from fedlora.config.sources import read_yaml
+    from fedlora.config.yaml_file import read_yaml
 
     with tempfile.TemporaryDirectory() as scratch:
         values = settings(case, spec, Path(scratch) / "run")

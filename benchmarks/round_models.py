@@ -84,7 +84,8 @@ def prepare(name: str, scratch: Path, rounds: int, steps: int, dtype: str, threa
         rounds, steps, dtype, threads: of every case (threads 0: torch's own choice).
     """
     from fedlora import Config
-    from fedlora.config.sources import layered, read_yaml
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
     from fedlora.embedded import CONFIG
     from fedlora.runs.session import assemble, model_source
 

@@ -37,7 +37,8 @@ def configuration(overrides: dict[str, Any]) -> Any:
 
     import fedlora
     from fedlora.commands.console import quiet_libraries
-    from fedlora.config.sources import layered, read_yaml
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
 
     quiet_libraries()
     values = read_yaml(EXAMPLE)

@@ -43,7 +43,8 @@ def measure(keys: dict[str, Any], rounds: int) -> list[float]:
     """Seconds of the local training and aggregation of every round but the first."""
     import fedlora
     from fedlora.commands.console import quiet_libraries
-    from fedlora.config.sources import layered, read_yaml
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
     from fedlora.embedded import CONFIG
 
     quiet_libraries()

@@ -27,7 +27,8 @@ SEEDS = (42, 43)
 def make_runs(root: Path) -> list[str]:
     """Runs of the embedded default below `root`."""
     import fedlora
-    from fedlora.config.sources import layered, read_yaml
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
     from fedlora.embedded import CONFIG
 
     out = []

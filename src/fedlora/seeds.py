@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     HEAD = 9
     TRAIN_ROWS = 10
     EVAL_ROWS = 11
+    ORDER = 12
 
 
 SERVER = 0

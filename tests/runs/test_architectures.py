@@ -15,7 +15,7 @@ from torch import Tensor
 import fedlora
 from fedlora.client.evaluate import evaluate
 from fedlora.client.trainer import train
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.federation.exchange import global_delta
 from fedlora.lowrank import LowRank, add_all, prefix, to_dense
 from fedlora.methods import METHODS

@@ -20,7 +20,8 @@ from fedlora.commands.eval.subject import find_subject
 from fedlora.commands.eval.verb import verb as eval_verb
 from fedlora.commands.generate import verb as generate_verb
 from fedlora.config.config import Config
-from fedlora.config.sources import layered, read_yaml
+from fedlora.config.sources import layered
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import BASE_DIR, CONFIG
 from fedlora.errors import InputError
 from fedlora.methods import rule_keys

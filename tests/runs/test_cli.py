@@ -13,7 +13,7 @@ import pytest
 import fedlora
 from fedlora.commands.cli import main
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
 from fedlora.runs.metrics_log import read_metrics
 from support.script import _offline, _signals_as_they_were, here, site  # noqa: F401

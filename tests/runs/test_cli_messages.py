@@ -11,7 +11,7 @@ import yaml
 import fedlora
 from fedlora.commands.cli import VERBS, main
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
 from support.script import _offline, _signals_as_they_were, files, here, site  # noqa: F401
 

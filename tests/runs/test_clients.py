@@ -16,7 +16,7 @@ from fedlora import Config
 from fedlora.client.local_training import LocalTraining
 from fedlora.commands.cli import main
 from fedlora.config.config import CLIENT_KEYS
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.runs.metrics_log import read_metrics
 from support.clients import keys  # noqa: F401

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.runs.course import has_personal_models
-from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Exchange, Failure
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import LOGGED, REPORTED, Evaluations, Event, Report
 from fedlora.runs.metrics_log import read_metrics
@@ -58,9 +58,7 @@ class OneByOne:
     identity: Mapping[str, str] = {"data": "of the test"}
     can_evaluate = True
 
-    def exchange(
-        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[ClientResult | Failure]:
+    def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
         for sent in self.order(broadcasts):
             if (sent.round, sent.client) in self.fails:
                 yield Failure(sent.client, "its machine is gone")

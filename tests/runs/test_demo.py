@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fedlora.commands.cli import main
-from fedlora.commands.report.reading import read_run
 from fedlora.commands.report.series import group
+from fedlora.commands.run_files import read_run
 from fedlora.runs.metrics_log import read_metrics
 
 SHORT = {

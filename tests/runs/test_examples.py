@@ -13,7 +13,8 @@ import torch
 
 import fedlora
 from fedlora.commands.cli import main
-from fedlora.config.sources import layered, read_yaml
+from fedlora.config.sources import layered
+from fedlora.config.yaml_file import read_yaml
 from support.paths import REPOSITORY
 from support.rows import write_jsonl
 

@@ -45,6 +45,8 @@ def test_it_is_reported(kept: Path) -> None:
 
 
 def test_it_is_watched(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(kept)]) == 0
+    assert "round 2 of 3" in capsys.readouterr().out
     assert main(["watch", str(kept), "--once"]) == 0
     assert "2/3" in capsys.readouterr().out.replace(" of ", "/")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fedlora.engines.local import LocalEngine
 from fedlora.errors import FedloraError, InputError
 from fedlora.federation.messages import Broadcast
 from fedlora.lowrank import LowRank
-from fedlora.runs.engine import ClientResult, Failure
+from fedlora.runs.engine import Exchange, Failure
 from fedlora.runs.events import Event
 from fedlora.runs.results import Result
 from fedlora.runs.session import assemble
@@ -38,9 +38,7 @@ class LosesAnswers(LocalEngine):
         super().__init__(*arguments)
         self.lost, self.attempts = lost, dict[int, int]()
 
-    def exchange(  # type: ignore[override]
-        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[ClientResult | Failure]:
+    def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
         number = broadcasts[0].round
         attempt = self.attempts[number] = self.attempts.get(number, 0) + 1
         for result in super().exchange(broadcasts, deadline):
@@ -66,6 +64,8 @@ def test_a_round_that_is_tried_again_leaves_no_trace(keys: dict[str, Any], tmp_p
     disturbed = take(keys, tmp_path / "disturbed", {(1, 1): {0, 2}, (2, 1): {0, 1, 2, 3}}, told)
     assert tensor_files(run(keys, "quiet").output_dir) == tensor_files(disturbed.output_dir)
     again = [e["message"] for e in told if e["event"] == "warning" and "again" in e["message"]]
+    lines = [line for line in disturbed.metrics if line["event"] == "round"]
+    assert [line["attempts"] for line in lines] == [2, 2]
     assert again == [
         "2 of 4 clients count in round 1, fewer than min_clients_per_round 3; it is tried again",
         "0 of 4 clients count in round 2, fewer than min_clients_per_round 3; it is tried again",
@@ -91,12 +91,36 @@ def test_a_run_that_stops_below_it_goes_on_later(keys: dict[str, Any], tmp_path:
     assert tensor_files(resumed.output_dir) == tensor_files(run(keys, "quiet").output_dir)
 
 
+def test_a_round_closes_with_the_updates_it_needs(keys: dict[str, Any]) -> None:
+    """Repeated and resumed runs in one process have the same bytes; the others leave no trace."""
+    keys |= {"num_rounds": 3, "clients_needed_per_round": 3, "cohort_size": 2}
+    told: list[Event] = []
+
+    def stop(result: Any) -> None:
+        if result.record.round == 1:
+            raise KeyboardInterrupt
+
+    whole = run(keys, "whole", report=told.append)
+    with pytest.raises(KeyboardInterrupt):
+        run(keys, "resumed", callbacks=[stop])
+    resumed = fedlora.run(resume=Path(keys["output_dir"]).with_name("resumed"))
+    assert tensor_files(whole.output_dir) == tensor_files(resumed.output_dir)
+    assert not [e for e in told if e["event"] == "warning"]
+    lines = [line for line in whole.metrics if line["event"] == "round"]
+    for line in lines:
+        assert line["attempts"] == 1
+        (left,) = (c for c in line["clients"] if c["outcome"] == "unneeded")
+        assert (left["weight"], left["bytes_up"]) == (0, 0)
+        assert left["rejected"] == "the round was full"
+        counted = [c for c in line["clients"] if c["outcome"] == "counted"]
+        assert sum(c["weight"] for c in counted) == pytest.approx(1)
+        assert len(counted) == 3
+
+
 class SendsNonsense(LocalEngine):
     """An engine that brings client 0 twice, client 9, and updates that nobody asked for."""
 
-    def exchange(  # type: ignore[override]
-        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[ClientResult | Failure]:
+    def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
         for result in super().exchange(broadcasts, deadline):
             update = result.update
             if result.client == 0:
@@ -136,6 +160,8 @@ def test_answers_that_nobody_asked_for_end_no_run(keys: dict[str, Any], tmp_path
             {"clients_per_round": 0.5},
             "min_clients_per_round: 3, but a round asks 2 clients; lower it",
         ),
+        ({"clients_needed_per_round": 5}, "a round asks 4 clients; lower it"),
+        ({"clients_needed_per_round": 2}, "3 are more than clients_needed_per_round 2"),
         ({"clients_per_round": 2}, "min_clients_per_round: 3 are more than clients_per_round 2"),
         ({"round_timeout": 9.0}, "round_timeout belongs to engine: workers"),
         ({"round_attempts": 0}, "round_attempts: 0 must be"),

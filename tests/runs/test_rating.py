@@ -13,7 +13,8 @@ from torch import Tensor
 
 import fedlora
 from fedlora.adapters.saved_adapter import load_adapter
-from fedlora.config.sources import layered, read_yaml
+from fedlora.config.sources import layered
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import BASE_DIR, CONFIG
 from fedlora.errors import InputError
 from fedlora.lowrank import to_dense

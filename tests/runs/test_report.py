@@ -14,8 +14,9 @@ import fedlora
 from fedlora import embedded as demo
 from fedlora.commands.cli import main
 from fedlora.commands.report.page import data_of, render
-from fedlora.commands.report.reading import read_run
-from fedlora.config.sources import layered, read_yaml
+from fedlora.commands.run_files import read_run
+from fedlora.config.sources import layered
+from fedlora.config.yaml_file import read_yaml
 from support.report import collected
 
 pytestmark = pytest.mark.usefixtures("kept_bases")

@@ -23,7 +23,7 @@ from fedlora.client.local_training import LocalTraining
 from fedlora.client.trainer import train
 from fedlora.client.worker import Trained, Worker
 from fedlora.commands.cli import main
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.data.datasets import load_data
 from fedlora.data.tokenize import Tokens
 from fedlora.embedded import BASE_DIR

@@ -11,7 +11,7 @@ import pytest
 
 from fedlora.commands.cli import main
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.text import human_bytes
 from support.views import Say, _offline, _signals_as_they_were, here, say  # noqa: F401
 

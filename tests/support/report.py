@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedlora.commands.report.collect import Collected, collect
-from fedlora.commands.report.reading import find_runs, names_of, read_run
+from fedlora.commands.report.reading import find_runs, names_of
 from fedlora.commands.report.spectrum import read_spectrum
+from fedlora.commands.run_files import read_run
 
 
 def collected(*paths: Path) -> Collected:

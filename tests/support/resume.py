@@ -38,7 +38,7 @@ from fedlora.adapters import saved_adapter as adapters
 from fedlora.client import worker
 from fedlora.commands import cli
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.engines import local
 from fedlora.model import passes
 from fedlora.runs import directory as checkpoint

@@ -111,7 +111,13 @@ def steps_of(number: int, steps: int = 12) -> list[Event]:
                     "tokens": 9,
                 }
             )
-    return [*out, *({"event": "client_end", "client": k, "metrics": {}} for k in (0, 1))]
+    return [
+        *out,
+        *(
+            {"event": "client_end", "client": k, "metrics": {}, "outcome": "counted"}
+            for k in (0, 1)
+        ),
+    ]
 
 
 def whole_run() -> list[Event]:

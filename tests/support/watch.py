@@ -13,11 +13,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from fedlora.commands.watch.view import (
-    Look,
-    Reader,
-    view,
-)
+from fedlora.commands.look import Look, Reader
+from fedlora.commands.watch.view import view
 from fedlora.runs.progress import PROGRESS
 
 Line = dict[str, Any]
@@ -106,6 +103,8 @@ def snapshot(count: int = 3, training: int = 2, **more: Any) -> dict[str, Any]:
             "training": training,
             "done": count - training,
             "rejected": 0,
+            "late": 0,
+            "unneeded": 0,
         },
         "clients": states,
         "losses": [[x / 10, 4.0 - x / 10] for x in range(1, 22)],

@@ -16,7 +16,7 @@ KILLED = """
 import os, signal, sys
 import fedlora
 from fedlora.engines import local
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 
 def report(event):
     if event["event"] == "round":

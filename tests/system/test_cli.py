@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from fedlora.commands.cli import main
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.runs.metrics_log import read_metrics
 from support.script import (  # noqa: F401
     FEDLORA,

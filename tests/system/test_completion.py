@@ -16,6 +16,7 @@ from fedlora.commands.completion import EVERY_VERB, SHELLS, bash, fish, zsh
 from fedlora.config.config import Config
 from fedlora.methods import METHODS
 from support.completion import KNOWN
+from support.paths import REPOSITORY
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not here")
 
@@ -127,6 +128,7 @@ def test_values(words: list[str], found: list[str], script: Path, here: Path) ->
         (["run", "m"], {"my data", "my.yaml"}),
         (["config", "e"], {"embedded"}),
         (["watch", ""], {"my data", "runs"}),
+        (["status", ""], {"my data", "runs"}),
         (["report", "runs", "my"], {"my data"}),
         (["aggregate", "runs", "my"], {"my data"}),
         (["aggregate", "runs", "--output", "r"], {"runs"}),
@@ -164,6 +166,19 @@ def test_the_script_is_printed(shell: str, capsys: pytest.CaptureFixture[str]) -
     if program is None:
         pytest.skip(f"{shell} is not here to check the syntax")
     done = subprocess.run([program, "-n"], input=out, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_looking_at_a_run_imports_no_torch() -> None:
+    program = f"""
+import sys
+from fedlora.commands.cli import main
+assert main(["status", {str(REPOSITORY / "tests" / "data" / "run")!r}]) == 0
+assert main(["watch", {str(REPOSITORY / "tests" / "data" / "run")!r}, "--once"]) == 0
+heavy = {{"torch", "transformers", "peft", "datasets", "pydantic", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -102,12 +102,21 @@ def test_what_reads_a_run(told: Told, here: Path) -> None:
     assert look["evaluation"] == rounds[-1]["evaluation"]
     assert [c["rank"] for c in look["clients"]] == [8, 4, 2, 2]
     assert told("watch out --once")[0]["round"] == 2
+    (status,) = told("status out")
+    assert (status["state"], status["round"], status["result"]) == ("ended", 2, "out/final")
+    assert [c["counted"] for c in status["clients"]] == [2, 2, 2, 2]
+    assert [c["bytes_up"] for c in status["clients"]] == [
+        sum(line["clients"][k]["bytes_up"] for line in rounds) for k in range(4)
+    ]
+    assert status["best_round"] == lines[-1]["best"]
     # an unfinished run: it says how to go on
     (here / "out" / "final").rename(here / "final")
     progress = json.loads((here / "out" / "progress.json").read_text())
     (here / "out" / "progress.json").write_text(json.dumps({**progress, "phase": "stopped"}))
     (look,) = told("watch out --once")
     assert (look["ended"], look["alive"]) == (False, False)
+    (status,) = told("status out")
+    assert (status["state"], status["result"]) == ("stopped", "out/round-2")
     assert "fedlora run --resume out" in look["status"]
     (report,) = told("report out --output page.html --format html,png")
     assert all(Path(x).is_file() for x in report["written"])
@@ -207,6 +216,7 @@ def test_completion_and_version(told: Told, capfd: pytest.CaptureFixture[str]) -
         ("config --schema my.yaml", "my.yaml: --schema is the same for all"),
         ("demo --method flora", "method: the demo compares"),
         ("watch", "watch: give the output directory of one run"),
+        ("status", "status: give the output directory of one run"),
         ("report nowhere", "nowhere: no such directory"),
         ("eval nowhere", "nowhere"),
         ("generate", "generate: name a run's directory"),

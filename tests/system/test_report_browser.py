@@ -377,7 +377,9 @@ def test_classifier_has_its_labels_and_what_was_rejected(show: Any) -> None:
     assert "Accuracy" in said
     assert "Macro F1" in said
     assert "<who> 0.5 0.25 0.333333 8" in said
-    assert "its values are not finite" in page.find_element("id", "bytes").text
+    attendance = page.find_element("id", "attendance").text
+    assert "its values are not finite" in attendance
+    assert "client rank counted failed\n" in attendance  # and nothing else has happened
     assert "Not measured" in page.find_element("id", "clients").text
 
 

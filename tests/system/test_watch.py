@@ -19,13 +19,10 @@ from typing import Any
 
 import pytest
 
-from fedlora.commands.watch.view import (
-    Look,
-    Reader,
-    clients,
-    status,
-    time_left,
-)
+from fedlora.commands.look import Look, Reader
+from fedlora.commands.watch.client_table import clients
+from fedlora.commands.watch.figures import time_left
+from fedlora.commands.watch.view import status
 from support.watch import START, Line, a_round, look_at, shown, snapshot, written
 
 END: Line = {"event": "end", "round": 4, "final": 4, "best": 3}

@@ -209,7 +209,7 @@ def sleeps(model: Any, dataset: Any, training: Any) -> Any:
 
 
 def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
-    """Its process is ended, and the next round trains it again."""
+    """It makes no step, so its process is replaced; and the next round trains it again."""
     session = assemble(Config(**{**keys, **POOL}))
     server = Server(session.federation, starting_state(session), Mean())
     with closing(WorkersEngine(session, sleeps, lambda event: None)) as engine:
@@ -217,7 +217,7 @@ def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
         outcomes = list(engine.exchange([*server.plan().values()], time.monotonic() + 15))
         assert sorted(outcome.client for outcome in outcomes) == [0, 1, 2]
         (failure,) = (outcome for outcome in outcomes if isinstance(outcome, Failure))
-        assert failure == Failure(1, "it was not done by the round's deadline")
+        assert failure == Failure(1, "it was not done by the round's deadline", late=True)
         for outcome in outcomes:
             if isinstance(outcome, ClientResult):
                 assert server.accept(outcome.update) == ""
@@ -248,10 +248,37 @@ def test_a_round_waits_for_nobody_beyond_its_time(keys: Keys, tmp_path: Path) ->
     keys |= {"num_rounds": 2, "round_timeout": 20.0, "min_clients_per_round": 2}
     pool = take(keys, tmp_path, report=events.append, train_function=sleeps, **POOL)
     first, second = rounds_with_metrics(pool)
-    assert [bool(client["weight"]) for client in first["clients"]] == [True, False, True]
+    assert [client["outcome"] for client in first["clients"]] == ["counted", "late", "counted"]
     assert all(client["weight"] for client in second["clients"])
     warnings = [e["message"] for e in events if e["event"] == "warning"]
     assert warnings == ["client 1 is left out of round 1: it was not done by the round's deadline"]
+
+
+def steps_on(model: Any, dataset: Any, training: Any) -> Any:
+    """A local training of which client 0 sees no end: step after step."""
+    if training.client == 0:
+        for step in range(1, 100_000):
+            training.on_step(step, 100_000, 1.0, 1)
+            time.sleep(0.01)
+    return train(model, dataset, training)
+
+
+def test_a_full_round_stops_who_still_trains(keys: Keys, tmp_path: Path) -> None:
+    """No worker is replaced, and whoever was stopped is asked again."""
+    events, pids = list[Event](), set[int]()
+
+    def report(event: Event) -> None:
+        events.append(event)
+        pids.update(process.pid for process in workers())
+
+    keys |= {"num_rounds": 3, "clients_needed_per_round": 2, "method": "fedsa"}
+    keys |= {"client_ranks": [4, 4, 4]}
+    pool = take(keys, tmp_path, report=report, train_function=steps_on, **POOL)
+    for line in rounds_with_metrics(pool):
+        assert [c["outcome"] for c in line["clients"]] == ["unneeded", "counted", "counted"]
+        assert [c["weight"] > 0 for c in line["clients"]] == [False, True, True]
+    assert not [e for e in events if e["event"] == "warning"]
+    assert len(pids) == 2
 
 
 def test_workers_that_load_the_base_themselves_give_the_same(keys: Keys, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def test_the_numbers_of_purposes_never_change() -> None:
         "HEAD": 9,
         "TRAIN_ROWS": 10,
         "EVAL_ROWS": 11,
+        "ORDER": 12,
     }
 
 

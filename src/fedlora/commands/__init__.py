@@ -15,6 +15,7 @@ VERBS = {
     "config": "fedlora.commands.config",
     "demo": "fedlora.commands.demo.verb",
     "watch": "fedlora.commands.watch.verb",
+    "status": "fedlora.commands.status",
     "report": "fedlora.commands.report.verb",
     "eval": "fedlora.commands.eval.verb",
     "generate": "fedlora.commands.generate",

@@ -33,6 +33,7 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
   fedlora config [CONFIG.yaml] [--key value ...]
                                     every key, its value and one line on what it does
   fedlora watch DIR                 look at a run that goes on elsewhere
+  fedlora status DIR                where a run stands, and every client's part in it
   fedlora report DIR [DIR ...]      runs become one page: report.html
   fedlora eval MODEL_OR_RUN         lm-evaluation-harness, MMLU, MT-bench, forgetting
   fedlora generate MODEL_OR_RUN     answers of the global model, a client's and the base's

@@ -78,9 +78,14 @@ def check_clients_per_round(config: Config) -> None:
 def check_round_under_failure(config: Config) -> None:
     """A round waits for no more clients than it asks, and only workers can be stopped."""
     least, asked = config.min_clients_per_round, config.clients_per_round
-    if least is not None and isinstance(asked, int) and least > asked:
+    needed = config.clients_needed_per_round
+    for key, number in (("min_clients_per_round", least), ("clients_needed_per_round", needed)):
+        if number is not None and isinstance(asked, int) and number > asked:
+            raise ValueError(f"{key}: {number} are more than clients_per_round {asked} asks")
+    if least is not None and needed is not None and least > needed:
         raise ValueError(
-            f"min_clients_per_round: {least} are more than clients_per_round {asked} asks"
+            f"min_clients_per_round: {least} are more than clients_needed_per_round {needed}, with "
+            "which a round closes"
         )
     if config.round_timeout is not None and config.engine == "local":
         raise ValueError(

@@ -179,6 +179,11 @@ class Config(BaseModel):
         ge=1,
         description="fewer updates commit no round; none: with none the model stays as it is",
     )
+    clients_needed_per_round: Annotated[int | None, Mark.ALONE] = Field(
+        None,
+        ge=1,
+        description="updates after which a round closes (over-selection); none: all it asks for",
+    )
     round_attempts: int = Field(
         3, ge=1, description="of a round below min_clients_per_round, before the run stops"
     )

@@ -15,14 +15,14 @@ from fedlora.client.local_training import StepCallback, TrainFunction
 from fedlora.client.trainer import name_of_trainer, train
 from fedlora.client.worker import Trained, Worker
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.runs.course import Course, has_personal_models
 from fedlora.runs.directory import RunDirectory, check_free
-from fedlora.runs.engine import ClientResult, Engine, EngineState
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Exchange
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step, ignore
 from fedlora.runs.observers import observers
@@ -165,10 +165,11 @@ class LocalEngine:
         """Whether there is anything to evaluate the global model on."""
         return self.evaluator.possible
 
-    def exchange(
-        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[ClientResult]:
-        """Train the clients, several in a pass; `deadline` is not needed, for every one answers."""
+    def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
+        """Train the clients, several in a pass; `deadline` is not needed, for every one answers.
+
+        A round that is full trains no further pass.
+        """
         begun = set[int]()
 
         def train_group(group: Sequence[Broadcast]) -> list[ClientResult]:
@@ -178,7 +179,33 @@ class LocalEngine:
                     self._tell_begin(sent)
             return self._train(group)
 
-        return self.cohorts.train(broadcasts, train_group, joint=self.worker.joint)
+        with self.undoing(broadcasts) as unheard:
+            for result in self.cohorts.train(broadcasts, train_group, joint=self.worker.joint):
+                unheard.discard(result.client)
+                yield result
+
+    @contextmanager
+    def undoing(self, broadcasts: Sequence[Broadcast]) -> Iterator[set[int]]:
+        """An exchange, after which clients whose result nobody took are as they were before.
+
+        They may have trained, in a pass with clients that count.
+
+        Args:
+            broadcasts: of the exchange.
+
+        Returns:
+            A context with the clients whose result is still to be taken; the caller removes those
+            whose is.
+        """
+        before, unheard = dict(self.states), {sent.client for sent in broadcasts}
+        try:
+            yield unheard
+        finally:
+            for client in unheard & set(self.states):
+                if client in before:
+                    self.states[client] = before[client]
+                else:
+                    del self.states[client]
 
     def _train(self, group: Sequence[Broadcast]) -> list[ClientResult]:
         return [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,8 +30,16 @@ STEP = "step"
 """The kind of a message that tells of a client's step."""
 FAILED = "failed"
 """The kind of a message that says why the clients of a request were not trained."""
+STOP = "stop"
+"""The kind of the pool's message that calls off the request a worker is at."""
+STOPPED = "stopped"
+"""The kind of a worker's answer to it."""
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class _CalledOff(BaseException):
+    """The pool wants no more of a request; no `except Exception` of a user's training stops it."""
 
 
 @dataclass
@@ -63,13 +72,17 @@ def serve(
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             message = decode(connection.recv_bytes())
-            _answer(connection, worker, message, header, held)
+            if message.header.kind != STOP:  # else it was answered before that came
+                _answer(connection, worker, message, header, held)
 
 
 def _answer(
     connection: Connection, worker: Worker, message: Message, header: Header, held: _Round
 ) -> None:
-    """Train the clients that a request names, and send what became of them."""
+    """Train the clients that a request names, and send what became of them.
+
+    Whether the pool has called it off is looked for at every step.
+    """
     asked = message.header
     check_header(asked, replace(header, round=asked.round, attempt=asked.attempt))
     if asked.round != held.number:
@@ -82,6 +95,9 @@ def _answer(
         def tell(step: int, steps: int, loss: float, tokens: int) -> None:
             body = {"client": client, "step": step, "steps": steps, "loss": loss, "tokens": tokens}
             connection.send_bytes(encode(Message(replace(asked, kind=STEP), body)))
+            if connection.poll():  # nothing else is sent to a worker that is at work
+                decode(connection.recv_bytes())
+                raise _CalledOff
 
         return tell
 
@@ -90,6 +106,8 @@ def _answer(
         reply = trained_message(asked, updates, worker.states)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
+    except _CalledOff:
+        reply = Message(replace(asked, kind=STOPPED), {})
     except Exception as error:
         reply = _failure(asked, error)
     connection.send_bytes(encode(reply))
@@ -106,6 +124,25 @@ def _failure(asked: Header, error: Exception) -> Message:
         "trace": "".join(traceback.format_exception(error)),
     }
     return Message(replace(asked, kind=FAILED), body)
+
+
+def has_stopped(connection: Connection, stops_by: float) -> bool:
+    """Read what a worker still sends of a request that was called off, until it is idle.
+
+    Args:
+        connection: the pool's end.
+        stops_by: a moment of `time.monotonic()` after which it is not waited for.
+
+    Returns:
+        Whether it is idle: not where it goes on, or has ended.
+    """
+    try:
+        while connection.poll(max(0.0, stops_by - time.monotonic())):
+            if decode(connection.recv_bytes()).header.kind != STEP:
+                return True  # it has stopped, or was done just before
+    except (EOFError, OSError):
+        pass
+    return False
 
 
 def _end_with_the_pool() -> None:

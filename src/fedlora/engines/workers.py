@@ -17,7 +17,8 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -30,21 +31,23 @@ from fedlora.client.local_training import TrainFunction
 from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.engines.local import LocalEngine, make_worker
-from fedlora.engines.worker_process import FAILED, STEP, serve
+from fedlora.engines.worker_process import FAILED, STEP, STOP, has_stopped, serve
 from fedlora.errors import FedloraError
-from fedlora.federation.envelope import Header, check_header, decode, encode
+from fedlora.federation.envelope import Header, Message, check_header, decode, encode
 from fedlora.federation.exchange import client_start, server_view
 from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.wire import GroupNames, read_trained, train_message
 from fedlora.lowrank import Deltas, add_all
 from fedlora.methods.rule import Shapes
 from fedlora.methods.values import ServerState
-from fedlora.runs.engine import ClientResult, EngineState, Failure
+from fedlora.runs.engine import ClientResult, EngineState, Exchange, Failure
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step
 from fedlora.runs.session import Session, assemble
 
 MOST_ATTEMPTS = 3
 """How often clients are asked to train whose worker process ends under them."""
+PATIENCE = 5.0
+"""Seconds a worker has to stop training; one that makes no step in this time is replaced."""
 
 Outcome = ClientResult | Failure
 """What became of a client."""
@@ -80,7 +83,9 @@ class _Process:
         connection: the pool's end.
         round: of the groups that it holds.
         known: names of these groups.
-        task: what it is at; None: nothing.
+        task: what it is at; None: nothing that is waited for.
+        stops_by: a moment of `time.monotonic()` after which it is replaced unless it has stopped
+            what it was at; None: it was not told to stop.
     """
 
     process: Any
@@ -88,6 +93,7 @@ class _Process:
     round: int = 0
     known: frozenset[str] = frozenset()
     task: _Task | None = None
+    stops_by: float | None = None
 
 
 class WorkersEngine:
@@ -158,24 +164,35 @@ class WorkersEngine:
 
     # --- a round ---
 
-    def exchange(self, broadcasts: Clients, deadline: float | None = None) -> Iterator[Outcome]:
-        """Train the clients, as many in a pass as `cohort_size` says and a pass per worker."""
+    def exchange(self, broadcasts: Clients, deadline: float | None = None) -> Exchange:
+        """Train the clients, as many in a pass as `cohort_size` says and a pass per worker.
+
+        At the deadline, or when the round is full, workers that still train are told to stop.
+        """
         self._begun.clear()
+        self._regain_workers()
         for worker in self._pool:  # a round that is tried again names its groups anew
             worker.known = frozenset()
         names, sent = GroupNames(), {broadcast.client: broadcast for broadcast in broadcasts}
         waiting = deque(map(_Task, self._grouped(broadcasts)))
-        while waiting or self._busy:
-            self._hand_out(waiting, names)
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait([worker.connection for worker in self._busy], left)
-            if not ready:
-                yield from self._stop(waiting)
-                return
-            for worker in [w for w in self._busy if w.connection in ready]:
-                outcomes = self._hear(worker, waiting, sent)
-                self._hand_out(waiting, names)  # before the course folds what has come
-                yield from outcomes
+        with self.local.undoing(broadcasts) as unheard:
+            try:
+                while waiting or self._busy:
+                    self._hand_out(waiting, names)
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    ready = wait([worker.connection for worker in self._busy], left)
+                    if not ready:
+                        break
+                    for worker in [w for w in self._busy if w.connection in ready]:
+                        outcomes = self._hear(worker, waiting, sent)
+                        self._hand_out(waiting, names)  # before the course folds what has come
+                        for outcome in outcomes:
+                            unheard.discard(outcome.client)
+                            yield outcome
+            finally:
+                self._call_off()
+            for client in sorted(unheard):
+                yield Failure(client, "it was not done by the round's deadline", late=True)
 
     @property
     def _busy(self) -> list[_Process]:
@@ -283,16 +300,24 @@ class WorkersEngine:
         error.add_note(body["trace"])
         raise error
 
-    def _stop(self, waiting: deque[_Task]) -> Iterator[Failure]:
-        """The deadline has passed: whoever is missing has failed, and trains no longer."""
-        late = [client for left in waiting for client in left.clients]
-        waiting.clear()
+    # --- stopping ---
+
+    def _call_off(self) -> None:
+        """Tell the workers that still train to stop; what they answer is dropped."""
         for worker in self._busy:
-            assert worker.task is not None
-            late += worker.task.clients
-            self._replace(worker)
-        for broadcast in sorted(late, key=lambda broadcast: broadcast.client):
-            yield Failure(broadcast.client, "it was not done by the round's deadline")
+            worker.task, worker.stops_by = None, time.monotonic() + PATIENCE
+            with suppress(OSError):  # it has died: `_regain_workers` finds out
+                worker.connection.send_bytes(encode(Message(replace(self.header, kind=STOP), {})))
+
+    def _regain_workers(self) -> None:
+        """Wait for those that were told to stop, and replace those that go on, or have died."""
+        for worker in list(self._pool):
+            if worker.stops_by is None:
+                continue
+            if has_stopped(worker.connection, worker.stops_by):
+                worker.stops_by = None
+            else:
+                self._replace(worker)
 
     def _modules(self, broadcast: Broadcast) -> Shapes:
         """The modules that a client was asked to train, in the federation's order."""
@@ -339,7 +364,7 @@ class WorkersEngine:
     def close(self) -> None:
         """End all workers."""
         for worker in self._pool:
-            _end(worker, patience=0.0 if worker.task else 5.0)
+            _end(worker, patience=0.0 if worker.task or worker.stops_by else 5.0)
         self._pool.clear()
 
     def _warn(self, message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from fedlora.federation.aggregation_error import Norms, measure_change
 from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.participants import Federation
-from fedlora.federation.records import ClientRecord, LayerRecord, RoundRecord
+from fedlora.federation.records import ClientRecord, LayerRecord, Outcome, RoundRecord
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 
@@ -31,6 +31,19 @@ class Answer:
     metrics: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Rejection:
+    """Why a client of a round does not count.
+
+    Args:
+        reason: in words.
+        outcome: what became of it.
+    """
+
+    reason: str
+    outcome: Outcome = "failed"
+
+
 def answer_of(update: ClientUpdate) -> Answer:
     """What is remembered of an update."""
     rank = max((x.rank for x in update.adapter.values()), default=None)
@@ -41,7 +54,7 @@ def client_records(
     federation: Federation,
     broadcasts: Mapping[int, Broadcast],
     answers: Mapping[int, Answer],
-    rejected: Mapping[int, str],
+    rejected: Mapping[int, Rejection],
     total_weight: float,
 ) -> tuple[ClientRecord, ...]:
     """One record for every client that was asked, in client order.
@@ -55,9 +68,11 @@ def client_records(
     """
     records = []
     for client, sent in sorted(broadcasts.items()):
-        answer, reason = answers.get(client), rejected.get(client, "")
+        answer, rejection = answers.get(client), rejected.get(client)
+        if answer is None and rejection is None:
+            rejection = Rejection("")  # the round was closed without it
         weight = 0.0
-        if answer is not None and not reason and total_weight > 0:
+        if answer is not None and rejection is None and total_weight > 0:
             fixed = federation.agreement.fixed_weight
             weight = fixed or federation.weight(answer.num_examples) / total_weight
         records.append(
@@ -69,7 +84,8 @@ def client_records(
                 bytes_down=sent.nbytes,
                 bytes_up=answer.nbytes if answer else 0,
                 metrics=answer.metrics if answer else {},
-                rejected=reason,
+                rejected=rejection.reason if rejection else "",
+                outcome=rejection.outcome if rejection else "counted",
             )
         )
     return tuple(records)

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Outcome = Literal["counted", "failed", "late", "unneeded"]
+"""What became of a client that a round has asked: its update counts; it failed, or its update was
+refused; it was not done by the deadline; the round was full before it was done."""
 
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client's part in a round, for the log."""
+    """One client's part in a round, for the log.
+
+    Args:
+        client: its number.
+        rank: of the adapter it was sent.
+        num_examples: rows it trained on, or would have.
+        weight: its share of the sum; 0 where it does not count.
+        bytes_down: sent to it.
+        bytes_up: received from it.
+        metrics: of its training; empty where no update came.
+        rejected: why it does not count; "" where it does.
+        outcome: what became of it.
+    """
 
     client: int
     rank: int
@@ -19,6 +35,7 @@ class ClientRecord:
     bytes_up: int
     metrics: Mapping[str, Any]
     rejected: str = ""
+    outcome: Outcome = "counted"
 
 
 @dataclass(frozen=True)

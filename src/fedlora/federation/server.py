@@ -32,8 +32,14 @@ from fedlora.federation.codec import as_new
 from fedlora.federation.exchange import client_start, encode_update, server_view
 from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.participants import Federation
-from fedlora.federation.recording import Answer, answer_of, client_records, round_record
-from fedlora.federation.records import RoundRecord
+from fedlora.federation.recording import (
+    Answer,
+    Rejection,
+    answer_of,
+    client_records,
+    round_record,
+)
+from fedlora.federation.records import Outcome, RoundRecord
 from fedlora.federation.server_step import step
 from fedlora.federation.spool import ReorderBuffer
 from fedlora.federation.traffic import bytes_down
@@ -100,7 +106,7 @@ class Server:
         self._truncation_error = 0.0
         self._broadcasts: dict[int, Broadcast] = {}
         self._answers: dict[int, Answer] = {}
-        self._rejected: dict[int, str] = {}
+        self._rejected: dict[int, Rejection] = {}
         self._buffer.open()
         self.aggregator.begin()
         # What was learnt, to measure the aggregation error against; None where the aggregator's own
@@ -175,14 +181,20 @@ class Server:
             self._fold(earlier)
         self._answers[client] = answer_of(update)
         if where := not_finite(update):
-            self._rejected[client] = f"its training ended in NaN or Inf ({where})"
+            reason = f"its training ended in NaN or Inf ({where})"
+            self._rejected[client] = Rejection(reason)
             self._buffer.skip(client)
-            return self._rejected[client]
+            return reason
         self._buffer.put(update)
         return ""
 
-    def reject(self, client: int, reason: str) -> None:
-        """Note that a client of this round failed; the round goes on without it.
+    def reject(self, client: int, reason: str, outcome: Outcome = "failed") -> None:
+        """Note that a client of this round does not count; the round goes on without it.
+
+        Args:
+            client: its number.
+            reason: why, in words.
+            outcome: what became of it.
 
         Raises:
             ValueError: its update was folded already, because another was taken after it.
@@ -190,7 +202,7 @@ class Server:
         counted = client in self._answers and client not in self._rejected
         if counted and client not in self._buffer:
             raise ValueError(f"client {client} has been counted already; it cannot be taken back")
-        self._rejected[client] = reason
+        self._rejected[client] = Rejection(reason, outcome)
         self._buffer.skip(client)
 
     def _fold(self, update: ClientUpdate) -> None:

@@ -136,7 +136,7 @@ def data_warnings(data: FederatedData) -> list[str]:
 
 
 def check_quorum(config: Config, asked: int) -> None:
-    """Refuse a round that could never be committed.
+    """Refuse a round that waits for more clients than it asks.
 
     Args:
         config: of the run.
@@ -145,9 +145,10 @@ def check_quorum(config: Config, asked: int) -> None:
     Raises:
         InputError: what to do.
     """
-    least = config.min_clients_per_round
-    if least is not None and least > asked:
-        raise InputError(
-            f"min_clients_per_round: {least}, but a round asks {asked} clients; lower it, or raise "
-            "clients_per_round"
-        )
+    for key in ("min_clients_per_round", "clients_needed_per_round"):
+        number = getattr(config, key)
+        if number is not None and number > asked:
+            raise InputError(
+                f"{key}: {number}, but a round asks {asked} clients; lower it, or raise "
+                "clients_per_round"
+            )

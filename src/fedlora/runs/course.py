@@ -7,28 +7,23 @@ these train, is the engine's to know (`fedlora.runs.engine`).
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from fedlora.errors import FedloraError, InputError
+from fedlora.errors import InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import global_delta
-from fedlora.federation.messages import Broadcast
 from fedlora.federation.records import RoundRecord
 from fedlora.federation.server import Server
-from fedlora.lowrank import Deltas
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
 from fedlora.runs.best_round import Best
 from fedlora.runs.directory import RunDirectory, Saved
-from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
+from fedlora.runs.engine import Engine, EngineState
 from fedlora.runs.events import (
-    ClientEnd,
     End,
     EvaluateBegin,
     Evaluations,
@@ -36,8 +31,6 @@ from fedlora.runs.events import (
     Report,
     Resume,
     Round,
-    RoundBegin,
-    Scores,
     Start,
 )
 from fedlora.runs.final_model import (
@@ -54,12 +47,9 @@ from fedlora.runs.run_header import begin_event, header
 from fedlora.runs.safe_writing import write_errors_are_explained
 from fedlora.runs.session import Session
 from fedlora.runs.state_file import settled
+from fedlora.runs.training_round import Models, TrainingRound
 from fedlora.text import finite
 from fedlora.threads import Watcher
-
-Models = dict[int, tuple[Deltas, Mapping[str, Tensor]]]
-"""Client number -> the model it ended a round with: what is added to the base, what is trained
-whole."""
 
 
 def make_server(session: Session, initial: ServerState, spool: Path) -> Server:
@@ -192,7 +182,16 @@ class Course:
         number = self.server.state.round + 1
         last = number == self.config.num_rounds
         due = last or bool(self.config.eval_rounds and number % self.config.eval_rounds == 0)
-        models, personal = self._with_enough_clients(number, due, clock)
+        training = TrainingRound(
+            self.session,
+            self.server,
+            self.engine,
+            self.report,
+            clock,
+            due=due,
+            personal=self.personal,
+        )
+        training.run()
         clock.now("aggregate")
         record = self.server.commit()
         self.server.state = settled(self.server.state)
@@ -200,120 +199,23 @@ class Course:
         if not any(client.weight for client in record.clients):
             self._warn(f"no client counts in round {number}; the global model stays as it is")
         evaluations = self._evaluate() if due else Evaluations()
-        line = self._line(record, evaluations, personal, clock)
+        line = self._line(record, evaluations, training, clock)
         self._judge(number, line)
-        self._save(line, models)
+        self._save(line, training.models)
         for callback in self.callbacks:
             callback(RoundResult(record, self.log[-1], self.server.state))
-
-    def _with_enough_clients(
-        self, number: int, due: bool, clock: RoundClock
-    ) -> tuple[Models, dict[int, Scores]]:
-        """Have a round's clients trained, again where fewer than `min_clients_per_round` count.
-
-        An attempt that is given up leaves no trace: neither at the server, which has committed
-        nothing, nor in what clients keep for themselves.
-
-        Returns:
-            As `_exchange` does.
-
-        Raises:
-            FedloraError: there were too few in every attempt; the run can be resumed.
-        """
-        least, before = self.config.min_clients_per_round or 0, self.engine.state()
-        for attempt in range(1, self.config.round_attempts + 1):
-            broadcasts = self.server.plan()
-            clock.now("train")
-            self.report(RoundBegin(event="round_begin", round=number, clients=list(broadcasts)))
-            counted, models, personal = self._exchange(number, broadcasts, due, clock)
-            if counted >= least:
-                return models, personal
-            self.engine.restore(EngineState(self.engine.state().facts, before.clients))
-            if attempt < self.config.round_attempts:
-                self._warn(
-                    f"{counted} of {len(broadcasts)} clients count in round {number}, fewer than "
-                    f"min_clients_per_round {least}; it is tried again"
-                )
-            clock.now("aggregate")
-        raise FedloraError(
-            f"round {number}: {counted} of {len(broadcasts)} clients count, fewer than "
-            f"min_clients_per_round {least}, in {self.config.round_attempts} attempts; nothing of "
-            "it is kept. See above why they are left out; then go on with: fedlora run --resume "
-            f"{self.directory.path}"
-        )
-
-    def _exchange(
-        self, number: int, broadcasts: Mapping[int, Broadcast], due: bool, clock: RoundClock
-    ) -> tuple[int, Models, dict[int, Scores]]:
-        """Have the clients of a round trained, and their updates folded as they come.
-
-        Returns:
-            How many count, and the clients' own models and what they measure, where they are asked
-            for.
-        """
-        models, personal, counted = Models(), dict[int, Scores](), 0
-        missing, timeout = set(broadcasts), self.config.round_timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for outcome in self.engine.exchange([broadcasts[k] for k in sorted(broadcasts)], deadline):
-            if outcome.client not in missing:
-                self._warn(f"an answer of client {outcome.client} that nobody waits for is ignored")
-                continue
-            missing.discard(outcome.client)
-            if isinstance(outcome, Failure):
-                self._leave_out(number, outcome)
-                continue
-            try:
-                with clock.meanwhile("aggregate"):
-                    problem = self.server.accept(outcome.update)
-            except ValueError as error:  # not what it was asked for: its own fault, not the round's
-                self._leave_out(number, Failure(outcome.client, str(error)))
-                continue
-            self._client_ended(number, outcome.client, outcome.update.metrics, problem)
-            counted += not problem
-            if problem or self.personal:
-                continue  # a rule with personal models evaluates and keeps them by itself
-            with clock.meanwhile("evaluate"):
-                self._look_at_model(outcome, due, models, personal)
-        for client in sorted(missing):
-            self._leave_out(number, Failure(client, "it did not answer"))
-        return counted, models, personal
-
-    def _leave_out(self, number: int, failure: Failure) -> None:
-        self.server.reject(failure.client, failure.reason)
-        self._client_ended(number, failure.client, {}, failure.reason)
-
-    def _client_ended(
-        self, number: int, client: int, metrics: Mapping[str, Any], problem: str
-    ) -> None:
-        if problem:
-            self._warn(f"client {client} is left out of round {number}: {problem}")
-        self.report(ClientEnd(event="client_end", client=client, metrics=metrics, rejected=problem))
-
-    def _look_at_model(
-        self, result: ClientResult, due: bool, models: Models, personal: dict[int, Scores]
-    ) -> None:
-        """Keep and evaluate the model a client ended with, where that is asked for."""
-        evaluates, update = self.config.eval_personal and due, result.update
-        if not (evaluates or self.config.save_client_models):
-            return
-        model = result.model()
-        if self.config.save_client_models:
-            models[update.client] = model, update.dense
-        if evaluates and (
-            scores := self.engine.evaluate_client(update.client, model, update.dense)
-        ):
-            personal[update.client] = scores
 
     def _line(
         self,
         record: RoundRecord,
         evaluations: Evaluations,
-        personal: Mapping[int, Scores],
+        training: TrainingRound,
         clock: RoundClock,
     ) -> Round:
         line = cast(Round, {"event": "round", **_plain(record), **evaluations})
-        if personal:  # by client, whatever the order in which they answered
-            line["personal_evaluations"] = {str(k): personal[k] for k in sorted(personal)}
+        if scores := training.scores:  # by client, whatever the order in which they answered
+            line["personal_evaluations"] = {str(k): scores[k] for k in sorted(scores)}
+        line["attempts"] = training.attempts
         line["seconds"] = clock.seconds()
         if self.threads.number != self.config.num_threads:
             line["num_threads"] = self.threads.number

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.model.targets import Targets
-from fedlora.runs.file_names import CONFIG, FINAL, LOCK, METRICS, PARTIAL_CONFIG
+from fedlora.runs.file_names import CONFIG, FINAL, LOCK, METRICS, PARTIAL_CONFIG, ROUND
 from fedlora.runs.metrics_log import append_line, cut_off_half_a_line
 from fedlora.runs.safe_writing import (
     remove_directory,
@@ -47,7 +46,6 @@ from fedlora.runs.state_file import (
     state_to_tensors,
 )
 
-_ROUND = re.compile(r"^round-(\d+)$")
 _STATE, _FACTS = "state", "state.json"
 _SERVER, _CLIENTS = "server.safetensors", "clients.safetensors"
 
@@ -142,7 +140,7 @@ class RunDirectory:
 
     def rounds(self) -> list[int]:
         """The rounds on the disk, ascending, whole or damaged."""
-        matches = (_ROUND.match(p.name) for p in self.path.iterdir() if p.is_dir())
+        matches = (ROUND.fullmatch(p.name) for p in self.path.iterdir() if p.is_dir())
         return sorted(int(match.group(1)) for match in matches if match)
 
     def save_round(

@@ -8,7 +8,7 @@ shortest example, and `tests/runs/test_course.py` has a smaller one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,10 +46,16 @@ class Failure:
     Args:
         client: its number.
         reason: in words, for the log; it follows "client 3 is left out of round 2: ".
+        late: whether all that is wrong is that it was not done by the deadline.
     """
 
     client: int
     reason: str
+    late: bool = False
+
+
+Exchange = Generator[ClientResult | Failure, None, None]
+"""What becomes of a round's clients, one after the other; closing it calls off who is left."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +95,7 @@ class Engine(Protocol):
     def can_evaluate(self) -> bool:
         """Whether there is anything to evaluate the global model on."""
 
-    def exchange(
-        self, broadcasts: Sequence[Broadcast], deadline: float | None = None
-    ) -> Iterator[ClientResult | Failure]:
+    def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
         """Carry a round's broadcasts to their clients, and bring what comes back.
 
         A client that fails is a value and not an exception: exactly one `ClientResult` or `Failure`
@@ -100,13 +104,18 @@ class Engine(Protocol):
         exception ends the run: it says that the engine as a whole cannot go on.
 
         Args:
-            broadcasts: one for each client of the round, ascending by client.
+            broadcasts: one for each client of the round, in the order in which to begin with them:
+                ascending by client, or drawn where the round asks more clients than it needs.
             deadline: a moment of `time.monotonic()` after which nobody is waited for, who is
-                missing then being a `Failure`; None: as long as it takes.
+                missing then being a `Failure` that is late; None: as long as it takes.
 
         Returns:
-            An iterator. Between two of its values the course folds the update and may evaluate, so
-            an engine in one process must not count on the model being as it left it.
+            A generator. Between two of its values the course folds the update and may evaluate, so
+            an engine in one process must not count on the model being as it left it. The course
+            closes it as soon as the round has the updates it needs (`clients_needed_per_round`).
+            Then clients that still train are to stop, nobody else begins, an update that comes
+            later is dropped, and what those clients keep for themselves is as it was before the
+            round.
         """
 
     def evaluate(self, state: ServerState) -> Evaluations:

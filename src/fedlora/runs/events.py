@@ -97,12 +97,14 @@ class RoundBegin(TypedDict):
 
     Args:
         round: counted from 1.
-        clients: numbers of those that take part, ascending.
+        clients: numbers of those that are asked, ascending.
+        attempt: how often this round is tried now, counted from 1.
     """
 
     event: Literal["round_begin"]
     round: int
     clients: list[int]
+    attempt: int
 
 
 class ClientBegin(TypedDict):
@@ -138,18 +140,20 @@ class Step(TypedDict):
 
 
 class ClientEnd(TypedDict):
-    """A client has sent its update, or failed.
+    """A client has sent its update, has failed or was told to stop.
 
     Args:
         client: its number.
-        metrics: of its training; empty where it failed.
+        metrics: of its training; empty where no update came.
         rejected: why it does not count; "" where it does.
+        outcome: `counted`, `failed`, `late` or `unneeded`, as in `ClientRecord`.
     """
 
     event: Literal["client_end"]
     client: int
     metrics: Mapping[str, Any]
     rejected: str
+    outcome: str
 
 
 class EvaluateBegin(TypedDict):
@@ -204,10 +208,13 @@ class SometimesInRound(Evaluations, total=False):
     Args:
         personal_evaluations: client -> of the model it ended with; with `eval_personal`.
         num_threads: torch's, where the run took another number than `num_threads` says.
+        attempts: how often the round was tried; the record is of the last time. Lines of older
+            versions have it not.
     """
 
     personal_evaluations: Mapping[str, Scores]
     num_threads: int
+    attempts: int
 
 
 class Round(SometimesInRound):

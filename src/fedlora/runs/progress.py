@@ -10,7 +10,9 @@
     seconds_per_round  mean of the last rounds; null before one has ended
     share              part of the round's local training that is done, from 0 to 1
     tokens_per_second  in this round; null where nothing has been trained
-    counts             clients of this round: selected, waiting, training, done, rejected
+    attempt            how often this round is tried now, counted from 1
+    counts             clients of this round: selected, waiting, training, done, rejected, late,
+                       unneeded
     clients            {client: {rank, state, step, steps, loss}}; in a round of many clients only
                        those that train now
     losses             [[position in rounds, mean loss of a step over the clients], ...], thinned
@@ -29,7 +31,7 @@ import os
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +40,8 @@ from typing import Any
 from fedlora.runs.events import Event
 
 PROGRESS = "progress.json"
+STATES = {"counted": "done", "failed": "rejected", "late": "late", "unneeded": "unneeded"}
+"""What became of a client (`ClientRecord.outcome`) -> its state here."""
 HEARTBEAT = 5.0
 """Seconds after which it is written though nothing happened: a step can take minutes."""
 _LISTED = 128  # clients of a round that are listed one by one
@@ -107,13 +111,15 @@ class Progress:
             "num_rounds": None,
             "finished": 0,
             "round_began": None,
+            "attempt": 1,
         }
         self._seconds: deque[float] = deque(maxlen=5)
         self._warnings: deque[str] = deque(maxlen=5)
         self._ranks: list[int] = []
         self._clients: dict[int, dict[str, Any]] = {}
         self._training: set[int] = set()
-        self._selected = self._done = self._rejected = self._tokens = 0
+        self._selected = self._tokens = 0
+        self._ended = Counter[str]()  # state -> clients of this round that ended so
         self._last_step = 0.0
         self._losses = _Losses()
         self._handlers: dict[str, Callable[[Event], None]] = {
@@ -168,7 +174,9 @@ class Progress:
     def _on_round_begin(self, event: Event) -> None:
         chosen = list(event["clients"])
         self._facts |= {"phase": "training", "round": event["round"], "round_began": time.time()}
-        self._selected, self._done, self._rejected, self._tokens = len(chosen), 0, 0, 0
+        self._facts["attempt"] = event.get("attempt", 1)
+        self._selected, self._tokens = len(chosen), 0
+        self._ended.clear()
         self._training = set()
         self._clients = {}
         if len(chosen) <= _LISTED:
@@ -195,15 +203,14 @@ class Progress:
         self._last_step = time.time()
 
     def _on_client_end(self, event: Event) -> None:
-        client, rejected = event["client"], bool(event.get("rejected"))
+        client, state = event["client"], STATES[event["outcome"]]
         self._training.discard(client)
-        self._done += 1
-        self._rejected += rejected
+        self._ended[state] += 1
         if self._selected > _LISTED:
             self._clients.pop(client, None)
         elif client in self._clients:
-            self._clients[client]["state"] = "rejected" if rejected else "done"
-        if self._done == self._selected:
+            self._clients[client]["state"] = state
+        if self._ended.total() == self._selected:
             self._facts["phase"] = "aggregating"
 
     def _on_evaluate_begin(self, event: Event) -> None:
@@ -244,7 +251,7 @@ class Progress:
                 partial.unlink()
 
     def _snapshot(self) -> dict[str, Any]:
-        facts, count = self._facts, self._selected
+        facts, count, ended = self._facts, self._selected, self._ended.total()
         listed = list(self._clients.items())[:_LISTED]
         running = [self._clients[client] for client in self._training]
         part = sum(c["step"] / c["steps"] for c in running if c["steps"])
@@ -256,14 +263,13 @@ class Progress:
             **facts,
             "updated": time.time(),
             "seconds_per_round": sum(self._seconds) / len(self._seconds) if self._seconds else None,
-            "share": min((self._done + part) / count, 1.0) if count and going_on else 0.0,
+            "share": min((ended + part) / count, 1.0) if count and going_on else 0.0,
             "tokens_per_second": rate,
             "counts": {
                 "selected": count,
-                "waiting": max(count - self._done - len(self._training), 0),
+                "waiting": max(count - ended - len(self._training), 0),
                 "training": len(self._training),
-                "done": self._done - self._rejected,
-                "rejected": self._rejected,
+                **{state: self._ended[state] for state in STATES.values()},
             },
             "clients": {str(client): dict(found) for client, found in listed},
             "losses": self._losses.points

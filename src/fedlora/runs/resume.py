@@ -10,7 +10,7 @@ from pathlib import Path
 from fedlora.config.clients import client_ranks, settled_overrides
 from fedlora.config.config import Config
 from fedlora.config.keys import Mark, keys_marked
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.runs.file_names import CONFIG, FINAL

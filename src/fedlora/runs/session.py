@@ -314,6 +314,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
             "method_options": {},
             "num_clients": 1,
             "min_clients_per_round": None,
+            "clients_needed_per_round": None,
             "client_ranks": [rank],
             "client_overrides": {0: settings} if settings else None,
             "output_dir": str(output_dir),

@@ -52,7 +52,8 @@ def round_values(line: Event) -> Values:
         out["train/loss"] = sum(w * loss for w, loss in weighed) / sum(w for w, _ in weighed)
     if clients:
         out["train/clients"] = float(len(clients))
-        out["train/rejected"] = float(sum(bool(c.get("rejected")) for c in clients))
+        unneeded = sum(c.get("outcome") == "unneeded" for c in clients)
+        out["train/rejected"] = float(sum(bool(c.get("rejected")) for c in clients) - unneeded)
     parts = (("eval/", "evaluation"), ("general/", "general_evaluation"), ("privacy/", "privacy"))
     for prefix, key in (*parts, ("seconds/", "seconds")):
         out |= _numbers(prefix, line.get(key) or {})

@@ -12,7 +12,7 @@ import yaml
 from fedlora.commands.config import verb
 from fedlora.config.config import Config
 from fedlora.config.schema import config_schema
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
 from fedlora.errors import InputError
 

@@ -17,10 +17,11 @@ from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.commands.cli import main
 from fedlora.commands.report.collect import Collected
 from fedlora.commands.report.page import data_of, render, rounded
-from fedlora.commands.report.reading import find_runs, names_of, read_run
+from fedlora.commands.report.reading import find_runs, names_of
 from fedlora.commands.report.series import group
 from fedlora.commands.report.spectrum import EXACT_UP_TO, KEPT, read_spectrum
 from fedlora.commands.report.verb import verb
+from fedlora.commands.run_files import read_run
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 from fedlora.runs.file_names import AS_WRITTEN
@@ -49,11 +50,9 @@ def test_bounds_of_bytes(tmp_path: Path) -> None:
 def test_a_client_that_was_not_asked_has_no_bytes(tmp_path: Path) -> None:
     lines = lines_of(clients=4)
     del lines[2]["clients"][1]
-    lines[3]["clients"][2]["rejected"] = "not finite"
     traffic = collected(write_run(tmp_path / "run", lines)).runs[0].traffic
     assert traffic.up[0][1] is None
     assert traffic.up[1][1] is not None
-    assert traffic.rejected == ((2, 2, "not finite"),)
 
 
 def test_many_values_of_a_column_are_summed_up(tmp_path: Path) -> None:

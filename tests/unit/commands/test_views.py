@@ -17,7 +17,7 @@ import fedlora
 from fedlora.commands.cli import main
 from fedlora.commands.views.partition import _cells
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.data.datasets import load_rows
 from support.rows import rows, write_jsonl
 from support.views import Say, _offline, _signals_as_they_were, bars_of, files, here, say, table_of  # noqa: F401

@@ -45,6 +45,16 @@ def unchecked(**values: Any) -> Config:
             r"rank_shares: \[0.0, 0.0\] must be positive",
         ),
         (checks.check_clients_per_round, {"clients_per_round": 1.5}, "1.5 is no share"),
+        (
+            checks.check_round_under_failure,
+            {"clients_per_round": 5, "clients_needed_per_round": 6},
+            "clients_needed_per_round: 6 are more than clients_per_round 5 asks",
+        ),
+        (
+            checks.check_round_under_failure,
+            {"min_clients_per_round": 4, "clients_needed_per_round": 3},
+            "min_clients_per_round: 4 are more than clients_needed_per_round 3, with which",
+        ),
         (checks.check_local_training, {"cohort_size": 0}, "cohort_size: 0 must be at least 1"),
         (checks.check_local_training, {"max_steps": 0}, "max_steps: 0 trains nothing"),
         (checks.check_partition, {"partition": "labels"}, "labels needs partition_column"),

@@ -16,7 +16,7 @@ from fedlora.config.clients import (
     with_overrides_read,
 )
 from fedlora.config.config import CLIENT_KEYS
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.runs.session import assemble, resolve_paths
 from support.clients import keys  # noqa: F401

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fedlora.config.arguments import parse_overrides
 from fedlora.config.config import Config
-from fedlora.config.sources import layered, read_yaml
+from fedlora.config.sources import layered
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
 from fedlora.errors import InputError
 from fedlora.methods import METHODS

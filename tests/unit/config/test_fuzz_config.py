@@ -21,7 +21,8 @@ from fedlora.config.clients import (
     with_overrides_read,
 )
 from fedlora.config.config import CLIENT_KEYS, Config
-from fedlora.config.sources import layered, parse_overrides, read_yaml
+from fedlora.config.sources import layered, parse_overrides
+from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.methods import METHODS, rule_keys
 

@@ -122,6 +122,7 @@ def test_a_client_alone_differs_from_its_federation_in_the_keys_that_say_so(
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}]
     config = Config(
         method="exact", start_fraction=0.5, num_clients=2, min_clients_per_round=2,
+        clients_needed_per_round=2,
         client_ranks=[4, 8], client_overrides={0: {"max_steps": 3}}, save_total_limit=None,
     )  # fmt: skip
     session = Session(

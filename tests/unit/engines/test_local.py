@@ -57,6 +57,30 @@ def test_every_client_is_announced_once_and_answers(monkeypatch: pytest.MonkeyPa
     }  # fmt: skip
 
 
+def test_a_round_that_is_full_trains_no_further_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who trained beside the last that counts is as it was before."""
+    engine = LocalEngine(session(), train, lambda event: None)
+    before = ClientState({})
+    engine.states[1] = before
+    groups = []
+
+    def handle(worker: Any, group: Any, on_step: Any) -> list[Any]:
+        groups.append([sent.client for sent in group])
+        engine.states.update({sent.client: ClientState({}) for sent in group})
+        return [
+            SimpleNamespace(update=ClientUpdate(sent.client, 1, {}, 1), model={}) for sent in group
+        ]
+
+    monkeypatch.setattr(type(engine.worker), "handle_together", handle)
+    outcomes = engine.exchange([broadcast(k) for k in (2, 1, 0)])
+    first = next(outcomes)
+    outcomes.close()
+    assert first.client == 2
+    assert 0 not in [client for group in groups for client in group]
+    assert engine.states.keys() == {1, 2}
+    assert engine.states[1] is before
+
+
 def test_another_training_is_another_run() -> None:
     def mine(model: Any, rows: Any, training: Any) -> dict[str, float]:
         return {}

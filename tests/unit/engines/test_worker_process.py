@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fedlora.engines import worker_process
-from fedlora.engines.worker_process import FAILED, STEP, serve
+from fedlora.engines.worker_process import FAILED, STEP, STOP, STOPPED, has_stopped, serve
 from fedlora.errors import FedloraError
 from fedlora.federation.envelope import Header, Message, RefusedMessageError, decode, encode
 from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
@@ -31,12 +32,15 @@ class Trains:
     def __init__(self) -> None:
         self.states: dict[int, ClientState] = {}
         self.error: Exception | None = None
+        self.hold = threading.Event()  # while it is not set, a step takes long
+        self.hold.set()
 
     def handle_together(self, broadcasts: Any, on_step: Any) -> list[Any]:
         if self.error is not None:
             raise self.error
         out = []
         for sent in broadcasts:
+            self.hold.wait(10)
             on_step(sent.client)(1, 2, 0.5, 30)
             kept = self.states.get(sent.client, ClientState({"q.B": torch.zeros(3, 1)}))
             x = sent.adapter["q"]
@@ -129,6 +133,40 @@ def test_errors_are_answers(served: Any) -> None:
         assert "handle_together" in answer.body["trace"]
     worker.error = None
     assert ask(connection, request)[-1].header.kind == TRAINED
+
+
+def test_a_request_that_is_called_off_is_trained_to_the_next_step(served: Any) -> None:
+    connection, worker, _ = served
+    request, _ = train_message(replace(HEADER, round=1), [broadcast(0)], {}, GroupNames())
+    worker.hold.clear()
+    connection.send_bytes(encode(request))
+    connection.send_bytes(encode(Message(replace(HEADER, kind=STOP), {})))
+    worker.hold.set()
+    assert decode(connection.recv_bytes()).header.kind == STEP
+    assert decode(connection.recv_bytes()).header.kind == STOPPED
+    assert worker.states == {}
+    assert ask(connection, request)[-1].header.kind == TRAINED
+
+
+def test_a_request_that_is_called_off_when_it_is_done_disturbs_nothing(served: Any) -> None:
+    connection, _, _ = served
+    request, _ = train_message(replace(HEADER, round=1), [broadcast(0)], {}, GroupNames())
+    ask(connection, request)
+    connection.send_bytes(encode(Message(replace(HEADER, kind=STOP), {})))
+    assert ask(connection, request)[-1].header.kind == TRAINED
+
+
+def test_whether_a_worker_has_stopped() -> None:
+    soon = time.monotonic() + 10
+    for last in (STOPPED, TRAINED, FAILED):
+        ours, theirs = Pipe()
+        for kind in (STEP, STEP, last):
+            theirs.send_bytes(encode(Message(replace(HEADER, kind=kind), {})))
+        assert has_stopped(ours, soon)
+        assert not ours.poll()
+    assert not has_stopped(ours, time.monotonic())  # it goes on
+    theirs.close()
+    assert not has_stopped(ours, soon)  # it has ended
 
 
 def test_a_request_of_another_federation_is_not_trained(served: Any) -> None:

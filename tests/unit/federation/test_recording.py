@@ -8,6 +8,7 @@ import torch
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.recording import (
     Answer,
+    Rejection,
     answer_of,
     client_records,
     global_rank,
@@ -29,13 +30,16 @@ def test_every_client_that_was_asked_has_a_record() -> None:
     server = serve("exact", (4, 2, 2))
     sent = server.plan()
     answers = {2: Answer(30, 2, 100, {"loss": 1.0}), 0: Answer(10, 4, 200, {})}
-    records = client_records(server.federation, sent, answers, {0: "NaN"}, total_weight=30.0)
+    records = client_records(
+        server.federation, sent, answers, {0: Rejection("NaN")}, total_weight=30.0
+    )
     assert [(r.client, r.rank, r.num_examples, r.weight) for r in records] == [
         (0, 4, 10, 0.0),
         (1, 2, 17, 0.0),  # it never answered
         (2, 2, 30, 1.0),
     ]
     assert [(r.bytes_up, r.rejected) for r in records] == [(200, "NaN"), (0, ""), (100, "")]
+    assert [r.outcome for r in records] == ["failed", "failed", "counted"]
     assert all(r.bytes_down == sent[r.client].nbytes for r in records)
 
 

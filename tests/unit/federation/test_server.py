@@ -241,6 +241,20 @@ def test_a_client_can_be_taken_back_after_it_answered() -> None:
     assert record.clients[1].rejected == "failed afterwards"
 
 
+def test_what_became_of_a_client_is_on_the_record() -> None:
+    server = serve("exact")
+    sent = server.plan()
+    server.accept(train(server, sent[0]))
+    server.reject(1, "its line is cut")
+    server.reject(2, "too slow", "late")
+    server.reject(3, "the round was full", "unneeded")
+    with pytest.raises(ValueError, match="client 3 is done with round 1 already"):
+        server.accept(train(server, sent[3]))  # its answer comes late, and is refused
+    record = server.commit()
+    assert [c.outcome for c in record.clients] == ["counted", "failed", "late", "unneeded"]
+    assert [c.weight for c in record.clients] == [1.0, 0.0, 0.0, 0.0]
+
+
 def wrong_updates() -> dict[str, Callable[[ClientUpdate], ClientUpdate]]:
     def other(m: int, n: int, rank: int) -> LowRank:
         return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))

@@ -42,8 +42,8 @@ def client_begin(client: int, rank: int = 8) -> Event:
     return {"event": "client_begin", "client": client, "rank": rank}
 
 
-def client_end(client: int, rejected: str = "") -> Event:
-    return {"event": "client_end", "client": client, "metrics": {}, "rejected": rejected}
+def client_end(client: int, outcome: str = "counted") -> Event:
+    return {"event": "client_end", "client": client, "metrics": {}, "outcome": outcome}
 
 
 def now(progress: Progress) -> dict[str, Any]:
@@ -90,9 +90,11 @@ def test_a_run(tmp_path: Path) -> None:
         "training": 1,
         "done": 1,
         "rejected": 0,
+        "late": 0,
+        "unneeded": 0,
     }
     assert found["losses"][0] == [0.025, 2.5]  # the mean over the clients
-    found = told(show, client_end(1, "a NaN"), client_begin(2), client_end(2))
+    found = told(show, client_end(1, "failed"), client_begin(2), client_end(2))
     assert (found["phase"], found["share"]) == ("aggregating", 1)
     states = {k: client["state"] for k, client in found["clients"].items()}
     assert states == {"0": "done", "1": "rejected", "2": "done"}
@@ -110,6 +112,20 @@ def test_a_run(tmp_path: Path) -> None:
     assert last["warnings"] == ["x" * 500]
     assert last["losses"] == [[0.025, 2.5], [0.275, 1.0]]
     assert [path.name for path in tmp_path.iterdir()] == [PROGRESS]
+
+
+def test_a_round_that_is_tried_again(tmp_path: Path) -> None:
+    show = Progress(tmp_path, interval=60)
+    ends = [client_end(0), client_end(1, "late"), client_end(2, "unneeded")]
+    found = told(show, begin(), round_begin(1), *ends)
+    assert (found["attempt"], found["phase"]) == (1, "aggregating")
+    states = {k: client["state"] for k, client in found["clients"].items()}
+    assert states == {"0": "done", "1": "late", "2": "unneeded"}
+    assert [found["counts"][k] for k in ("done", "rejected", "late", "unneeded")] == [1, 0, 1, 1]
+    found = told(show, {**round_begin(1), "attempt": 2})
+    assert (found["attempt"], found["phase"], found["share"]) == (2, "training", 0)
+    assert found["counts"]["waiting"] == 3
+    show.close()
 
 
 def test_stopped(tmp_path: Path) -> None:
@@ -251,6 +267,8 @@ def test_ten_thousand_clients(tmp_path: Path) -> None:
         "training": 0,
         "done": count,
         "rejected": 0,
+        "late": 0,
+        "unneeded": 0,
     }
     show.close()
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora import __version__
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.runs.events import Begin, Header
 from fedlora.runs.file_names import AS_WRITTEN
 from fedlora.runs.run_header import begin_event, config_file, header

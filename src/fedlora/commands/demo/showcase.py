@@ -21,7 +21,8 @@ from fedlora.commands.study.show import Progress
 from fedlora.commands.study.statistics import mean_and_sd, paired
 from fedlora.config.clients import client_ranks
 from fedlora.config.config import Config
-from fedlora.config.sources import layered, read_yaml
+from fedlora.config.sources import layered
+from fedlora.config.yaml_file import read_yaml
 from fedlora.data.raw_data import load_rows
 from fedlora.embedded import CONFIG
 from fedlora.errors import FedloraError, InputError

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedlora.adapters.peft_files import CONFIG_NAME, OLDER_NAME, WEIGHTS_NAME, read_adapter_config
 from fedlora.commands.eval.options import Loading
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import CheckpointError, InputError
 from fedlora.methods import METHODS

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedlora.commands.report.attendance import Attendance, attendance
 from fedlora.commands.report.measures import KINDS, Panel, change, panels, titled
-from fedlora.commands.report.reading import Line, Run, listed, mapping, number, whole
+from fedlora.commands.report.reading import what_lacks
 from fedlora.commands.report.series import Series, differing, group
 from fedlora.commands.report.spectrum import Spectrum
+from fedlora.commands.run_files import Line, Run, listed, mapping, number, whole
 
 MOST_KINDS = 10
 """Different values shown in a client's bar; the rarest beyond them are summed up."""
@@ -66,7 +68,6 @@ class Traffic:
         rounds: ascending.
         up: from clients to the server.
         down: from the server to clients.
-        rejected: (round, client, why) of updates that were not used.
         lower: of each client and round: its own trained factors, in float32.
         upper: of a client and round: the whole base, in float32.
     """
@@ -74,7 +75,6 @@ class Traffic:
     rounds: tuple[int, ...]
     up: tuple[tuple[int | None, ...], ...]
     down: tuple[tuple[int | None, ...], ...]
-    rejected: tuple[tuple[int, int, str], ...]
     lower: tuple[int | None, ...]
     upper: int | None
 
@@ -111,6 +111,7 @@ class RunView:
     errors: Errors
     spectrum: Spectrum
     traffic: Traffic
+    attendance: Attendance
     seconds: dict[str, tuple[float | None, ...]]
     privacy: tuple[tuple[int, float | None, float | None], ...]
     evals: tuple[dict[str, Any], ...]
@@ -207,14 +208,14 @@ def _view(run: Run, spectrum: Spectrum, series: int, label: str) -> RunView:
         dense=whole(begin.get("dense_parameters")),
         task=str(begin.get("task") or config.get("lora_task_type") or ""),
         eval_rows=whole(begin.get("eval_rows")),
-        planned=whole(config.get("num_rounds")) or whole(begin.get("num_rounds")),
-        done=max(numbers, default=0),
+        planned=run.planned,
+        done=run.last_round,
         finished=bool(run.end),
         final=whole(run.end.get("final")),
         best=whole(run.end.get("best")),
         started=str(begin.get("started") or ""),
         environment={k: str(x) for k, x in _environment(begin).items()},
-        problems=run.problems,
+        problems=tuple(what_lacks(run)),
         clients=clients,
         quality=tuple(_quality(run)),
         changes=tuple(change(run, clients.ids)),
@@ -225,6 +226,7 @@ def _view(run: Run, spectrum: Spectrum, series: int, label: str) -> RunView:
         errors=_errors(run, numbers, order),
         spectrum=replace(spectrum, layers=tuple(layers)),
         traffic=_traffic(run, numbers, clients, modules),
+        attendance=attendance(run, clients.ids),
         seconds=_seconds(run),
         privacy=tuple(_privacy(run)),
         evals=tuple(_evals(run)),
@@ -331,7 +333,7 @@ def _traffic(
     run: Run, numbers: tuple[int, ...], clients: Clients, modules: Mapping[str, Any]
 ) -> Traffic:
     place = {client: i for i, client in enumerate(clients.ids)}
-    up, down, rejected = [], [], []
+    up, down = [], []
     for line in run.rounds:
         rows: dict[str, list[int | None]] = {k: [None] * len(place) for k in ("up", "down")}
         for entry in listed(line.get("clients")):
@@ -340,8 +342,6 @@ def _traffic(
                 continue
             for key, row in rows.items():
                 row[place[client]] = whole(entry.get(f"bytes_{key}"))
-            if entry.get("rejected"):
-                rejected.append((int(line["round"]), client, str(entry["rejected"])))
         up.append(tuple(rows["up"]))
         down.append(tuple(rows["down"]))
     width = sum(m + n for m, n in modules.values())
@@ -351,7 +351,6 @@ def _traffic(
         numbers,
         tuple(up),
         tuple(down),
-        tuple(rejected),
         tuple((rank * width + dense) * BYTES if rank and width else None for rank in clients.ranks),
         parameters * BYTES if parameters else None,
     )

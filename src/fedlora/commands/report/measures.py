@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.commands.report.reading import Line, Run, mapping, number
 from fedlora.commands.report.series import Curve, Series, curve
+from fedlora.commands.run_files import Line, Run, mapping, number
 
 MEASURES = {
     "exact_match": ("Exact match", True, True),

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.commands.report.collect import Collected
-from fedlora.commands.report.reading import number
+from fedlora.commands.run_files import number
 
 DIGITS = 6
 """Significant digits of what is embedded; whole numbers keep all of theirs."""

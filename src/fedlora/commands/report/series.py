@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.commands.report.reading import Run, whole
+from fedlora.commands.run_files import Run, whole
 from fedlora.config.config import Config
 from fedlora.config.keys import Mark, keys_marked
 from fedlora.methods import rule_keys

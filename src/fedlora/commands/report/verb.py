@@ -71,8 +71,9 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
     quiet_libraries()
     from fedlora.commands.report.collect import collect
-    from fedlora.commands.report.reading import find_runs, names_of, read_run
+    from fedlora.commands.report.reading import find_runs, names_of, what_lacks
     from fedlora.commands.report.spectrum import read_spectrum
+    from fedlora.commands.run_files import read_run
 
     paths = find_runs(arguments)
     runs = [read_run(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
@@ -87,11 +88,11 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
         written += draw(collected, file, formats)
     if emit:
-        described = [{"name": x.name, "path": str(x.path), "problems": x.problems} for x in runs]
+        described = [{"name": x.name, "path": str(x.path), "problems": what_lacks(x)} for x in runs]
         emit({"event": "report", "written": [str(path) for path in written], "runs": described})
         return 0
     for run in runs:
-        for problem in run.problems:
+        for problem in what_lacks(run):
             print(f"{run.name}: {problem}")
     for path in written:
         print(f"written: {path}")

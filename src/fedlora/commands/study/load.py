@@ -30,7 +30,8 @@ from typing import Any
 
 from fedlora.commands.study.plan import Part, Planned, Study, shipped
 from fedlora.config.config import EVALUATED, Config
-from fedlora.config.sources import layered, read_yaml
+from fedlora.config.sources import layered
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.embedded import EMBEDDED
 from fedlora.errors import InputError

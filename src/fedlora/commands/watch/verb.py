@@ -12,26 +12,20 @@ from rich.live import Live
 from rich.text import Text
 
 from fedlora.commands.json_lines import Emit
-from fedlora.commands.watch.view import (
-    Line,
-    Look,
-    Reader,
-    clients,
-    elapsed,
-    figure,
-    status,
-    time_left,
-    view,
-)
+from fedlora.commands.look import Look, Reader
+from fedlora.commands.run_files import Line, mapping, number, whole
+from fedlora.commands.watch.client_table import clients
+from fedlora.commands.watch.figures import elapsed, figure, seconds_of, time_left
+from fedlora.commands.watch.view import status, traffic, view
 from fedlora.config.arguments import Option, Syntax, take
 from fedlora.errors import InputError
-from fedlora.text import human_bytes
 
 HELP = """\
 fedlora watch DIR [--once] [--interval SECONDS] [--json]
 
 Looks at the run in DIR while it goes on elsewhere: rounds and the time left, what every client is
-doing, the loss within rounds and the evaluation over them, bytes. It reads the run's files and
+doing, in how many of the rounds that asked it its update counts, who was left out of the last round
+and why, the loss within rounds and the evaluation over them, bytes. It reads the run's files and
 nothing else, so that it neither slows a run down nor stops it; Ctrl-C leaves the view. It ends with
 the run. Where the output is no terminal it writes a line per round instead.
 
@@ -55,11 +49,11 @@ SYNTAX = Syntax(
 
 def _told(look: Look, line: Line) -> str:
     """A round as a line of a log."""
-    scores = (line.get("evaluation") or {}).items()
-    figures = [f"{name} {figure(name, x)}" for name, x in scores if isinstance(x, int | float)]
-    sizes = [f"{way} {human_bytes(line[f'bytes_{way}'])}" for way in ("up", "down")]
-    seconds = f"{sum(line.get('seconds', {}).values()):.1f} s"
-    return f"round {line['round']} of {look.num_rounds}: {', '.join([*figures, *sizes, seconds])}"
+    scores = {k: number(x) for k, x in mapping(line.get("evaluation")).items()}
+    figures = [f"{name} {figure(name, x)}" for name, x in scores.items() if x is not None]
+    sizes = traffic(*(whole(line.get(f"bytes_{way}")) or 0 for way in ("up", "down")))
+    seconds = f"{seconds_of(line):.1f} s"
+    return f"round {line['round']} of {look.num_rounds}: {', '.join([*figures, sizes, seconds])}"
 
 
 def _tell(reader: Reader, interval: float, console: Console) -> None:
@@ -124,9 +118,8 @@ def _emit_changes(reader: Reader, interval: float, emit: Emit) -> None:
 
 def _state(look: Look) -> dict[str, Any]:
     """A look, as a program reads it."""
-    evaluations = [x for x in look.lines if x["event"] != "eval" and x.get("evaluation")]
+    evaluations = [x for x in (look.run.start, *look.rounds) if x.get("evaluation")]
     last = evaluations[-1] if evaluations else {}
-    rounds = look.rounds
     return {
         "event": "look",
         "path": str(look.path),
@@ -135,12 +128,13 @@ def _state(look: Look) -> dict[str, Any]:
         "ended": look.ended,
         "round": look.finished,
         "num_rounds": look.num_rounds,
+        "attempts": look.attempts,
         "share": look.progress.get("share") if look.alive else None,
         "seconds": elapsed(look),
         "seconds_left": time_left(look),
         "tokens_per_second": look.progress.get("tokens_per_second") if look.alive else None,
-        "bytes_up": sum(line["bytes_up"] for line in rounds),
-        "bytes_down": sum(line["bytes_down"] for line in rounds),
+        "bytes_up": look.bytes_up,
+        "bytes_down": look.bytes_down,
         "evaluated_round": last.get("round"),
         "evaluation": last.get("evaluation"),
         "clients": [{"client": number, **asdict(c)} for number, c in clients(look).items()],

@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 
 from fedlora.commands.demo import showcase
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
 from fedlora.runs.session import alone, assemble
 

@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedlora.commands.report.reading import (
-    find_runs,
-    listed,
-    mapping,
-    names_of,
-    number,
-    read_run,
-    whole,
-)
+from fedlora.commands.report.reading import find_runs, names_of, what_lacks
+from fedlora.commands.run_files import read_run
 from fedlora.errors import InputError
 from support.report_runs import lines_of, write_run
 
 
-@pytest.mark.parametrize(
-    ("value", "plain", "count"),
-    [
-        (3, 3, 3),
-        (3.0, 3.0, 3),
-        (3.5, 3.5, None),
-        (-1, -1, None),
-        (True, None, None),
-        ("3", None, None),
-        (float("nan"), None, None),
-        (10**400, None, None),
-        (None, None, None),
-    ],
-)
-def test_numbers_of_damaged_lines(value: Any, plain: Any, count: int | None) -> None:
-    assert number(value) == plain
-    assert whole(value) == count
-
-
-def test_mappings_of_damaged_lines() -> None:
-    assert mapping({1: "a"}) == {"1": "a"}
-    assert mapping([1]) == {}
-    assert listed([{"a": 1}, 3, {"b": 2}]) == [{"a": 1}, {"b": 2}]
-    assert listed("abc") == []
-
-
 def test_a_whole_run_has_no_problem(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", lines_of(clients=2, layers=1)), "it")
-    assert run.problems == ()
+    assert what_lacks(run) == []
     assert [line["round"] for line in run.rounds] == [1, 2, 3, 4]
     assert (run.method, run.seed, len(run.evals)) == ("exact", 0, 1)
 
@@ -60,7 +26,7 @@ def test_what_lacks_is_said_and_the_rest_is_used(tmp_path: Path) -> None:
         file.write(b"{half a li\n\xff\n")
     (path / "config.yaml").write_text("a: [")
     run = read_run(path, "it")
-    text = "\n".join(run.problems)
+    text = "\n".join(what_lacks(run))
     for part in (
         "config.yaml is damaged",
         "2 lines are damaged and left out",

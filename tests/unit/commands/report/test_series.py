@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fedlora.commands.report.reading import Run
 from fedlora.commands.report.series import curve, differing, group, lone, written
+from fedlora.commands.run_files import Run
 
 
 def run(name: str, begin: Any = None, text: str = "", **config: Any) -> Run:

@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
-import time
 from pathlib import Path
 
 import pytest
 
 from fedlora.commands.cli import main
-from fedlora.commands.watch.view import (
-    Reader,
-    clients,
-    duration,
-    sparkline,
-    status,
-    time_left,
-)
+from fedlora.commands.watch.client_table import clients
+from fedlora.commands.watch.figures import time_left
+from fedlora.commands.watch.view import status
 from support.watch import START, a_round, look_at, shown, snapshot, written
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (75.4, "1:15"), (3675, "1:01:15"), (90_000, "1 d 1:00:00"), (-3, "0:00")],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_sparkline() -> None:
-    assert sparkline([], 10) == ""
-    assert sparkline([(1, 5.0)], 10) == "▅"
-    assert sparkline([(n, float(n)) for n in range(8)], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([(n, float(n)) for n in range(800)], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([(n, 1.0) for n in range(3)], 8) == "▅▅▅"
-
-
-def test_time_left(tmp_path: Path) -> None:
-    path = written(tmp_path / "run", [START, a_round(1), a_round(2)], progress=snapshot())
-    left = time_left(look_at(path))
-    assert left == pytest.approx(2 * 12 - 4, abs=2)  # two rounds, less what is behind in this one
-    first = snapshot(round=1, finished=0, seconds_per_round=None)
-    path = written(tmp_path / "first", [START], progress=first)
-    assert time_left(look_at(path)) == pytest.approx(4 * 16 - 4, abs=4)  # a quarter took 4 s
-    unknown = snapshot(round=1, finished=0, seconds_per_round=None, share=0.0)
-    assert time_left(look_at(written(tmp_path / "0", [START], progress=unknown))) is None
 
 
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -63,9 +29,10 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert re.search(r"eval exact match +0\.0% ▁▅█ 20\.0%$", text, re.M)
     assert re.search(r"eval loss +8 █[▁-█]▁ 2$", text, re.M)
     assert "bytes             up 3.0 KB, down 6.0 KB, 9.0 KB in all" in lines
-    row = r" +1 +7 training ━━─+ +5/20  1\.5000  2\.5000   1\.0 KB   2\.0 KB$"
+    row = r" +1 +7 training ━━─+ +5/20  1\.5000  2\.5000   1\.0 KB   2\.0 KB    2/2$"
     assert any(re.match(row, line) for line in lines)
     assert any(re.match(r" +0 +8 - +- +- +1\.5000", line) for line in lines)
+    assert "in round 2        client 2: a NaN" in lines
     assert lines[-1] == "warning: client 2 is left out of round 2: a NaN"
 
 
@@ -86,6 +53,20 @@ def test_every_size(
         assert not re.search(r"^ +3 +\d ", text, re.M)  # it does not train now
 
 
+def test_a_round_that_is_tried_again(tmp_path: Path) -> None:
+    lines = [START, a_round(1), a_round(2, attempts=2)]
+    look = look_at(written(tmp_path / "run", lines, progress=snapshot(attempt=3)))
+    text = shown(look)
+    assert "clients           2 training, 1 done of 3 · attempt 3 · 3,456 tokens/s" in text
+    assert "in round 2        tried 2 times; client 2: a NaN" in text
+
+
+def test_damage_is_said(tmp_path: Path) -> None:
+    path = written(tmp_path / "run", [START, a_round(1)])
+    (path / "config.yaml").write_text("[")
+    assert "warning: config.yaml is damaged" in "\n".join(shown(look_at(path)))
+
+
 def test_stopped(tmp_path: Path) -> None:
     left = snapshot(phase="stopped", problem="no space left on the device")
     path = written(tmp_path / "my run", [START, a_round(1)], progress=left)
@@ -98,22 +79,6 @@ def test_stopped(tmp_path: Path) -> None:
     assert text.endswith(f"fedlora run --resume '{path}'")
     assert clients(look)[0].state == "done"
     assert time_left(look) is None
-
-
-def test_held_up(tmp_path: Path) -> None:
-    """It says nothing, but has the lock."""
-    path = written(tmp_path / "a", [START], progress=snapshot(updated=time.time() - 3600))
-    with (path / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert look_at(path).alive
-
-
-def test_on_another_machine(tmp_path: Path) -> None:
-    there = {"host": "elsewhere", "pid": 1}
-    path = written(tmp_path / "a", [START], progress=snapshot(**there))
-    assert look_at(path).alive
-    old = snapshot(**there, updated=time.time() - 3600)
-    assert not look_at(written(tmp_path / "b", [START], progress=old)).alive
 
 
 def test_of_an_older_version(tmp_path: Path) -> None:
@@ -136,20 +101,6 @@ def test_just_begun(tmp_path: Path) -> None:
     lines = shown(look)
     assert lines[1].startswith("round 0 of 4, loading")
     assert sum(line.lstrip()[:1].isdigit() for line in lines) == 3
-
-
-def test_a_run_that_was_resumed(tmp_path: Path) -> None:
-    lines = [START, a_round(1), a_round(2), a_round(3), {"event": "resume", "round": 1}]
-    path = written(tmp_path / "run", lines, progress=snapshot(round=2, finished=1))
-    reader = Reader(path)
-    look = reader.look()
-    assert look is not None
-    assert look.finished == 1
-    with (path / "metrics.jsonl").open("a") as out:
-        out.write(json.dumps(a_round(2)) + '\n{"event": "rou')
-    look = reader.look()
-    assert look is not None
-    assert look.finished == 2
 
 
 def test_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

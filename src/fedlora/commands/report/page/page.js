@@ -162,6 +162,7 @@ clientSection();
 errorSection();
 spectrumSection();
 bytesSection();
+attendanceSection();
 timeSection();
 privacySection();
 evalSection();

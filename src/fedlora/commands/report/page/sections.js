@@ -258,9 +258,35 @@ function bytesSection() {
         table: () => ({ head: ["client", ...f.rounds.map((r) => `round ${r}`)], rows: run.clients.ids.map((id, y) => [id, ...f[way].map((row) => row[y])]) }),
       });
     }
-    if (f.rejected.length) {
-      body.append(el("h3", { style: "margin-top:22px" }, "Updates that were not used"),
-        scrolling("Rejected updates", { head: ["round", "client", "why"], rows: f.rejected.map(([r, c, why]) => [r, String(c), why]) }));
+  });
+}
+
+/* --- who took part --- */
+
+function attendanceSection() {
+  const node = section("attendance", "Who took part", "An update counts, or its client failed, was late, was not needed because the round was full, or was not sampled.", true, "Took part");
+  forRun(node, (run, body) => {
+    const a = run.attendance;
+    if (!a.rounds.length) { empty(body, "No round has been written, so it is not known who took part."); return; }
+    const again = a.rounds.map((r, i) => [r, a.attempts[i]]).filter(([, attempts]) => attempts > 1);
+    const words = Object.keys(a.times).filter((outcome) => outcome === "counted" || some(a.times[outcome].map((n) => n || null)));
+    body.append(el("p", { class: "soft small" }, [
+      words.length === 1 ? "Every client counts in every round." : "",
+      again.length ? `${plural(again.length, "round")} ${again.length > 1 ? "were" : "was"} tried more than once.` : "",
+    ].filter(Boolean).join(" ")));
+    if (words.length > 1) {
+      body.append(scrolling("Rounds of each client, by what became of it", {
+        head: ["client", "rank", ...words.map((outcome) => outcome.replace("_", " "))],
+        rows: run.clients.ids.map((id, i) => [id, run.clients.ranks[i], ...words.map((outcome) => a.times[outcome][i])]),
+      }));
+    }
+    if (a.absent.length) {
+      body.append(el("h3", { style: "margin-top:22px" }, "Who was left out, and why"),
+        scrolling("Updates that do not count", { head: ["round", "client", "what", "why"], rows: a.absent.map(([r, c, what, why]) => [r, String(c), what, why]) }));
+    }
+    if (again.length) {
+      body.append(el("h3", { style: "margin-top:22px" }, "Rounds that were tried again"),
+        scrolling("How often a round was tried", { head: ["round", "attempts"], rows: again }));
     }
   });
 }
