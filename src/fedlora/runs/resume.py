@@ -13,8 +13,8 @@ from fedlora.config.keys import Mark, keys_marked
 from fedlora.config.sources import read_yaml
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
+from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.file_names import CONFIG, FINAL
-from fedlora.runs.session import resolve_paths
 
 
 def as_it_began(path: Path, config: Config | None) -> Config:
