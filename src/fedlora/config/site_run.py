@@ -12,25 +12,7 @@ from fedlora.config.site import Site
 from fedlora.errors import FedloraError, InputError
 from fedlora.methods import METHODS
 
-_OF_SITES = (
-    "model_name_or_path",
-    "model_revision",
-    "dtype",
-    "lora_task_type",
-    "lora_modules_to_save",
-    "max_eval_samples",
-    "completion_only_loss",
-    "label_names",
-    "max_length",
-    "num_rounds",
-    "lr_scheduler_scope",
-    "per_device_eval_batch_size",
-    "client_eval_fraction",
-    "eval_exact_match",
-    "generation_max_new_tokens",
-    "seed",
-)
-SERVER_KEYS = (*keys_marked(Config, Mark.OF_CLIENT), *_OF_SITES)
+SERVER_KEYS = keys_marked(Config, Mark.OF_CLIENT, Mark.OF_SITES)
 """Keys that a server may set for its sites, beside the rule and its options."""
 
 _AT_MOST = ("num_train_epochs", "max_length", "learning_rate")
@@ -100,7 +82,8 @@ def run_config(
             "num_threads": 1,
             **site.settings,
             "method": method,
-            "num_clients": num_clients,
+            # How many others there are changes nothing here, and others may join later.
+            "num_clients": client + 1,
             "client_ranks": rank,
             "lora_r": rank,
         }

@@ -37,7 +37,7 @@ from fedlora.federation.handshake import (
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.federation.wire import read_train, trained_message
 from fedlora.lowrank import Deltas, LowRank
-from fedlora.runs.session import resolve_paths
+from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.site_session import SiteSession, assemble_site
 
 NEVER: Turn = (0, 0)

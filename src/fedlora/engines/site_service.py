@@ -135,15 +135,19 @@ class SiteService:
         join = store.kept("join") if store else None
         if store is None or join is None:
             return
-        message = decode(join)
-        with self._alone(message.header, float("inf")):
-            self._join(message)
-            assert self._run is not None
-            if (agree := store.kept("agree")) is not None:
-                self._run.agree(decode(agree))
-                self._run.agreed = True
-            self._run.last = max(store.answers(), default=self._run.last)
-        log(f"goes on with run {store.run} after round {self._run.last[0]}")
+        try:
+            message = decode(join)
+            with self._alone(message.header, float("inf")):
+                run = self._join(message)
+                if (agree := store.kept("agree")) is not None:
+                    run.agree(decode(agree))
+                    run.agreed = True
+                run.last = max(store.answers(), default=run.last)
+        except Exception as error:  # a server that asks to join is told what is wrong
+            self._run = None
+            log(f"cannot go on with run {store.run}: {error}")
+            return
+        log(f"goes on with run {store.run} after round {run.last[0]}")
 
     # --- one at a time ---
 
@@ -215,16 +219,16 @@ class SiteService:
         return run.evaluate(message)
 
     def _answer_join(self, message: Message, data: bytes) -> bytes:
-        self._join(message)
-        assert self._run is not None
-        store = self._run.store
+        run = self._join(message)
+        store = run.store
+        store.confirm(min(store.confirmed, message.header.round))
         store.forget("agree")
         store.forget_answers()  # what is asked after this join may be another round of that number
         store.keep("join", data)
-        log(f"joined run {self._run.run} as client {self._run.join.client}")
-        return encode(self._run.joined(message.header))
+        log(f"joined run {run.run} as client {run.join.client}")
+        return encode(run.joined(message.header))
 
-    def _join(self, message: Message) -> None:
+    def _join(self, message: Message) -> SiteRun:
         """Load what a run needs, where it is not in memory already."""
         join, header = read_join(message), message.header
         config = run_config(self.site, join.method, join.config, join.client, join.num_clients)
@@ -236,15 +240,15 @@ class SiteService:
             loaded = self._loaded = load(self.site, config, join.client, self.train_function)
             self.bases_loaded += 1
         loaded.worker.states.clear()
-        store.confirm(min(store.confirmed, header.round))
         floor = (header.round, 2**53)
         self._run = SiteRun(self.site.name, join, header.run, loaded, store, floor)
+        return self._run
 
     def _answer_leave(self, message: Message) -> bytes:
-        """Take part no longer; what is loaded stays for a run that asks for the same."""
+        """Forget the run; what is loaded stays for one that asks for the same."""
         leave = read_leave(message)
         assert self._run is not None
-        self._run.store.forget("join")
+        self._run.store.remove()
         self._run = None
         log(f"left run {message.header.run}: {leave.reason}")
         return encode(leave_message(message.header, leave))

@@ -70,6 +70,10 @@ class RunStore:
         stores = _stores(state_dir)
         return stores[-1] if stores else None
 
+    def remove(self) -> None:
+        """Forget the run."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     # --- what was confirmed ---
 
     @property
@@ -194,4 +198,4 @@ def _stores(state_dir: Path) -> list[RunStore]:
 
 def _remove_oldest(state_dir: Path) -> None:
     for store in _stores(state_dir)[:-MOST_RUNS]:
-        shutil.rmtree(store.path, ignore_errors=True)
+        store.remove()
