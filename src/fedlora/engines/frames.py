@@ -52,10 +52,14 @@ class Timer:
         Raises:
             TimeoutError: the time is over.
         """
-        left = self.until - time.monotonic()
-        if left <= 0:
+        left = self.left()
+        if left is not None and left <= 0:
             raise TimeoutError
-        connection.settimeout(None if math.isinf(left) else left)
+        connection.settimeout(left)
+
+    def left(self) -> float | None:
+        """Seconds until the end, or 0 after it; None: there is none."""
+        return None if math.isinf(self.until) else max(0.0, self.until - time.monotonic())
 
 
 def send(connection: socket.socket, text: Mapping[str, Any], payload: bytes, timer: Timer) -> None:
