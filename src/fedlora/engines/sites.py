@@ -63,7 +63,7 @@ class Site:
         joined: what it has told.
         counted: its training that the last committed round counts.
         trained: its training in the round that goes on; None: none yet.
-        holds: the round of the run whose broadcast it has confirmed last; 0: none.
+        holds: the round of the run whose global model it has confirmed last; 0: none.
     """
 
     joined: Joined
@@ -225,7 +225,8 @@ class SitesEngine:
         if isinstance(outcome, ClientUpdate):
             if client in self.sites:
                 site = self.sites[client]
-                site.trained, site.holds = (broadcast.round, self._attempt), broadcast.round
+                site.trained = broadcast.round, self._attempt
+                site.holds = broadcast.round - 1
             return result_of(broadcast, outcome, self.session.federation.agreement)
         if isinstance(outcome, LeftError):
             if client in self.sites:
@@ -285,6 +286,7 @@ class SitesEngine:
             missing.discard(client)
             if isinstance(outcome, Evaluated):
                 evaluated[client] = outcome
+                asked[client].holds = state.round
             else:
                 self._warn(f"site {asked[client].name} does not evaluate: {outcome.reason}")
             if isinstance(outcome, LeftError):
