@@ -79,9 +79,7 @@ class Site(BaseModel):
     model_config = _STRICT
 
     name: str = Field(description="of the site, as the server calls it")
-    socket: str = Field(
-        "", description="path of its socket; none: worker.sock in state_dir"
-    )
+    socket: str = Field("", description="path of its socket; none: worker.sock in state_dir")
     port: int | None = Field(
         None,
         ge=1,
