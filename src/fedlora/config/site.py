@@ -79,7 +79,7 @@ class Site(BaseModel):
     model_config = _STRICT
 
     name: str = Field(description="of the site, as the server calls it")
-    socket: str = Field("", description="path of the worker's socket; none: NAME.sock")
+    socket: str = Field("", description="path of its socket; none: worker.sock in state_dir")
     port: int | None = Field(
         None,
         ge=1,
@@ -126,8 +126,8 @@ def _site(values: Mapping[str, Any], directory: Path) -> Site:
         raise InputError(f"name: {site.name[:40]!r}: expected a short name of the site")
     if site.rank and site.max_rank:
         raise InputError("rank and max_rank exclude each other; give one of them")
-    beside = site.name.replace(os.sep, "-")
-    socket = str(directory / (site.socket or f"{beside}.sock"))
+    state_dir = directory / (site.state_dir or f"{site.name.replace(os.sep, '-')}-state")
+    socket = str(directory / site.socket if site.socket else state_dir / "worker.sock")
     if site.port is None and len(os.fsencode(socket)) > _LONGEST_SOCKET:
         raise InputError(
             f"socket: {socket} is longer than the {_LONGEST_SOCKET} bytes that a socket's path may "
@@ -136,7 +136,7 @@ def _site(values: Mapping[str, Any], directory: Path) -> Site:
     return site.model_copy(
         update={
             "socket": socket,
-            "state_dir": str(directory / (site.state_dir or f"{beside}-state")),
+            "state_dir": str(state_dir),
             "settings": {
                 key: _placed(key, value, directory)
                 for key, value in values.items()

@@ -88,7 +88,7 @@ class Resident:
 
     # --- the main thread ---
 
-    def run_in_main(self, answer: Callable[[], bytes]) -> bytes:
+    def run_in(self, answer: Callable[[], bytes]) -> bytes:
         """Have the main thread make an answer."""
         made: Future[bytes] = Future()
         self._jobs.put((answer, made))
@@ -133,7 +133,7 @@ def _serve(path: str, server: socket.socket, restarts: int) -> int:
     from fedlora.engines.site_service import SiteService
 
     check_settings(site)
-    resident.serve(SiteService(site, run_in=resident.run_in_main))
+    resident.serve(SiteService(site, run_in=resident.run_in))
     listener.finish(_ANSWERING)
     return 0
 
