@@ -18,7 +18,15 @@ from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.runs.course import has_personal_models
-from fedlora.runs.engine import ClientResult, Engine, EngineState, Exchange, Failure
+from fedlora.runs.engine import (
+    ClientResult,
+    Engine,
+    EngineState,
+    Exchange,
+    Failure,
+    Joined,
+    Left,
+)
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import LOGGED, REPORTED, Evaluations, Event, Report
 from fedlora.runs.metrics_log import read_metrics
@@ -57,6 +65,9 @@ class OneByOne:
 
     identity: Mapping[str, str] = {"data": "of the test"}
     can_evaluate = True
+
+    def changes(self) -> Sequence[Joined | Left]:
+        return ()
 
     def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
         for sent in self.order(broadcasts):

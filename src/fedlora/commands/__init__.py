@@ -20,6 +20,7 @@ VERBS = {
     "eval": "fedlora.commands.eval.verb",
     "generate": "fedlora.commands.generate",
     "study": "fedlora.commands.study.verb",
+    "worker": "fedlora.commands.worker.verb",
     "doctor": "fedlora.commands.doctor.verb",
     "completion": "fedlora.commands.completion",
 }

@@ -45,7 +45,8 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     from rich.console import Console
 
     from fedlora.commands.views.samples import show_samples
-    from fedlora.runs.session import resolve_paths, tokenized
+    from fedlora.runs.absolute_paths import resolve_paths
+    from fedlora.runs.session import tokenized
 
     config = resolve_paths(Config(**settings(arguments, EMBEDDED)))
     _, tokenizer, data = tokenized(config)

@@ -156,7 +156,7 @@ def _answers(
 
 def _held_out(subject: Subject, asker: Asker) -> list[Prompt]:
     from fedlora.data.raw_data import load_rows
-    from fedlora.runs.session import resolve_paths
+    from fedlora.runs.absolute_paths import resolve_paths
 
     rows = load_rows(resolve_paths(subject.config)).eval[:SAMPLES]
     if not rows:

@@ -56,7 +56,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     from fedlora.commands.views.partition_picture import check_picture, draw_partition
     from fedlora.config.clients import check_overrides, client_ranks
     from fedlora.data.raw_data import load_rows
-    from fedlora.runs.session import resolve_paths
+    from fedlora.runs.absolute_paths import resolve_paths
 
     picture = check_picture(output) if output else None
     config = resolve_paths(Config(**settings(arguments, EMBEDDED)))

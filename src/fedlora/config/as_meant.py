@@ -31,6 +31,8 @@ def as_meant(key: str, value: Any, annotation: Any) -> Any:
         raise ValueError(f"{key}: {value!r}: expected one value; a file pattern has to be quoted")
     if key == "client_overrides" and isinstance(value, Mapping):
         _check_table_of_clients(key, value)
+    if key == "sites":
+        return _table_of_sites(value)
     if key == "clients_per_round":
         return _number_or_share(value)
     return value
@@ -54,6 +56,20 @@ def _check_table_of_clients(key: str, table: Mapping[Any, Any]) -> None:
             raise ValueError(f"{key}: {client!r} is no client: expected a number from 0")
         if not isinstance(own, Mapping):
             raise ValueError(f"{key}: client {client}: {own!r}: expected its keys and values")
+
+
+def _table_of_sites(value: Any) -> Any:
+    """Sites as a command line has them, `name=address` each, as a table."""
+    if not isinstance(value, str | list):
+        return value
+    pairs = [str(pair).partition("=") for pair in ([value] if isinstance(value, str) else value)]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"sites: {name!r}: expected name=address")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError("sites: a name is given twice")
+    return {name: address for name, _, address in pairs}
 
 
 def _number_or_share(value: Any) -> Any:

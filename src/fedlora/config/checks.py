@@ -14,6 +14,8 @@ from fedlora.text import nearest
 if TYPE_CHECKING:
     from fedlora.config.config import Config
 
+_LONGEST_NAME = 200  # of a site, as messages have it
+
 
 def check_method(config: Config) -> None:
     """The aggregation rule has to exist."""
@@ -89,9 +91,29 @@ def check_round_under_failure(config: Config) -> None:
         )
     if config.round_timeout is not None and config.engine == "local":
         raise ValueError(
-            "round_timeout belongs to engine: workers; clients that train in this process cannot "
-            "be stopped"
+            "round_timeout belongs to engine: workers or sites; clients that train in this process "
+            "cannot be stopped"
         )
+
+
+def check_sites(config: Config) -> None:
+    """Sites have names and addresses of their own, and belong to the engine that asks them."""
+    sites = config.sites
+    if config.engine != "sites":
+        if sites is not None:
+            raise ValueError(f"sites belong to engine: sites, not to engine: {config.engine}")
+        return
+    if not sites:
+        raise ValueError(
+            "sites: engine: sites needs them, name: path of its worker's socket for each"
+        )
+    for name, address in sites.items():
+        if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable() or not name.strip():
+            raise ValueError(f"sites: {name[:40]!r} is no name")
+        if not address.strip():
+            raise ValueError(f"sites: {name} has no address")
+    if len(set(sites.values())) < len(sites):
+        raise ValueError("sites: two of them have the same address")
 
 
 def check_local_training(config: Config) -> None:
@@ -100,10 +122,9 @@ def check_local_training(config: Config) -> None:
         raise ValueError(f"cohort_size: {config.cohort_size} must be at least 1")
     if config.num_workers != "auto" and config.num_workers < 1:
         raise ValueError(f"num_workers: {config.num_workers} must be at least 1")
-    if config.num_workers != "auto" and config.engine == "local":
+    if config.num_workers != "auto" and config.engine != "workers":
         raise ValueError(
-            "num_workers belongs to engine: workers; with engine: local all clients train in one "
-            "process"
+            f"num_workers belongs to engine: workers; with engine: {config.engine} there are none"
         )
     if config.max_steps == 0:
         raise ValueError("max_steps: 0 trains nothing; give a number, or -1 to count epochs")
@@ -168,6 +189,7 @@ CHECKS = (
     check_rank_shares,
     check_clients_per_round,
     check_round_under_failure,
+    check_sites,
     check_local_training,
     check_partition,
     check_custom_template,

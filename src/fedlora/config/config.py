@@ -29,6 +29,7 @@ from fedlora.config.checks import CHECKS
 from fedlora.config.commented_yaml import commented_yaml
 from fedlora.config.errors_in_words import readable
 from fedlora.config.keys import (
+    ADDRESSES,
     ALPHA,
     LIST_OF_RANKS,
     LIST_OF_SHARES,
@@ -72,11 +73,13 @@ class Config(BaseModel):
 
     # --- model ---
     model_name_or_path: Annotated[
-        str | None, Mark.DIRECTORY, Mark.ABSOLUTE, Words(("embedded",))
+        str | None, Mark.DIRECTORY, Mark.ABSOLUTE, Words(("embedded",)), Mark.OF_SITES
     ] = Field(
         None, description="hub name or directory of the base model; 'embedded': the package's"
     )
-    model_revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    model_revision: Annotated[str | None, Mark.OF_SITES] = Field(
+        None, description="branch, tag or commit on the hub"
+    )
     tokenizer_name: Annotated[str | None, Mark.DIRECTORY, Mark.ABSOLUTE] = Field(
         None, description="another tokenizer than the model's own"
     )
@@ -84,13 +87,17 @@ class Config(BaseModel):
         None, description="Jinja file or tokenizer with another chat template; vicuna: built in"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], Mark.AUTOMATIC] = Field(
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], Mark.AUTOMATIC, Mark.OF_SITES
+    ] = Field(
         "auto",
         description="of the frozen base; auto: bfloat16 where that is measured to be faster, else "
         "float32. Adapters are float32",
     )
     # --- LoRA ---
-    lora_task_type: Annotated[Literal["auto", "CAUSAL_LM", "SEQ_CLS"], Mark.AUTOMATIC] = Field(
+    lora_task_type: Annotated[
+        Literal["auto", "CAUSAL_LM", "SEQ_CLS"], Mark.AUTOMATIC, Mark.OF_SITES
+    ] = Field(
         "auto", description="auto: SEQ_CLS (classifier) with label_column_name, or if the model is"
     )
     lora_r: Annotated[int, Mark.OF_CLIENT] = Field(
@@ -112,7 +119,7 @@ class Config(BaseModel):
     ] = Field(
         "all-linear", description="module names, all-linear, or none: PEFT's for the architecture"
     )
-    lora_modules_to_save: list[str] | None = Field(
+    lora_modules_to_save: Annotated[list[str] | None, Mark.OF_SITES] = Field(
         None, description="modules trained whole and averaged; a classifier's head always is"
     )
     init_adapter: Annotated[str | None, Mark.DIRECTORY, Mark.ABSOLUTE] = Field(
@@ -138,7 +145,9 @@ class Config(BaseModel):
     max_train_samples: Annotated[int | None, Mark.OF_CLIENT] = Field(
         None, ge=1, description="rows drawn of each client's"
     )
-    max_eval_samples: int | None = Field(None, ge=1, description="rows drawn of the evaluation's")
+    max_eval_samples: Annotated[int | None, Mark.OF_SITES] = Field(
+        None, ge=1, description="rows drawn of the evaluation's"
+    )
     strict_clients: bool = Field(False, description="refuse clients without a usable row")
     template: Annotated[
         Literal["auto", "alpaca", "chat", "prompt_completion", "text", "classification", "custom"],
@@ -150,7 +159,7 @@ class Config(BaseModel):
     completion_template: str | None = Field(
         None, description="its completion, such as '{answer}'; a template custom needs it"
     )
-    completion_only_loss: bool = Field(
+    completion_only_loss: Annotated[bool, Mark.OF_SITES] = Field(
         True, description="loss on the completion (in a chat: all assistant turns) alone"
     )
     text_column_names: list[str] | None = Field(
@@ -159,15 +168,19 @@ class Config(BaseModel):
     label_column_name: str | None = Field(
         None, description="a classifier's labels, text or whole numbers"
     )
-    label_names: Annotated[list[str] | None, Mark.AUTOMATIC] = Field(
+    label_names: Annotated[list[str] | None, Mark.AUTOMATIC, Mark.OF_SITES] = Field(
         None, description="a classifier's labels in order; none: the model's, or those in the data"
     )
-    max_length: int = Field(1024, ge=2, description="tokens a sample is cut to")
+    max_length: Annotated[int, Mark.OF_SITES] = Field(
+        1024, ge=2, description="tokens a sample is cut to"
+    )
     # --- federation ---
     method: Annotated[str, Mark.ALONE, JsonSchema({"enum": list(METHODS)})] = Field(
         "exact", description="aggregation rule: " + ", ".join(METHODS)
     )
-    num_rounds: int = Field(10, ge=1, description="rounds of the federation")
+    num_rounds: Annotated[int, Mark.OF_SITES] = Field(
+        10, ge=1, description="rounds of the federation"
+    )
     num_clients: Annotated[int | None, Mark.AUTOMATIC, Mark.ALONE] = Field(
         None, ge=1, description="clients; none: one per file, per client_ranks, or 10"
     )
@@ -188,7 +201,7 @@ class Config(BaseModel):
         3, ge=1, description="of a round below min_clients_per_round, before the run stops"
     )
     round_timeout: float | None = Field(
-        None, gt=0, description="seconds after which nobody is waited for (engine: workers)"
+        None, gt=0, description="seconds after which nobody is waited for (engine: workers, sites)"
     )
     client_ranks: Annotated[
         int | list[int] | None,
@@ -246,7 +259,7 @@ class Config(BaseModel):
         ],
         Mark.OF_CLIENT,
     ] = Field("linear", description="schedule of transformers")
-    lr_scheduler_scope: Literal["round", "federation"] = Field(
+    lr_scheduler_scope: Annotated[Literal["round", "federation"], Mark.OF_SITES] = Field(
         "round", description="it restarts each round, or spans all rounds"
     )
     warmup_steps: Annotated[float, Mark.OF_CLIENT] = Field(
@@ -289,14 +302,23 @@ class Config(BaseModel):
     )
     # --- evaluation ---
     eval_rounds: int = Field(1, ge=0, description="evaluate every so many rounds; 0: at the ends")
-    per_device_eval_batch_size: int = Field(8, ge=1, description="samples of an evaluation batch")
-    client_eval_fraction: float = Field(
+    server_evaluation: Annotated[bool, Mark.MACHINE, Mark.CARRIER] = Field(
+        True,
+        description="engine: sites: evaluate at the server too, where it has rows (eval_file); "
+        "false: it needs no weights of the base",
+    )
+    per_device_eval_batch_size: Annotated[int, Mark.OF_SITES] = Field(
+        8, ge=1, description="samples of an evaluation batch"
+    )
+    client_eval_fraction: Annotated[float, Mark.OF_SITES] = Field(
         0.0, ge=0, lt=1, description="share of each client's rows held out to evaluate on"
     )
-    eval_exact_match: Annotated[Literal["auto"] | bool, Mark.AUTOMATIC] = Field(
+    eval_exact_match: Annotated[Literal["auto"] | bool, Mark.AUTOMATIC, Mark.OF_SITES] = Field(
         "auto", description="greedy answers against every learnt turn; auto: if references fit"
     )
-    generation_max_new_tokens: int = Field(24, ge=1, description="longest generated answer")
+    generation_max_new_tokens: Annotated[int, Mark.OF_SITES] = Field(
+        24, ge=1, description="longest generated answer"
+    )
     eval_personal: bool = Field(
         False, description="also evaluate each client's own model as its round ends"
     )
@@ -333,10 +355,16 @@ class Config(BaseModel):
     logging_dir: Annotated[str | None, Mark.DIRECTORY, Mark.ABSOLUTE, Mark.OUTPUT] = Field(
         None, description="of tensorboard's files; none: runs/ in output_dir"
     )
-    seed: Annotated[int, Mark.REPETITION] = Field(42, ge=0, description="of every random draw")
-    engine: Annotated[Literal["local", "workers"], Mark.MACHINE, Mark.CARRIER] = Field(
+    seed: Annotated[int, Mark.REPETITION, Mark.OF_SITES] = Field(
+        42, ge=0, description="of every random draw"
+    )
+    engine: Annotated[Literal["local", "workers", "sites"], Mark.MACHINE, Mark.CARRIER] = Field(
         "local",
-        description="local: clients train in this process; workers: in processes of this machine",
+        description="local: clients train in this process; workers: in processes of this machine; "
+        "sites: where their rows are, see sites",
+    )
+    sites: Annotated[dict[str, str] | None, Mark.MACHINE, Mark.CARRIER, JsonSchema(ADDRESSES)] = (
+        Field(None, description="name: address of every site, the path of its worker's socket")
     )
     num_workers: Annotated[
         int | Literal["auto"],

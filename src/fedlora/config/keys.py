@@ -34,6 +34,7 @@ class Mark(Enum):
     OUTPUT = "where and to whom the run reports; no number depends on it, a resume may change it"
     CARRIER = "what carries the messages to the clients; a resume may change it"
     REPETITION = "another value repeats the same experiment"
+    OF_SITES = "with engine: sites the server sets it for all sites, which may bound it"
     MACHINE = "fits the run to its machine; another value is the same experiment"
     ALONE = "a client that trains by itself has another value than its federation"
 
@@ -107,6 +108,13 @@ NUMBER_OR_SHARE: Schema = {
     ]
 }
 SIZE_OR_AUTO: Schema = {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]}
+ADDRESSES: Schema = {
+    "anyOf": [
+        {"type": "object", "patternProperties": {".": {"type": "string", "pattern": r"\S"}}},
+        {"type": "array", "items": {"type": "string", "pattern": "[^=]=."}, "minItems": 1},
+        NONE,
+    ]
+}
 NUMBER_OF_STEPS: Schema = {"type": "integer", "minimum": -1, "not": {"const": 0}}
 
 

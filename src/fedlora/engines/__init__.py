@@ -1,1 +1,1 @@
-"""Carries messages between the server and the clients, today within one process."""
+"""Carries messages between server and clients: in a process, to workers, to sites."""

@@ -17,12 +17,13 @@ from fedlora.client.worker import Trained, Worker
 from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
+from fedlora.engines.run_sites import check_trains_itself, resume_with_sites, run_with_sites
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.runs.course import Course, has_personal_models
 from fedlora.runs.directory import RunDirectory, check_free
-from fedlora.runs.engine import ClientResult, Engine, EngineState, Exchange
+from fedlora.runs.engine import ClientResult, Engine, EngineState, Exchange, Joined, Left
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step, ignore
 from fedlora.runs.observers import observers
@@ -61,7 +62,11 @@ def run(
         refuse_complete(Path(resume), config)
         directory = RunDirectory.open(resume)
         try:
-            session = assemble(as_it_began(directory.path, config))
+            began = as_it_began(directory.path, config)
+            if began.engine == "sites":
+                check_trains_itself(train_function)
+                return resume_with_sites(began, directory, callbacks, report)
+            session = assemble(began)
             initial = starting_state(session)
             with _course(session, directory, initial, train_function, callbacks, report) as course:
                 return course.resume()
@@ -70,6 +75,9 @@ def run(
     if config is None:
         config = Config(**read_yaml(EMBEDDED_CONFIG))
     check_free(config.output_dir)
+    if config.engine == "sites":
+        check_trains_itself(train_function)
+        return run_with_sites(config, callbacks, report)
     return run_session(
         assemble(config), train_function=train_function, callbacks=callbacks, report=report
     )
@@ -164,6 +172,10 @@ class LocalEngine:
     def can_evaluate(self) -> bool:
         """Whether there is anything to evaluate the global model on."""
         return self.evaluator.possible
+
+    def changes(self) -> Sequence[Joined | Left]:
+        """Nobody joins or leaves."""
+        return ()
 
     def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
         """Train the clients, several in a pass; `deadline` is not needed, for every one answers.

@@ -31,16 +31,15 @@ from fedlora.client.local_training import TrainFunction
 from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.engines.local import LocalEngine, make_worker
+from fedlora.engines.results import asked_modules, result_of
 from fedlora.engines.worker_process import FAILED, STEP, STOP, has_stopped, serve
 from fedlora.errors import FedloraError
 from fedlora.federation.envelope import Header, Message, check_header, decode, encode
-from fedlora.federation.exchange import client_start, server_view
-from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.messages import Broadcast
 from fedlora.federation.wire import GroupNames, read_trained, train_message
-from fedlora.lowrank import Deltas, add_all
-from fedlora.methods.rule import Shapes
+from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
-from fedlora.runs.engine import ClientResult, EngineState, Exchange, Failure
+from fedlora.runs.engine import ClientResult, EngineState, Exchange, Failure, Joined, Left
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step
 from fedlora.runs.session import Session, assemble
 
@@ -164,6 +163,10 @@ class WorkersEngine:
 
     # --- a round ---
 
+    def changes(self) -> Sequence[Joined | Left]:
+        """Nobody joins or leaves."""
+        return ()
+
     def exchange(self, broadcasts: Clients, deadline: float | None = None) -> Exchange:
         """Train the clients, as many in a pass as `cohort_size` says and a pass per worker.
 
@@ -255,10 +258,12 @@ class WorkersEngine:
         if message.header.kind == FAILED:
             self._failed(message.body, task, waiting)
             return []
-        updates, states = read_trained(message, {b.client: self._modules(b) for b in task.clients})
+        agreement = self.session.federation.agreement
+        updates, states = read_trained(
+            message, {b.client: asked_modules(b, agreement.shapes) for b in task.clients}
+        )
         answers: list[Outcome] = [
-            ClientResult(update, partial(self._model, sent[update.client], update))
-            for update in updates
+            result_of(sent[update.client], update, agreement) for update in updates
         ]
         self.local.states.update(states)
         return answers
@@ -318,18 +323,6 @@ class WorkersEngine:
                 worker.stops_by = None
             else:
                 self._replace(worker)
-
-    def _modules(self, broadcast: Broadcast) -> Shapes:
-        """The modules that a client was asked to train, in the federation's order."""
-        asked, shapes = broadcast.modules, self.session.federation.shapes
-        return shapes if asked is None else {n: shapes[n] for n in shapes if n in asked}
-
-    def _model(self, broadcast: Broadcast, update: ClientUpdate) -> Deltas:
-        """The model a client ended with, from what it was sent and what it sent back."""
-        start = client_start(broadcast, self.session.federation.agreement)
-        return add_all(
-            [broadcast.base_delta, start.shared, start.private, server_view(update, start)]
-        )
 
     # --- all else is as in one process ---
 

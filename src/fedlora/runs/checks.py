@@ -15,7 +15,7 @@ from fedlora.model.base import BaseModel
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xmod")
 """Architectures that count positions from the padding token's id on."""
 
-_GIVE_ROWS = (
+GIVE_ROWS = (
     "needs something to evaluate on: give eval_file, dataset_test_split or client_eval_fraction"
 )
 
@@ -115,7 +115,7 @@ def check_evaluation(config: Config, data: FederatedData) -> None:
         return
     for key in ("eval_personal", "load_best_model_at_end", "early_stopping_patience"):
         if getattr(config, key):
-            raise InputError(f"{key} {_GIVE_ROWS}")
+            raise InputError(f"{key} {GIVE_ROWS}")
 
 
 def dropped_line(number: int, why: str) -> str:

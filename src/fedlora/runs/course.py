@@ -9,20 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from fedlora.errors import InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.exchange import global_delta
-from fedlora.federation.records import RoundRecord
 from fedlora.federation.server import Server
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
 from fedlora.runs.best_round import Best
 from fedlora.runs.directory import RunDirectory, Saved
-from fedlora.runs.engine import Engine, EngineState
+from fedlora.runs.engine import Engine, EngineState, Joined
 from fedlora.runs.events import (
     End,
     EvaluateBegin,
@@ -40,19 +39,21 @@ from fedlora.runs.final_model import (
     write_global_model,
     write_personal_models,
 )
+from fedlora.runs.membership import admit, as_line, dismiss, in_words, with_all_ranks
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.results import Callbacks, Result, RoundResult
 from fedlora.runs.round_clock import RoundClock
+from fedlora.runs.round_line import round_line
 from fedlora.runs.run_header import begin_event, header
+from fedlora.runs.run_session import RunSession
 from fedlora.runs.safe_writing import write_errors_are_explained
-from fedlora.runs.session import Session
 from fedlora.runs.state_file import settled
 from fedlora.runs.training_round import Models, TrainingRound
 from fedlora.text import finite
 from fedlora.threads import Watcher
 
 
-def make_server(session: Session, initial: ServerState, spool: Path) -> Server:
+def make_server(session: RunSession, initial: ServerState, spool: Path) -> Server:
     """The server of a run.
 
     Args:
@@ -63,7 +64,7 @@ def make_server(session: Session, initial: ServerState, spool: Path) -> Server:
     return Server(session.federation, initial, Mean(), spool=spool)
 
 
-def has_personal_models(session: Session) -> bool:
+def has_personal_models(session: RunSession) -> bool:
     """Whether every client has a model of its own and there is no global one: the rule says so."""
     config = session.config
     return bool(METHODS[config.method].training(config.rule_options()).keeps)
@@ -83,7 +84,7 @@ class Course:
 
     def __init__(
         self,
-        session: Session,
+        session: RunSession,
         directory: RunDirectory,
         initial: ServerState,
         engine: Engine,
@@ -164,7 +165,7 @@ class Course:
                 )
 
     def _restore(self, saved: Saved) -> None:
-        self.server.state = saved.state
+        self.server.state = with_all_ranks(saved.state, self.server.federation)
         self.engine.restore(EngineState(saved.extra, saved.clients))
         self.best = Best(**saved.extra["best"])
         if "threads" in saved.extra:
@@ -191,7 +192,7 @@ class Course:
             due=due,
             personal=self.personal,
         )
-        training.run()
+        training.run(self._take_in_changes)
         clock.now("aggregate")
         record = self.server.commit()
         self.server.state = settled(self.server.state)
@@ -199,27 +200,32 @@ class Course:
         if not any(client.weight for client in record.clients):
             self._warn(f"no client counts in round {number}; the global model stays as it is")
         evaluations = self._evaluate() if due else Evaluations()
-        line = self._line(record, evaluations, training, clock)
+        line = round_line(
+            record,
+            evaluations,
+            training.scores,
+            attempts=training.attempts,
+            seconds=clock.seconds(),
+        )
+        if self.threads.number != self.config.num_threads:
+            line["num_threads"] = self.threads.number
         self._judge(number, line)
         self._save(line, training.models)
         for callback in self.callbacks:
             callback(RoundResult(record, self.log[-1], self.server.state))
 
-    def _line(
-        self,
-        record: RoundRecord,
-        evaluations: Evaluations,
-        training: TrainingRound,
-        clock: RoundClock,
-    ) -> Round:
-        line = cast(Round, {"event": "round", **_plain(record), **evaluations})
-        if scores := training.scores:  # by client, whatever the order in which they answered
-            line["personal_evaluations"] = {str(k): scores[k] for k in sorted(scores)}
-        line["attempts"] = training.attempts
-        line["seconds"] = clock.seconds()
-        if self.threads.number != self.config.num_threads:
-            line["num_threads"] = self.threads.number
-        return line
+    def _take_in_changes(self) -> None:
+        """Let those in who have joined, and ask nobody who has left; both are logged."""
+        number = self.server.state.round
+        for change in self.engine.changes():
+            if isinstance(change, Joined):
+                admit(self.server, change)
+            else:
+                dismiss(self.server, change)
+            self._warn(in_words(change, number))
+            line = finite(as_line(change, number))
+            self.log.append(line)
+            self.directory.append(line)
 
     def _evaluate(self) -> Evaluations:
         if not self.engine.can_evaluate:
@@ -260,17 +266,17 @@ class Course:
     # --- the end ---
 
     def _end(self) -> Result:
+        self._take_in_changes()
         state, best, base = self.server.state, self.best.round, self.session.base
-        final = self._final_model()
+        final, kept = self._final_model(), self.engine.state().clients
+        if self.personal and not kept:
+            self._warn("every client keeps a model of its own; final/ has what all of them share")
         self._log(End(event="end", round=state.round, final=final.round, best=best))
 
         def fill(target: Path) -> None:
-            if self.personal:
-                states, num_clients = (
-                    self.engine.state().clients,
-                    len(self.session.federation.ranks),
-                )
-                write_personal_models(target, base, state, states, num_clients, final.dense)
+            if self.personal and kept:
+                number = len(self.server.federation.ranks)
+                write_personal_models(target, base, state, kept, number, final.dense)
             else:
                 last_round = self.directory.path / f"round-{state.round}"
                 write_global_model(target, base, final, last_round)
@@ -297,9 +303,3 @@ class Course:
 
     def _warn(self, message: str) -> None:
         self.report(Notice(event="warning", message=message))
-
-
-def _plain(record: RoundRecord) -> dict[str, Any]:
-    """A record as JSON can hold it."""
-    fields = dataclasses.asdict(record)
-    return {**fields, "bytes_up": record.bytes_up, "bytes_down": record.bytes_down}

@@ -59,6 +59,42 @@ Exchange = Generator[ClientResult | Failure, None, None]
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Somebody takes part from the next round on.
+
+    Args:
+        client: the number it has from now on, the next one that nobody has had.
+        name: for people.
+        rank: of the adapter it trains.
+        rows: to train on.
+        eval_rows: held out.
+        tokens: in the rows to train on.
+    """
+
+    client: int
+    name: str
+    rank: int
+    rows: int
+    eval_rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """A client takes part no longer.
+
+    Args:
+        client: its number.
+        name: for people.
+        reason: in words.
+    """
+
+    client: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class EngineState:
     """What an engine wants to find again when its run is resumed; it is saved with every round.
 
@@ -94,6 +130,9 @@ class Engine(Protocol):
     @property
     def can_evaluate(self) -> bool:
         """Whether there is anything to evaluate the global model on."""
+
+    def changes(self) -> Sequence[Joined | Left]:
+        """Who has joined or left for good since this was asked last; it is asked before a round."""
 
     def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
         """Carry a round's broadcasts to their clients, and bring what comes back.

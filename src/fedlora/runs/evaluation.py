@@ -14,7 +14,7 @@ from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Adapter, Deltas, LowRank
 from fedlora.methods.values import ServerState
 from fedlora.runs.events import Evaluations
-from fedlora.runs.session import Session
+from fedlora.runs.run_session import RunSession
 
 
 def own_adapter(state: ServerState, kept: ClientState) -> Adapter:
@@ -41,7 +41,7 @@ class Evaluator:
         personal: whether every client has a model of its own and there is no global one.
     """
 
-    session: Session
+    session: RunSession
     states: Mapping[int, ClientState]
     personal: bool
 

@@ -15,6 +15,8 @@ Some events are also written as lines of `metrics.jsonl`, and some lines are onl
     evaluate_begin  yes       no      an evaluation of the global model begins
     round           yes       yes     a round is saved
     end             yes       yes     the last round is saved; `final/` is written next
+    join            no        Join    a site takes part from the next round on (engine: sites)
+    leave           no        Leave   a site takes part no longer (engine: sites)
     resume          no        Resume  a run that was interrupted goes on
     eval            no        Eval    `fedlora eval` has measured something later
 
@@ -261,12 +263,53 @@ class End(TypedDict):
     best: int | None
 
 
+class Join(TypedDict):
+    """A site has joined a run that goes on already, and takes part from the next round on.
+
+    Args:
+        round: the last one that was committed then.
+        client: the number it was given.
+        name: the site's.
+        rank: of the adapter it trains.
+        rows: to train on.
+        eval_rows: held out.
+        tokens: in the rows to train on.
+    """
+
+    event: Literal["join"]
+    round: int
+    client: int
+    name: str
+    rank: int
+    rows: int
+    eval_rows: int
+    tokens: int
+
+
+class Leave(TypedDict):
+    """A site has left a run for good.
+
+    Args:
+        round: the last one that was committed then.
+        client: its number, which nobody else is given.
+        name: the site's.
+        reason: in its words.
+    """
+
+    event: Literal["leave"]
+    round: int
+    client: int
+    name: str
+    reason: str
+
+
 class HeaderClient(TypedDict):
     """One client in the `Header`.
 
     Args:
         client: its number.
-        name: of its file or of its value of the column that divides the rows; "" without one.
+        name: of its site, of its file or of its value of the column that divides the rows; ""
+            without one.
         rank: of the adapter it trains in round 1.
         rows: to train on.
         eval_rows: held out.
@@ -284,7 +327,17 @@ class HeaderClient(TypedDict):
     counts: Mapping[str, int]
 
 
-class Header(TypedDict):
+class SometimesInHeader(TypedDict, total=False):
+    """A field of a `Header` that is there only under engine: sites.
+
+    Args:
+        run: the run's id, by which sites know it again.
+    """
+
+    run: str
+
+
+class Header(SometimesInHeader):
     """What was run, on what and with what: the first line of `metrics.jsonl`, written once.
 
     Args:
@@ -372,6 +425,8 @@ LOGGED: Mapping[str, Any] = {
     "start": Start,
     "round": Round,
     "end": End,
+    "join": Join,
+    "leave": Leave,
     "resume": Resume,
     "eval": Eval,
 }

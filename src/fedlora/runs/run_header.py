@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fedlora import __version__
-from fedlora.runs.events import Begin, Header, HeaderClient
+from fedlora.runs.events import Begin, Header
 from fedlora.runs.file_names import AS_WRITTEN
-from fedlora.runs.session import Session
+from fedlora.runs.run_session import RunSession
 
 
-def config_file(session: Session) -> str:
+def config_file(session: RunSession) -> str:
     """What `config.yaml` says: the resolved configuration and, in a comment at its end, as the user
     wrote them the keys that the run settled by itself (automatic values, ranks drawn by the seed).
     """
@@ -22,7 +22,7 @@ def config_file(session: Session) -> str:
     return f"{session.config.to_yaml()}{AS_WRITTEN}{asked}\n"
 
 
-def begin_event(session: Session, output_dir: Path, resumed_from: int | None) -> Begin:
+def begin_event(session: RunSession, output_dir: Path, resumed_from: int | None) -> Begin:
     """What a run tells its listeners when it begins or goes on."""
     config, federation = session.config, session.federation
     return Begin(
@@ -42,11 +42,10 @@ def begin_event(session: Session, output_dir: Path, resumed_from: int | None) ->
     )
 
 
-def header(session: Session) -> Header:
+def header(session: RunSession) -> Header:
     """The first line of a run's `metrics.jsonl`."""
     base, data, spec, config = session.base, session.data, session.federation, session.config
-    held = session.label_counts
-    return Header(
+    head = Header(
         event="begin",
         round=0,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,8 +58,8 @@ def header(session: Session) -> Header:
         num_rounds=config.num_rounds,
         modules={name: list(shape) for name, shape in spec.shapes.items()},
         dense_parameters=sum(p.numel() for p in base.full_params.values()),
-        clients=[_client(session, client) for client in range(len(data.clients))],
-        column=held.column if held else None,
+        clients=session.clients,
+        column=session.column,
         eval_rows=len(data.eval),
         alone=session.lone,
         environment={
@@ -70,27 +69,16 @@ def header(session: Session) -> Header:
             "threads": config.num_threads,
         },
     )
+    if session.run:
+        head["run"] = session.run
+    return head
 
 
-def _client(session: Session, client: int) -> HeaderClient:
-    part, held = session.data.clients[client], session.label_counts
-    counts = dict(zip(held.values, held.counts[client], strict=True)) if held else {}
-    return HeaderClient(
-        client=client,
-        name=held.names[client] if held else "",
-        rank=session.federation.ranks[client],
-        rows=len(part.train),
-        eval_rows=len(part.eval),
-        tokens=sum(len(row["input_ids"]) for row in part.train),
-        counts={value: count for value, count in counts.items() if count},
-    )
-
-
-def _parameters(session: Session) -> int:
+def _parameters(session: RunSession) -> int:
     return sum(p.numel() for p in session.base.model.parameters())
 
 
-def _device(session: Session) -> str:
+def _device(session: RunSession) -> str:
     if session.base.device.type != "cuda":
         return "cpu"
     import torch

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from fedlora.adapters.peft_files import CONFIG_NAME
 from fedlora.config.clients import (
@@ -15,17 +16,15 @@ from fedlora.config.clients import (
     client_modules,
     client_ranks,
     settled_overrides,
-    with_overrides_read,
 )
 from fedlora.config.config import Config
 from fedlora.config.keys import Mark, keys_marked
-from fedlora.data.datasets import FederatedData, load_data
+from fedlora.data.datasets import ClientData, FederatedData, load_data
 from fedlora.data.general_text import windows
 from fedlora.data.label_counts import LabelCounts, label_counts
 from fedlora.data.raw_data import RawData, load_rows
 from fedlora.data.reading import find_labels, is_classification, template_of
 from fedlora.data.subsets import subsets
-from fedlora.data.templates import BUILT_IN_CHAT
 from fedlora.data.tokenize import Tokens
 from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
@@ -39,6 +38,7 @@ from fedlora.model.acceleration import accelerate
 from fedlora.model.base import BaseModel
 from fedlora.model.loading import load_model
 from fedlora.model.sources import Source, check_place, find_source, label_order, load_tokenizer
+from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.automatic import (
     choose_cohort_size,
     choose_exact_match,
@@ -54,31 +54,13 @@ from fedlora.runs.checks import (
     check_quorum,
     data_warnings,
 )
+from fedlora.runs.events import HeaderClient
+from fedlora.runs.run_session import RunSession
 from fedlora.runs.starting import from_adapter, init_notes
 from fedlora.runs.tracker_checks import check_trackers
 
 SETTLED = keys_marked(Config, Mark.AUTOMATIC, Mark.REWRITTEN)
 """Keys that a resolved configuration may hold otherwise than the user wrote them."""
-
-
-class Ingredients(Protocol):
-    """What the server's first state is made from, which a `Session` and a `ServerSession` have."""
-
-    @property
-    def config(self) -> Config:
-        """Resolved."""
-
-    @property
-    def base(self) -> BaseModel:
-        """The base with adapter layers."""
-
-    @property
-    def federation(self) -> Federation:
-        """Who takes part."""
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """A classifier's labels in the order of their ids; empty: a causal model."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +102,39 @@ class Session:
     def label_names(self) -> tuple[str, ...]:
         """A classifier's labels in the order of their ids; empty: a causal model."""
         return self.data.label_names
+
+    @property
+    def first_values(self) -> Mapping[str, Tensor]:
+        """The parameters trained whole, as the base has them before round 1."""
+        return self.base.read_full_params()
+
+    @property
+    def column(self) -> str | None:
+        """The column whose values `label_counts` counts; None where no column is known."""
+        return self.label_counts.column if self.label_counts else None
+
+    @property
+    def clients(self) -> list[HeaderClient]:
+        """What the log says of every client."""
+        return [self._client(client, part) for client, part in enumerate(self.data.clients)]
+
+    def _client(self, client: int, part: ClientData) -> HeaderClient:
+        held = self.label_counts
+        counts = dict(zip(held.values, held.counts[client], strict=True)) if held else {}
+        return HeaderClient(
+            client=client,
+            name=held.names[client] if held else "",
+            rank=self.federation.ranks[client],
+            rows=len(part.train),
+            eval_rows=len(part.eval),
+            tokens=sum(len(row["input_ids"]) for row in part.train),
+            counts={value: count for value, count in counts.items() if count},
+        )
+
+    @property
+    def run(self) -> str:
+        """Nobody but this process knows the run."""
+        return ""
 
 
 def model_source(config: Config) -> Source:
@@ -359,35 +374,15 @@ def general_rows(config: Config, tokenizer: Any, length: int, task: str) -> Sequ
     return windows(tokenizer, config.general_file, length, config.max_eval_samples)
 
 
-def starting_state(session: Ingredients) -> ServerState:
+def starting_state(session: RunSession) -> ServerState:
     """The server's state before round 1.
 
     Raises:
         InputError: `init_adapter` cannot be read, or changes what is no target module.
     """
     adapter: Mapping[str, LowRank] = {}
-    dense, source = session.base.read_full_params(), session.config.init_adapter
+    dense, source = session.first_values, session.config.init_adapter
     if source:
         shapes, names = session.federation.shapes, session.label_names
         adapter, dense = from_adapter(source, session.base.model, shapes, dense, names)
     return initial_state(session.federation, adapter, dense)
-
-
-def resolve_paths(config: Config) -> Config:
-    """The configuration with absolute paths, which a resumed run finds from any directory, and
-    with the settings of single clients read from their files."""
-    config = with_overrides_read(config)
-    paths = keys_marked(Config, Mark.ABSOLUTE)
-    return config.model_copy(update={key: _absolute(getattr(config, key)) for key in paths})
-
-
-def _absolute(name: str | None) -> str | None:
-    """An absolute path; a hub name stays as it is."""
-    if name is None or name == EMBEDDED or name in BUILT_IN_CHAT:
-        return name
-    path = Path(name)
-    pattern = bool(set(name) & set("*?["))
-    exists = path.exists() or (
-        path.parent.is_dir() and (pattern or (len(path.parts) > 1 and path.suffix))
-    )
-    return str(path.resolve()) if exists else name

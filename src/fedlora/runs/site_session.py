@@ -22,6 +22,7 @@ from fedlora.federation.exchange import Agreement
 from fedlora.model.base import BaseModel
 from fedlora.model.passes import runner_of
 from fedlora.model.sources import Source, load_tokenizer
+from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.automatic import choose_exact_match, choose_threads, frozen_dtype, with_dtype
 from fedlora.runs.checks import dropped_line
 from fedlora.runs.session import (
@@ -30,7 +31,6 @@ from fedlora.runs.session import (
     load_base,
     make_agreement,
     model_source,
-    resolve_paths,
     task_of,
 )
 from fedlora.runs.site_report import SiteReport

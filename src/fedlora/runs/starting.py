@@ -81,6 +81,11 @@ def _same_weights(saved: SavedAdapter, rename: Callable[[str], str], model: nn.M
     }
     for name, value in saved.base.items():
         parameter = parameters.get(rename(name))
+        if parameter is not None and parameter.is_meta:
+            raise InputError(
+                f"init_adapter: {saved.source} brings the base's weight {name}, which the server "
+                "cannot compare without the base; give it eval_file and server_evaluation: true"
+            )
         if parameter is None or not same_weights(parameter.detach().cpu(), value):
             shape = "absent" if parameter is None else tuple(parameter.shape)
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedlora.lowrank import Deltas
 from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure
 from fedlora.runs.events import ClientEnd, Notice, Report, RoundBegin, Scores
 from fedlora.runs.round_clock import RoundClock
-from fedlora.runs.session import Session
+from fedlora.runs.run_session import RunSession
 from fedlora.seeds import SERVER, Purpose, generator
 
 Models = dict[int, tuple[Deltas, Mapping[str, Tensor]]]
@@ -52,7 +52,7 @@ class TrainingRound:
 
     def __init__(
         self,
-        session: Session,
+        session: RunSession,
         server: Server,
         engine: Engine,
         report: Report,
@@ -70,11 +70,15 @@ class TrainingRound:
         self.models: Models = {}
         self.scores: dict[int, Scores] = {}
 
-    def run(self) -> None:
+    def run(self, take_in_changes: Callable[[], None] = lambda: None) -> None:
         """Have the clients trained, again where fewer than `min_clients_per_round` count.
 
         An attempt that is given up leaves no trace: neither at the server, which has committed
         nothing, nor in what clients keep for themselves.
+
+        Args:
+            take_in_changes: called before every attempt, so that the server asks who has joined,
+                and nobody who has left.
 
         Raises:
             FedloraError: there were too few in every attempt; the run can be resumed.
@@ -82,6 +86,7 @@ class TrainingRound:
         least, before = self.config.min_clients_per_round or 0, self.engine.state()
         while self.attempts < self.config.round_attempts:
             self.attempts += 1
+            take_in_changes()
             broadcasts = self.server.plan()
             self.models, self.scores = {}, {}
             self.clock.now("train")

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from fedlora import Config
 from fedlora.config.as_meant import as_meant, refuse_truth
+from fedlora.errors import InputError
 
 ONE_OR_LIST = int | list[int] | None
 LIST = list[str] | None
@@ -65,3 +67,14 @@ def test_a_table_of_clients(table: Any, says: str) -> None:
     with pytest.raises(ValueError, match=f"^client_overrides: {says}"):
         as_meant("client_overrides", table, annotation)
     assert as_meant("client_overrides", {"3": {"lora_r": 2}}, annotation) == {"3": {"lora_r": 2}}
+
+
+def test_sites_of_a_command_line() -> None:
+    assert Config(engine="sites", sites=["a=/x/a.sock", "b=host:1"]).sites == {  # type: ignore[arg-type]
+        "a": "/x/a.sock",
+        "b": "host:1",
+    }
+    assert Config(engine="sites", sites="a=x=y").sites == {"a": "x=y"}  # type: ignore[arg-type]
+    for given, says in ((["a"], "expected name=address"), (["a=x", "a=y"], "given twice")):
+        with pytest.raises(InputError, match=says):
+            Config(engine="sites", sites=given)  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from fedlora.config.clients import (
 from fedlora.config.config import CLIENT_KEYS
 from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
-from fedlora.runs.session import assemble, resolve_paths
+from fedlora.runs.absolute_paths import resolve_paths
+from fedlora.runs.session import assemble
 from support.clients import keys  # noqa: F401
 from support.models import load_base
 

@@ -17,8 +17,9 @@ from fedlora.errors import InputError
 from fedlora.federation.exchange import Agreement
 from fedlora.federation.participants import Federation
 from fedlora.methods import METHODS
+from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.resume import as_it_began
-from fedlora.runs.session import Session, alone, resolve_paths
+from fedlora.runs.session import Session, alone
 
 KEYS = [key for key in Config.model_fields if key != "method_options"]
 
@@ -36,12 +37,13 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key needs beside it
     "template": {"completion_template": "{b}"},
     "num_workers": {"engine": "workers"},
     "round_timeout": {"engine": "workers"},
+    "sites": {"engine": "sites", "sites": {"a": "one"}},
 }
 
 
 VALUES: list[Any] = [
-    {0: {"max_steps": 2}}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7], ["a"], "flora",
-    "cosine", "quantity", "custom",
+    {0: {"max_steps": 2}}, {"a": "/other"}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7],
+    ["a"], "flora", "cosine", "quantity", "custom",
     "uniform", "federation", "workers", "float32", "CAUSAL_LM", "text", "other",
 ]  # fmt: skip
 

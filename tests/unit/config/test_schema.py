@@ -226,7 +226,7 @@ def test_what_a_client_may_have_of_its_own() -> None:
 BATTERY: list[Any] = [
     None, "none", True, False, -2, -1, 0, 1, 2, 1000, -0.5, 0.25, 0.999, 1.0, 1.5, 1e9,
     "auto", "text", "", "2r", "r", "all", [], [0], [1], [2, 3], [0.5, 0.5], ["a"], ["a", "b"],
-    [True], [None], {}, {"a": 1},
+    [True], [None], {}, {"a": 1}, {"a": "b"}, ["a=b", "c=d"], ["a=b", "c=b"],
 ]  # fmt: skip
 
 
@@ -245,6 +245,7 @@ BESIDE = {  # what a key needs beside it
     "rank_shares": {"rank_choices": [4, 8]},
     "num_workers": {"engine": "workers"},
     "round_timeout": {"engine": "workers"},
+    "sites": {"engine": "sites"},
 }
 
 
@@ -256,6 +257,8 @@ BETWEEN_KEYS = (  # what the schema leaves to the configuration
     "exclude each other",
     "is given twice",
     "has no such option",  # in method_options
+    "engine: sites needs them",
+    "have the same address",
     "is no share",  # 2.0 is a whole number to JSON Schema, and a share to YAML
 )
 

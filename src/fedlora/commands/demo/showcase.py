@@ -26,8 +26,8 @@ from fedlora.config.yaml_file import read_yaml
 from fedlora.data.raw_data import load_rows
 from fedlora.embedded import CONFIG
 from fedlora.errors import FedloraError, InputError
+from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.metrics_log import read_metrics
-from fedlora.runs.session import resolve_paths
 from fedlora.text import human_bytes
 
 COMPARED = ("exact", "flora")

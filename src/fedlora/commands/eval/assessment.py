@@ -33,7 +33,8 @@ from fedlora.commands.json_lines import Emit
 from fedlora.data.datasets import FederatedData
 from fedlora.data.general_text import windows
 from fedlora.errors import FedloraError, InputError
-from fedlora.runs.session import resolve_paths, tokenized
+from fedlora.runs.absolute_paths import resolve_paths
+from fedlora.runs.session import tokenized
 
 
 @dataclass(frozen=True)

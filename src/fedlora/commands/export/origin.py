@@ -16,8 +16,9 @@ from fedlora.data.raw_data import RawData
 from fedlora.data.rows import read_rows
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
+from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.file_names import CONFIG
-from fedlora.runs.session import resolve_paths, tokenized
+from fedlora.runs.session import tokenized
 
 
 @dataclass(frozen=True)

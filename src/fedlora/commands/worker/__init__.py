@@ -1,0 +1,1 @@
+"""Serves the rows and the model of one site to a federation: `fedlora worker`."""

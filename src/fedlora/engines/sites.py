@@ -1,0 +1,403 @@
+"""Trains the clients where their rows are: at sites whose workers are other processes.
+
+The server has neither their rows nor, with `server_evaluation: false`, any weight of the base. It
+speaks to every site in messages (`federation.wire`, `federation.handshake`) that a `Transport`
+carries, and takes the answers as they come. A site that is late, refuses, or fails however often it
+is asked is left out of the round; a site that has died goes on from what it keeps on its disk.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from torch import Tensor
+
+from fedlora.engines.carrier import SiteError
+from fedlora.engines.late_joining import LateJoining
+from fedlora.engines.results import asked_modules, result_of
+from fedlora.engines.roster import Member
+from fedlora.engines.site_calls import LeftError
+from fedlora.engines.site_handshake import Opened
+from fedlora.errors import InputError
+from fedlora.federation.envelope import Header, Message, RefusedMessageError, encode
+from fedlora.federation.handshake import (
+    Counted,
+    Evaluated,
+    Joined,
+    Leave,
+    evaluate_message,
+    leave_message,
+    read_evaluated,
+    with_counted,
+)
+from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.wire import TRAINED, GroupNames, read_trained, train_message
+from fedlora.lowrank import Deltas
+from fedlora.methods.values import RoundNumbers, ServerState
+from fedlora.runs import engine as seam
+from fedlora.runs.course import has_personal_models
+from fedlora.runs.engine import ClientResult, EngineState, Exchange, Failure
+from fedlora.runs.evaluation import Evaluator
+from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report
+from fedlora.runs.site_evaluation import mean_by_rows
+
+_ELSEWHERE = "of the sites"  # in the place of a fingerprint that only the sites have
+_LATE = "it was not done by the round's deadline"
+_LASTING = ("base", "data", "num_examples", "rank", "label_names", "shapes", "full_params")
+_GOODBYE = 10.0  # seconds
+_GRACE = 2.0  # seconds after a deadline in which a site's own answer is waited for
+
+NONE_COUNTS: Counted = (0, 0)
+
+
+@dataclass
+class Site:
+    """A site as the engine sees it.
+
+    Args:
+        joined: what it has told.
+        counted: its training that the last committed round counts.
+        trained: its training in the round that goes on; None: none yet.
+        holds: the round of the run whose global model it has confirmed last; 0: none.
+    """
+
+    joined: Joined
+    counted: Counted = NONE_COUNTS
+    trained: Counted | None = None
+    holds: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.joined.site
+
+
+class SitesEngine:
+    """An engine (`fedlora.runs.engine.Engine`) whose clients are sites.
+
+    Args:
+        opened: the federation, whose sites have joined.
+        report: told `client_begin` events and warnings.
+        notices: what calls to sites tell from their threads.
+    """
+
+    def __init__(self, opened: Opened, report: Report, notices: SimpleQueue[str]) -> None:
+        self.session, self.report = opened.session, report
+        self.handshake, self.calls = opened.handshake, opened.handshake.calls
+        self.sites = {
+            told.client: Site(told, holds=told.confirmed) for told in opened.joined.values()
+        }
+        self.num_clients = len(opened.session.federation.ranks)
+        self.late = LateJoining(opened.handshake, opened.session, opened.waiting, self._warn)
+        self.personal = has_personal_models(opened.session)
+        self.evaluator = Evaluator(opened.session, {}, self.personal)
+        self._notices = notices
+        self._leaving: dict[str, Member] = dict(opened.left)
+        self._round, self._attempt, self._committed = 0, 0, 0
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """The base's fingerprint; rows and local training are the sites' own (see `restore`)."""
+        base = self.session.sites[0].base
+        return {"base": base, "data": _ELSEWHERE, "train_function": _ELSEWHERE}
+
+    # --- who takes part ---
+
+    def changes(self) -> Sequence[seam.Joined | seam.Left]:
+        """The sites that have left since this was asked last, and those that have joined."""
+        changes: list[seam.Joined | seam.Left] = [
+            seam.Left(member.client, name, member.left or "")
+            for name, member in self._leaving.items()
+        ]
+        self._leaving.clear()
+        for told in self.late.joined(self.num_clients, self._committed):
+            self.sites[told.client] = Site(told)
+            self.num_clients += 1
+            changes.append(
+                seam.Joined(
+                    client=told.client,
+                    name=told.site,
+                    rank=told.rank,
+                    rows=told.num_examples,
+                    eval_rows=told.eval_rows,
+                    tokens=told.tokens,
+                )
+            )
+        self._pass_on()
+        return changes
+
+    def _has_left(self, site: Site, error: LeftError) -> None:
+        client, rank = site.joined.client, site.joined.rank
+        if self.sites.pop(client, None) is not None:
+            self._leaving[site.name] = Member(client, rank, error.reason)
+
+    # --- a round ---
+
+    def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
+        """Send every site its broadcast at a time, and bring the updates as they come.
+
+        When the round is full, sites that still train are told to stop; what they answer is
+        dropped.
+        """
+        if not broadcasts:
+            return
+        self._begin_round(broadcasts[0].round)
+        outcomes = SimpleQueue[tuple[int, ClientUpdate | SiteError | LeftError]]()
+        sent = {broadcast.client: broadcast for broadcast in broadcasts}
+        missing = set(sent)
+        for client, broadcast in sent.items():
+            site = self.sites.get(client)
+            if site is None:
+                missing.discard(client)
+                yield Failure(client, "its site has left")
+                continue
+            self.report(ClientBegin(event="client_begin", client=client, rank=broadcast.rank))
+            train = partial(self._train, site, broadcast, self._attempt, deadline)
+            _in_a_thread(site.name, partial(_put, outcomes, client, train))
+        try:
+            while missing:
+                try:
+                    client, outcome = outcomes.get(timeout=_seconds_until(deadline))
+                except Empty:
+                    break
+                finally:
+                    self._pass_on()
+                missing.discard(client)
+                yield self._outcome(sent[client], outcome)
+        except GeneratorExit:
+            self.calls.transport.cancel([self.sites[client].name for client in sorted(missing)])
+            raise
+        for client in sorted(missing):
+            yield Failure(client, _LATE, late=True)
+
+    def _begin_round(self, number: int) -> None:
+        """Note a round's next attempt; what sites trained in one that was given up is lost."""
+        self._attempt = self._attempt + 1 if number == self._round else 0
+        for site in self.sites.values():
+            if site.trained is not None and number != self._round:
+                site.counted = site.trained
+            site.trained = None
+        self._round, self._committed = number, number - 1
+
+    def _train(
+        self, site: Site, broadcast: Broadcast, attempt: int, deadline: float | None
+    ) -> ClientUpdate:
+        """Have a site train; called in a thread of its own."""
+        client, agreement = broadcast.client, self.session.federation.agreement
+        message, _ = train_message(
+            self._header(broadcast.round, attempt), [broadcast], {}, GroupNames()
+        )
+        modules = {client: asked_modules(broadcast, agreement.shapes)}
+
+        def read(answer: Message) -> ClientUpdate:
+            if answer.header.kind != TRAINED:
+                raise RefusedMessageError(f"it is {answer.header.kind[:40]}, not an update")
+            updates, states = read_trained(answer, modules)
+            if [update.client for update in updates] != [client] or states:
+                raise RefusedMessageError("it is not one update of this client alone")
+            return updates[0]
+
+        message = with_counted(message, site.counted)
+        recover = partial(self._come_back, site, broadcast.round - 1)
+        return self.calls.ask(site.name, message, read, deadline, recover)
+
+    def _come_back(self, site: Site, committed: int) -> None:
+        """Have a site join again whose worker was gone, and see whether it is the same.
+
+        Raises:
+            SiteError: it is not.
+        """
+        before = site.joined
+        member = Member(before.client, before.rank)
+        joined = self.handshake.join(site.name, member, self.num_clients, committed)
+        if any(getattr(joined, what) != getattr(before, what) for what in _LASTING):
+            raise SiteError(
+                "mistake",
+                "it came back with another base, rank or rows; give it back what it had, or start "
+                "a new run",
+            )
+        agreement = self.session.federation.agreement
+        self.handshake.agree(joined, agreement, self.num_clients, committed)
+
+    def _outcome(
+        self, broadcast: Broadcast, outcome: ClientUpdate | SiteError | LeftError
+    ) -> ClientResult | Failure:
+        client = broadcast.client
+        if isinstance(outcome, ClientUpdate):
+            if client in self.sites:
+                site = self.sites[client]
+                site.trained = broadcast.round, self._attempt
+                site.holds = broadcast.round - 1
+            return result_of(broadcast, outcome, self.session.federation.agreement)
+        if isinstance(outcome, LeftError):
+            if client in self.sites:
+                self._has_left(self.sites[client], outcome)
+            return Failure(client, f"its site leaves the run: {outcome.reason}")
+        late = outcome.kind == "deadline"
+        return Failure(client, _LATE if late else outcome.reason, late=late)
+
+    def _header(self, number: int, attempt: int) -> Header:
+        agreement = self.session.federation.agreement
+        base = self.session.sites[0].base
+        return Header(self.handshake.run, number, attempt, "", base, agreement.digest)
+
+    # --- evaluation ---
+
+    @property
+    def can_evaluate(self) -> bool:
+        """Whether the server or any site has rows to evaluate on."""
+        here = self.session.evaluates and not self.personal
+        return here or any(site.joined.eval_rows for site in self.sites.values())
+
+    def evaluate(self, state: ServerState) -> Evaluations:
+        """Evaluate the global model at the sites, and at the server where it has rows.
+
+        Returns:
+            `client_evaluations` of the sites; `evaluation` on the server's rows or else on those of
+            all sites together (`mean_by_rows`); `general_evaluation` of the server. Under a rule
+            with personal models each site has evaluated its own, and the server none.
+        """
+        self._committed = state.round
+        out = Evaluations()
+        if self.session.evaluates and not self.personal:
+            out = self.evaluator.of_server(state)
+        evaluated = self._evaluated(state)
+        if evaluated:
+            out["client_evaluations"] = {str(k): x.metrics for k, x in evaluated.items()}
+            out.setdefault("evaluation", mean_by_rows(evaluated))
+        return out
+
+    def _evaluated(self, state: ServerState) -> dict[int, Evaluated]:
+        """What the sites have measured of the global model, by client."""
+        outcomes = SimpleQueue[tuple[int, Evaluated | SiteError | LeftError]]()
+        asked = {k: site for k, site in self.sites.items() if site.joined.eval_rows}
+        timeout = self.session.config.round_timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for client, site in asked.items():
+            counted = site.trained or site.counted
+            measure = partial(self._measure, site, state, counted, deadline)
+            _in_a_thread(site.name, partial(_put, outcomes, client, measure))
+        evaluated, missing = dict[int, Evaluated](), set(asked)
+        while missing:
+            try:
+                client, outcome = outcomes.get(timeout=_seconds_until(deadline))
+            except Empty:
+                break
+            finally:
+                self._pass_on()
+            missing.discard(client)
+            if isinstance(outcome, Evaluated):
+                evaluated[client] = outcome
+                asked[client].holds = state.round
+            else:
+                self._warn(f"site {asked[client].name} does not evaluate: {outcome.reason}")
+            if isinstance(outcome, LeftError):
+                self._has_left(asked[client], outcome)
+        for client in sorted(missing):
+            self._warn(f"site {asked[client].name} does not evaluate: it was not done in time")
+        return {client: evaluated[client] for client in sorted(evaluated) if evaluated[client].rows}
+
+    def _measure(
+        self, site: Site, state: ServerState, counted: Counted, deadline: float | None
+    ) -> Evaluated:
+        """Have a site evaluate the global model; called in a thread of its own."""
+        model = Broadcast(
+            round=state.round,
+            client=site.joined.client,
+            rank=site.joined.rank,
+            adapter=state.adapter,
+            leading={},
+            base_delta=state.base_delta,
+            dense=state.dense,
+            nbytes=0,
+            numbers=RoundNumbers({}, state.levels),
+        )
+        message = with_counted(evaluate_message(self._header(state.round, 0), model), counted)
+        recover = partial(self._come_back, site, state.round)
+        return self.calls.ask(site.name, message, read_evaluated, deadline, recover)
+
+    def evaluate_client(
+        self, client: int, model: Deltas, dense: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Evaluate a client's own model on the server's rows; without any, nothing."""
+        return self.evaluator.of_client(client, model, dense) if self.session.data.eval else {}
+
+    # --- what is saved ---
+
+    def state(self) -> EngineState:
+        """Which training of every site counts, and what its rows were; states stay at the sites."""
+        sites = {
+            site.name: {"counted": list(site.trained or site.counted), "data": site.joined.data}
+            for site in self.sites.values()
+        }
+        return EngineState({"sites": sites})
+
+    def restore(self, state: EngineState) -> None:
+        """Go on from what was saved.
+
+        Raises:
+            InputError: a site's rows are not those it had.
+        """
+        saved = state.facts.get("sites", {})
+        for site in self.sites.values():
+            if site.name not in saved:
+                continue
+            if saved[site.name]["data"] != site.joined.data:
+                raise InputError(
+                    f"sites: {site.name} has other rows than when the run began; give it back what "
+                    "it had, or start a new run"
+                )
+            round, attempt = saved[site.name]["counted"]
+            if not self._round or round < self._round:  # else of an attempt that is given up
+                site.counted, site.trained = (round, attempt), None
+
+    # --- the end ---
+
+    def say_goodbye(self) -> None:
+        """Tell all sites that the run is over, so that they may forget it; no answer is needed."""
+        message = leave_message(self._header(self._committed, 0), Leave("the run is complete"))
+        messages = {site.name: encode(message) for site in self.sites.values()}
+        for _ in self.calls.transport.send(messages, time.monotonic() + _GOODBYE):
+            pass
+
+    def close(self) -> None:
+        """Ask nobody any more."""
+        self.calls.close()
+
+    # --- telling ---
+
+    def _pass_on(self) -> None:
+        """Report what calls have told from their threads."""
+        while True:
+            try:
+                self._warn(self._notices.get_nowait())
+            except Empty:
+                return
+
+    def _warn(self, message: str) -> None:
+        self.report(Notice(event="warning", message=message))
+
+
+def _put(outcomes: SimpleQueue[tuple[int, Any]], client: int, ask: Callable[[], object]) -> None:
+    """Put what comes of a call into a queue; whatever goes wrong is an outcome too."""
+    try:
+        outcomes.put((client, ask()))
+    except (SiteError, LeftError) as error:
+        outcomes.put((client, error))
+    except Exception as error:
+        outcomes.put((client, SiteError("failed", f"{type(error).__name__}: {error}")))
+
+
+def _in_a_thread(name: str, call: Callable[[], None]) -> None:
+    """A site that hangs must not keep this process from ending."""
+    threading.Thread(target=call, name=f"site-{name}", daemon=True).start()
+
+
+def _seconds_until(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline + _GRACE - time.monotonic())

@@ -1,0 +1,44 @@
+"""Makes the line of a round in `metrics.jsonl` from what was recorded and measured of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import cast
+
+from fedlora.federation.records import RoundRecord
+from fedlora.runs.events import Evaluations, Round, Scores, Seconds
+
+
+def round_line(
+    record: RoundRecord,
+    evaluations: Evaluations,
+    personal: Mapping[int, Scores],
+    *,
+    attempts: int,
+    seconds: Seconds,
+) -> Round:
+    """The line of a round.
+
+    Args:
+        record: of the server.
+        evaluations: of the global model.
+        personal: client -> what its own model measures, where that is asked for.
+        attempts: how often the round was tried.
+        seconds: where the time went.
+    """
+    line = cast(
+        Round,
+        {
+            "event": "round",
+            **dataclasses.asdict(record),
+            "bytes_up": record.bytes_up,
+            "bytes_down": record.bytes_down,
+            **evaluations,
+        },
+    )
+    if personal:  # by client, whatever the order in which they answered
+        line["personal_evaluations"] = {str(k): personal[k] for k in sorted(personal)}
+    line["attempts"] = attempts
+    line["seconds"] = seconds
+    return line
