@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.commands.study.plan import Part, Planned, Study, shipped
-from fedlora.config.config import EVALUATED, Config
+from fedlora.config.config import Config
+from fedlora.config.keys import EVALUATED
 from fedlora.config.sources import layered, read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.embedded import EMBEDDED
