@@ -147,7 +147,9 @@ def _runs(study: Study) -> dict[str, Any]:
 
 
 def _write(study: Study, directory: Path, runs: Path) -> None:
-    from fedlora.commands.study.tables import markdown, runs_csv, summary_csv, tables
+    from fedlora.commands.study.tables import tables
+    from fedlora.commands.study.tables_csv import runs_csv, summary_csv
+    from fedlora.commands.study.tables_markdown import markdown
 
     made = tables(study, runs)
     texts = {
