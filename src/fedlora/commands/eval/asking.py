@@ -14,7 +14,7 @@ from fedlora.client.generation import generate
 from fedlora.commands.eval.subject import Subject
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.rendered import Chat, Turns
-from fedlora.data.rows import read_rows
+from fedlora.data.row_files import read_rows
 from fedlora.data.templates import BUILT_IN_CHAT, TEMPLATES, Template, custom
 from fedlora.errors import InputError
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fedlora.commands.eval.likelihood import cross_entropy, per_row
 from fedlora.commands.eval.options import first
-from fedlora.data.rows import Row, read_rows
+from fedlora.data.row_files import read_rows
+from fedlora.data.rows import Row
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.errors import InputError
 from fedlora.text import natural

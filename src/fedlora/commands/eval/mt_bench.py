@@ -19,7 +19,7 @@ from typing import Any
 
 from fedlora.commands.eval.asking import PromptFormat, answers
 from fedlora.commands.eval.judge import Case, Judge, JudgeError, case, rating
-from fedlora.data.rows import read_rows
+from fedlora.data.row_files import read_rows
 from fedlora.errors import InputError
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
