@@ -105,9 +105,9 @@ def total_norm(deltas: Deltas) -> float:
 def merge_equal_rows(x: LowRank) -> LowRank:
     """The same `dW` with equal rows of `A` held once, and without directions whose `B` is zero.
 
-    `B[:, i] A[i] + B[:, j] A[j] = (B[:, i] + B[:, j]) A[i]` where `A[i] = A[j]`. The starts of a
-    round are cut from one adapter and share its rows of `A`, so subtracting them changes the
-    weights of directions that are there and adds none.
+    Where `A[i] = A[j]`, `B[:, i] A[i] + B[:, j] A[j] = (B[:, i] + B[:, j]) A[i]`. This keeps sums
+    small in a round: what clients start from is cut from one adapter and shares its rows of `A`, so
+    that subtracting it changes the weights of directions that are there, and adds none.
 
     Args:
         x: `A (r, n)`, `B (m, r)`; it is not changed.
@@ -134,7 +134,7 @@ def merge_equal_rows(x: LowRank) -> LowRank:
 def _first_with_equal_ends(a: Tensor) -> list[int]:
     """For every row the first one that begins and ends with the same 8 numbers.
 
-    These are the candidates for equal rows: comparing all numbers of all pairs would take longer.
+    Only these pairs can be equal rows. Comparing all numbers of all pairs would take longer.
     """
     ends = torch.cat([a[:, :8], a[:, -8:]], dim=1).tolist()
     seen: dict[tuple[float, ...], int] = {}
@@ -142,23 +142,24 @@ def _first_with_equal_ends(a: Tensor) -> list[int]:
 
 
 def balance(x: LowRank) -> LowRank:
-    """The same `B @ A` with every direction's weight shared evenly: `||A_i|| = ||B_i||`.
+    """The same `B @ A` with `||A_i|| = ||B_i||` in every direction i.
 
-    Adam moves every entry by about its learning rate, so how a product is divided decides how far
-    a step moves it. Directions that are zero stay as they are.
+    Adam moves every number by about its learning rate, so that the norms of both factors decide how
+    far a step moves their product. Directions that are zero stay as they are.
     """
-    # Along contiguous rows, so that a direction's norm does not depend on how many there are.
+    # Norms are taken along contiguous rows: so the last digits of a direction's norm do not depend
+    # on how many other directions there are.
     a, b = wide(x.A).norm(dim=1), wide(x.B).T.contiguous().norm(dim=1)  # (r,)
     ratio = torch.where((a > 0) & (b > 0), b / a.clamp_min(torch.finfo(a.dtype).tiny), 1.0).sqrt()
     return LowRank(wide(x.A) * ratio[:, None], wide(x.B) / ratio)
 
 
 def add_all(terms: Sequence[Deltas]) -> dict[str, Delta]:
-    """Module by module `sum_i dW_i`, over every module that any term names."""
+    """`sum_i dW_i` for every module that any term has; a module counts as zero in other terms."""
     names = dict.fromkeys(name for term in terms for name in term)
     return {name: add([term[name] for term in terms if name in term]) for name in names}
 
 
 def scale_all(deltas: Deltas, factor: float) -> dict[str, Delta]:
-    """Module by module `factor * dW`."""
+    """`factor * dW` for every module."""
     return {name: scale(x, factor) for name, x in deltas.items()}

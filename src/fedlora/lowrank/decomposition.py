@@ -15,10 +15,16 @@ from fedlora.threads import one_thread
 def refactor(x: Delta) -> LowRank:
     """The singular value decomposition of `dW`, as factors: `A = V^T`, `B = U diag(s)`.
 
-    For factors: `B = Q_b R_b`, `A^T = Q_a R_a`, and the SVD of the r x r core `R_b R_a^T`. Exact up
-    to rounding and never larger than r x r. The result has at most `min(m, n)` directions, the
-    largest first; rows of `A` are orthonormal, so the norms of the columns of `B` are the singular
-    values and the first j directions are the best approximation of rank j.
+    Of factors it is computed by `B = Q_b R_b`, `A^T = Q_a R_a` and the SVD of the core
+    `R_b R_a^T`, which is r x r at most; the m x n matrix is never formed.
+
+    Args:
+        x: the update, of shape `(m, n)`.
+
+    Returns:
+        At most `min(m, n)` directions in float32 or better, the largest first. Rows of `A` are
+        orthonormal; so the norms of the columns of `B` are the singular values, and the first j
+        directions are the best approximation of rank j.
     """
     with one_thread():
         if isinstance(x, Dense):
@@ -33,10 +39,10 @@ def refactor(x: Delta) -> LowRank:
 
 
 def drop_null_directions(x: Delta) -> Delta:
-    """`dW` in its cheaper form; factors are refactored and lose directions that are zero.
+    """The same `dW` in its cheaper form, factors without the directions that are zero.
 
-    A direction counts as zero where its singular value is at most the largest one times the
-    machine epsilon.
+    Factors come in the form of `refactor`. A direction counts as zero if its singular value is at
+    most the largest one times the machine epsilon.
     """
     x = cheaper_form(x)
     if isinstance(x, Dense):
@@ -49,20 +55,31 @@ def drop_null_directions(x: Delta) -> Delta:
     return prefix(exact, int((values > tiny).sum()))
 
 
-_TOLERANCE, _SPARE, _SWEEPS = 1e-2, 32, 16
+_TOLERANCE = 1e-2
+"""How far from singular directions `leading` may end: the residual over the singular values."""
+_SPARE = 32
+"""Directions iterated beyond those wanted: the more, the faster these converge."""
+_SWEEPS = 16
+"""Iterations after which `leading` gives up and decomposes the whole matrix."""
 
 
 def leading(x: Delta, rank: int) -> LowRank:
-    """The leading `min(rank, r)` directions of `dW`, as `prefix(refactor(x), rank)` gives them.
+    """The leading `min(rank, r)` directions of `dW`, in the form of `refactor`.
 
-    Of a large dense `dW` they are found by subspace iteration from a random start, the same in
-    every call, without a whole decomposition. It ends when
+    Those of factors and of small matrices are exact. Those of a large dense `dW` are found without
+    a whole decomposition, by subspace iteration from a random start that is the same in every call.
+    It ends when
 
         ||dW^T U - V diag(s)||_F <= 0.01 ||s||
 
-    over the directions wanted: `||dW V||_F` is then as large as that of the true ones to a part in
-    a thousand. Single directions of a flat spectrum are not settled by that, nor need they be.
-    Where it does not end, all of `dW` is decomposed.
+    over the directions wanted. `||dW V||_F` is then as large as that of the true directions to a
+    part in a thousand. Where singular values lie close together, single directions may still be
+    mixtures of the true ones, but what they hold together is the same. If the iteration does not
+    end in 16 sweeps, all of `dW` is decomposed.
+
+    Args:
+        x: the update, of shape `(m, n)`.
+        rank: how many directions.
     """
     block = rank + _SPARE
     if isinstance(x, LowRank) or 4 * block >= x.rank:
@@ -85,11 +102,11 @@ def leading(x: Delta, rank: int) -> LowRank:
 
 
 def top(x: Delta, rank: int) -> LowRank:
-    """The leading `min(rank, r)` directions of an update whose factors have the largest first.
+    """The leading `min(rank, r)` directions of an update whose factors are in order already.
 
     Args:
         x: dense, or factors in the form of `refactor`, of which the first are simply taken.
-        rank: how many.
+        rank: how many directions.
     """
     return prefix(x, rank) if isinstance(x, LowRank) else leading(x, rank)
 

@@ -53,7 +53,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Dense:
-    """`dW` as it is: for updates whose factors would be larger than the matrix.
+    """`dW` as a matrix, for updates whose factors would be larger than that.
 
     Args:
         W: `(m, n)`, any floating dtype.
@@ -95,7 +95,7 @@ def wide(value: Tensor) -> Tensor:
 
 
 def zeros(shape: tuple[int, int], rank: int = 0) -> LowRank:
-    """`dW = 0` of shape `(m, n)` as float32 factors of this rank; of none, unless one is given."""
+    """`dW = 0` of shape `(m, n)` as float32 factors of this rank, all zero."""
     m, n = shape
     return LowRank(torch.zeros(rank, n), torch.zeros(m, rank))
 
@@ -124,7 +124,7 @@ def suffix(x: LowRank, rank: int) -> LowRank:
 
 
 def factor_bytes(deltas: Deltas, factors: str = "AB") -> int:
-    """Bytes of the named factors of all updates; a dense update counts whole."""
+    """Bytes of the named factors (`"A"`, `"B"`, `"AB"`) of all updates; dense ones count whole."""
     total = 0
     for x in deltas.values():
         if isinstance(x, LowRank):
@@ -145,10 +145,13 @@ def scaling(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 def fold(a: Tensor, b: Tensor, scale: float) -> LowRank:
-    """LoRA's trained `A (r, n)`, `B (m, r)` as an update: `dW = s B A`. Copies, in float32."""
+    """LoRA's trained `A (r, n)`, `B (m, r)` under scale s as an update `dW = s B A`.
+
+    The factors are copied, in float32.
+    """
     return LowRank(a.detach().float().clone(), b.detach().float() * scale)
 
 
 def unfold(x: LowRank, scale: float) -> tuple[Tensor, Tensor]:
-    """An update as the `A`, `B` that LoRA trains under scale s: `B / s`. Copies."""
+    """An update as the `A (r, n)`, `B (m, r)` that LoRA trains under scale s. Both are copies."""
     return x.A.detach().clone(), x.B.detach() / scale
