@@ -24,12 +24,15 @@ from fedlora.runs.session import resolve_paths, tokenized
 
 
 def assess(options: Options, console: Console | None = None, emit: Emit | None = None) -> Results:
-    """Measure, keep, show.
+    """Take the measures that are asked for, keep the results on disk and show them.
 
     Args:
-        options: what to measure.
-        console: where tables go.
-        emit: writes JSON in their place.
+        options: what is asked for.
+        console: where tables go; None: to standard output.
+        emit: writes lines of JSON in the place of tables.
+
+    Returns:
+        The results.
 
     Raises:
         InputError: what is asked for cannot be done, and what to do.
@@ -43,15 +46,15 @@ def assess(options: Options, console: Console | None = None, emit: Emit | None =
         print(f"note: {note}", file=sys.stderr)
     problem = _measure(prepare(subject, options, results, console))
     if emit:
-        emit({"event": "end", "results": len(results.scores), "output_dir": str(results.where)})
+        emit({"event": "end", "results": len(results.scores), "output_dir": str(results.directory)})
     else:
         console.print()
         show(results, options.tasks, console)
     if results.scores and not emit:
-        where = f"results: {results.where}/"
+        kept_in = f"results: {results.directory}/"
         if results.logged and subject.run:
-            where += f", and eval lines in {subject.run / 'metrics.jsonl'}"
-        console.print(where, highlight=False, soft_wrap=True)
+            kept_in += f", and eval lines in {subject.run / 'metrics.jsonl'}"
+        console.print(kept_in, highlight=False, soft_wrap=True)
     if problem:
         raise FedloraError(
             f"{problem}. What was judged is kept; the same command goes on where it stopped"

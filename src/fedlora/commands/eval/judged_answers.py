@@ -62,7 +62,7 @@ class _Benchmark:
     def answers(self, name: str) -> dict[str, list[str]]:
         """Question -> a model's answers; each is kept on disk as it comes."""
         measuring, models = self.measuring, self.models
-        path = measuring.results.place(name) / "mt_bench.answers.jsonl"
+        path = measuring.results.directory_of(name) / "mt_bench.answers.jsonl"
         sentence = f"{name}: answers to {len(self.questions)} questions of MT-bench"
         with measuring.saying(sentence), models.using(name) as model:
             answers, cuts = mt_bench.answered(
@@ -90,7 +90,7 @@ class _Benchmark:
         """Have a model's answers graded; scores are recorded once every answer has been judged."""
         measuring, options = self.measuring, self.measuring.options
         turns = sum(len(question.turns) for question in self.questions)
-        path = measuring.results.place(name) / "mt_bench.judgements.jsonl"
+        path = measuring.results.directory_of(name) / "mt_bench.judgements.jsonl"
         with measuring.saying(f"{name}: {judge.model} judges {turns} answers"):
             grades, problem = mt_bench.judged(
                 self.questions, answers, path, judge, threads=options.judge_threads

@@ -225,8 +225,8 @@ def log_likelihoods(
     column = {token: i for i, token in enumerate(letters)}
 
     def measure(logits: Tensor, labels: Tensor) -> Tensor:
-        own = -cross_entropy(logits, labels)[:, None]
-        return torch.cat([own, logits.log_softmax(-1)[:, letters]], 1)
+        of_label = -cross_entropy(logits, labels)[:, None]
+        return torch.cat([of_label, logits.log_softmax(-1)[:, letters]], 1)
 
     out: list[list[float]] = [[] for _ in items]
     for (number, tokens), likelihood in zip(

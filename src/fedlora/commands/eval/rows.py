@@ -33,9 +33,9 @@ def measure_held_out(measuring: Measuring, models: Models, data: FederatedData) 
     for number, client_data in enumerate(data.clients):
         if client_data.eval:
             client = f"client-{number}"
-            own = [client] if client in names else []
+            own_model = [client] if client in names else []
             rows = list(first(client_data.eval, limit))
-            sets[f"{HELD_OUT}:{client}"] = (rows, [*shared, *own])
+            sets[f"{HELD_OUT}:{client}"] = (rows, [*shared, *own_model])
     if not any(rows for rows, _ in sets.values()):
         raise InputError(
             f"{subject.name}: the run has no held-out rows (eval_file, eval_fraction, "

@@ -182,8 +182,8 @@ def _typed(part: str, labels: Mapping[str, str], keys: Keys) -> dict[str, Any]:
     try:
         typed = Config(**keys).flat()
     except InputError as error:
-        at = ", ".join(f"{axis} {label}" for axis, label in labels.items())
-        raise InputError(f"{part}, {at}: {error}") from None
+        combination = ", ".join(f"{axis} {label}" for axis, label in labels.items())
+        raise InputError(f"{part}, {combination}: {error}") from None
     return {key: typed[key] for key in keys}
 
 

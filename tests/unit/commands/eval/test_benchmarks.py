@@ -19,7 +19,7 @@ def test_mmlu_keeps_every_question_with_the_guess(tiny_llama: Path, tmp_path: Pa
     items = read_items(path)
     measure_mmlu(measuring, load_models(measuring.subject, []), items, [])
     scores = measuring.results.of("mmlu")["base"]
-    place = measuring.results.place("base")
+    place = measuring.results.directory_of("base")
     kept = [json.loads(x) for x in (place / "mmlu.items.jsonl").read_text().splitlines()]
     assert [line["question"] for line in kept] == [item.question for item in items]
     right = sum(line["guess"] == line["answer"] for line in kept)

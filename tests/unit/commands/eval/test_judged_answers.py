@@ -20,7 +20,7 @@ def test_without_a_judge_the_answers_are_kept_and_nothing_is_graded(
     models = load_models(measuring.subject, [])
     questions = [Question("1", "writing", ("Say a.", "Say b."))]
     assert measure_mt_bench(measuring, models, questions, None) is None
-    path = measuring.results.place("base") / "mt_bench.answers.jsonl"
+    path = measuring.results.directory_of("base") / "mt_bench.answers.jsonl"
     assert [json.loads(line)["question_id"] for line in path.read_text().splitlines()] == ["1"]
     assert measuring.results.scores == {}
     text = said(measuring)
