@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,6 @@ def log_likelihoods(
     batch_size: int,
     context: int,
     examples: Mapping[str, Sequence[Item]] | None = None,
-    done: Callable[[int], None] = lambda count: None,
 ) -> list[list[float]]:
     """`log p(" A" | prompt)` ... of every item.
 
@@ -202,7 +201,6 @@ def log_likelihoods(
         batch_size: rows at once.
         context: the model's, in tokens.
         examples: worked examples by subject.
-        done: called after every batch with the number of rows in it.
     """
     rows: list[Tokens] = []
     places: list[tuple[int, list[int] | None]] = []  # the item, and its letters' tokens if single
@@ -230,7 +228,7 @@ def log_likelihoods(
 
     out: list[list[float]] = [[] for _ in items]
     for (number, tokens), likelihood in zip(
-        places, per_row(model, rows, batch_size, measure, done), strict=True
+        places, per_row(model, rows, batch_size, measure), strict=True
     ):
         if tokens is None:
             out[number].append(float(likelihood[:, 0].sum()))
