@@ -20,15 +20,7 @@ from transformers import (
 
 from fedlora.adapters.saved_adapter import WEIGHTS_NAME
 from support.merging import randomise
-
-LLAMA = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+from support.models import LLAMA
 
 
 def llama(**more: Any) -> Any:

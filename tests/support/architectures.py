@@ -23,20 +23,10 @@ from fedlora.federation.server import Server
 from fedlora.methods.values import ServerState
 from fedlora.model.base import BaseModel
 from fedlora.runs.session import Session, assemble, starting_state
-from support.models import save_tokenizer
+from support.models import SMALL, TOKENS, save_tokenizer
 from support.rows import rows, write_jsonl
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+COMMON: dict[str, Any] = {**SMALL, **TOKENS}
 
 
 GROUPED = {**COMMON, "num_key_value_heads": 2}

@@ -15,18 +15,9 @@ from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.seeds import Purpose, fresh_factors
+from support.models import SMALL, TOKENS
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+COMMON: dict[str, Any] = {**SMALL, **TOKENS, "vocab_size": 60, "intermediate_size": 24}
 
 
 GROUPED = {**COMMON, "num_key_value_heads": 2}
@@ -43,6 +34,7 @@ def rows_of(lengths: Sequence[int], seed: int) -> list[Tokens]:
 
 
 def adapter_of(base: BaseModel, rank: int, client: int) -> dict[str, LowRank]:
+    """A client's adapter in mid-course: neither factor is zero."""
     fresh = fresh_factors(7, 0, client, Purpose.CLIENT_INIT, base.targets.shapes)
     source = torch.Generator().manual_seed(client)
     return {

@@ -26,8 +26,8 @@ from fedlora.lowrank import Deltas, LowRank
 from fedlora.model.base import BaseModel, attach
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.targets import find_targets
-from fedlora.seeds import Purpose, fresh_factors
 from support.architectures import COMMON, GPT2, GROUPED
+from support.client_rows import adapter_of
 
 RANKS = (6, 3, 1, 4)
 
@@ -94,16 +94,6 @@ def rows_of(name: str, number: int, seed: int) -> list[Tokens]:
             half = length // 2
             out.append({"input_ids": ids, "labels": [IGNORE] * half + ids[half:]})
     return out
-
-
-def adapter_of(base: BaseModel, rank: int, client: int) -> dict[str, LowRank]:
-    """In mid-course: neither factor is zero."""
-    fresh = fresh_factors(7, 0, client, Purpose.CLIENT_INIT, base.targets.shapes)
-    source = torch.Generator().manual_seed(client)
-    return {
-        name: LowRank(fresh(name, rank), 0.05 * torch.randn(m, rank, generator=source))
-        for name, (m, _) in base.targets.shapes.items()
-    }
 
 
 def client_adapters_of(base: BaseModel, **keys: Any) -> list[ClientAdapter]:

@@ -5,15 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-LLAMA: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
 }
+"""The sizes of a small model."""
+
+LLAMA: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
 """The sizes of a small Llama with grouped-query attention."""
+
+TOKENS: dict[str, Any] = {
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""The context and the special tokens of a small model."""
 
 
 def save_tokenizer(path: Path) -> None:

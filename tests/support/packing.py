@@ -11,19 +11,9 @@ from torch import Tensor
 
 from fedlora.data.tokenize import Tokens
 from fedlora.model.passes import runner_of
+from support.models import LLAMA, TOKENS
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES: dict[str, Any] = {**LLAMA, **TOKENS, "max_position_embeddings": 256}
 
 
 EXPERTS = {**SIZES, "num_experts_per_tok": 2, "num_local_experts": 4}

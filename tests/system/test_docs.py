@@ -182,7 +182,7 @@ def test_one_contract_of_many_rooms_is_drawn_too() -> None:
         ["__main__.py"],
         ["engines/"],
         ["federation/", "methods/", "data/"],
-        ["lowrank.py"],
+        ["lowrank/"],
     ]
 
 
@@ -201,7 +201,7 @@ def test_one_contract_of_many_rooms_is_drawn_too() -> None:
             "guides/data.md",
             "[a](../reference/examples.md#examples-paper-dolly-yaml)",
         ),
-        ("[a](../src/fedlora/lowrank.py)", "design.md", "[a](reference/files.md)"),
+        ("[a](../src/fedlora/errors.py)", "design.md", "[a](reference/files.md)"),
     ],
 )
 def test_links_of_the_repository_lead_into_the_site(text: str, page: str, wanted: str) -> None:

@@ -1,8 +1,8 @@
 """Combines adapters that were trained apart into one, for `fedlora aggregate` and in Python.
 
-Any rule that needs no shared start does it, by the same `encode` and `finalize` as in a federation.
-Memory stays near the size of the adapters: no base model, and no m x n matrix unless the factors of
-the sum would be larger than that.
+Any rule that needs no shared start can be used, with the same `encode` and `finalize` as in a
+federation. Memory stays near the size of the adapters: no base model is loaded, and no m x n matrix
+is made unless the factors of the sum would be larger than it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ class Layer:
     """How one target module was combined.
 
     Args:
-        ranks: its rank in each adapter, None in those that do not have it.
+        ranks: its rank in each adapter; None in those that do not have it.
         rank: of the result.
-        error: `||dW - sum_k p_k s_k B_k A_k||_F / ||sum_k p_k s_k B_k A_k||_F`; 0 for a zero sum.
+        error: `||dW - dW*||_F / ||dW*||_F` with the exact sum `dW* = sum_k p_k s_k B_k A_k`; 0
+            where this sum is zero.
     """
 
     ranks: tuple[int | None, ...]
@@ -69,7 +70,7 @@ class Aggregated(SavedAdapter):
     Args:
         layers: target module -> how it was combined.
         weights: of the adapters; they sum to one.
-        labels: of a classifier's rows; empty where no adapter names them.
+        labels: of the rows of a classifier's head, in order; empty where no adapter names them.
         notes: what the user should know.
     """
 
@@ -101,8 +102,8 @@ def aggregate(
         method: a rule that needs no shared start (`ONE_SHOT`).
         rank: keep at most this many singular directions of each module.
         energy: keep the fewest whose squared singular values reach this share of their sum.
-        same_base: bases that are named differently are one; else that is noted in `notes`, and
-            warned of.
+        same_base: bases that are named differently are the same; without it a warning is given,
+            and stands in `notes`.
         options: the rule's own.
 
     Raises:
@@ -123,10 +124,10 @@ def aggregate(
     combined = _combined(rule, rule_options, adapters, shares, shapes)
     deltas, layers = {}, {}
     for name in sorted(shapes, key=natural):
-        parts = [a.deltas.get(name) for a in adapters]
+        updates = [a.deltas.get(name) for a in adapters]
         # If only adapters of weight zero have the module, nothing was combined.
         total = combined.get(name, zeros(shapes[name], 0))
-        deltas[name], layers[name] = _cut_module(total, parts, shares, rank, energy)
+        deltas[name], layers[name] = _cut_module(total, updates, shares, rank, energy)
     heads = combine_heads(adapters, shares)
     base, weight_notes = common_base_weights(adapters)
     _refuse_both_ways(deltas, heads.dense)
@@ -146,7 +147,7 @@ def aggregate(
 
 
 def _check_cut(rank: int | None, energy: float | None) -> None:
-    """Refuse limits of the result's rank that are impossible, or two of them."""
+    """Refuse an impossible limit of the result's rank, or two limits."""
     if rank is not None and energy is not None:
         raise InputError("rank and energy exclude each other; give one of them")
     if rank is not None and rank < 1:
@@ -157,28 +158,29 @@ def _check_cut(rank: int | None, energy: float | None) -> None:
 
 def _cut_module(
     total: Delta,
-    parts: Sequence[LowRank | None],
+    updates: Sequence[LowRank | None],
     shares: Sequence[float],
     rank: int | None,
     energy: float | None,
 ) -> tuple[LowRank, Layer]:
-    """One module's result, cut to the rank that is wanted, and how far it is from the exact sum.
+    """Cut one module's result to the rank that is wanted, and measure how far it is from the sum.
 
     Args:
-        total: what the rule made of it.
-        parts: its update in each adapter, None in those that have none.
+        total: what the rule made of the module's updates.
+        updates: of the module in each adapter; None in those that do not have it.
         shares: of the adapters; they sum to one.
         rank, energy: as `aggregate` takes them.
     """
-    having = [(x, p) for x, p in zip(parts, shares, strict=True) if x is not None]
-    exact = add([scale(x, p) for x, p in having])
-    bound = min(*total.shape, sum(x.rank for x, _ in having))
-    kept = _cut(total, bound, rank, energy)
+    terms = [(x, p) for x, p in zip(updates, shares, strict=True) if x is not None]
+    exact = add([scale(x, p) for x, p in terms])
+    # No rule's result has more directions than the sum may have.
+    most_directions = min(*total.shape, sum(x.rank for x, _ in terms))
+    kept = _cut(total, most_directions, rank, energy)
     size = norm(exact)
-    if size <= 1e-6 * sum(p * norm(x) for x, p in having):
-        size = 0.0  # the terms cancel; what is left is rounding
+    if size <= 1e-6 * sum(p * norm(x) for x, p in terms):
+        size = 0.0  # the terms cancel, and their sum is rounding
     lost = norm(subtract(kept, exact))
-    ranks = tuple(None if x is None else x.rank for x in parts)
+    ranks = tuple(None if x is None else x.rank for x in updates)
     return kept, Layer(ranks, kept.rank, lost / size if size else 0.0)
 
 
@@ -192,7 +194,12 @@ def _refuse_both_ways(deltas: Mapping[str, Delta], dense: Mapping[str, Tensor]) 
 
 
 def _names_to_save(named: Sequence[str], dense: Mapping[str, Tensor]) -> list[str] | None:
-    """PEFT's `modules_to_save` for these parameters: the adapters' names, and those they lack."""
+    """PEFT's `modules_to_save` that finds exactly these parameters; None where there are none.
+
+    Args:
+        named: what the adapters' own `modules_to_save` name.
+        dense: the parameters that were trained whole.
+    """
     names = [module for module in named if holds(dense, module)]
     unnamed = [n for n in dense if not any(saved_whole(n, [module]) for module in names)]
     names += dict.fromkeys(parameter.rpartition(".")[0] for parameter in unnamed)
@@ -200,10 +207,14 @@ def _names_to_save(named: Sequence[str], dense: Mapping[str, Tensor]) -> list[st
 
 
 def check_options(method: str, options: Iterable[str]) -> Rule:
-    """The rule of this name, if it is one for `aggregate` and has these options.
+    """The rule of this name, which has to be one that `aggregate` can use, with these options.
+
+    Args:
+        method: name of the rule.
+        options: names of options.
 
     Raises:
-        InputError: not so.
+        InputError: it is not, or has other options.
     """
     if method not in ONE_SHOT:
         why = "needs a start that all clients share" if method in METHODS else "is unknown"
@@ -236,12 +247,12 @@ def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
     """The adapters' weights, so that they sum to one."""
     if number == 0:
         raise InputError("aggregate needs at least one adapter")
-    values = [1.0] * number if weights is None else list(weights)
-    if len(values) != number:
-        raise InputError(f"weights: {len(values)} for {number} adapters; give one for each")
-    if min(values) < 0 or not 0 < sum(values) < float("inf"):
-        raise InputError(f"weights: {' '.join(map(str, values))}: expected positive numbers")
-    return [w / sum(values) for w in values]
+    weights = [1.0] * number if weights is None else list(weights)
+    if len(weights) != number:
+        raise InputError(f"weights: {len(weights)} for {number} adapters; give one for each")
+    if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise InputError(f"weights: {' '.join(map(str, weights))}: expected positive numbers")
+    return [weight / sum(weights) for weight in weights]
 
 
 def _check_equal(rule: Rule, adapters: Sequence[SavedAdapter], shapes: Mapping[str, Any]) -> None:
@@ -263,19 +274,25 @@ def _combined(
     shares: Sequence[float],
     shapes: Mapping[str, tuple[int, int]],
 ) -> dict[str, Delta]:
-    """One round of the rule, in which every client started from nothing."""
-    ranks = {name: [a.deltas[name].rank for a in adapters if name in a.deltas] for name in shapes}
-    levels = sorted({r for of_module in ranks.values() for r in of_module})
+    """Combine the adapters as one round of the rule, in which every client started from zero.
 
-    widths = {name: max(of) for name, of in ranks.items()}
+    Each adapter's whole update is then what the client changed in the round. The shares are the
+    clients' weights, and adapters of weight zero take no part.
+
+    Returns:
+        Target module -> what the rule makes of it: its adapter and what it merges, together.
+    """
+    ranks = {name: [a.deltas[name].rank for a in adapters if name in a.deltas] for name in shapes}
+    levels = sorted({rank for of_module in ranks.values() for rank in of_module})
+    widths = {name: max(of_module) for name, of_module in ranks.items()}
+    # A rule that averages factors changes the adapter that clients started from; it is zero here.
     averages_factors = "factors" in rule.secure_sum
-    state = ServerState(
-        round=0,
-        adapter={n: zeros(shapes[n], width) for n, width in widths.items()}
+    adapter_before = (
+        {name: zeros(shapes[name], width) for name, width in widths.items()}
         if averages_factors
-        else {},
-        ranks=dict(enumerate(levels)),
+        else {}
     )
+    state = ServerState(round=0, adapter=adapter_before, ranks=dict(enumerate(levels)))
     numbers = RoundNumbers(widths, state.levels)
     fixed = rule.fixed_weight(options)
     total = Mean()
@@ -289,13 +306,19 @@ def _combined(
     return add_all([result.adapter, result.merge])
 
 
-def _cut(x: Delta, bound: int, rank: int | None, energy: float | None) -> LowRank:
-    """As factors of no more directions than `bound`, which every rule's result has at the most."""
+def _cut(total: Delta, most_directions: int, rank: int | None, energy: float | None) -> LowRank:
+    """The result as factors, of the rank or energy that is wanted.
+
+    Args:
+        total: of one module.
+        most_directions: that it can have; further ones are rounding.
+        rank, energy: as `aggregate` takes them.
+    """
     if rank is not None or energy is not None:
-        return truncate(x, rank=rank, energy=energy)[0]
-    if isinstance(x, LowRank) and x.rank <= bound:
-        return x
-    return prefix(refactor(x), bound)
+        return truncate(total, rank=rank, energy=energy)[0]
+    if isinstance(total, LowRank) and total.rank <= most_directions:
+        return total
+    return prefix(refactor(total), most_directions)
 
 
 def check_output(path: str | Path) -> None:
@@ -348,11 +371,8 @@ def save_adapter(path: str | Path, adapter: SavedAdapter) -> None:
 
 
 def _equal(one: Deltas, other: Deltas) -> bool:
-    """Number by number: `alpha = r` gives back the very factors that were written."""
+    """Whether the factors are the same number by number, as `alpha = r` gives them back."""
     if one.keys() != other.keys():
         return False
-    for name, x in one.items():
-        mine, theirs = as_factors(x), as_factors(other[name])
-        if not (torch.equal(mine.A, theirs.A) and torch.equal(mine.B, theirs.B)):
-            return False
-    return True
+    pairs = [(as_factors(update), as_factors(other[name])) for name, update in one.items()]
+    return all(torch.equal(x.A, y.A) and torch.equal(x.B, y.B) for x, y in pairs)

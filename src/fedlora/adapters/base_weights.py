@@ -1,4 +1,4 @@
-"""Carries weights of the base along that lie in adapters, where all that have them agree."""
+"""Carries along the weights of the base that lie in adapters, if they are equal in all of these."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from fedlora.errors import InputError
 def common_base_weights(
     adapters: Sequence[SavedAdapter],
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Weights of the base that lie in some of the adapters, where they are equal in all of these,
-    and what to say about them.
+    """Collect the weights of the base that lie in some of the adapters.
+
+    Returns:
+        Name in the base -> the weight, of the widest dtype it has in an adapter; and notes on those
+        that not all adapters have.
 
     Raises:
-        InputError: they differ.
+        InputError: a weight differs between adapters, so that their bases do.
     """
-    out: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     notes = []
     for name in dict.fromkeys(name for a in adapters for name in a.base):
         having = [a for a in adapters if name in a.base]
@@ -29,18 +32,19 @@ def common_base_weights(
         for other in having[1:]:
             if not same_weights(first.base[name], other.base[name]):
                 raise InputError(_differs(name, first, other))
-        out[name] = max((a.base[name] for a in having), key=lambda t: t.element_size())
+        weights[name] = max((a.base[name] for a in having), key=lambda t: t.element_size())
         if len(having) < len(adapters):
             notes.append(f"{name}, a weight of the base, is that of {whose(first.source)}")
     for name in dict.fromkeys(name for a in adapters for name in a.fingerprints):
         digests = {a.fingerprints[name] for a in adapters if a.fingerprints.get(name)}
-        # "dtype shape digest": the same dtype and shape with another digest is another base.
+        # A fingerprint says "dtype shape digest". Two digests for the same dtype and shape are of
+        # two bases; a weight of another dtype cannot be compared.
         if len({text.rpartition(" ")[0] for text in digests}) < len(digests):
             raise InputError(
                 f"{name}: these adapters repeat weights of their base, and they differ; adapters "
                 "of different bases cannot be combined"
             )
-    return out, tuple(notes)
+    return weights, tuple(notes)
 
 
 def _differs(name: str, one: SavedAdapter, other: SavedAdapter) -> str:

@@ -20,8 +20,10 @@ _SAMPLE = 4096
 
 
 def base_name(config: Mapping[str, Any]) -> str:
-    """The base an adapter names, as short as it means the same: no slash at the end, and the hub's
-    name for a directory of the hub's cache."""
+    """The base that an adapter names, in the shortest form that means the same; "": it names none.
+
+    There is no slash at the end, and a directory of the hub's cache becomes the hub's name.
+    """
     name = str(config.get("base_model_name_or_path") or "").strip()
     plain = name.replace("\\", "/") if re.match(r"^[A-Za-z]:\\", name) else name
     plain = plain.rstrip("/") or plain
@@ -31,15 +33,19 @@ def base_name(config: Mapping[str, Any]) -> str:
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether two names certainly mean one base: equal, or a name without its organisation, which
-    is the hub's old one for the same model. No name says nothing."""
+    """Whether two names mean the same base beyond doubt.
+
+    They do if they are equal, if they lead to one directory, or if one of them is the other without
+    its organisation, as the hub used to name models. An empty name fits every other.
+    """
     if one == other or not one or not other:
         return True
     ends = one.rpartition("/")[2] == other.rpartition("/")[2]
-    return (ends and (("/" in one) != ("/" in other))) or _same_place(one, other)
+    return (ends and (("/" in one) != ("/" in other))) or _same_directory(one, other)
 
 
-def _same_place(one: str, other: str) -> bool:
+def _same_directory(one: str, other: str) -> bool:
+    """Whether both are paths of one directory on this machine."""
     try:
         return Path(one).is_dir() and Path(one).resolve() == Path(other).resolve()
     except (OSError, ValueError):
@@ -47,8 +53,11 @@ def _same_place(one: str, other: str) -> bool:
 
 
 def common_base(names: Sequence[str]) -> str | None:
-    """The name to write: one of the hub rather than a path, of the unquantised model, with its
-    organisation; the first of those."""
+    """The name to write for a base that adapters name differently; None where none has a name.
+
+    A name of the hub goes before a path, the unquantised model before a quantised one, a name with
+    its organisation before one without, and then the first.
+    """
 
     def rank(name: str) -> tuple[bool, bool, bool, int]:
         hub = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and "\\" not in name
@@ -59,6 +68,7 @@ def common_base(names: Sequence[str]) -> str | None:
 
 
 def _is_here(name: str) -> bool:
+    """Whether there is a directory of this name on this machine."""
     try:
         return Path(name).is_dir()
     except (OSError, ValueError):
@@ -66,8 +76,7 @@ def _is_here(name: str) -> bool:
 
 
 def check_bases(configs: Sequence[Mapping[str, Any]], same_base: bool) -> list[str]:
-    """What there is to say about bases that are named differently: nothing where they are one or
-    the user says so.
+    """Notes on bases that are named differently; none where they are one or the user says so.
 
     Args:
         configs: contents of each `adapter_config.json`.
@@ -121,7 +130,7 @@ def base_directory(name: str, revision: str | None = None) -> Path | None:
 
         cached = try_to_load_from_cache(name, MODEL_CONFIG_NAME, revision=revision)
         return Path(cached).parent if isinstance(cached, str) else None
-    except Exception:  # no name of the hub
+    except Exception:  # it is not a name that the hub could have
         return None
 
 
@@ -139,7 +148,7 @@ def base_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _equal_weights(one: str, other: str) -> bool | None:
-    """Whether two bases have the same weights, by samples of each tensor; None: unknown."""
+    """Whether two bases have the same weights, by the first bytes of each tensor; None: unknown."""
     first, second = (base_directory(name) for name in (one, other))
     if first is None or second is None:
         return None
@@ -151,18 +160,22 @@ def _equal_weights(one: str, other: str) -> bool | None:
 
 
 def _samples(path: Path) -> dict[str, tuple[str, str]]:
-    """Of each tensor in a directory's safetensors files: dtype and shape, digest of its start."""
-    out = {}
+    """Tensor -> its dtype and shape, and a digest of its first bytes.
+
+    The tensors are those of the directory's safetensors files that can be read.
+    """
+    samples = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
             for name, kind, raw in _tensors_of(file):
-                out[name] = kind, hashlib.sha256(raw).hexdigest()
+                samples[name] = kind, hashlib.sha256(raw).hexdigest()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-    return out
+    return samples
 
 
 def _tensors_of(file: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Name, dtype with shape, and first bytes of each tensor of a safetensors file."""
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(min(size, 100_000_000)))
@@ -180,13 +193,14 @@ def _tensors_of(file: Path) -> Iterator[tuple[str, str, bytes]]:
 def architectures(config: Mapping[str, Any], model_config: Mapping[str, Any]) -> list[str]:
     """Names of the classes an adapter may have been trained with, the likeliest first."""
     mapping = config.get("auto_mapping")
-    own = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
-    listed = model_config.get("architectures")
-    known = [x for x in [own, *(listed if isinstance(listed, list) else [])] if isinstance(x, str)]
-    return [*known, *_AUTO.get(str(config.get("task_type")), _UNSAID)]
+    of_adapter = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    of_model = model_config.get("architectures")
+    named = [of_adapter, *(of_model if isinstance(of_model, list) else [])]
+    known = [name for name in named if isinstance(name, str)]
+    return [*known, *_AUTO.get(str(config.get("task_type")), _AUTO_WITHOUT_TASK)]
 
 
-_UNSAID = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
+_AUTO_WITHOUT_TASK = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 _AUTO: dict[str, tuple[str, ...]] = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
     "SEQ_CLS": ("AutoModelForSequenceClassification",),
@@ -221,20 +235,22 @@ def skeletons(
         if only_renamed and not _has_renamings(str(kind), name):
             continue
         try:
-            own = AutoConfig.for_model(
+            library_config = AutoConfig.for_model(
                 str(kind), **{k: v for k, v in model_keys.items() if k != "model_type"}
             )
             with torch.device("meta"):
-                kind_of = getattr(transformers, name)
-                yield kind_of.from_config(own) if name.startswith("AutoModel") else kind_of(own)
-        except Exception:  # no class of this library, or one that wants more than a configuration
+                cls = getattr(transformers, name)
+                make = cls.from_config if name.startswith("AutoModel") else cls
+                yield make(library_config)
+        except Exception:  # the library has no such class, or it takes more than a configuration
             continue
 
 
 def _has_renamings(kind: str, name: str) -> bool:
+    """Whether transformers has renamed modules of this model type or class."""
     try:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        return any(get_checkpoint_conversion_mapping(x) is not None for x in (kind, name))
+        return any(get_checkpoint_conversion_mapping(key) is not None for key in (kind, name))
     except Exception:
         return False

@@ -14,12 +14,17 @@ from fedlora.errors import InputError
 
 
 def with_common_names(adapters: Sequence[SavedAdapter]) -> list[SavedAdapter]:
-    """The same adapters, a module under one name in all of them."""
+    """The same adapters, in which each module has one name in all of them.
 
-    def models(twins: bool) -> Iterator[Any]:
-        for a in adapters:
-            own = a.model_config or base_config(a.config)
-            yield from skeletons(a.config, own, only_renamed=not twins)
+    Raises:
+        InputError: nothing tells whether two names are one module's, or an adapter has one module
+            under two names.
+    """
+
+    def models(has_twins: bool) -> Iterator[Any]:
+        for adapter in adapters:
+            model_config = adapter.model_config or base_config(adapter.config)
+            yield from skeletons(adapter.config, model_config, only_renamed=not has_twins)
 
     named = [
         {name: x.shape for name, x in a.deltas.items()}
@@ -27,46 +32,54 @@ def with_common_names(adapters: Sequence[SavedAdapter]) -> list[SavedAdapter]:
         for a in adapters
     ]
     sources = [a.source or f"adapter {i}" for i, a in enumerate(adapters, 1)]
-    out = []
-    for a, new in zip(adapters, common_names(named, sources, models), strict=True):
+    renamed = []
+    for adapter, new in zip(adapters, common_names(named, sources, models), strict=True):
         if len(set(new.values())) < len(new):
-            raise InputError(f"{a.source}: holds one module under two names")
-        out.append(
+            raise InputError(f"{adapter.source}: holds one module under two names")
+        renamed.append(
             replace(
-                a,
-                deltas={new[name]: x for name, x in a.deltas.items()},
-                dense={new[name]: t for name, t in a.dense.items()},
-                base={new[name]: t for name, t in a.base.items()},
-                embeddings=frozenset(new[name] for name in a.embeddings),
+                adapter,
+                deltas={new[name]: update for name, update in adapter.deltas.items()},
+                dense={new[name]: tensor for name, tensor in adapter.dense.items()},
+                base={new[name]: tensor for name, tensor in adapter.base.items()},
+                embeddings=frozenset(new[name] for name in adapter.embeddings),
             )
         )
-    return out
+    return renamed
 
 
 def common_shapes(adapters: Sequence[SavedAdapter]) -> dict[str, tuple[int, int]]:
-    """Target module -> its shape, which has to be the same in all adapters."""
-    out: dict[str, tuple[int, int]] = {}
+    """Target module -> `(m, n)`, of every module that an adapter has.
+
+    Raises:
+        InputError: a module has two shapes, or is an embedding in some adapters alone.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
     embeddings = {name for a in adapters for name in a.embeddings}
     for adapter in adapters:
-        for name, x in adapter.deltas.items():
+        for name, update in adapter.deltas.items():
             if (name in embeddings) != (name in adapter.embeddings):
                 raise InputError(
                     f"{name}: an embedding in one adapter and a linear layer in another; these are "
                     "for different base models"
                 )
-            if out.setdefault(name, x.shape) != x.shape:
+            if shapes.setdefault(name, update.shape) != update.shape:
                 raise InputError(
-                    f"{name}: shapes {out[name]} and {x.shape}; these adapters are for different "
-                    "base models"
+                    f"{name}: shapes {shapes[name]} and {update.shape}; these adapters are for "
+                    "different base models"
                 )
-    return out
+    return shapes
 
 
 def common_config(adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
-    """What all have in common; the first one's where it does not matter.
+    """Keys of `adapter_config.json` for the result.
+
+    Returns:
+        base_model_name_or_path, revision, task_type, fan_in_fan_out, modules_to_save (sorted), and
+        target_modules (None where names alone do not say which modules are meant).
 
     Raises:
-        InputError: another task.
+        InputError: the adapters are for different tasks.
     """
     tasks = list(dict.fromkeys(t for a in adapters if (t := a.config.get("task_type")) is not None))
     if len(tasks) > 1:
@@ -74,25 +87,24 @@ def common_config(adapters: Sequence[SavedAdapter]) -> dict[str, Any]:
             f"task_type: {tasks[0]!r} and {tasks[1]!r}; these adapters do not belong together"
         )
     name = common_base([base_name(a.config) for a in adapters])
-    # A revision is one of the base that is named.
-    same = [a.config for a in adapters if name is None or base_name(a.config) == name]
-    revision = next((c["revision"] for c in same if c.get("revision")), None)
-    out: dict[str, Any] = {"revision": revision, "task_type": tasks[0] if tasks else None}
-    # PEFT saves what its last layer was; it finds the rest out itself when it loads.
-    out["fan_in_fan_out"] = any(a.config.get("fan_in_fan_out") for a in adapters)
-    saved = [m for a in adapters for m in modules_to_save(a.config)]
-    lists = [target_names(a) for a in adapters]
-    names = None if None in lists else sorted({name for x in lists for name in x or []})
+    # A revision belongs to the base whose name is written.
+    of_named_base = [a.config for a in adapters if name is None or base_name(a.config) == name]
+    target_lists = [target_names(a) for a in adapters]
     return {
-        **out,
+        "revision": next((c["revision"] for c in of_named_base if c.get("revision")), None),
+        "task_type": tasks[0] if tasks else None,
+        # PEFT writes here what the last layer it adapted was, and corrects it when it loads.
+        "fan_in_fan_out": any(a.config.get("fan_in_fan_out") for a in adapters),
         "base_model_name_or_path": name,
-        "modules_to_save": sorted(set(saved)),
-        "target_modules": names,
+        "modules_to_save": sorted({m for a in adapters for m in modules_to_save(a.config)}),
+        "target_modules": None
+        if None in target_lists
+        else sorted({module for names in target_lists for module in names or []}),
     }
 
 
 def target_names(adapter: SavedAdapter) -> list[str] | None:
-    """PEFT's `target_modules`, where that alone names exactly the modules of `deltas`."""
+    """PEFT's `target_modules`, if this list alone says which modules `deltas` has; else None."""
     names = adapter.config.get("target_modules")
     if not isinstance(names, list) or any(
         adapter.config.get(key) not in (None, [], "")

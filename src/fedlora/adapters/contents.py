@@ -32,15 +32,15 @@ def modules_to_save(config: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Held:
+class SortedWeights:
     """The weights of a directory by what they are.
 
     Args:
-        factors: target module -> its factors `A`, `B` (and AdaLoRA's `E`).
+        factors: target module -> `A` `(r, n)` and `B` `(m, r)`, and with AdaLoRA `E` `(r, 1)`.
         embeddings: the target modules that are embeddings.
-        dense: parameters trained whole.
-        base: weights of the base to be carried along.
-        fingerprints: of other weights of the base.
+        dense: parameters trained whole, by their full names.
+        base: weights of the base to be carried along, by their names in the base.
+        fingerprints: other weights of the base by a digest, to tell bases apart.
     """
 
     factors: dict[str, dict[str, Tensor]]
@@ -61,11 +61,18 @@ class _Role(Enum):
     BASE = "a weight of the base, carried along"
 
 
-def sort_weights(path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Held:
-    """What each tensor of a directory is.
+def sort_weights(
+    path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> SortedWeights:
+    """Sort the tensors of a PEFT directory by what becomes of them.
+
+    Args:
+        path: the directory, for messages.
+        config: contents of its `adapter_config.json`.
+        weights: key in the file -> tensor.
 
     Raises:
-        InputError: one that can be neither combined nor carried along, why and what to do.
+        InputError: a tensor can be neither combined nor carried along; why, and what to do.
     """
     try:
         keys = read_keys(weights)
@@ -77,7 +84,8 @@ def sort_weights(path: Path, config: Mapping[str, Any], weights: Mapping[str, Te
     fingerprints: dict[str, str] = {}
     heads = _UNASKED.get(str(config.get("task_type")), ())
     trained = [*modules_to_save(config), *heads]
-    # Only a state dict that was saved raw has what a trained copy is a copy of.
+    # PEFT saves neither the original of a trained copy nor an adapter's name: with one of them the
+    # file is the state dict of the whole model.
     raw = any(key.kind == "original" or key.adapter is not None for key in keys.values())
     for text, key in keys.items():
         value = weights[text]
@@ -92,7 +100,8 @@ def sort_weights(path: Path, config: Mapping[str, Any], weights: Mapping[str, Te
             fingerprints[key.name] = _fingerprint(value)
         elif role is _Role.REFUSED:
             raise InputError(
-                f"{path}: cannot use the tensor {text} {tuple(value.shape)}{_why_not(text, key)}"
+                f"{path}: cannot use the tensor {text} {tuple(value.shape)}"
+                + _why_refused(text, key)
             )
     for name in _tied(config, dense, base):
         dense[name] = base.pop(name)
@@ -103,7 +112,7 @@ def sort_weights(path: Path, config: Mapping[str, Any], weights: Mapping[str, Te
         name: {part.removeprefix("embedding_"): t for part, t in pair.items()}
         for name, pair in factors.items()
     }
-    return Held(by_part, frozenset(embeddings), dense, base, fingerprints)
+    return SortedWeights(by_part, frozenset(embeddings), dense, base, fingerprints)
 
 
 def _role(text: str, key: Key, value: Tensor, trained: Sequence[str], raw: bool) -> _Role:
@@ -111,7 +120,7 @@ def _role(text: str, key: Key, value: Tensor, trained: Sequence[str], raw: bool)
 
     Args:
         text: its key as it stands in the file.
-        key: what that names.
+        key: what that key names.
         value: the tensor.
         trained: modules trained whole.
         raw: the file is a state dict of the whole model rather than what PEFT saves.
@@ -122,7 +131,7 @@ def _role(text: str, key: Key, value: Tensor, trained: Sequence[str], raw: bool)
         return _Role.TRAINED
     if key.kind == "original" or key.name.endswith(".ranknum") or ".ranknum." in key.name:
         return _Role.SKIPPED
-    unknown = bool(_why_not(text, key))
+    unknown = bool(_why_refused(text, key))
     if unknown and (not raw or "trainable_tokens" in text):
         return _Role.REFUSED
     if raw and (unknown or not _may_be_resized(key.name, value)):
@@ -133,7 +142,7 @@ def _role(text: str, key: Key, value: Tensor, trained: Sequence[str], raw: bool)
 def _check_trained(
     path: Path, config: Mapping[str, Any], dense: Mapping[str, Tensor], heads: Sequence[str]
 ) -> None:
-    """Every module of `modules_to_save` has to have weights; of a task's heads one is enough."""
+    """Refuse a module of `modules_to_save` without weights; of a task's heads one is enough."""
     absent = [module for module in modules_to_save(config) if not holds(dense, module)]
     if any(holds(dense, head) for head in heads):
         absent = [module for module in absent if module not in heads]
@@ -148,21 +157,21 @@ def _check_trained(
 def _add_factor(
     path: Path, text: str, key: Key, value: Tensor, factors: dict[str, dict[str, Tensor]]
 ) -> None:
-    """Add a factor to those of its module."""
+    """Add a factor to those of its module, or refuse it."""
     if why := _why_no_factor(text, key, value):
         raise InputError(f"{path}: cannot use the tensor {text} {tuple(value.shape)}: {why}")
     pair = factors.setdefault(key.name, {})
-    _put(path, pair, key.part, as_float(path, text, value), key.name)
+    _put(path, pair, key.part, as_float(path, text, value), called=key.name)
 
 
 def _why_no_factor(text: str, key: Key, value: Tensor) -> str:
     """Why a tensor at a LoRA layer is no factor `A` or `B` of a linear layer; empty: it is one."""
     if key.part not in ("A", "B", "E", "embedding_A", "embedding_B"):
-        what = {
+        kind = {
             "B.bias": "a bias at lora_B (lora_bias)",
             "magnitude_vector": "a magnitude of DoRA",
         }.get(key.part, "no factor of plain LoRA")
-        return f"it is {what}, no part of B A; {MERGE}"
+        return f"it is {kind}, no part of B A; {MERGE}"
     if key.name.endswith(".base_layer"):
         return (
             "it changes a parameter beside another one of the same module "
@@ -180,12 +189,22 @@ def _why_no_factor(text: str, key: Key, value: Tensor) -> str:
     return ""
 
 
-def _put(path: Path, into: dict[str, Tensor], name: str, value: Tensor, of: str = "") -> None:
-    """Add a tensor; the same one under two spellings is one."""
-    first = into.setdefault(name, value)
+def _put(
+    path: Path, tensors: dict[str, Tensor], name: str, value: Tensor, called: str = ""
+) -> None:
+    """Add a tensor under its name. Two keys may name the same one, if their tensors are equal.
+
+    Args:
+        path: the directory, for a message.
+        tensors: to which it is added.
+        name: of the tensor.
+        value: the tensor.
+        called: its name in a message, where that is another one.
+    """
+    first = tensors.setdefault(name, value)
     if first is not value and not same_weights(first, value):
         raise InputError(
-            f"{path}: {of or name} is in it twice under different keys, with different values; "
+            f"{path}: {called or name} is in it twice under different keys, with different values; "
             "save the adapter by model.save_pretrained"
         )
 
@@ -193,7 +212,7 @@ def _put(path: Path, into: dict[str, Tensor], name: str, value: Tensor, of: str 
 def _check_factors(
     path: Path, config: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Every module has both of its factors, and their ranks agree."""
+    """Refuse a module that lacks a factor, or whose factors have different ranks."""
     if not factors:
         raise InputError(f"{path}: holds no LoRA factors")
     adaptive = config.get("peft_type") == "ADALORA"
@@ -211,8 +230,8 @@ def _check_factors(
             raise InputError(f"{path}: a factor of {name} is empty{_SHARDS}")
 
 
-def _why_not(text: str, key: Key) -> str:
-    """Why a tensor that is no factor cannot be carried along; empty: it can."""
+def _why_refused(text: str, key: Key) -> str:
+    """Why a tensor that is no factor cannot be carried along; empty: it can be."""
     if "trainable_tokens" in text or ".token_adapter." in text:
         return f": {TOKENS}"
     if not text.endswith((".weight", ".bias")) or ".lora_" in text:
@@ -221,7 +240,7 @@ def _why_not(text: str, key: Key) -> str:
 
 
 def why_other_rank(rank: int, configured: float, config: Mapping[str, Any]) -> str:
-    """What may be the matter where a module's factors have another rank than configured."""
+    """What to add to the complaint that a module's factors have another rank than configured."""
     if config.get("target_parameters") and rank % configured == 0:
         return (
             f": {rank / configured:.0f} times that, one adapter for each expert (target_parameters)"
@@ -233,10 +252,14 @@ def why_other_rank(rank: int, configured: float, config: Mapping[str, Any]) -> s
 def _tied(
     config: Mapping[str, Any], dense: Mapping[str, Tensor], base: Mapping[str, Tensor]
 ) -> list[str]:
-    """Weights that were trained as the copy of embeddings they are tied to."""
+    """Names of weights in `base` that were trained: they equal embeddings that they are tied to."""
     if not config.get("ensure_weight_tying"):
         return []
-    return [n for n, w in base.items() if any(same_weights(w, other) for other in dense.values())]
+    return [
+        name
+        for name, weight in base.items()
+        if any(same_weights(weight, trained) for trained in dense.values())
+    ]
 
 
 def same_weights(one: Tensor, other: Tensor) -> bool:
@@ -247,27 +270,34 @@ def same_weights(one: Tensor, other: Tensor) -> bool:
 
 
 def _may_be_resized(name: str, value: Tensor) -> bool:
-    """Whether a weight may be one of embeddings or an output layer, of a row for each token."""
+    """Whether a weight may be that of embeddings or an output layer, with a row for each token.
+
+    PEFT saves these with an adapter where the vocabulary was resized.
+    """
     table = value.ndim == 2 and value.shape[0] > value.shape[1]
     return table and not any(part.isdecimal() for part in name.split("."))
 
 
 def _fingerprint(value: Tensor) -> str:
-    raw = value.detach().to("cpu").contiguous()
+    """A tensor's dtype, shape and digest, as text; empty: it has none."""
+    on_cpu = value.detach().to("cpu").contiguous()
     try:
-        data = raw.flatten().view(torch.uint8).numpy().tobytes()
-    except (RuntimeError, TypeError):  # a dtype without bytes of its own
+        data = on_cpu.flatten().view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, TypeError):  # a dtype of less than a byte
         return ""
     return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def holds(dense: Mapping[str, Tensor], module: str) -> bool:
-    """Whether there are parameters of one of PEFT's `modules_to_save`."""
+    """Whether parameters of a module that `modules_to_save` names are among these."""
     return any(saved_whole(name, [module]) for name in dense)
 
 
 def saved_whole(parameter: str, modules: Sequence[str]) -> bool:
-    """Whether a parameter lies in one of PEFT's `modules_to_save`, by which PEFT finds all modules
-    whose full names end in these letters: `classifier` is DistilBERT's `pre_classifier` too."""
+    """Whether a parameter lies in a module that `modules_to_save` names.
+
+    PEFT means by a name all modules whose full names end in its letters, so that `classifier` is
+    DistilBERT's `pre_classifier` too.
+    """
     owner = f"{parameter.rpartition('.')[0]}."
     return any(f"{module}." in owner for module in modules)

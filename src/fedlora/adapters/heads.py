@@ -20,9 +20,9 @@ class Heads:
     """The averaged parameters that were trained whole.
 
     Args:
-        dense: parameter -> its mean.
-        labels: of the result in the order of its rows; empty: no adapter says.
-        model_config: the result's `config.json`.
+        dense: parameter -> its mean, in the dtype of the first adapter that has it.
+        labels: of the rows of the head, in order; empty where no adapter names them.
+        model_config: the result's `config.json`; None where no adapter has one.
         notes: what the user should know.
     """
 
@@ -40,39 +40,43 @@ def combine_heads(adapters: Sequence[SavedAdapter], shares: Sequence[float]) -> 
     and each is averaged over the adapters that have the label. Without names in all of them rows
     are matched by their numbers.
 
+    Args:
+        adapters: with heads or without.
+        shares: of the adapters; those with 0 are left out.
+
     Raises:
         InputError: only some name their labels, or heads of different shapes.
     """
     counted = [(a, p) for a, p in zip(adapters, shares, strict=True) if p > 0]
-    having = [(a, p) for a, p in counted if a.dense]
+    with_heads = [(a, p) for a, p in counted if a.dense]
     classifiers = [a for a, _ in counted if classifies(a)]
     configs = [a.model_config or base_config(a.config) for a in classifiers]
     named = [labels_of_head(a, config) for a, config in zip(classifiers, configs, strict=True)]
     orders = common_orders(classifiers, named) if classifiers else None
     if orders is None:
-        beside = next((dict(a.model_config) for a, _ in counted if a.model_config), None)
-        return Heads(_mean(having, {}), (), beside, ())
+        first_config = next((dict(a.model_config) for a, _ in counted if a.model_config), None)
+        return Heads(_mean(with_heads, {}), (), first_config, ())
     union = tuple(dict.fromkeys(name for names in orders for name in names))
     config = _with_labels(
         next(c for c, names in zip(configs, named, strict=True) if c and names), union
     )
     if all(names == union for names in orders):
-        return Heads(_mean(having, {}), union, config, ())
+        return Heads(_mean(with_heads, {}), union, config, ())
     rows = {
-        id(a): _Rows(label_rows(a, own or {}, len(names)), [union.index(n) for n in names])
-        for a, own, names in zip(classifiers, configs, orders, strict=True)
+        id(a): _Rows(label_rows(a, model_config or {}, len(names)), [union.index(n) for n in names])
+        for a, model_config, names in zip(classifiers, configs, orders, strict=True)
     }
     notes = _notes_on_single(classifiers, orders) if len(classifiers) > 1 else ()
-    return Heads(_mean(having, rows, len(union)), union, config, notes)
+    return Heads(_mean(with_heads, rows, len(union)), union, config, notes)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which rows of the result the rows of one adapter's head are added to.
+    """Where the rows of one adapter's head go in the result.
 
     Args:
-        dims: parameter with a row for each label -> the dimension of its labels.
-        targets: for each of its rows, the number of a row of the result.
+        dims: parameter that has a row for each label -> the dimension along which the rows lie.
+        targets: for each of its rows, the number of the row of the result it is added to.
     """
 
     dims: Mapping[str, int]
@@ -80,45 +84,45 @@ class _Rows:
 
 
 def _with_labels(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """A `config.json` that names these labels."""
-    out = dict(config)
-    out["id2label"] = {str(i): name for i, name in enumerate(labels)}
-    out["label2id"] = {name: i for i, name in enumerate(labels)}
-    out.pop("_num_labels", None)
-    if "num_labels" in out:
-        out["num_labels"] = len(labels)
-    return out
+    """A `config.json` with these labels in the place of its own."""
+    relabelled = dict(config)
+    relabelled["id2label"] = {str(i): name for i, name in enumerate(labels)}
+    relabelled["label2id"] = {name: i for i, name in enumerate(labels)}
+    relabelled.pop("_num_labels", None)
+    if "num_labels" in relabelled:
+        relabelled["num_labels"] = len(labels)
+    return relabelled
 
 
 def _notes_on_single(
     adapters: Sequence[SavedAdapter], orders: Sequence[Sequence[str]]
 ) -> tuple[str, ...]:
-    """What to say of labels that one adapter alone has: nothing is averaged there."""
+    """A note on each label that one adapter alone has, for nothing is averaged there."""
     notes = []
     for label in dict.fromkeys(name for names in orders for name in names):
-        having = [a for a, names in zip(adapters, orders, strict=True) if label in names]
-        if len(having) == 1:
-            notes.append(f"the label {label} is that of {whose(having[0].source)} alone")
+        with_label = [a for a, names in zip(adapters, orders, strict=True) if label in names]
+        if len(with_label) == 1:
+            notes.append(f"the label {label} is that of {whose(with_label[0].source)} alone")
     return tuple(notes)
 
 
 def _mean(
-    having: Sequence[tuple[SavedAdapter, float]],
+    with_heads: Sequence[tuple[SavedAdapter, float]],
     rows: Mapping[int, _Rows],
-    number: int = 0,
+    num_labels: int = 0,
 ) -> dict[str, Tensor]:
-    """The mean of each parameter; of those with a row for each label, of each row.
+    """The weighted mean of each parameter; of one with a row for each label, row by row.
 
     Args:
-        having: adapters with parameters trained whole, and their shares.
+        with_heads: adapters with parameters trained whole, and their shares.
         rows: `id` of an adapter -> where its rows go; empty: all have the same rows.
-        number: of labels in the result.
+        num_labels: of the result.
     """
-    out: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for a, _ in having for name in a.dense):
-        parts = [(a, a.dense[name], p) for a, p in having if name in a.dense]
+    means: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for a, _ in with_heads for name in a.dense):
+        parts = [(a, a.dense[name], p) for a, p in with_heads if name in a.dense]
         if any(name in rows[id(a)].dims for a, _, _ in parts if id(a) in rows):
-            out[name] = _mean_rows(name, parts, rows, number)
+            means[name] = _mean_rows(name, parts, rows, num_labels)
             continue
         shapes = {tuple(t.shape) for _, t, _ in parts}
         if len(shapes) > 1:
@@ -129,36 +133,48 @@ def _mean(
             )
         total = sum(p for _, _, p in parts)
         mean = torch.stack([t.double() * (p / total) for _, t, p in parts]).sum(0)
-        out[name] = mean.to(parts[0][1].dtype)
-    return out
+        means[name] = mean.to(parts[0][1].dtype)
+    return means
 
 
 def _mean_rows(
     name: str,
     parts: Sequence[tuple[SavedAdapter, Tensor, float]],
     rows: Mapping[int, _Rows],
-    number: int,
+    num_labels: int,
 ) -> Tensor:
-    """The mean of a parameter row by row, each over the adapters that have its label."""
+    """The weighted mean of a parameter row by row, each over the adapters that have its label.
+
+    Args:
+        name: of the parameter.
+        parts: adapter, its tensor of this name, its share.
+        rows: `id` of an adapter -> where its rows go.
+        num_labels: of the result.
+    """
     dims = {rows[id(a)].dims.get(name) if id(a) in rows else None for a, _, _ in parts}
-    moved = []  # with the labels in front, where they go, and the share
-    for a, t, p in parts:
-        own = rows.get(id(a))
-        dim = own.dims.get(name) if own else None
-        if own is None or dim is None or len(dims) > 1 or t.shape[dim] != len(own.targets):
+    labels_first = []  # tensors with the rows along dimension 0, where these go, shares
+    for adapter, tensor, share in parts:
+        of_adapter = rows.get(id(adapter))
+        dim = of_adapter.dims.get(name) if of_adapter else None
+        if (
+            of_adapter is None
+            or dim is None
+            or len(dims) > 1
+            or tensor.shape[dim] != len(of_adapter.targets)
+        ):
             raise InputError(
-                f"{name}: {whose(a.source)}: has the shape {tuple(t.shape)}, which does not fit "
-                "the labels that its config.json names (id2label)"
+                f"{name}: {whose(adapter.source)}: has the shape {tuple(tensor.shape)}, which does "
+                "not fit the labels that its config.json names (id2label)"
             )
-        moved.append((t.double().movedim(dim, 0), own.targets, p))
-    widths = {tuple(t.shape[1:]) for t, _, _ in moved}
+        labels_first.append((tensor.double().movedim(dim, 0), of_adapter.targets, share))
+    widths = {tuple(tensor.shape[1:]) for tensor, _, _ in labels_first}
     if len(widths) > 1:
         raise InputError(f"{name}: saved heads of different widths cannot be averaged")
-    total = torch.zeros(number, *widths.pop(), dtype=torch.float64)
-    weight = torch.zeros(number, dtype=torch.float64)
-    for t, targets, p in moved:
-        total[targets] += p * t
-        weight[targets] += p
+    total = torch.zeros(num_labels, *widths.pop(), dtype=torch.float64)
+    weight = torch.zeros(num_labels, dtype=torch.float64)
+    for tensor, targets, share in labels_first:
+        total[targets] += share * tensor
+        weight[targets] += share
     mean = total / weight.reshape(-1, *[1] * (total.ndim - 1))
     (dim,) = dims
     assert dim is not None

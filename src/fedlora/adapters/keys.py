@@ -32,11 +32,12 @@ class Key:
     """What a key names.
 
     Args:
-        kind: `lora` (a factor), `whole` (a trained copy), `original` (what it is a copy of), `base`
-            (a weight under a LoRA layer), `plain` (any other parameter).
+        kind: `lora` (a factor), `whole` (the trained copy of a module in `modules_to_save`),
+            `original` (the untrained module beside that copy), `base` (a weight under a LoRA
+            layer), `plain` (any other parameter).
         name: of the module for `lora`, else of the parameter, as in the model without PEFT.
         part: of a factor: `A`, `B`, `E`, `embedding_A` ...
-        adapter: the adapter's name, where the key says it.
+        adapter: the adapter's name; None where the key does not say it.
     """
 
     kind: str
@@ -46,8 +47,7 @@ class Key:
 
 
 def unwrapped(key: str) -> str:
-    """A key without the parts that wrappers around the model or the PEFT model put in it, and
-    without PEFT's own prefix."""
+    """A key without PEFT's prefix, and without parts that wrappers around the model put into it."""
     parts = [part for part in key.split(".") if part not in _WRAPPERS]
     ends = [i + 2 for i in range(len(parts) - 2) if parts[i : i + 2] == ["base_model", "model"]]
     parts = parts[ends[-1] :] if ends else parts
@@ -57,43 +57,55 @@ def unwrapped(key: str) -> str:
 
 
 def read_keys(keys: Iterable[str]) -> dict[str, Key]:
-    """Every key of a state dict and what it names.
+    """What every key of a state dict names.
+
+    Args:
+        keys: of the state dict of one adapter.
+
+    Returns:
+        Key -> what it names, in the same order.
 
     Raises:
         InputError: the keys are of several adapters.
     """
     names = {key: unwrapped(key) for key in keys}
-    out = {}
+    read: dict[str, Key] = {}
     for key, name in names.items():
         if match := _LORA.match(name):
             part = match["part"] if match["end"] != "bias" else f"{match['part']}.bias"
-            out[key] = Key("lora", match[1], part, match["adapter"])
+            read[key] = Key("lora", match[1], part, match["adapter"])
         elif _BASE in f".{name}":
-            out[key] = Key("base", name.replace(_BASE.lstrip("."), "", 1))
+            read[key] = Key("base", name.replace(_BASE.lstrip("."), "", 1))
         elif _ORIGINAL in f".{name}":
-            out[key] = Key("original", name.replace(_ORIGINAL.lstrip("."), "", 1))
+            read[key] = Key("original", name.replace(_ORIGINAL.lstrip("."), "", 1))
         elif _COPY not in f".{name}":
-            out[key] = Key("plain", name)
-    adapters = {key.adapter for key in out.values() if key.kind == "lora"} - {None}
-    originals = {key.name for key in out.values() if key.kind == "original"}
-    # Whether a trained copy's key names the adapter too is seen from the other keys.
+            read[key] = Key("plain", name)
+    adapters = {key.adapter for key in read.values() if key.kind == "lora"} - {None}
+    originals = {key.name for key in read.values() if key.kind == "original"}
+    # Only the other keys tell whether the key of a trained copy names the adapter too.
     for key, name in names.items():
-        if key not in out:
-            out[key] = _copy(name, adapters, originals)
-    several = sorted({key.adapter for key in out.values() if key.adapter is not None})
+        if key not in read:
+            read[key] = _trained_copy(name, adapters, originals)
+    several = sorted({key.adapter for key in read.values() if key.adapter is not None})
     if len(several) > 1:
         raise InputError(
             f"its weights hold several adapters ({', '.join(several)}); save one of them alone: "
             "model.save_pretrained(directory, selected_adapters=[name])"
         )
-    return {key: out[key] for key in names}
+    return {key: read[key] for key in names}
 
 
-def _copy(name: str, adapters: Collection[str | None], originals: Collection[str]) -> Key:
-    """A trained copy of a module, `x.modules_to_save.y.weight`.
+def _trained_copy(name: str, adapters: Collection[str | None], originals: Collection[str]) -> Key:
+    """The key of a trained copy of a module, `x.modules_to_save.y.weight`.
 
-    PEFT writes the adapter's name as y where a state dict is saved raw. Else y may be a module
-    inside of x: it is one if the key of the original says so, or if nothing names an adapter.
+    In a state dict that was saved raw, y is the adapter's name. In what PEFT saves, y may be a
+    module inside of x: it is one if there is an original of that name, or if no key names an
+    adapter.
+
+    Args:
+        name: the key without wrappers.
+        adapters: names of adapters in other keys.
+        originals: names of the parameters whose originals are there.
     """
     owner, _, inside = f".{name}".rpartition(_COPY)
     owner = owner.lstrip(".")

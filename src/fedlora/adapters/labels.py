@@ -18,8 +18,9 @@ _INNER = ("dense", "pre_classifier", "pooler", "fc1", "norm", "LayerNorm")
 
 
 def label_names(model_config: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """The labels a `config.json` names, in the order of their ids; None where it names none, or
-    only numbers them.
+    """The labels that a `config.json` names, in the order of their ids.
+
+    None where it names no labels, or numbers them only (`LABEL_0`).
 
     Raises:
         InputError: it names them, but not one for each id.
@@ -29,7 +30,10 @@ def label_names(model_config: Mapping[str, Any] | None) -> tuple[str, ...] | Non
 
 
 def named_labels(model_config: Mapping[str, Any] | None) -> tuple[str, ...] | None:
-    """As `label_names`, with numbers: `LABEL_3`, `3` and 3 are the same name."""
+    """As `label_names`, but labels that are only numbered are names too.
+
+    `LABEL_3`, `3` and 3 are the same name.
+    """
     config = model_config or {}
     by_number, by_name = config.get("id2label"), config.get("label2id")
     if not by_number and by_name:
@@ -57,7 +61,7 @@ def named_labels(model_config: Mapping[str, Any] | None) -> tuple[str, ...] | No
 
 
 def numbered(names: Sequence[str]) -> bool:
-    """Whether labels are their own ids, and so have no names."""
+    """Whether labels are just the numbers of their ids, in any order, and so have no names."""
     return sorted(names) == sorted(str(i) for i in range(len(names)))
 
 
@@ -67,7 +71,7 @@ def whose(source: str) -> str:
 
 
 def classifies(adapter: SavedAdapter) -> bool:
-    """Whether an adapter is a classifier's, of whatever is classified."""
+    """Whether an adapter is that of a classifier, of texts or of tokens."""
     task = adapter.config.get("task_type")
     if task is not None:
         return task in ("SEQ_CLS", "TOKEN_CLS")
@@ -84,8 +88,12 @@ def labels_of_head(
 ) -> tuple[str, ...] | None:
     """An adapter's labels in the order of its head's rows; None where nothing names them.
 
-    Those of its base count only where they are as many as the head has rows: a head of its own has
-    other labels.
+    The base's own labels count only where they are as many as the head has rows: a head that was
+    made for other data has other labels.
+
+    Args:
+        adapter: of a classifier.
+        config: the `config.json` beside the adapter, or else the base's.
 
     Raises:
         InputError: the `config.json` beside the adapter names labels that cannot be.
@@ -106,7 +114,9 @@ def labels_of_head(
 def common_orders(
     adapters: Sequence[SavedAdapter], named: Sequence[tuple[str, ...] | None]
 ) -> list[tuple[str, ...]] | None:
-    """The labels of each adapter's rows; None: rows are matched by their numbers.
+    """The labels of each adapter's rows, by which rows are matched.
+
+    None says that rows are matched by their numbers, since no adapter names its labels.
 
     Args:
         adapters: classifiers.
@@ -126,7 +136,7 @@ def common_orders(
 
 
 def _alike(named: Sequence[tuple[str, ...]]) -> bool:
-    """Whether all have the same labels, which are more than the numbers of the rows themselves."""
+    """Whether all have the same labels, and these say more than the order of the rows does."""
     in_order = all(numbered(names) and list(names) == sorted(names, key=int) for names in named)
     return len({frozenset(names) for names in named}) == 1 and not in_order
 
@@ -147,7 +157,7 @@ def _refuse_unnamed(
 
 
 def _refuse_near_labels(named: Sequence[tuple[str, ...]]) -> None:
-    """Refuse labels that differ in case or white space alone: nobody means two labels by them."""
+    """Refuse labels that differ in case or white space alone, which are one label misspelt."""
     first_spelling: dict[str, str] = {}
     for name in dict.fromkeys(name for names in named for name in names):
         other = first_spelling.setdefault(" ".join(name.split()).casefold(), name)
@@ -168,8 +178,13 @@ def label_rows(
 
     They are those whose shape changes with the number of labels in the base's own class; where
     that is not known, those of the last layer.
+
+    Args:
+        adapter: of a classifier.
+        model_config: the `config.json` beside the adapter, or else the base's.
+        number: of labels.
     """
-    for dims in _by_class(adapter, model_config, number):
+    for dims in _label_dims_by_class(adapter, model_config, number):
         saved = {n: dims[n] for n in adapter.dense if n in dims}
         if saved and all(adapter.dense[n].shape[d] == number for n, d in saved.items()):
             return saved
@@ -181,24 +196,28 @@ def label_rows(
     return {n: 0 for n in rows if n.rpartition(".")[0] in last[-1:]}
 
 
-def _by_class(
+def _label_dims_by_class(
     adapter: SavedAdapter, model_config: Mapping[str, Any], number: int
 ) -> list[dict[str, int]]:
-    """For each class the adapter may be of: parameter -> the dimension of its labels."""
+    """Parameter -> the dimension of its labels, for each class that the adapter's model may have.
+
+    Models without weights are made for so many labels and for one more; a parameter in which this
+    makes a difference has a row for each label.
+    """
     shapes = []
     for count in (number, number + 1):
-        own = {k: v for k, v in model_config.items() if k not in ("label2id", "num_labels")}
-        own["id2label"] = {i: f"LABEL_{i}" for i in range(count)}
-        own["label2id"] = {f"LABEL_{i}": i for i in range(count)}
-        models = skeletons(adapter.config, own) if model_config.get("model_type") else ()
+        config = {k: v for k, v in model_config.items() if k not in ("label2id", "num_labels")}
+        config["id2label"] = {i: f"LABEL_{i}" for i in range(count)}
+        config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+        models = skeletons(adapter.config, config) if model_config.get("model_type") else ()
         shapes.append([{n: tuple(p.shape) for n, p in m.named_parameters()} for m in models])
-    out = []
+    by_class = []
     for small, large in zip(*shapes, strict=False):
-        out.append(
+        by_class.append(
             {
                 name: next(d for d, size in enumerate(shape) if size != large[name][d])
                 for name, shape in small.items()
                 if large.get(name, shape) != shape
             }
         )
-    return out
+    return by_class

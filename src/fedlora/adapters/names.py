@@ -1,7 +1,7 @@
-"""Tells which names of several adapters are one module, and gives it one name.
+"""Tells which names in several adapters mean the same module, and gives it one name.
 
-Transformers has renamed modules, which PEFT follows when it loads, and wrappers around a model put
-parts of their own into names.
+Names differ because transformers has renamed modules (PEFT follows when it loads an adapter), and
+because wrappers around a model put parts of their own into names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedlora.errors import InputError
 
 @dataclass(frozen=True)
 class Twin:
-    """Two names that look like one module's, each of some adapters."""
+    """Two names that look like one module's; each occurs in some adapters, and never both."""
 
     first: str
     second: str
@@ -27,7 +27,10 @@ _SENSES = (("vision", "visual", "image", "pixel"), ("audio", "speech"))
 
 
 def _role(prefix: Sequence[str]) -> tuple[int | None, str | None]:
-    """Which part of a model of several parts a path leads to: a sense, and encoder or decoder."""
+    """Which part of a model a path leads to: of which sense (by number), and encoder or decoder.
+
+    None stands for a path that does not say.
+    """
     text = ".".join(prefix).lower()
     sense = next((i for i, words in enumerate(_SENSES) if any(w in text for w in words)), None)
     sides = [side for side in ("encoder", "decoder") if any(side in part for part in prefix)]
@@ -35,8 +38,11 @@ def _role(prefix: Sequence[str]) -> tuple[int | None, str | None]:
 
 
 def _same_part(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether two paths to a layer list may lead to the same part of a model: not one to its
-    encoder and one to its decoder, and not one to text and one to pictures."""
+    """Whether two paths to a layer list may lead to the same part of a model.
+
+    They do not if one leads to the encoder and one to the decoder, or one to text and one to
+    pictures.
+    """
     (sense, side), (other_sense, other_side) = _role(one), _role(other)
     return sense == other_sense and (side == other_side or None in (side, other_side))
 
@@ -44,11 +50,11 @@ def _same_part(one: Sequence[str], other: Sequence[str]) -> bool:
 def find_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[Twin]:
     """Pairs of names that look like one module under two names.
 
-    They have the same shape and the same path from the layer's number on (but for one part that a
-    wrapper may have put there), and no adapter has both.
+    They have the same shape and are alike from the layer's number on, but for one part that a
+    wrapper may have put there; and no adapter has both.
 
     Args:
-        named: for each adapter, name -> shape.
+        named: for each adapter, name of a module or parameter -> shape.
     """
     paths = [{split_name(name)[0] for name in names} for names in named]
     twins = [Twin(shorter, longer) for shorter, longer in _wrapped_twins(named)]
@@ -63,7 +69,10 @@ def find_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[Twin]:
 def _alike_from_the_layer_on(
     named: Sequence[Mapping[str, tuple[int, ...]]],
 ) -> list[list[str]]:
-    """Names of one shape that go on alike from the layer's number, or without one end alike."""
+    """Groups of names of one shape that are alike from the layer's number on.
+
+    Names without such a number are in one group if their last parts are alike.
+    """
     groups: dict[tuple[Any, ...], dict[str, None]] = {}
     for names in named:
         for name, shape in names.items():
@@ -73,36 +82,36 @@ def _alike_from_the_layer_on(
 
 
 def _may_be_one(one: str, other: str, paths: Sequence[Set[tuple[str, ...]]]) -> bool:
-    """Whether what stands before the layer's number may be two ways to write the same.
+    """Whether two names may be one module's, by what stands before the layer's number.
 
     Args:
-        one, other: two names that go on alike.
+        one, other: two names that are alike from there on.
         paths: for each adapter, the paths to its layer lists.
     """
     path, other_path = split_name(one)[0], split_name(other)[0]
     if bool(path) != bool(other_path):
         return False
-    if not path:  # outside of layers: one name is the other's end
+    if not path:  # the module is in no layer: one name has to be the other's end
         return one.endswith(f".{other}") or other.endswith(f".{one}")
-    in_one_adapter = any({path, other_path} <= own for own in paths)
+    in_one_adapter = any({path, other_path} <= of_adapter for of_adapter in paths)
     return _same_part(path, other_path) and not in_one_adapter
 
 
 def _wrapped_twins(named: Sequence[Mapping[str, tuple[int, ...]]]) -> list[tuple[str, str]]:
-    """Pairs of names of which one has a part more within the layer, as a wrapper puts it there.
+    """Pairs of names of which the second has one part more within the layer.
 
-    No adapter has both. The shorter name stands first.
+    Wrappers around a module put such a part there. No adapter has both names of a pair.
     """
     shapes = {name: shape for names in named for name, shape in names.items()}
-    out = []
+    pairs = []
     for longer, shape in shapes.items():
         path, tail = split_name(longer)
-        for at in range(1, len(tail) - 1):
-            shorter = ".".join((*path, *tail[:at], *tail[at + 1 :]))
-            both = any(longer in names and shorter in names for names in named)
-            if shapes.get(shorter) == shape and not (tail[at].isdecimal() or both):
-                out.append((shorter, longer))
-    return out
+        for i in range(1, len(tail) - 1):
+            shorter = ".".join((*path, *tail[:i], *tail[i + 1 :]))
+            in_one_adapter = any(longer in names and shorter in names for names in named)
+            if shapes.get(shorter) == shape and not (tail[i].isdecimal() or in_one_adapter):
+                pairs.append((shorter, longer))
+    return pairs
 
 
 def common_names(
@@ -110,32 +119,36 @@ def common_names(
     sources: Sequence[str],
     models: Callable[[bool], Iterable[Any]],
 ) -> list[dict[str, str]]:
-    """For each adapter, its names -> the names all adapters have in common.
+    """Give each module one name in all adapters.
 
     Where the base's configuration is at hand, names become those of its modules by the rules by
-    which PEFT renames what it loads; else two names that look like one module are taken as one
-    where transformers documents the renaming.
+    which PEFT renames what it loads. Otherwise two names that look like one module's are taken for
+    one where transformers documents that it renamed one to the other.
 
     Args:
         named: for each adapter, name of a module or parameter -> shape.
         sources: what each adapter is called in messages.
-        models: gives what the base may be, without weights. It is told whether two names look like
-            one; else the base matters only where transformers renamed modules of its architecture.
+        models: yields models without weights that the base may be. It is told whether two names
+            look like one module's: if none do, the base matters only where transformers has renamed
+            modules of its architecture.
+
+    Returns:
+        For each adapter, its names -> the common names.
 
     Raises:
         InputError: two names look like one module's, and nothing says whether they are.
     """
-    common, of_base = _named_by_base(named, models)
+    common, base_modules = _named_by_base(named, models)
     renamed = [
         {common[i][name]: shape for name, shape in names.items()} for i, names in enumerate(named)
     ]
     for twin in find_twins(renamed):
         older, newer = twin.first, twin.second
-        if {any_layer(older), any_layer(newer)} <= of_base:
+        if {any_layer(older), any_layer(newer)} <= base_modules:
             continue  # two modules of the base, each changed by other adapters
         if not documented(older, newer):
             older, newer = newer, older
-        if of_base or not documented(older, newer):
+        if base_modules or not documented(older, newer):
             _refuse_twin(twin, renamed, sources)
         for names in common:
             names.update({name: newer for name, now in names.items() if now == older})
@@ -145,26 +158,26 @@ def common_names(
 def _named_by_base(
     named: Sequence[Mapping[str, tuple[int, ...]]], models: Callable[[bool], Iterable[Any]]
 ) -> tuple[list[dict[str, str]], frozenset[str]]:
-    """The names as the base has them, by whichever of its possible models knows most of them.
+    """Name modules as the base does: of the models it may be, as the one that knows most names.
 
     Returns:
         For each adapter, its names -> the base's, or themselves where no model is known; and the
         names of that model's modules (`any_layer`), empty where none is known.
     """
     best = [{name: name for name in names} for names in named]
-    of_base: frozenset[str] = frozenset()
-    most = 0
+    base_modules: frozenset[str] = frozenset()
+    most_known = 0
     for model in models(bool(find_twins(named))):
         rename, modules = renamer(model), module_names(model)
         renamed = [{name: rename(name) for name in names} for names in named]
         known = sum(any_layer(now) in modules for names in renamed for now in names.values())
-        if known > most:
-            best, of_base, most = renamed, modules, known
-    return best, of_base
+        if known > most_known:
+            best, base_modules, most_known = renamed, modules, known
+    return best, base_modules
 
 
 def _refuse_twin(twin: Twin, named: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> None:
-    """Say that two names cannot be told to be one module, and whose they are."""
+    """Refuse two names of which nothing tells whether they are one module's."""
     first, second = (
         next(source for names, source in zip(named, sources, strict=True) if name in names)
         for name in (twin.first, twin.second)

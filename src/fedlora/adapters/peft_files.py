@@ -79,7 +79,7 @@ def read_model_config(path: Path) -> dict[str, Any] | None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT directory by their keys, whatever they are.
+    """Key -> tensor, of all tensors in a PEFT directory.
 
     Raises:
         InputError: no weights, or a file that cannot be read, and what to do.
@@ -119,25 +119,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(file: Path, loaded: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict. Numbers and words beside them (a step, a version) say nothing
-    about the model; what may hold weights is refused."""
-    out = {}
+    """The tensors of a state dict.
+
+    Numbers and words beside them (a step, a version) are left out, since they say nothing about the
+    model. Everything else may hold weights, and is refused.
+    """
+    tensors = {}
     for key, value in loaded.items():
         if isinstance(value, Tensor) and isinstance(key, str):
             if not key.isprintable():
                 raise InputError(f"{file}: the name {key!r} of a tensor holds unprintable signs")
-            out[key] = value
+            tensors[key] = value
         elif value is not None and not isinstance(value, (bool, int, float, str, bytes)):
             inside = "" if not isinstance(value, Mapping) else " (a checkpoint of a trainer?)"
             raise InputError(
                 f"{file}: {key!r} is a {type(value).__name__} and no tensor{inside}; save the "
                 "adapter's tensors alone, by model.save_pretrained or get_peft_model_state_dict"
             )
-    return out
+    return tensors
 
 
 def as_float(path: Path, key: str, value: Tensor) -> Tensor:
-    """A tensor of weights: detached, dense, finite, of a dtype to compute with.
+    """A tensor of weights: detached, dense, finite, of float16, bfloat16, float32 or float64.
+
+    Args:
+        path: the directory, for messages.
+        key: of the tensor in the file.
+        value: the tensor.
 
     Raises:
         InputError: it is not one of real numbers, or not finite.
@@ -186,6 +194,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _refuse_pointer(path: Path, head: bytes) -> None:
+    """Refuse a file whose first bytes are those of a Git-LFS pointer."""
     if head.startswith(_POINTER):
         raise InputError(
             f"{path}: is a Git-LFS pointer and not the file itself; run `git lfs pull` in its "
@@ -194,4 +203,5 @@ def _refuse_pointer(path: Path, head: bytes) -> None:
 
 
 def _line(error: BaseException) -> str:
+    """An error's text on one line, or what it is called where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -32,10 +32,9 @@ _PLAIN: dict[str, tuple[Any, str]] = {
     "monteclora_config": (None, MERGE),
     "trainable_token_indices": (None, TOKENS),
 }
-"""Keys of PEFT's configuration: the value under which an adapter is a sum of products and nothing
-else, and what to do about another."""
+"""Key of PEFT's configuration -> the value it has in plain LoRA, and what to do about another."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Initialisations whose factors are relative to base weights they changed."""
+"""Initialisations that change the base weights too, so that the factors belong to these."""
 TASKS = (
     "CAUSAL_LM",
     "SEQ_CLS",
@@ -47,7 +46,11 @@ TASKS = (
 
 
 def check_plain(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration under which the directory is no sum of products.
+    """Refuse a directory whose configuration says that its update is not `sum s B A` alone.
+
+    Args:
+        path: the directory, for messages.
+        config: contents of its `adapter_config.json`.
 
     Raises:
         InputError: which key, why, and what to do.
@@ -55,7 +58,7 @@ def check_plain(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type", "LORA")
     for key, (plain, advice) in _PLAIN.items():
         value = config.get(key, plain)
-        # Switches are false in many spellings; older versions of PEFT lack some keys.
+        # A switch that is off may be false, null or an empty list; older PEFT lacks some keys.
         if value == plain or (not value and key not in ("peft_type", "bias")):
             continue
         if key == "peft_type" and kind == "ADALORA":
@@ -87,7 +90,7 @@ def _check_types(path: Path, config: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: {key} is {_short(value)}; expected a number")
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
-        # AdaLoRA keeps masks there, which say nothing that its factors do not.
+        # AdaLoRA keeps masks of ranks there; its factors say the same.
         masks = config.get("peft_type") == "ADALORA" and key == "rank_pattern"
         numbers = isinstance(value, dict) and all(map(_is_number, value.values()))
         if not (numbers or masks):

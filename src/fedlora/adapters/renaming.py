@@ -9,19 +9,22 @@ from typing import Any
 
 
 def split_name(name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A name in two: the path to its layer list, and what follows from the layer's number on."""
+    """The parts of a name in two: the path to its layer list, and the rest from the number on.
+
+    `model.layers.3.mlp` is `(model, layers)` and `(3, mlp)`. A name without a number has no path.
+    """
     parts = tuple(name.split("."))
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return ((), parts) if at is None else (parts[:at], parts[at:])
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return ((), parts) if number is None else (parts[:number], parts[number:])
 
 
 def any_layer(name: str) -> str:
-    """A name with every number 0: a base's configuration may be known but for its depth."""
+    """A name with 0 for every number: models that differ in depth alone then have equal names."""
     return ".".join("0" if part.isdecimal() else part for part in name.split("."))
 
 
 def module_names(model: Any) -> frozenset[str]:
-    """All modules and parameters of a model by name, layers' numbers left open."""
+    """Names of all modules and parameters of a model, with 0 for every number (`any_layer`)."""
     names = [name for name, _ in model.named_modules()]
     names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return frozenset(any_layer(name) for name in names)
@@ -33,8 +36,8 @@ def renamer(model: Any, extra: Collection[str] = ()) -> Callable[[str], str]:
     A name that is no module's either way stays as it is.
 
     Args:
-        model: of transformers; it may have no weights.
-        extra: more names that are the model's.
+        model: of transformers; it may be on the meta device, without weights.
+        extra: further names that count as the model's.
 
     Returns:
         Name of a module or parameter -> the model's own name of it.
@@ -52,12 +55,12 @@ def renamer(model: Any, extra: Collection[str] = ()) -> Callable[[str], str]:
             if (changed := re.sub(pattern, replacement, name)) != name:
                 candidates.append(changed)
                 break
-        candidates += [_applied(renamings, one) for one in list(candidates)]
-        if prefix:  # saved from the whole model, or from the model inside
-            outer = [f"{prefix}.{one}" for one in candidates]
-            inner = [one.removeprefix(f"{prefix}.") for one in candidates]
+        candidates += [_applied(renamings, candidate) for candidate in list(candidates)]
+        if prefix:  # one was saved from the whole model, the other from the model without its head
+            outer = [f"{prefix}.{candidate}" for candidate in candidates]
+            inner = [candidate.removeprefix(f"{prefix}.") for candidate in candidates]
             candidates += outer + inner
-        return next((one for one in candidates if any_layer(one) in known), name)
+        return next((new for new in candidates if any_layer(new) in known), name)
 
     return rename
 
@@ -69,18 +72,21 @@ def _renamings(model: Any) -> list[Any]:
         from transformers.core_model_loading import WeightRenaming
 
         rules = get_model_conversion_mapping(model, add_legacy=False)
-    except Exception:  # another transformers: PEFT has no such rules either
+    except Exception:  # a transformers without such rules; PEFT has none then either
         return []
-    return [one for one in rules if isinstance(one, WeightRenaming)]
+    return [rule for rule in rules if isinstance(rule, WeightRenaming)]
 
 
 def _applied(renamings: Sequence[Any], name: str) -> str:
-    """Transformers' rules are for parameters; a module goes through them with one behind it."""
-    ends = name.endswith((".weight", ".bias"))
-    key = name if ends else f"{name}.weight"
-    for one in renamings:
-        key, _ = one.rename_source_key(key)
-    return key if ends else key.removesuffix(".weight")
+    """A name as transformers' rules rename it.
+
+    The rules are for parameters: a module's name is given to them as that of its weight.
+    """
+    is_parameter = name.endswith((".weight", ".bias"))
+    key = name if is_parameter else f"{name}.weight"
+    for renaming in renamings:
+        key, _ = renaming.rename_source_key(key)
+    return key if is_parameter else key.removesuffix(".weight")
 
 
 @cache
@@ -93,29 +99,29 @@ def _families() -> tuple[tuple[Any, ...], ...]:
         architectures = conversion_mapping._build_checkpoint_conversion_mapping()
     except Exception:
         return ()
-    seen, out = set(), []
+    families: dict[str, tuple[Any, ...]] = {}
     for rules in architectures.values():
-        renamings = tuple(one for one in rules if isinstance(one, WeightRenaming))
-        text = str([(one.source_patterns, one.target_patterns) for one in renamings])
-        if renamings and text not in seen:
-            seen.add(text)
-            out.append(renamings)
-    return tuple(out)
+        renamings = tuple(rule for rule in rules if isinstance(rule, WeightRenaming))
+        patterns = str([(rule.source_patterns, rule.target_patterns) for rule in renamings])
+        if renamings:
+            families.setdefault(patterns, renamings)
+    return tuple(families.values())
 
 
-def _applied_safely(rules: Sequence[Any], key: str) -> str:
+def _applied_safely(rules: Sequence[Any], name: str) -> str:
+    """As `_applied`; a name that a rule of another architecture fails on stays as it is."""
     try:
-        return _applied(rules, key)
-    except Exception:  # a rule that wants more of a name than this one has
-        return key
+        return _applied(rules, name)
+    except Exception:
+        return name
 
 
 def documented(one: str, other: str) -> bool:
     """Whether transformers renames `one` to `other` in some architecture.
 
-    Its rules for the whole model are tried, and those for the model inside. Bare paths to a layer
-    list (`layers`, `model.layers`) are those of a text model by itself, so that only the base can
-    say what they became.
+    The rules of one architecture are tried, and behind them those of a model inside of it. Paths to
+    a layer list that are as short as `layers` or `model.layers` are not looked at: a text model by
+    itself has them, and only the base can say what they became inside of a larger model.
     """
     if any(set(path[:-1]) <= {"model"} for name in (one, other) if (path := split_name(name)[0])):
         return False

@@ -31,15 +31,15 @@ from fedlora.adapters.peft_files import (
 )
 from fedlora.adapters.plain_lora import check_plain
 from fedlora.errors import InputError
-from fedlora.lowrank import Delta, Deltas, Dense, LowRank, fold, scaling
+from fedlora.lowrank import Delta, Deltas, Dense, LowRank, fold, scaling, zeros
 from fedlora.model.targets import Targets
 
 
 def as_factors(x: Delta) -> LowRank:
-    """What PEFT can hold: factors of rank at least 1, in float32.
+    """An update in the form in which PEFT holds it: float32 factors of rank at least 1.
 
-    A dense update is its own factor beside an identity: as large as its singular factors would be,
-    without their rounding.
+    A dense `W (m, n)` becomes the product of itself and an identity. This takes as many numbers as
+    its `min(m, n)` singular directions would, and is exact.
     """
     m, n = x.shape
     if isinstance(x, Dense):
@@ -74,17 +74,18 @@ def write_adapter(
         OSError: the files cannot be written.
     """
     factors = {
-        name: as_factors(deltas[name] if name in deltas else _nothing(m, n))
-        for name, (m, n) in targets.shapes.items()
+        name: as_factors(deltas[name] if name in deltas else zeros(shape))
+        for name, shape in targets.shapes.items()
     }
-    config = _peft_config({name: x.rank for name, x in factors.items()}, targets)
+    config = _peft_config({name: update.rank for name, update in factors.items()}, targets)
     tensors = _factor_tensors(factors, targets.embeddings)
     for name, value in (dense or {}).items():
         tensors[f"{PREFIX}{name}"] = _own_copy(value)
     for name, value in (base or {}).items():
         owner, _, end = name.rpartition(".")
-        under = f"{owner}.base_layer.{end}" if owner in factors else name
-        tensors[f"{PREFIX}{under}"] = _own_copy(value)
+        # PEFT calls the weight under an adapter that of its module's `base_layer`.
+        peft_name = f"{owner}.base_layer.{end}" if owner in factors else name
+        tensors[f"{PREFIX}{peft_name}"] = _own_copy(value)
     path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True, default=str)
     (path / CONFIG_NAME).write_text(text + "\n")
@@ -93,17 +94,13 @@ def write_adapter(
     save_tensors(path / WEIGHTS_NAME, tensors)
 
 
-def _nothing(m: int, n: int) -> LowRank:
-    """An update of rank 0."""
-    return LowRank(torch.zeros(0, n), torch.zeros(m, 0))
-
-
 def _peft_config(ranks: Mapping[str, int], targets: Targets) -> dict[str, Any]:
     """The contents of `adapter_config.json`: the commonest rank, and a pattern for the others."""
     from peft import LoraConfig
 
     common = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT matches the ends of names; ^ keeps a name that is another's end to itself.
+    # PEFT takes a name in a pattern for the end of module names. Where it is the end of another
+    # module's name too, ^ says that it is the whole name.
     pattern = {
         f"^{name}" if any(other.endswith(f".{name}") for other in ranks) else name: rank
         for name, rank in ranks.items()
@@ -124,7 +121,8 @@ def _peft_config(ranks: Mapping[str, int], targets: Targets) -> dict[str, Any]:
         modules_to_save=list(targets.modules_to_save) or None,
         inference_mode=True,
     ).to_dict()
-    # PEFT makes a set of the target modules, whose order differs from process to process.
+    # PEFT makes a set of the target modules. Its order differs from process to process, and the
+    # file's bytes must not.
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 
@@ -133,15 +131,15 @@ def _factor_tensors(
 ) -> dict[str, Tensor]:
     """The factors of every module by PEFT's keys."""
     tensors = {}
-    for name, x in factors.items():
+    for name, update in factors.items():
         kind, end = ("embedding_", "") if name in embeddings else ("", ".weight")
-        tensors[f"{PREFIX}{name}.lora_{kind}A{end}"] = x.A
-        tensors[f"{PREFIX}{name}.lora_{kind}B{end}"] = x.B
+        tensors[f"{PREFIX}{name}.lora_{kind}A{end}"] = update.A
+        tensors[f"{PREFIX}{name}.lora_{kind}B{end}"] = update.B
     return tensors
 
 
 def _own_copy(value: Tensor) -> Tensor:
-    """A tensor with memory of its own: tied weights share theirs, which a file cannot."""
+    """A copy in memory of its own: tied weights share memory, which safetensors refuses."""
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
@@ -175,8 +173,10 @@ class SavedAdapter:
 def load_adapter(path: str | Path) -> SavedAdapter:
     """Read a PEFT LoRA directory.
 
-    AdaLoRA's triplets `B diag(E) A` are read too, `E` folded into `A`. State dicts that were saved
-    raw, or from a wrapped or compiled model, are read as what PEFT would have saved.
+    The configuration has to be that of plain LoRA or AdaLoRA. Each tensor is sorted by what its key
+    names (`sort_weights`), and the factors of each module become an update with the scale folded
+    in. AdaLoRA's triplets `B diag(E) A` are read too, `E` folded into `A`. State dicts that were
+    saved raw, or from a wrapped or compiled model, are read as what PEFT would have saved.
 
     Args:
         path: a directory with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`,
@@ -188,15 +188,17 @@ def load_adapter(path: str | Path) -> SavedAdapter:
     path = Path(path)
     config = read_adapter_config(path)
     check_plain(path, config)
-    held = sort_weights(path, config, read_weights(path))
-    deltas = {name: _folded(path, name, pair, config) for name, pair in held.factors.items()}
+    weights = sort_weights(path, config, read_weights(path))
+    deltas = {
+        name: _folded(path, name, factors, config) for name, factors in weights.factors.items()
+    }
     return SavedAdapter(
         deltas,
-        held.dense,
+        weights.dense,
         config,
-        base=held.base,
-        embeddings=held.embeddings,
-        fingerprints=held.fingerprints,
+        base=weights.base,
+        embeddings=weights.embeddings,
+        fingerprints=weights.fingerprints,
         model_config=read_model_config(path),
         source=str(path),
     )
@@ -205,7 +207,7 @@ def load_adapter(path: str | Path) -> SavedAdapter:
 def _folded(
     path: Path, name: str, factors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> LowRank:
-    """The factors of a module as an update, by the rank and alpha that its configuration says."""
+    """The factors of a module as an update, scaled as the adapter's configuration says."""
     if config.get("peft_type") == "ADALORA":
         update = _folded_adalora(factors, config)
     else:
@@ -240,7 +242,7 @@ def _folded_adalora(factors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
 
 def _by_pattern(path: Path, config: Mapping[str, Any], key: str, name: str, default: float) -> Any:
-    """What PEFT takes for a module from `rank_pattern` or `alpha_pattern`."""
+    """A module's rank or alpha: what a pattern of this key says of its name, else the default."""
     from peft.utils.other import get_pattern_key
 
     patterns = config.get(key) or {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -36,26 +37,20 @@ from fedlora.config.keys import (
     NUMBER_OF_STEPS,
     NUMBER_OR_SHARE,
     RANK_OR_RANKS,
-    SIZE_OR_AUTO,
+    TRACKERS,
     JsonSchema,
     Mark,
+    Schedule,
+    SizeOfMachine,
     Words,
     alpha_of,
     keys_marked,
     names_among,
 )
-from fedlora.config.rule_options import option_type, read_options, split_options
+from fedlora.config.overrides import with_overrides_of
+from fedlora.config.rule_options import read_options, split_options, type_of
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
-from fedlora.text import nearest
-
-EVALUATED = {
-    "CAUSAL_LM": ("loss", "perplexity", "token_accuracy", "exact_match"),
-    "SEQ_CLS": ("loss", "accuracy", "macro_f1"),
-}
-"""What is measured, by task."""
-TRACKERS = ("tensorboard", "wandb", "trackio")
-"""What a run can report to (`report_to`)."""
 
 
 class Config(BaseModel):
@@ -253,12 +248,9 @@ class Config(BaseModel):
     learning_rate: Annotated[float, Mark.OF_CLIENT] = Field(
         2e-4, gt=0, description="AdamW's peak learning rate"
     )
-    lr_scheduler_type: Annotated[
-        Literal[
-            "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-        ],
-        Mark.OF_CLIENT,
-    ] = Field("linear", description="schedule of transformers")
+    lr_scheduler_type: Annotated[Schedule, Mark.OF_CLIENT] = Field(
+        "linear", description="schedule of transformers"
+    )
     lr_scheduler_scope: Annotated[Literal["round", "federation"], Mark.OF_SITES] = Field(
         "round", description="it restarts each round, or spans all rounds"
     )
@@ -283,9 +275,7 @@ class Config(BaseModel):
     proximal_mu: Annotated[float, Mark.OF_CLIENT] = Field(
         0.0, ge=0, description="FedProx: mu/2 ||w - w_start||^2 is added"
     )
-    cohort_size: Annotated[
-        int | Literal["auto"], Mark.AUTOMATIC, Mark.MACHINE, JsonSchema(SIZE_OR_AUTO)
-    ] = Field(
+    cohort_size: SizeOfMachine = Field(
         "auto", description="clients trained in one pass; auto: as many as pay and fit in memory"
     )
     cohort_memory: Annotated[float | None, Mark.MACHINE] = Field(
@@ -366,13 +356,7 @@ class Config(BaseModel):
     sites: Annotated[dict[str, str] | None, Mark.MACHINE, Mark.CARRIER, JsonSchema(ADDRESSES)] = (
         Field(None, description="name: address of every site, the path of its worker's socket")
     )
-    num_workers: Annotated[
-        int | Literal["auto"],
-        Mark.AUTOMATIC,
-        Mark.MACHINE,
-        Mark.CARRIER,
-        JsonSchema(SIZE_OR_AUTO),
-    ] = Field(
+    num_workers: Annotated[SizeOfMachine, Mark.CARRIER] = Field(
         "auto", description="worker processes; auto: one for each core of the CPU, or for each GPU"
     )
     num_threads: Annotated[int | None, Mark.AUTOMATIC, Mark.MACHINE] = Field(
@@ -391,7 +375,9 @@ class Config(BaseModel):
         try:
             super().__init__(**values, method_options=options)
         except ValidationError as error:
-            raise InputError(readable(error, {**values, **options}, _annotation)) from None
+            raise InputError(
+                readable(error, {**values, **options}, partial(type_of, type(self)))
+            ) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -419,24 +405,7 @@ class Config(BaseModel):
         Raises:
             InputError: a key that a client cannot have of its own, or an impossible value.
         """
-        overrides = self.client_overrides
-        assert not isinstance(overrides, str), (
-            "a pattern of files is read by fedlora.config.clients"
-        )
-        own = (overrides or {}).get(client)
-        if not own:
-            return self
-        for key in own:
-            if key not in CLIENT_KEYS:
-                raise InputError(
-                    f"client_overrides: client {client}: {key} is not a client's own to set"
-                    + nearest(key, CLIENT_KEYS, f"; it may set {', '.join(CLIENT_KEYS)}")
-                )
-        values = {**self.model_dump(), "client_overrides": None, **own}
-        try:
-            return type(self)(**values)
-        except InputError as error:
-            raise InputError(f"client_overrides: client {client}: {error}") from None
+        return with_overrides_of(self, client)
 
     def alpha(self, rank: int) -> float:
         """LoRA's alpha for a client of this rank."""
@@ -458,13 +427,6 @@ class Config(BaseModel):
     def to_yaml(self, comments: bool = False) -> str:
         """The configuration as YAML; with comments, one line on every key."""
         return commented_yaml(self) if comments else yaml.safe_dump(self.flat(), sort_keys=False)
-
-
-def _annotation(key: str) -> Any:
-    """The type of a key, or of the option of that name of any rule."""
-    if key in Config.model_fields:
-        return Config.model_fields[key].annotation
-    return option_type(key)
 
 
 CLIENT_KEYS = keys_marked(Config, Mark.OF_CLIENT)

@@ -13,13 +13,28 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 T = TypeVar("T")
 Schema = dict[str, Any]
+
+
+EVALUATED = {
+    "CAUSAL_LM": ("loss", "perplexity", "token_accuracy", "exact_match"),
+    "SEQ_CLS": ("loss", "accuracy", "macro_f1"),
+}
+"""Task (`lora_task_type`) -> the metrics that an evaluation measures."""
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""What a run can report to (`report_to`)."""
+
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+]
+"""The learning rate schedules of transformers that need no settings of their own."""
 
 
 class Mark(Enum):
@@ -116,6 +131,12 @@ ADDRESSES: Schema = {
     ]
 }
 NUMBER_OF_STEPS: Schema = {"type": "integer", "minimum": -1, "not": {"const": 0}}
+
+
+SizeOfMachine = Annotated[
+    int | Literal["auto"], Mark.AUTOMATIC, Mark.MACHINE, JsonSchema(SIZE_OR_AUTO)
+]
+"""A number that `auto` fits to the machine."""
 
 
 def names_among(*names: str) -> Schema:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from fedlora.config.as_meant import refuse_truth
 from fedlora.errors import InputError
@@ -69,8 +69,10 @@ def option_line(options: type[Any], key: str) -> str:
     return " ".join(match.group(1).split()) if match else ""
 
 
-def option_type(key: str) -> Any:
-    """The type of an option, from the first rule that has it."""
+def type_of(model: type[BaseModel], key: str) -> Any:
+    """The type of a configuration's key, or of an option from the first rule that has it."""
+    if key in model.model_fields:
+        return model.model_fields[key].annotation
     hints = (get_type_hints(rule.options) for rule in METHODS.values())
     return next(of_rule[key] for of_rule in hints if key in of_rule)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedlora.data.rows import is_null, loads
+from fedlora.data.json_text import loads
+from fedlora.data.rows import is_null
 from fedlora.errors import InputError
 
 
@@ -34,10 +35,10 @@ SPEAKERS = ("human", "gpt", "chatgpt", "bard", "bing", "model")
 
 
 def json_of(column: str, text: str) -> Any:
-    """What JSON text in a column says.
+    """Parse the JSON text that stands in a column.
 
     Raises:
-        InputError: it is none.
+        InputError: it is no JSON.
     """
     try:
         return loads(text)
@@ -46,7 +47,7 @@ def json_of(column: str, text: str) -> Any:
 
 
 def says(message: Mapping[str, Any]) -> bool:
-    """Whether there is something in a message of the assistant's: text, thoughts or tool calls."""
+    """Whether an assistant's message says something: text, thoughts or tool calls."""
     return any(
         message.get(key)
         for key in ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
@@ -54,14 +55,14 @@ def says(message: Mapping[str, Any]) -> bool:
 
 
 LOSS_KEYS = ("weight", "train", "training", "loss")
-"""What says of a turn whether a loss is taken on it: OpenAI's name, axolotl's two, ms-swift's."""
+"""Keys that say whether a loss is taken on a turn: OpenAI's, two of axolotl's, ms-swift's."""
 
 
 def messages_of(turns: Any) -> tuple[list[dict[str, Any]], list[bool]]:
-    """Turns as transformers takes them, and of each whether it is left out of the loss.
+    """Turns as transformers takes them, and for each whether it is left out of the loss.
 
     Args:
-        turns: a list of them, or the JSON text of one, as CSV files and flat columns hold it.
+        turns: a list of turns, or its JSON text, as CSV files and flat columns hold it.
 
     Raises:
         InputError: these are no turns.
@@ -76,25 +77,25 @@ def messages_of(turns: Any) -> tuple[list[dict[str, Any]], list[bool]]:
         )
     messages, left_out = [], []
     for turn in turns:
-        # A data set's columns give every turn the keys of all others, empty.
-        own = without_empty(turn)
-        message = _message(own, turn)
+        # Columns of typed data sets give every turn the keys of all others, with nothing in them.
+        filled = without_empty(turn)
+        message = _message(filled, turn)
         messages.append(message)
-        left_out.append(message["role"] == "assistant" and _is_left_out(own))
+        left_out.append(message["role"] == "assistant" and _is_left_out(filled))
     return messages, left_out
 
 
-def _message(own: Mapping[str, Any], turn: Mapping[str, Any]) -> dict[str, Any]:
+def _message(filled: Mapping[str, Any], turn: Mapping[str, Any]) -> dict[str, Any]:
     """A turn with role, content and tool calls as chat templates know them.
 
     Args:
-        own: the turn without its empty keys.
+        filled: the turn without its empty keys.
         turn: as it was given.
     """
-    if "from" in own and "value" in turn:
-        message = _of_sharegpt(own)
-    elif "role" in own:
-        message = _of_openai(own, has_content="content" in turn)
+    if "from" in filled and "value" in turn:
+        message = _of_sharegpt(filled)
+    elif "role" in filled:
+        message = _of_openai(filled, has_content="content" in turn)
     else:
         raise InputError(
             f"template: chat needs role and content (or from and value) in every turn; got "
@@ -142,7 +143,7 @@ def _joined_parts(parts: list[Any]) -> str:
     """Content in OpenAI's parts (`{"type": "text", "text": ...}`) as one text.
 
     Raises:
-        UnusableRowError: a part is no text, but a picture.
+        UnusableRowError: a part is not a text, such as a picture.
     """
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
     for part, text in zip(parts, texts, strict=True):
@@ -160,7 +161,10 @@ def without_empty(value: Any) -> Any:
 
 
 def _function_call(message: dict[str, Any]) -> dict[str, Any]:
-    """ShareGPT's call of a tool: an object or a list of them, as JSON text."""
+    """A turn of ShareGPT's speaker `function_call`, whose content is JSON text, with tool calls.
+
+    Content that is no object with a name, nor a list of these, stays text.
+    """
     content = message.get("content")
     try:
         calls = loads(content) if isinstance(content, str) else content
@@ -202,7 +206,7 @@ def _is_left_out(turn: Mapping[str, Any]) -> bool:
             "train_detail: parts of a turn cannot be left out of the loss; divide the turn, or use "
             "train: false for all of it"
         )
-    out = False
+    left_out = False
     for key in LOSS_KEYS:
         value = turn.get(key, True)
         text = str(value).strip().lower()
@@ -211,5 +215,5 @@ def _is_left_out(turn: Mapping[str, Any]) -> bool:
                 f"template: a turn's {key} is {value!r}; expected 1 or true (it is learnt), 0 or "
                 "false (it is not)"
             )
-        out = out or text in ("0", "0.0", "false")
-    return out
+        left_out = left_out or text in ("0", "0.0", "false")
+    return left_out

@@ -11,7 +11,7 @@ from fedlora.data.assistant_spans import answers, assistant_spans, special_token
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.chat_trace import Messages, Traced, plain_rendering
 from fedlora.data.rendered import Chat
-from fedlora.data.spans import common_prefix, within
+from fedlora.data.spans import TextSpan, common_prefix, within
 from fedlora.data.tool_calls import accepted_form
 from fedlora.errors import InputError
 
@@ -59,7 +59,7 @@ def _line(error: Exception) -> str:
 
 
 def _learnt(chat: Chat, tokenizer: Any, assistant_only: bool) -> Learnt:
-    """As `conversation`; whatever the template raises is raised."""
+    """As `conversation`, but whatever the template raises is let through."""
     chat, trace = accepted_form(chat, tokenizer)
     if chat.prompt is not None:
         ids, learnt = _completion(chat, tokenizer, assistant_only)
@@ -68,7 +68,7 @@ def _learnt(chat: Chat, tokenizer: Any, assistant_only: bool) -> Learnt:
     elif not getattr(tokenizer, "is_fast", False):
         raise InputError("template: chat needs a fast tokenizer, which knows where a token stands")
     elif assistant_only:
-        # Turns that are left out of the loss are no spans to begin with.
+        # The spans are those of the turns that are learnt; nothing has to be taken out again.
         return _by_spans(chat, tokenizer, trace or trace_of(chat, tokenizer))
     else:
         ids = _tokens(tokenizer, plain_rendering(tokenizer, chat.messages, chat.extra or {}))
@@ -77,7 +77,7 @@ def _learnt(chat: Chat, tokenizer: Any, assistant_only: bool) -> Learnt:
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    """A rendered text as tokens; the template has written the special ones itself."""
+    """The tokens of a rendered text. None is added: the template writes the special ones itself."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -92,7 +92,7 @@ def _marks_assistant(chat: Chat, tokenizer: Any) -> bool:
 
 
 def _by_markers(chat: Chat, tokenizer: Any) -> Learnt:
-    """What stands between the template's own markers is learnt."""
+    """Learn what stands between the template's own markers (`{% generation %}`)."""
     encoded = tokenizer.apply_chat_template(
         chat.messages,
         tokenize=True,
@@ -100,11 +100,15 @@ def _by_markers(chat: Chat, tokenizer: Any) -> Learnt:
         return_assistant_tokens_mask=True,
         **(chat.extra or {}),
     )
-    return list(encoded["input_ids"]), [bool(x) for x in encoded["assistant_masks"]]
+    return list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]]
 
 
 def _completion(chat: Chat, tokenizer: Any, completion_only: bool) -> Learnt:
-    """What follows the prompt is learnt: the messages behind it, whoever says them."""
+    """Learn all messages behind the prompt, whoever says them.
+
+    The completion begins at the first token in which the whole conversation differs from the prompt
+    alone; the tokenizer may join characters of both to one token.
+    """
 
     def tokens(messages: Messages, generation: bool) -> list[int]:
         return _tokens(
@@ -119,20 +123,20 @@ def _completion(chat: Chat, tokenizer: Any, completion_only: bool) -> Learnt:
 
 
 def _by_spans(chat: Chat, tokenizer: Any, trace: Traced) -> Learnt:
-    """The spans of text that the model would have to generate are learnt.
+    """Learn the spans of text that the model would have to generate.
 
-    Where a template writes no token at the end of the last turn, the end-of-text token is added:
-    the model would never learn to stop.
+    Where a template writes no special token at the end of the last turn, the end-of-text token is
+    added, for without it the model would never learn to stop.
     """
     text = trace.text
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     spans = assistant_spans(chat, tokenizer, trace, answers(chat, left_out=False))
-    last = spans[-1][1] if spans else 0
-    is_last = not text[last:].strip()
-    endless = is_last and not text[:last].endswith(tuple(special_tokens(tokenizer)))
+    end = spans[-1].end if spans else 0
+    nothing_follows = not text[end:].strip()
+    endless = nothing_follows and not text[:end].endswith(tuple(special_tokens(tokenizer)))
     if endless and spans:
-        spans[-1] = spans[-1][0], len(text)
+        spans[-1] = TextSpan(spans[-1].begin, len(text))
     learnt = within(encoded["offset_mapping"], spans)
     return ([*ids, tokenizer.eos_token_id], [*learnt, True]) if endless else (ids, learnt)
 
@@ -140,7 +144,7 @@ def _by_spans(chat: Chat, tokenizer: Any, trace: Traced) -> Learnt:
 def _without_left_out(
     chat: Chat, tokenizer: Any, ids: list[int], learnt: list[bool], trace: Traced | None
 ) -> list[bool]:
-    """What is learnt, less the assistant's turns that are left out of the loss."""
+    """For each token whether it is learnt, now without the turns that are left out of the loss."""
     if not chat.left_out:
         return learnt
     trace = trace or trace_of(chat, tokenizer)

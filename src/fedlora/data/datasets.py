@@ -15,7 +15,7 @@ from fedlora.data.raw_data import RawData, load_rows
 from fedlora.data.reading import find_labels, is_classification, template_of, without_column
 from fedlora.data.rendered import Rendered
 from fedlora.data.rows import Row
-from fedlora.data.subsets import Subsets, in_turn, subsets
+from fedlora.data.subsets import RowSubsets, draw_subsets, in_turn
 from fedlora.data.templates import Template
 from fedlora.data.token_cache import tokens_of
 from fedlora.data.tokenize import Outcome, Tokens, render
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's tokenised rows."""
+    """One client's tokenised rows.
+
+    Args:
+        train: to train on.
+        eval: the client's own held-out rows; empty: there are none.
+    """
 
     train: Sequence[Tokens]
     eval: Sequence[Tokens] = ()
@@ -41,11 +46,11 @@ class FederatedData:
     Args:
         clients: in client order.
         eval: held-out rows of the global evaluation; empty: none is made.
-        template: the template used.
+        template: name of the template by which rows were read.
         dropped: why rows were left out -> how many.
-        fingerprint: of all tokens, to recognise other data on resume.
+        fingerprint: a digest of all tokens, by which a resumed run notices other data.
         label_names: a classifier's labels in the order of their ids.
-        taken: how many rows of how many were drawn and which columns are not, in words.
+        taken: sentences on how many rows of how many were drawn, and which columns are not used.
         notes: what the user should be warned of.
     """
 
@@ -67,14 +72,19 @@ def load_data(
     classify: bool = False,
     label_names: Sequence[str] = (),
 ) -> FederatedData:
-    """The tokenised data of every client and of the evaluation.
+    """Load the tokenised data of every client and of the evaluation.
+
+    Rows are read and divided among clients (`load_rows`), some of them are drawn
+    (`max_train_samples`, `max_eval_samples`), all are tokenised by one template, and a share of
+    every client's rows is held out (`client_eval_fraction`). Without rows of its own, the global
+    evaluation takes the rows that the clients held out.
 
     Args:
         config: of the run.
         tokenizer: of transformers.
-        raw: rows that were read already.
-        classify: make texts and labels for a classifier.
-        label_names: its labels in the order of their ids; none: `find_labels`.
+        raw: rows that were read already; None: they are read now.
+        classify: make texts and labels for a classifier, whatever the configuration says.
+        label_names: its labels in the order of their ids; empty: those that are found in the data.
 
     Raises:
         InputError: data that cannot be used, with what was found and what to do.
@@ -86,35 +96,38 @@ def load_data(
     template = template_of(config, raw, classify)
     if classify and not label_names:
         label_names = find_labels(raw, template, config.label_names)
-    taken = subsets(config, [len(rows) for rows in raw.clients], len(raw.eval))
-    of_clients, of_eval = _outcomes(config, tokenizer, raw, taken, template, label_names)
-    parts = [
-        _with_held_out(client, kept(rows), config.client_eval_fraction, config.seed)
-        for client, rows in enumerate(of_clients)
+    subsets = draw_subsets(config, [len(rows) for rows in raw.clients], len(raw.eval))
+    client_outcomes, eval_outcomes = _outcomes(
+        config, tokenizer, raw, subsets, template, label_names
+    )
+    clients = [
+        _with_held_out(client, kept(outcomes), config.client_eval_fraction, config.seed)
+        for client, outcomes in enumerate(client_outcomes)
     ]
-    useless = {k: why for k, rows in enumerate(of_clients) if (why := all_dropped(rows))}
-    notes = left_out(raw, useless, config.strict_clients)
-    if not any(part.train for part in parts):
+    unusable = {
+        client: why
+        for client, outcomes in enumerate(client_outcomes)
+        if (why := all_dropped(outcomes))
+    }
+    notes = left_out(raw, unusable, config.strict_clients)
+    if not any(client.train for client in clients):
         raise InputError("no client has a row to train on; lower client_eval_fraction")
-    if why := all_dropped(of_eval):
+    if why := all_dropped(eval_outcomes):
         raise InputError(f"the evaluation data: {why}")
-    evaluation, in_words = kept(of_eval), taken.in_words
+    evaluation, drawn = kept(eval_outcomes), subsets.in_words
     if not raw.eval:
-        held_out = [part.eval for part in parts]
+        held_out = [client.eval for client in clients]
         evaluation, limited = in_turn(held_out, config.max_eval_samples, config.seed)
-        in_words += limited
+        drawn += limited
     return FederatedData(
-        clients=tuple(parts),
+        clients=tuple(clients),
         eval=evaluation,
         template=template.name,
-        dropped=dict(reasons(chain(*of_clients, of_eval))),
-        fingerprint=_fingerprint(parts, evaluation),
+        dropped=dict(reasons(chain(*client_outcomes, eval_outcomes))),
+        fingerprint=_fingerprint(clients, evaluation),
         label_names=tuple(label_names),
-        taken=(
-            *in_words,
-            *unused(raw, template, config.partition_column, config.label_column_name),
-        ),
-        notes=(*notes, *_without_rows(parts, useless), *alike(label_names)),
+        taken=(*drawn, *unused(raw, template, config.partition_column, config.label_column_name)),
+        notes=(*notes, *_without_rows(clients, unusable), *alike(label_names)),
     )
 
 
@@ -122,22 +135,28 @@ def _outcomes(
     config: Config,
     tokenizer: Any,
     raw: RawData,
-    taken: Subsets,
+    subsets: RowSubsets,
     template: Template,
     label_names: Sequence[str],
 ) -> tuple[list[list[Outcome]], list[Outcome]]:
-    """Of every row taken, its tokens or why it is dropped: by client, and of the evaluation.
+    """Tokenise the rows that were drawn.
 
-    All rows are tokenised at once, so that the cached tokens serve every division of the same rows.
+    All are tokenised in one call, for the cache keeps the tokens of one call in a file: it then
+    serves every other division of the same rows.
+
+    Returns:
+        For each row its tokens or why it is dropped: client by client, and of the evaluation.
     """
     why_left_out = without_column(raw, template)
     rendered = [
-        why_left_out.get(client) or _rendered(raw.place(client, i), rows[i], template)
-        for client, (rows, numbers) in enumerate(zip(raw.clients, taken.clients, strict=True))
+        why_left_out.get(client) or _rendered(raw.row_name(client, i), rows[i], template)
+        for client, (rows, numbers) in enumerate(zip(raw.clients, subsets.clients, strict=True))
         for i in numbers
     ]
     eval_name = Path(config.eval_file).name if config.eval_file else f"{raw.title}, evaluation"
-    rendered += [_rendered(f"{eval_name}, row {i + 1}", raw.eval[i], template) for i in taken.eval]
+    rendered += [
+        _rendered(f"{eval_name}, row {i + 1}", raw.eval[i], template) for i in subsets.eval
+    ]
     outcomes = iter(
         tokens_of(
             rendered,
@@ -148,22 +167,22 @@ def _outcomes(
             config.num_threads,
         )
     )
-    of_clients = [list(islice(outcomes, len(numbers))) for numbers in taken.clients]
-    return of_clients, list(outcomes)
+    by_client = [list(islice(outcomes, len(numbers))) for numbers in subsets.clients]
+    return by_client, list(outcomes)
 
 
-def _rendered(place: str, row: Row, template: Template) -> Rendered | str:
+def _rendered(row_name: str, row: Row, template: Template) -> Rendered | str:
     """A row as its template reads it, or why it is dropped; a complaint names the row."""
     try:
         return render(row, template)
     except InputError as error:
-        raise InputError(f"{place}: {error}") from None
+        raise InputError(f"{row_name}: {error}") from None
 
 
 def _with_held_out(
     client: int, rows: Sequence[Tokens], eval_fraction: float, seed: int
 ) -> ClientData:
-    """A client's rows, a share of which is drawn to evaluate on."""
+    """Draw which share of a client's rows is held out to evaluate on."""
     order = generator(seed, 0, client, Purpose.HOLDOUT).permutation(len(rows))
     held_out = set(order[: round(eval_fraction * len(rows))].tolist())
     return ClientData(
@@ -172,19 +191,19 @@ def _with_held_out(
     )
 
 
-def _without_rows(parts: Sequence[ClientData], useless: Container[int]) -> list[str]:
-    """What to say of clients without rows, except those whose rows `left_out` has explained."""
+def _without_rows(clients: Sequence[ClientData], unusable: Container[int]) -> list[str]:
+    """A note on each client without rows, but not on those whose rows cannot be used."""
     return [
-        f"client {client} has no rows and takes no part"
-        for client, part in enumerate(parts)
-        if not part.train and client not in useless
+        f"client {number} has no rows and takes no part"
+        for number, client in enumerate(clients)
+        if not client.train and number not in unusable
     ]
 
 
-def _fingerprint(parts: Sequence[ClientData], evaluation: Sequence[Tokens]) -> str:
-    """A digest of all tokens in the order of clients, to recognise other data on resume."""
+def _fingerprint(clients: Sequence[ClientData], evaluation: Sequence[Tokens]) -> str:
+    """A digest of all tokens in the order of clients, by which other data are noticed on resume."""
     digest = hashlib.sha256()
-    for rows in [*(r for part in parts for r in (part.train, part.eval)), evaluation]:
+    for rows in [*(rows for client in clients for rows in (client.train, client.eval)), evaluation]:
         digest.update(b"|")
         for row in rows:
             digest.update(json.dumps(list(row.values())).encode())

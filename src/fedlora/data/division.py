@@ -13,36 +13,36 @@ if TYPE_CHECKING:
     from fedlora.config.config import Config
 
 
-def divide(config: Config, rows: Rows, clients: int | None) -> tuple[list[Indices], list[str]]:
+def divide(config: Config, rows: Rows, num_clients: int | None) -> tuple[list[Indices], list[str]]:
     """Divide one data set among clients as `partition` says.
 
     Args:
         config: of the run.
-        rows: of the data set, those held out left out.
-        clients: how many; None: 10, or as many as the column has values.
+        rows: of the data set, without those held out to evaluate on.
+        num_clients: how many; None: 10, or with `column` as many as the column has values.
 
     Returns:
-        Each client's row numbers; and the value of the column that its rows share, or "".
+        Each client's row numbers, from 0; and with `column` the value that its rows share, else "".
 
     Raises:
-        InputError: there is no such column, or a count does not fit.
+        InputError: there is no such column, it is empty in a row, or a count does not fit.
     """
     if config.partition == "column":
         column, values = _values_divided_by(rows, config.partition_column, config.label_column_name)
-        return _one_value_each(column, values, clients, config.partition_min_size)
+        return _one_value_each(column, values, num_clients, config.partition_min_size)
     rng = generator(config.seed, 0, SERVER, Purpose.PARTITION)
-    number, least = clients or 10, config.partition_min_size
-    alpha = config.partition_alpha
+    number = num_clients or 10
+    min_size, alpha = config.partition_min_size, config.partition_alpha
     if config.partition in ("dirichlet", "labels"):
         _, values = _values_divided_by(rows, config.partition_column, config.label_column_name)
     if config.partition == "dirichlet":
-        parts = dirichlet(values, number, alpha, rng, least)
+        parts = dirichlet(values, number, alpha, rng, min_size)
     elif config.partition == "labels":
-        parts = few_labels(values, number, config.partition_labels_per_client, rng, least)
+        parts = few_labels(values, number, config.partition_labels_per_client, rng, min_size)
     elif config.partition == "quantity":
-        parts = quantity(len(rows), number, alpha, rng, least, config.partition_shares)
+        parts = quantity(len(rows), number, alpha, rng, min_size, config.partition_shares)
     else:
-        parts = iid(len(rows), number, rng, least)
+        parts = iid(len(rows), number, rng, min_size)
     return parts, [""] * number
 
 
@@ -62,16 +62,18 @@ def _values_divided_by(
 
 
 def _one_value_each(
-    column: str, values: list[Any], clients: int | None, least: int
+    column: str, values: list[Any], num_clients: int | None, min_size: int
 ) -> tuple[list[Indices], list[str]]:
     """A client for each value of a column, with at least so many rows."""
     parts, names = by_column(values)
-    if clients is not None and clients != len(parts):
+    if num_clients is not None and num_clients != len(parts):
         raise InputError(
-            f"num_clients: {clients}, but partition: column makes a client of each of the "
+            f"num_clients: {num_clients}, but partition: column makes a client of each of the "
             f"{len(parts)} values of {column}; leave num_clients out"
         )
-    short = [name for name, part in zip(names, parts, strict=True) if len(part) < least]
-    if short:
-        raise InputError(f"partition_min_size: {least}, but {column} {short[0]!r} has fewer rows")
+    too_few = [name for name, part in zip(names, parts, strict=True) if len(part) < min_size]
+    if too_few:
+        raise InputError(
+            f"partition_min_size: {min_size}, but {column} {too_few[0]!r} has fewer rows"
+        )
     return parts, names

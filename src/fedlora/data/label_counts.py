@@ -12,7 +12,7 @@ from fedlora.data.rows import Rows, columns_of
 from fedlora.errors import InputError
 
 MOST_VALUES = 10
-"""Values told apart; the rarest beyond them are counted together."""
+"""The number of values that are counted apart; if there are more, the rarest count as one."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class LabelCounts:
     """Rows of every client by the values of one column.
 
     Args:
-        column: counted; None: rows alone.
+        column: whose values are counted; None: there is none, and rows are counted.
         values: of the column, the frequent ones first; the last may stand for all others.
-        counts: by client, by value.
-        names: what each client's rows are called; empty texts where they have no names.
-        evaluation: by value, of the global evaluation; empty without one.
+        counts: for each client the number of its rows by value.
+        names: what each client's rows are called; "" where they have no name.
+        evaluation: the global evaluation's number of rows by value; empty where it has none.
     """
 
     column: str | None
@@ -60,8 +60,8 @@ def label_counts(config: Config, raw: RawData, by: str | None = None) -> LabelCo
 
     def by_value(rows: Rows) -> list[int]:
         counts = count(rows)
-        own = [counts[value] for value in shown]
-        return own + [counts.total() - sum(own)] * len(others)
+        of_shown = [counts[value] for value in shown]
+        return of_shown + [counts.total() - sum(of_shown)] * len(others)
 
     return LabelCounts(
         column,
@@ -79,7 +79,8 @@ def _counted_column(config: Config, raw: RawData, by: str | None) -> str | None:
         column = config.partition_column or config.label_column_name
         if column is None and config.lora_task_type == "SEQ_CLS":
             column = template_of(config, raw, True).columns[-1][0]
-        return column if column in columns else None  # a name may stand there and divide nothing
+        # The keys may name a column that is not there where nothing is divided by it.
+        return column if column in columns else None
     if by not in columns:
         raise InputError(f"{by!r} is not a column; there are {', '.join(columns)}")
     return by

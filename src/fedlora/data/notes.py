@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def reasons(outcomes: Iterable[Outcome]) -> Counter[str]:
-    """Why rows were dropped, and how many."""
+    """Why rows were dropped -> how many."""
     return Counter(outcome for outcome in outcomes if isinstance(outcome, str))
 
 
 def kept(outcomes: Iterable[Outcome]) -> list[Tokens]:
-    """The rows that were not dropped."""
+    """The tokens of the rows that were not dropped."""
     return [tokens for tokens in outcomes if not isinstance(tokens, str)]
 
 
 def all_dropped(outcomes: Sequence[Outcome]) -> str:
-    """Why no row is left, as a sentence; empty where some are, or there were none."""
+    """A sentence on why all rows are dropped; empty where one is left, or there were none."""
     why = reasons(outcomes)
     if not why or why.total() < len(outcomes):
         return ""
@@ -39,26 +39,26 @@ def all_dropped(outcomes: Sequence[Outcome]) -> str:
     )
 
 
-def left_out(raw: RawData, useless: Mapping[int, str], strict: bool) -> list[str]:
-    """What to say of clients without a row that can be used.
+def left_out(raw: RawData, unusable: Mapping[int, str], strict: bool) -> list[str]:
+    """A note on the clients none of whose rows can be used.
 
     Args:
         raw: all rows.
-        useless: such a client -> why its rows cannot be used.
+        unusable: such a client -> why its rows cannot be used.
         strict: no client may be left out (`strict_clients`).
 
     Raises:
-        InputError: they are all there are, or none is allowed.
+        InputError: no other client has rows, or `strict` forbids leaving one out.
     """
-    if not useless:
+    if not unusable:
         return []
-    each = "; ".join(f"{raw.called(client)}: {why}" for client, why in useless.items())
-    if len(useless) == sum(1 for rows in raw.clients if rows):
+    each = "; ".join(f"{raw.called(client)}: {why}" for client, why in unusable.items())
+    if len(unusable) == sum(1 for rows in raw.clients if rows):
         raise InputError(each)
     if strict:
         raise InputError(f"{each}. Mend them, or leave strict_clients out to go on without them")
-    many = f"{len(useless)} of {len(raw.clients)} clients"
-    return [f"{many} {'takes' if len(useless) == 1 else 'take'} no part: {each}"]
+    many = f"{len(unusable)} of {len(raw.clients)} clients"
+    return [f"{many} {'takes' if len(unusable) == 1 else 'take'} no part: {each}"]
 
 
 def unused(raw: RawData, template: Template, *others: str | None) -> list[str]:
@@ -75,7 +75,7 @@ def unused(raw: RawData, template: Template, *others: str | None) -> list[str]:
 
 
 def alike(label_names: Sequence[str]) -> list[str]:
-    """A note on labels that are one and the same but for white space and capitals."""
+    """A note on labels that differ by white space or capitals alone; none where there are none."""
     groups: dict[str, list[str]] = {}
     for name in label_names:
         groups.setdefault(" ".join(name.split()).casefold(), []).append(repr(name))

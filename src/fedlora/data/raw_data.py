@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora.data.division import divide
-from fedlora.data.rows import Row, Rows, numbered, read_hub, read_rows
+from fedlora.data.hub import read_hub
+from fedlora.data.row_files import read_rows_of
+from fedlora.data.rows import Row, Rows, numbered
 from fedlora.embedded import EMBEDDED, instructions
 from fedlora.errors import InputError
 from fedlora.seeds import SERVER, Purpose, generator
@@ -28,11 +30,12 @@ class RawData:
 
     Args:
         clients: each client's rows, in client order.
-        names: what each client's rows are: a file, a value of `partition_column`, or nothing.
-        eval: rows of the global evaluation.
+        names: for each client the file its rows come from, the value of `partition_column` that
+            they share, or "".
+        eval: rows of the global evaluation; may be empty.
         title: what was read, for a heading.
-        numbers: of every client's rows, where they stand in the data set that was divided,
-            counted from 1; none: every client has a file of its own.
+        numbers: for each client the numbers of its rows in the data set that was divided, counted
+            from 1; None: every client has a file of its own.
     """
 
     clients: list[Rows]
@@ -46,39 +49,45 @@ class RawData:
         """All clients' rows."""
         return [row for rows in self.clients for row in rows]
 
-    def located(self, but: Container[int] = ()) -> list[tuple[str, Row]]:
-        """The clients' rows with where they stand: in the data set, or in a client's own file.
+    def named_rows(self, except_of: Container[int] = ()) -> list[tuple[str, Row]]:
+        """`(name, row)` of all clients' rows; the name is for a message, such as `a.csv, row 3`.
+
+        Rows of one data set come in its order, those of clients' files file by file.
 
         Args:
-            but: clients whose own files are left out.
+            except_of: clients whose own files are left out.
         """
         if self.numbers is None:
             return [
-                (f"{self.names[client]}, {place}", row)
+                (f"{self.names[client]}, {row_name}", row)
                 for client, rows in enumerate(self.clients)
-                if client not in but
-                for place, row in numbered(rows)
+                if client not in except_of
+                for row_name, row in numbered(rows)
             ]
-        pairs = zip(self.numbers, self.clients, strict=True)
-        in_order = sorted(
-            ((number, row) for of, rows in pairs for number, row in zip(of, rows, strict=True)),
-            key=lambda pair: pair[0],
-        )
-        return [(f"row {number}", row) for number, row in in_order]
+        by_number = {
+            number: row
+            for numbers, rows in zip(self.numbers, self.clients, strict=True)
+            for number, row in zip(numbers, rows, strict=True)
+        }
+        return [(f"row {number}", by_number[number]) for number in sorted(by_number)]
 
-    def place(self, client: int, row: int) -> str:
-        """Where a client's row stands, for a message."""
+    def row_name(self, client: int, row: int) -> str:
+        """What a client's row, counted from 0, is called in a message: its file and number."""
         if self.numbers is None:
             return f"{self.names[client]}, row {row + 1}"
         return f"{self.title}, row {self.numbers[client][row]}"
 
     def called(self, client: int) -> str:
-        """A client in a message."""
+        """What a client is called in a message: its number, and its name where it has one."""
         return f"client {client}" + (f" ({name})" if (name := self.names[client]) else "")
 
 
 def load_rows(config: Config) -> RawData:
-    """The raw rows of every client, and those of the global evaluation.
+    """Read the rows that a run is given, and divide them among its clients.
+
+    `train_file` with a pattern is one file per client; any other file or data set is divided by
+    `partition`. Rows of the global evaluation come from `eval_file`, from `dataset_test_split`, or
+    are drawn from the data set before it is divided (`eval_fraction`).
 
     Raises:
         InputError: no data is named, a file or split is missing, or a count does not fit.
@@ -87,7 +96,7 @@ def load_rows(config: Config) -> RawData:
         return _one_file_each(config)
     rows, evaluation, title = _one_data_set(config)
     if config.eval_file:
-        evaluation = _rows_of_file("eval_file", config.eval_file)
+        evaluation = read_rows_of("eval_file", config.eval_file)
     trained_on = list(range(len(rows)))
     if config.eval_fraction:
         if evaluation:
@@ -109,9 +118,9 @@ def load_rows(config: Config) -> RawData:
 
 
 def _one_data_set(config: Config) -> tuple[Rows, Rows, str]:
-    """Rows that are to be divided among clients, those to evaluate on, and what was read."""
+    """The rows to divide among clients, those to evaluate on, and what was read, for a heading."""
     if config.train_file:
-        rows = _rows_of_file("train_file", config.train_file)
+        rows = read_rows_of("train_file", config.train_file)
         return rows, [], Path(config.train_file).name
     if config.dataset_name == EMBEDDED:
         train, held_out = EMBEDDED_ROWS
@@ -129,7 +138,7 @@ def _one_data_set(config: Config) -> tuple[Rows, Rows, str]:
 
 
 def _is_pattern(path: str) -> bool:
-    """Whether this names several files, rather than one whose name has such a sign in it."""
+    """Whether a name stands for several files. A file may have `*`, `?` or `[` in its own name."""
     return bool(set(path) & set("*?[")) and not Path(path).exists()
 
 
@@ -158,26 +167,18 @@ def _one_file_each(config: Config) -> RawData:
                 f"{key}: {value}, but train_file: {pattern} matches {len(paths)} files, one per "
                 "client"
             )
-    evaluation = _rows_of_file("eval_file", config.eval_file) if config.eval_file else []
-    clients = [_rows_of_file("train_file", path) for path in paths]
+    evaluation = read_rows_of("eval_file", config.eval_file) if config.eval_file else []
+    clients = [read_rows_of("train_file", path) for path in paths]
     return RawData(clients, [Path(path).name for path in paths], evaluation, Path(pattern).name)
 
 
-def _rows_of_file(key: str, path: str) -> Rows:
-    """The rows of a file; a message about it names the key it came from."""
-    try:
-        return read_rows(path)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None
-
-
 def _num_ranks(client_ranks: int | list[int] | None) -> int | None:
-    """How many clients the key `client_ranks` lists; None: it is no list."""
+    """How many clients the key `client_ranks` lists; None: it is not a list."""
     return len(client_ranks) if isinstance(client_ranks, list) else None
 
 
 def _number_of_clients(config: Config) -> int | None:
-    """How many clients the configuration names; None: it does not say."""
+    """How many clients the configuration asks for; None: it does not say."""
     counts = {
         "num_clients": config.num_clients,
         "client_ranks": _num_ranks(config.client_ranks),
@@ -193,7 +194,7 @@ def _number_of_clients(config: Config) -> int | None:
 
 
 def _held_out(num_rows: int, eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the rows to train on, and of those to evaluate on."""
+    """Draw the rows to evaluate on: numbers of those to train on, and of those held out."""
     order = generator(seed, 0, SERVER, Purpose.EVALUATION).permutation(num_rows)
     number = round(eval_fraction * num_rows)
     if not 0 < number < num_rows:
@@ -201,5 +202,5 @@ def _held_out(num_rows: int, eval_fraction: float, seed: int) -> tuple[list[int]
             f"eval_fraction: {eval_fraction} of {num_rows} rows leaves "
             + ("none to evaluate on" if number == 0 else "none to train on")
         )
-    out = set(order[:number].tolist())
-    return [i for i in range(num_rows) if i not in out], sorted(out)
+    held_out = set(order[:number].tolist())
+    return [i for i in range(num_rows) if i not in held_out], sorted(held_out)

@@ -28,7 +28,12 @@ def is_classification(task_type: str, label_column_name: str | None, template: s
 
 
 def template_of(config: Config, raw: RawData, classify: bool) -> Template:
-    """The template, checked against the columns of the training and the evaluation data.
+    """The template of a run, checked against the training and the evaluation data.
+
+    Args:
+        config: of the run.
+        raw: its rows.
+        classify: the rows are a classifier's.
 
     Raises:
         InputError: a column is missing, has several types, or is empty in a row.
@@ -48,34 +53,38 @@ def template_of(config: Config, raw: RawData, classify: bool) -> Template:
             f"the evaluation data: template {template.name} needs the column {', '.join(absent)}; "
             f"it has {', '.join(eval_columns)}"
         )
-    _check_cells(raw.located(without_column(raw, template)), template, "the training data")
+    _check_cells(raw.named_rows(without_column(raw, template)), template, "the training data")
     _check_cells(numbered(raw.eval), template, "the evaluation data")
     return template
 
 
-def _check_cells(located: list[tuple[str, Row]], template: Template, data_name: str) -> None:
+def _check_cells(named_rows: list[tuple[str, Row]], template: Template, data_name: str) -> None:
     """Refuse rows without a value that the template needs, and columns of several types.
 
     Args:
-        located: rows with where they stand.
+        named_rows: `(name, row)`; a message calls the row by this name.
         template: how they are read.
-        data_name: of the data, for a message.
+        data_name: what all rows together are called in a message.
     """
-    for place, row in located:
+    for row_name, row in named_rows:
         for names in template.columns:
             if all(is_null(row.get(name)) for name in names):
                 raise InputError(
-                    f"{data_name}: {place} has no {' or '.join(names)}: {str(dict(row))[:80]}"
+                    f"{data_name}: {row_name} has no {' or '.join(names)}: {str(dict(row))[:80]}"
                 )
     for name in [*(name for names in template.columns for name in names), *template.optional]:
-        check_column(located, name, data_name)
+        check_column(named_rows, name, data_name)
 
 
 def without_column(raw: RawData, template: Template) -> dict[int, str]:
     """Clients whose own file lacks a column that the template needs, and why they are left out.
 
-    A row without the column among rows that have it is a mistake in the file, and refused. A file
-    in which no row has it is a client that cannot take part, like one whose rows are all too long.
+    If some rows of a file have the column and others lack it, this is a mistake in the file, and
+    it is refused elsewhere. If no row has it, the client cannot take part, like one whose rows are
+    all too long.
+
+    Returns:
+        Client -> why it is left out; empty where one data set was divided.
     """
     if raw.numbers is not None:
         return {}
@@ -88,19 +97,20 @@ def without_column(raw: RawData, template: Template) -> dict[int, str]:
 
 
 def find_labels(raw: RawData, template: Template, label_names: Sequence[str] | None) -> list[str]:
-    """All labels: in natural order, or in the order of `label_names`.
+    """The labels of a classifier, in the order of their ids.
 
     Args:
         raw: the rows of all clients and of the evaluation.
         template: of a classifier.
-        label_names: the labels that may occur; None: those of the rows.
+        label_names: the labels that may occur, in order; None: those of the rows, in natural order.
 
     Raises:
-        InputError: only one value, one for almost every row, or one that `label_names` lacks.
+        InputError: the rows have one label only, or one for almost every row, or one that is not
+            among `label_names`.
     """
     column = template.columns[-1][0]
-    located = raw.located(without_column(raw, template))
-    trained = Counter(label_of(row, column) for _, row in located)
+    rows = raw.named_rows(without_column(raw, template))
+    trained = Counter(label_of(row, column) for _, row in rows)
     labels = {*trained, *(label_of(row, column) for row in raw.eval)}
     if len(trained) < 2:
         raise InputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.data.datasets import FederatedData, load_data
 from fedlora.data.raw_data import RawData
-from fedlora.data.rows import read_rows
+from fedlora.data.row_files import read_rows
 from fedlora.data.subsets import drawn
 from fedlora.errors import InputError
 from fedlora.seeds import SERVER, Purpose

@@ -6,8 +6,10 @@ import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedlora.data.hub import read_hub
 from fedlora.data.raw_data import RawData
-from fedlora.data.rows import Rows, read_hub, read_rows
+from fedlora.data.row_files import read_rows_of
+from fedlora.data.rows import Rows
 from fedlora.embedded import EMBEDDED
 from fedlora.errors import InputError
 from fedlora.text import natural
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_site_rows(config: Config, client: int, num_clients: int) -> RawData:
-    """The raw rows of one client, at its number, with no rows at all for the others.
+    """Read the rows of one client; the other clients have none in the result.
 
     A pattern in `train_file` may match the site's own file alone, or those of all clients, of which
     the site's is then taken by its number.
@@ -25,10 +27,12 @@ def load_site_rows(config: Config, client: int, num_clients: int) -> RawData:
     Args:
         config: of the site, with absolute paths.
         client: its number, counted from 0.
-        num_clients: how many clients there are; all draws by the seed count from these numbers.
+        num_clients: how many clients there are. The client keeps its number among them, for random
+            draws depend on it.
 
     Raises:
-        InputError: no data is named, it cannot be read, or the keys divide what one site has alone.
+        InputError: no data is named, it cannot be read, or a key divides data among clients, which
+            makes no sense for the rows of one.
     """
     _refuse_dividing(config.partition, config.eval_fraction)
     rows, name = _own_rows(config, client, num_clients)
@@ -39,6 +43,7 @@ def load_site_rows(config: Config, client: int, num_clients: int) -> RawData:
 
 
 def _refuse_dividing(partition: str, eval_fraction: float) -> None:
+    """Refuse keys that divide one data set."""
     if partition != "iid":
         raise InputError(
             f"partition: {partition} divides one data set; a site has its own rows already: "
@@ -55,7 +60,7 @@ def _own_rows(config: Config, client: int, num_clients: int) -> tuple[Rows, str]
     """The site's rows to train on, and what they are called."""
     if config.train_file:
         path = _own_file(config.train_file, client, num_clients)
-        return _named("train_file", path), Path(path).name
+        return read_rows_of("train_file", path), Path(path).name
     if config.dataset_name and config.dataset_name != EMBEDDED:
         split = config.dataset_train_split
         return read_hub(config.dataset_name, config.dataset_config, split), config.dataset_name
@@ -63,6 +68,7 @@ def _own_rows(config: Config, client: int, num_clients: int) -> tuple[Rows, str]
 
 
 def _own_file(train_file: str, client: int, num_clients: int) -> str:
+    """The site's file: the one named, the only one a pattern matches, or its own by its number."""
     if Path(train_file).exists() or not set(train_file) & set("*?["):
         return train_file
     paths = sorted(glob.glob(train_file), key=natural)
@@ -77,16 +83,9 @@ def _own_file(train_file: str, client: int, num_clients: int) -> str:
 
 
 def _evaluation_rows(config: Config) -> Rows:
+    """The rows that the site evaluates the global model on; empty where none are named."""
     if config.eval_file:
-        return _named("eval_file", config.eval_file)
+        return read_rows_of("eval_file", config.eval_file)
     if config.dataset_name and config.dataset_test_split and not config.train_file:
         return read_hub(config.dataset_name, config.dataset_config, config.dataset_test_split)
     return []
-
-
-def _named(key: str, path: str) -> Rows:
-    """The rows of a file; a message about it names the key it came from."""
-    try:
-        return read_rows(path)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from None

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-Span = tuple[int, int]
-"""Characters of a text, from the first to before the second."""
+from typing import Any, NamedTuple
 
 
-def within(places: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
-    """Which tokens stand in a span, or reach into it.
+class TextSpan(NamedTuple):
+    """A stretch of a text.
 
     Args:
-        places: where each token's characters stand; a token without any has `(i, i)`.
+        begin: number of its first character, from 0.
+        end: number of the character behind its last.
+    """
+
+    begin: int
+    end: int
+
+
+def within(offsets: Iterable[tuple[int, int]], spans: Sequence[TextSpan]) -> list[bool]:
+    """For each token, whether it stands in a span or reaches into one.
+
+    Args:
+        offsets: `(begin, end)` of each token's characters, as a fast tokenizer gives them; a token
+            without characters has `(i, i)`, and stands where the character i does.
         spans: of the same text.
     """
     return [
-        any(begin < hi and (lo <= begin or lo < end) for lo, hi in spans) for begin, end in places
+        any(begin < span.end and (span.begin <= begin or span.begin < end) for span in spans)
+        for begin, end in offsets
     ]
 
 
 def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How long both begin alike: a completion begins where its prompt alone diverges from it."""
+    """How many items both sequences begin with alike."""
     if one == other[: len(one)]:
         return len(one)
     for i, (x, y) in enumerate(zip(one, other, strict=False)):
@@ -31,12 +42,16 @@ def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     return min(len(one), len(other))
 
 
-def joined(spans: Iterable[Span]) -> list[Span]:
-    """Spans of which none begins where the one before it ends."""
-    out: list[Span] = []
-    for lo, hi in spans:
-        if out and out[-1][1] == lo:
-            out[-1] = out[-1][0], hi
+def joined(spans: Iterable[TextSpan]) -> list[TextSpan]:
+    """The same stretches, with spans made one where the next begins as the one before it ends.
+
+    Args:
+        spans: in the order of the text.
+    """
+    merged: list[TextSpan] = []
+    for span in spans:
+        if merged and merged[-1].end == span.begin:
+            merged[-1] = TextSpan(merged[-1].begin, span.end)
         else:
-            out.append((lo, hi))
-    return out
+            merged.append(span)
+    return merged

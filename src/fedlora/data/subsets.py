@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Subsets:
-    """The rows that are taken, as ascending row numbers.
+class RowSubsets:
+    """The rows that are taken, as ascending row numbers from 0.
 
     Args:
-        clients: of every client.
-        eval: of the global evaluation.
-        in_words: how many of how many, in words; empty where all are taken.
+        clients: for each client.
+        eval: for the global evaluation.
+        in_words: sentences on how many of how many are taken; empty where all are.
     """
 
     clients: list[list[int]]
@@ -30,37 +30,50 @@ class Subsets:
     in_words: tuple[str, ...]
 
 
-def subsets(config: Config, clients: Sequence[int], evaluation: int) -> Subsets:
+def draw_subsets(config: Config, client_rows: Sequence[int], eval_rows: int) -> RowSubsets:
     """Draw rows without replacement where there are more than may be taken.
 
-    They are drawn because a file may be sorted: its first rows might have a few labels only.
+    The first rows are not simply taken, because a file may be sorted: its beginning might hold a
+    few of the labels only.
 
     Args:
         config: of the run, with the settings of single clients read.
-        clients: the number of rows of every client.
-        evaluation: that of the global evaluation.
+        client_rows: the number of rows of every client.
+        eval_rows: that of the global evaluation.
     """
-    parts = [
-        drawn(number, config.of_client(k).max_train_samples, config.seed, k, Purpose.TRAIN_ROWS)
-        for k, number in enumerate(clients)
+    by_client = [
+        drawn(
+            number,
+            config.of_client(client).max_train_samples,
+            config.seed,
+            client,
+            Purpose.TRAIN_ROWS,
+        )
+        for client, number in enumerate(client_rows)
     ]
     limit = config.max_eval_samples
-    held_out = drawn(evaluation, limit, config.seed, SERVER, Purpose.EVAL_ROWS)
+    evaluated = drawn(eval_rows, limit, config.seed, SERVER, Purpose.EVAL_ROWS)
     in_words = []
-    taken, total = sum(map(len, parts)), sum(clients)
+    taken, total = sum(map(len, by_client)), sum(client_rows)
     if taken < total:
         in_words.append(f"{taken:,} of {total:,} rows are trained on (max_train_samples)")
-    if len(held_out) < evaluation:
-        in_words.append(_evaluated(len(held_out), evaluation))
-    return Subsets(parts, held_out, tuple(in_words))
+    if len(evaluated) < eval_rows:
+        in_words.append(_rows_evaluated(len(evaluated), eval_rows))
+    return RowSubsets(by_client, evaluated, tuple(in_words))
 
 
-def _evaluated(taken: int, total: int) -> str:
+def _rows_evaluated(taken: int, total: int) -> str:
     return f"{taken:,} of {total:,} rows are evaluated on (max_eval_samples)"
 
 
 def drawn(number: int, limit: int | None, seed: int, client: int, purpose: Purpose) -> list[int]:
-    """Ascending row numbers, at most `limit` of `number`."""
+    """Ascending row numbers: all of `number`, or `limit` of them drawn by the seed.
+
+    Args:
+        number: of rows there are.
+        limit: at most so many are taken; None: all.
+        seed, client, purpose: of the random draw (`fedlora.seeds.generator`).
+    """
     if limit is None or limit >= number:
         return list(range(number))
     chosen = generator(seed, 0, client, purpose).permutation(number)[:limit]
@@ -74,11 +87,11 @@ def in_turn(
 
     Args:
         parts: each client's held-out rows.
-        limit: how many rows are taken in all; which ones of a client is drawn. None: all.
+        limit: how many rows are taken in all; those of each client are drawn. None: all.
         seed: of the draws.
 
     Returns:
-        The rows, and how many of how many in words.
+        The rows, and a sentence on how many of how many they are; none where all are taken.
     """
     number = sum(map(len, parts))
     if limit is None or limit >= number:
@@ -90,10 +103,11 @@ def in_turn(
         [part[i] for i in drawn(len(part), size, seed, k, Purpose.EVAL_ROWS)]
         for k, (part, size) in enumerate(zip(parts, sizes, strict=True))
     ]
-    return _turns(chosen), (_evaluated(limit, number),)
+    return _turns(chosen), (_rows_evaluated(limit, number),)
 
 
 def _turns(parts: Iterable[Sequence[T]]) -> list[T]:
+    """The first of each part, then the second of each that has one, and so on."""
     nothing = object()
     turns = zip_longest(*parts, fillvalue=nothing)
     return [row for turn in turns for row in turn if row is not nothing]  # type: ignore[misc]

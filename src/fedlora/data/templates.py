@@ -22,9 +22,9 @@ class Template:
     """How a row is read.
 
     Args:
-        name: what `template:` says.
-        columns: each entry is a tuple of alternatives, one of which a row must have.
-        render: `row -> Rendered`; raises `UnusableRowError`.
+        name: what the key `template` says.
+        columns: what every row must have; each entry is a tuple of columns, one of which is enough.
+        render: `row -> Rendered`; raises `UnusableRowError` where nothing can be learnt from a row.
         optional: columns the data must have, but a row may leave empty.
         further: columns that are read where the data has them.
     """
@@ -38,11 +38,11 @@ class Template:
     @property
     def reads(self) -> list[str]:
         """All columns that a row may be read from."""
-        of_columns = (name for names in self.columns for name in names)
-        return [*of_columns, *self.optional, *self.further]
+        needed = (name for names in self.columns for name in names)
+        return [*needed, *self.optional, *self.further]
 
     def missing(self, columns: Sequence[str]) -> list[str]:
-        """What the data lacks for it."""
+        """What it needs and these columns lack; alternatives are joined by "or"."""
         absent = [" or ".join(names) for names in self.columns if not set(names) & set(columns)]
         return absent + [name for name in self.optional if name not in columns]
 
@@ -61,31 +61,31 @@ def _text(row: Row, *names: str) -> str:
     return ""
 
 
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n"
+)
+
+
 def _alpaca(row: Row) -> tuple[str, str] | Turns:
-    """Alpaca's prompt and response; with a history, all of its turns."""
+    """Alpaca's prompt and response; with a history, all of its turns before them."""
     context = _text(row, "input", "context").strip()
-    instruction = f"### Instruction:\n{_text(row, 'instruction')}"
+    question = f"### Instruction:\n{_text(row, 'instruction')}"
     if context:
-        lead = (
-            "Below is an instruction that describes a task, paired with an input that provides "
-            "further context. Write a response that appropriately completes the request.\n\n"
-        )
-        middle = f"{instruction}\n\n### Input:\n{context}"
-    else:
-        lead = (
-            "Below is an instruction that describes a task. Write a response that appropriately "
-            "completes the request.\n\n"
-        )
-        middle = instruction
+        question += f"\n\n### Input:\n{context}"
+    preamble = _WITH_INPUT if context else _WITHOUT_INPUT
     if system := _text(row, "system").strip():
-        lead = f"{system}\n\n{lead}"
-    pairs = [(f"### Instruction:\n{question}", answer) for question, answer in _history(row)]
-    pairs.append((middle, _text(row, "output", "response")))
-    begins = [lead, *["\n\n"] * (len(pairs) - 1)]
-    turns = [
-        (f"{begin}{question}\n\n### Response:\n", answer)
-        for begin, (question, answer) in zip(begins, pairs, strict=True)
-    ]
+        preamble = f"{system}\n\n{preamble}"
+    pairs = [(f"### Instruction:\n{instruction}", answer) for instruction, answer in _history(row)]
+    pairs.append((question, _text(row, "output", "response")))
+    turns: list[tuple[str, str]] = []
+    for asked, answer in pairs:
+        before = "\n\n" if turns else preamble
+        turns.append((f"{before}{asked}\n\n### Response:\n", answer))
     return Turns(tuple(turns)) if turns[1:] else turns[0]
 
 
@@ -118,7 +118,8 @@ def _chat(row: Row) -> Chat:
         messages = [{"role": "system", "content": system}, *messages]
         left_out = [False, *left_out]
     if column == "conversations":
-        # ShareGPT's conversations may begin in the middle; what answers nothing is left out.
+        # ShareGPT's conversations may begin in the middle: answers before the first question are
+        # left out.
         first = int(bool(messages) and messages[0]["role"] == "system")
         while messages[first:] and messages[first]["role"] == "assistant":
             del messages[first], left_out[first]
@@ -126,14 +127,15 @@ def _chat(row: Row) -> Chat:
 
 
 def _numbers(left_out: Sequence[bool]) -> frozenset[int]:
+    """The numbers of the turns that are left out of the loss."""
     return frozenset(i for i, left in enumerate(left_out) if left)
 
 
 def _learnable(chat: Chat) -> Chat:
-    """The conversation, if a turn of the assistant's is to be learnt in it.
+    """The conversation, if it has something to learn: a turn of the assistant's, or a completion.
 
     Raises:
-        UnusableRowError: there is none.
+        UnusableRowError: it has nothing.
     """
     answers = [
         i
@@ -180,11 +182,13 @@ def _tools(row: Row) -> list[Any]:
 
 
 def _prompt_completion(row: Row) -> tuple[str, str] | Chat:
+    """A prompt and its completion: two texts, or two lists of messages."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        (before, out), (after, out_after) = messages_of(prompt), messages_of(completion)
-        left_out = _numbers([*out, *out_after])
-        return _learnable(Chat([*before, *after], len(before), _extra(row), left_out))
+        asked, asked_left_out = messages_of(prompt)
+        answered, answered_left_out = messages_of(completion)
+        left_out = _numbers([*asked_left_out, *answered_left_out])
+        return _learnable(Chat([*asked, *answered], len(asked), _extra(row), left_out))
     return _text(row, "prompt"), _text(row, "completion")
 
 
@@ -217,26 +221,31 @@ TEMPLATES = {
 def custom(prompt: str, completion: str) -> Template:
     """A user's own template: `{column}` stands for a column, `{{` and `}}` for braces.
 
-    A prompt's column may be empty in a row, a completion's may not.
+    Columns of the prompt may be empty in a row, those of the completion may not.
+
+    Args:
+        prompt: text of the prompt; empty: there is none.
+        completion: text of the completion, with at least one column in it.
 
     Raises:
         InputError: unbalanced braces, or more than a column's name between them.
     """
-    before = _parse("prompt_template", prompt)
-    after = _parse("completion_template", completion)
-    names = [name for _, name in after if name is not None]
+    prompt_pieces = _parse("prompt_template", prompt)
+    completion_pieces = _parse("completion_template", completion)
+    names = [name for _, name in completion_pieces if name is not None]
     if not names:
         raise InputError(f"completion_template: {completion!r} names no {{column}} to learn")
 
     def render(row: Row) -> tuple[str, str]:
-        return _fill(before, row), _fill(after, row)
+        return _fill(prompt_pieces, row), _fill(completion_pieces, row)
 
-    optional = tuple(name for _, name in before if name is not None and name not in names)
+    optional = tuple(name for _, name in prompt_pieces if name is not None and name not in names)
     columns = tuple((name,) for name in names)
     return Template("custom", columns, render, optional)
 
 
 def _parse(key: str, text: str) -> list[tuple[str, str | None]]:
+    """The text of a configuration key in pieces: literal text, and the column behind it or None."""
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
@@ -249,8 +258,9 @@ def _parse(key: str, text: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in parts]
 
 
-def _fill(parts: Sequence[tuple[str, str | None]], row: Row) -> str:
-    return "".join(literal + ("" if name is None else _text(row, name)) for literal, name in parts)
+def _fill(pieces: Sequence[tuple[str, str | None]], row: Row) -> str:
+    """The text with a row's values in the place of its columns."""
+    return "".join(literal + ("" if name is None else _text(row, name)) for literal, name in pieces)
 
 
 TEXT_COLUMNS = (
@@ -261,14 +271,20 @@ TEXT_COLUMNS = (
     ("question1", "question2"),
     ("question", "sentence"),
 )
-"""Columns of a classifier's text by which it is recognised: those of GLUE and common data sets."""
+"""Names under which a classifier's text is looked for: those of GLUE and common data sets."""
 LABEL_COLUMNS = ("label", "labels")
+"""Names under which a classifier's labels are looked for."""
 
 
 def classification(
     texts: Sequence[str] | None, label: str | None, columns: Sequence[str]
 ) -> Template:
     """The template of a classifier: one text column or a pair, and a label.
+
+    Args:
+        texts: the text columns; None: they are looked for (`TEXT_COLUMNS`).
+        label: the label column; None: it is looked for (`LABEL_COLUMNS`).
+        columns: of the data.
 
     Raises:
         InputError: the columns are not there; the message lists those present.
@@ -286,17 +302,18 @@ def classification(
         for name in names:
             if name not in columns:
                 raise InputError(f"{key}: {name!r} is not a column; the data has {present}")
-    chosen, of_label = tuple(texts), label
+    text_columns, label_column = tuple(texts), label
 
     def render(row: Row) -> Classified:
-        return Classified(tuple(_text(row, name) for name in chosen), label_of(row, of_label))
+        text = tuple(_text(row, name) for name in text_columns)
+        return Classified(text, label_of(row, label_column))
 
-    of_text = tuple((name,) for name in chosen)
-    return Template("classification", (*of_text, (of_label,)), render)
+    columns_needed = tuple((name,) for name in (*text_columns, label_column))
+    return Template("classification", columns_needed, render)
 
 
 def label_of(row: Row, column: str) -> str:
-    """A row's label.
+    """A row's label as text, such as `positive` or `3`.
 
     Raises:
         InputError: it is neither text nor a whole number.
@@ -316,7 +333,12 @@ def choose_template(
     prompt_template: str | None = None,
     completion_template: str | None = None,
 ) -> Template:
-    """The template of that name, or ("auto") the first whose columns are there.
+    """The template of that name, or with "auto" the first whose columns are all there.
+
+    Args:
+        name: the key `template`.
+        columns: of the data.
+        prompt_template, completion_template: texts of a user's own template, which goes before.
 
     Raises:
         InputError: a column is missing; the message lists those present.

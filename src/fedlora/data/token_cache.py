@@ -1,9 +1,9 @@
 """Keeps tokens in the user's cache directory, so that no later run has to make them again.
 
-Rows are known by what their template made of them, not by where they stand: runs that divide the
-same rows in other ways find the same file. The files lie beside those of `datasets`
-(`HF_DATASETS_CACHE`, `HF_HOME`) under `fedlora`, readable by their owner alone, since they hold
-what private data says. `datasets.disable_caching()` turns this off.
+A file is found by what the template made of the rows, whatever their order: runs that divide the
+same rows in other ways share it. The files lie beside those of `datasets` (`HF_DATASETS_CACHE`,
+`HF_HOME`) under `fedlora`. Only their owner can read them, since they hold what private data says.
+`datasets.disable_caching()` turns this off.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from fedlora.data.rendered import Chat, Rendered
 from fedlora.data.tokenize import IGNORE, Outcome, Tokens, labels_of, tokenize_all
 
 VERSION = 2
-"""Of what `tokenize` and `conversations` make of a rendered row, and of the files; another
-finds none of the old."""
+"""Raised when `tokenize` or `conversations` make other tokens of a rendered row, or when the files
+are laid out differently: files of another version are not found."""
 SMALLEST = 2**20
-"""Rows of fewer bytes altogether are tokenised in less than about a second, and not kept."""
+"""Bytes of all rows below which nothing is kept: they are tokenised in less than about a second."""
 LARGEST = 2 * 2**30
-"""Bytes of all files together; beyond, those go that were not used for longest."""
+"""Bytes of all files together. Beyond, the files that were not used for longest are removed."""
 
-_BY_THE_CALL = re.compile(r"strftime_now|\|\s*random\b|\blipsum\b")
-"""What makes something else of the same conversation tomorrow."""
+_CHANGES_BY_CALL = re.compile(r"strftime_now|\|\s*random\b|\blipsum\b")
+"""Parts of a chat template that render the same conversation differently in another call."""
 
 
 def tokens_of(
@@ -48,21 +48,24 @@ def tokens_of(
     label_names: Sequence[str] = (),
     threads: int | None = None,
 ) -> list[Outcome]:
-    """Rows as tokens: those of an earlier run, or made now and kept for the next.
+    """The tokens of rows: those that an earlier run kept, or made now and kept for the next run.
 
     Args:
-        rendered: of `tokenize.render`.
+        rendered: rows as `tokenize.render` gives them.
         tokenizer: of transformers.
         max_length: tokens kept, from the first.
         completion_only: take the loss on the completion, or on all assistant turns, alone.
         label_names: a classifier's labels in the order of their ids.
-        threads: to make them with; none: torch's number.
+        threads: to tokenise with; None: torch's number.
+
+    Returns:
+        For each row its tokens, or why it is dropped.
 
     Raises:
         InputError: as `tokenize.tokenize`.
     """
 
-    def made(rows: Sequence[Rendered | str]) -> list[Outcome]:
+    def make(rows: Sequence[Rendered | str]) -> list[Outcome]:
         number = threads or _torch_threads()
         return tokenize_all(rows, tokenizer, max_length, completion_only, label_names, number)
 
@@ -72,18 +75,17 @@ def tokens_of(
         set(digests), tokenizer, rendered, [max_length, completion_only, list(label_names)]
     )
     if not digests or not directory or not key:
-        return made(rendered)
+        return make(rendered)
     path = directory / f"{key}.safetensors"
-    first = dict(zip(reversed(digests), reversed(rendered), strict=True))
-    order = sorted(first)
-    outcomes = _read(path, len(order))
+    different = dict(zip(digests, rendered, strict=True))  # equal rows are tokenised once
+    in_file = sorted(different)  # the file's order does not depend on that of the rows
+    outcomes = _read(path, len(in_file))
     if outcomes is None:
-        unique = list(dict.fromkeys(digests))
-        fresh = dict(zip(unique, made([first[digest] for digest in unique]), strict=True))
-        outcomes = [fresh[digest] for digest in order]
+        made = dict(zip(different, make(list(different.values())), strict=True))
+        outcomes = [made[digest] for digest in in_file]
         _write(path, outcomes)
-    table = dict(zip(order, outcomes, strict=True))
-    return [table[digest] for digest in digests]
+    by_digest = dict(zip(in_file, outcomes, strict=True))
+    return [by_digest[digest] for digest in digests]
 
 
 def _torch_threads() -> int:
@@ -96,11 +98,12 @@ def _torch_threads() -> int:
 
 
 def _digests(rendered: Sequence[Rendered | str]) -> list[bytes]:
-    """Every row's SHA-256; none: they are not worth keeping, or cannot be told apart."""
+    """Every row's SHA-256; empty: the rows are not worth keeping, or cannot be told apart."""
     size, digests = 0, []
     for row in rendered:
         if isinstance(row, Chat):
-            try:  # a chat template is shown anything that stands there, also what has no name
+            try:
+                # What JSON cannot hold may look alike (`repr`) and be different.
                 json.dumps([row.messages, row.extra])
             except (TypeError, ValueError):
                 return []
@@ -113,11 +116,18 @@ def _digests(rendered: Sequence[Rendered | str]) -> list[bytes]:
 def _key(
     digests: set[bytes], tokenizer: Any, rendered: Sequence[Rendered | str], settings: list[Any]
 ) -> str | None:
-    """The name of what these rows become; None: it may be something else each time."""
+    """The name of the file for these rows' tokens; None: they may differ from call to call.
+
+    Args:
+        digests: of the rows.
+        tokenizer: of transformers.
+        rendered: the rows.
+        settings: what else decides their tokens.
+    """
     definition = _definition(tokenizer)
     if definition is None:
         return None
-    if any(isinstance(row, Chat) for row in rendered) and _BY_THE_CALL.search(
+    if any(isinstance(row, Chat) for row in rendered) and _CHANGES_BY_CALL.search(
         json.dumps(definition["chat_template"])
     ):
         return None
@@ -128,19 +138,19 @@ def _key(
 
 
 def _definition(tokenizer: Any) -> dict[str, Any] | None:
-    """All that a tokenizer's tokens follow from; None: it is not known."""
+    """All that a tokenizer's tokens depend on; None: it is not known."""
     kind = type(tokenizer)
-    # Other classes may do anything in Python (trust_remote_code).
+    # Classes from elsewhere (trust_remote_code) may compute anything in Python.
     if not getattr(tokenizer, "is_fast", False) or not kind.__module__.startswith("transformers."):
         return None
     try:
         core = json.loads(tokenizer.backend_tokenizer.to_str())
-    except Exception:  # tokenizers' own: a part of it is written in Python
+    except Exception:  # a part of the tokenizer is written in Python, and cannot be serialised
         return None
     if core["model"].get("dropout"):
         return None
     return {
-        # What the last call asked for stands there too, and the next call changes it.
+        # Truncation and padding are what the last call asked for; the next call changes them.
         "core": {k: v for k, v in core.items() if k not in ("truncation", "padding")},
         "class": kind.__qualname__,
         "chat_template": tokenizer.chat_template,
@@ -157,34 +167,34 @@ def _definition(tokenizer: Any) -> dict[str, Any] | None:
 
 
 def _directory() -> Path | None:
-    """Where the files lie, made where it is missing; None: nothing is kept."""
+    """The directory of the files, made where it is missing; None: nothing is kept."""
     datasets = sys.modules.get("datasets")
-    if datasets is None:  # its own rules; to import it takes half a second
+    if datasets is None:  # importing it would take half a second; these are its rules
         from huggingface_hub.constants import HF_HOME
 
-        beside = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets"))
+        of_datasets = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets"))
     elif datasets.is_caching_enabled():
-        beside = Path(datasets.config.HF_DATASETS_CACHE)
+        of_datasets = Path(datasets.config.HF_DATASETS_CACHE)
     else:
         return None
-    path = beside / "fedlora"
+    path = of_datasets / "fedlora"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_mode & 0o077:
-            path.chmod(0o700)  # refused where it is another user's, whose files are not to be read
+            path.chmod(0o700)  # fails where another user owns it: then nothing is kept there
     except OSError:
         return None
     return path
 
 
 def _read(path: Path, number: int) -> list[Outcome] | None:
-    """What a file holds of so many rows; None: there is none, or it is damaged."""
+    """The outcomes of so many rows from a file; None: there is none, or it is damaged."""
     try:
         arrays = load(path.read_bytes())
-        if arrays.pop("sha256").tobytes() != _sum(arrays):
+        if arrays.pop("sha256").tobytes() != _checksum(arrays):
             return None
         with suppress(OSError):
-            os.utime(path)  # what is used stays
+            os.utime(path)  # files used lately are kept longest
         outcomes = _outcomes(arrays)
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
@@ -192,17 +202,17 @@ def _read(path: Path, number: int) -> list[Outcome] | None:
 
 
 def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
-    """Keep what rows became, if that can be."""
+    """Keep outcomes in a file, if it can be written and is not too large."""
     kept = [row for row in outcomes if not isinstance(row, str)]
     if not kept:
         return
     arrays = _arrays(outcomes)
-    content = save({**arrays, "sha256": np.frombuffer(_sum(arrays), np.uint8)})
+    content = save({**arrays, "sha256": np.frombuffer(_checksum(arrays), np.uint8)})
     if len(content) > LARGEST:
         return
     temporary = None
     try:
-        # Of mode 0600, and another for every process that writes the same.
+        # The temporary file has mode 0600, and every process that writes the same one its own.
         handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -214,10 +224,10 @@ def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def _make_room(directory: Path) -> None:
-    """Remove what was not used for longest until the rest is small enough."""
+    """Remove the files that were not used for longest until the others are small enough."""
     files = []
     for path in directory.iterdir():
-        with suppress(FileNotFoundError):  # another process makes room too
+        with suppress(FileNotFoundError):  # another process may make room at the same time
             if path.suffix in (".safetensors", ".tmp"):
                 files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
     size = sum(entry[1] for entry in files)
@@ -228,7 +238,8 @@ def _make_room(directory: Path) -> None:
         size -= freed
 
 
-def _sum(arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:
+def _checksum(arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:
+    """SHA-256 over the arrays with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
@@ -238,11 +249,11 @@ def _sum(arrays: dict[str, np.ndarray[Any, Any]]) -> bytes:
 
 
 def _arrays(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray[Any, Any]]:
-    """Rows one behind the other, and the reasons for those that are missing."""
+    """Outcomes as arrays: the tokens of all rows in one, their lengths, why others are dropped."""
     kept = [row for row in outcomes if not isinstance(row, str)]
     reasons = sorted({row for row in outcomes if isinstance(row, str)})
     number = {reason: i for i, reason in enumerate(reasons)}
-    out: dict[str, np.ndarray[Any, Any]] = {
+    arrays: dict[str, np.ndarray[Any, Any]] = {
         "reasons": np.frombuffer(json.dumps(reasons).encode(), np.uint8),
         "dropped": np.array(
             [number[row] if isinstance(row, str) else -1 for row in outcomes], np.int32
@@ -251,35 +262,36 @@ def _arrays(outcomes: Sequence[Outcome]) -> dict[str, np.ndarray[Any, Any]]:
     }
     for name in ("input_ids", "token_type_ids"):
         if name in kept[0]:
-            out[name] = _flat(kept, name)
+            arrays[name] = _flat(kept, name)
     if "label" in kept[0]:
-        out["label"] = np.array([row["label"] for row in kept], np.int32)
+        arrays["label"] = np.array([row["label"] for row in kept], np.int32)
     else:
-        out["learnt"] = _flat(kept, "labels") != IGNORE
-    return out
+        arrays["learnt"] = _flat(kept, "labels") != IGNORE
+    return arrays
 
 
 def _flat(rows: Sequence[Tokens], name: str) -> np.ndarray[Any, Any]:
+    """The numbers of all rows one behind the other."""
     return np.fromiter(chain.from_iterable(row[name] for row in rows), np.int32)
 
 
 def _outcomes(arrays: dict[str, np.ndarray[Any, Any]]) -> list[Outcome]:
-    """Rows as `_arrays` laid them out, in the order in which they were kept."""
+    """Outcomes from the arrays of `_arrays`, in the same order."""
     reasons = json.loads(arrays["reasons"].tobytes())
     ends = np.cumsum(arrays["lengths"])
-    kept = iter(zip((ends - arrays["lengths"]).tolist(), ends.tolist(), strict=True))
+    bounds = iter(zip((ends - arrays["lengths"]).tolist(), ends.tolist(), strict=True))
     labels = iter(arrays["label"].tolist() if "label" in arrays else ())
     flat = [name for name in ("input_ids", "token_type_ids") if name in arrays]
-    out: list[Outcome] = []
+    outcomes: list[Outcome] = []
     for reason in arrays["dropped"].tolist():
         if reason >= 0:
-            out.append(reasons[reason])
+            outcomes.append(reasons[reason])
             continue
-        begin, end = next(kept)
+        begin, end = next(bounds)
         row: dict[str, Any] = {name: arrays[name][begin:end].tolist() for name in flat}
         if "label" in arrays:
             row["label"] = next(labels)
         else:
             row["labels"] = labels_of(row["input_ids"], arrays["learnt"][begin:end].tolist())
-        out.append(row)
-    return out
+        outcomes.append(row)
+    return outcomes

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.conversations import conversation
 from fedlora.data.rendered import Chat, Classified, Rendered, Turns
 from fedlora.data.rows import Row
-from fedlora.data.spans import common_prefix, within
+from fedlora.data.spans import TextSpan, common_prefix, within
 from fedlora.data.templates import Template
 from fedlora.errors import InputError
 
@@ -25,9 +26,9 @@ Outcome = Tokens | str
 IGNORE = -100
 """The label of a token no loss is taken on (PyTorch's and transformers' convention)."""
 Encode = Callable[[str], Sequence[int]]
-"""A text's tokens, with what the tokenizer adds."""
+"""Text -> its tokens, those among them that the tokenizer adds by itself (BOS)."""
 _BATCH = 500
-"""Texts of so many rows are given to a fast tokenizer at once."""
+"""The number of rows whose texts are given to a fast tokenizer in one call."""
 
 
 def render(row: Row, template: Template) -> Rendered | str:
@@ -69,7 +70,8 @@ def tokenize(
         InputError: the tokenizer has no chat template where one is needed; an unknown label.
     """
     rendered = template.render(row)
-    return _tokens(rendered, _alone(tokenizer), tokenizer, max_length, completion_only, label_names)
+    encode = _one_by_one(tokenizer)
+    return _tokens(rendered, encode, tokenizer, max_length, completion_only, label_names)
 
 
 def tokenize_all(
@@ -80,22 +82,22 @@ def tokenize_all(
     label_names: Sequence[str] = (),
     threads: int = 1,
 ) -> list[Outcome]:
-    """Rows as `tokenize` makes them of each, many texts at a time.
+    """Tokenise rows with the result of `tokenize` for each, but many texts in one call.
 
     Args:
-        rendered: of `render`; what was dropped there stays dropped.
+        rendered: rows as `render` gives them; what was dropped there stays dropped.
         tokenizer: of transformers.
         max_length: tokens kept, from the first.
         completion_only: take the loss on the completion, or on all assistant turns, alone.
         label_names: a classifier's labels in the order of their ids.
-        threads: batches of texts tokenised beside each other; changes no token.
+        threads: how many batches of texts are tokenised at the same time; changes no token.
 
     Raises:
         InputError: as `tokenize`.
     """
 
     def outcomes(rows: Sequence[Rendered | str]) -> list[Outcome]:
-        encode = _together(rows, tokenizer, completion_only)
+        encode = _in_one_call(rows, tokenizer, completion_only)
         return [outcome(row, encode) for row in rows]
 
     def outcome(row: Rendered | str, encode: Encode) -> Outcome:
@@ -108,19 +110,20 @@ def tokenize_all(
 
     batches = [rendered[i : i + _BATCH] for i in range(0, len(rendered), _BATCH)]
     # Conversations are rendered in Python, which gains nothing from threads.
-    texts = all(isinstance(row, tuple | str) for row in rendered)
-    if threads < 2 or not texts or not _is_fast(tokenizer):
-        return [made for batch in batches for made in outcomes(batch)]
-    # The first batch alone leaves the tokenizer in the state in which the others only read it.
-    first = [made for batch in batches[:1] for made in outcomes(batch)]
+    only_texts = all(isinstance(row, tuple | str) for row in rendered)
+    if threads < 2 or not only_texts or not _is_fast(tokenizer):
+        return list(chain.from_iterable(map(outcomes, batches)))
+    # A call sets the tokenizer's truncation and padding. Once the first batch has done so, calls of
+    # other threads find them set and only read.
+    first = list(chain.from_iterable(map(outcomes, batches[:1])))
     with ThreadPoolExecutor(threads) as pool:
-        return first + [made for part in pool.map(outcomes, batches[1:]) for made in part]
+        return first + list(chain.from_iterable(pool.map(outcomes, batches[1:])))
 
 
 def labels_of(ids: Sequence[int], learnt: Sequence[bool]) -> list[int]:
-    """The tokens that are learnt, `IGNORE` for the others."""
+    """Each token's label: its id where it is learnt, else `IGNORE`. At least one is learnt."""
     first = learnt.index(True)
-    if False not in learnt[first:]:  # most texts, and much faster
+    if False not in learnt[first:]:  # as in most texts; slices are much faster than a loop
         return [IGNORE] * first + list(ids[first:])
     return [token if learn else IGNORE for token, learn in zip(ids, learnt, strict=True)]
 
@@ -146,7 +149,12 @@ def _tokens(
 
 
 def _cut(ids: list[int], learnt: list[bool], max_length: int) -> Tokens:
-    if True not in learnt[1:]:  # the first token of a text is predicted from nothing
+    """A tokenised row of at most so many tokens, the first ones.
+
+    Raises:
+        UnusableRowError: none of them is learnt.
+    """
+    if True not in learnt[1:]:  # no model predicts the first token, whatever stands there
         raise UnusableRowError("no token to learn from")
     ids, learnt = ids[:max_length], learnt[:max_length]
     if True not in learnt[1:]:
@@ -160,7 +168,9 @@ def _is_fast(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "is_fast", False))
 
 
-def _alone(tokenizer: Any) -> Encode:
+def _one_by_one(tokenizer: Any) -> Encode:
+    """An `Encode` that calls the tokenizer for each text."""
+
     def encode(text: str) -> Sequence[int]:
         ids: Sequence[int] = tokenizer(text)["input_ids"]
         return ids
@@ -168,11 +178,11 @@ def _alone(tokenizer: Any) -> Encode:
     return encode
 
 
-def _together(rows: Sequence[Rendered | str], tokenizer: Any, completion_only: bool) -> Encode:
-    """Tokens of the rows' texts, made in one call where the tokenizer is a fast one."""
+def _in_one_call(rows: Sequence[Rendered | str], tokenizer: Any, completion_only: bool) -> Encode:
+    """An `Encode` for the texts of these rows, made in one call of a fast tokenizer."""
     pairs = [row for row in rows if isinstance(row, tuple)]
     if not pairs or not _is_fast(tokenizer):
-        return _alone(tokenizer)
+        return _one_by_one(tokenizer)
     texts = [prompt + completion for prompt, completion in pairs]
     if completion_only:
         texts += [prompt for prompt, _ in pairs if prompt]
@@ -188,7 +198,11 @@ def _text(
     end: int,
     completion_only: bool,
 ) -> tuple[list[int], list[bool]]:
-    """A prompt's and its completion's tokens, and the end-of-text token behind them."""
+    """The tokens of a prompt and its completion with the end-of-text token, and which are learnt.
+
+    The completion begins at the first token in which the whole text differs from the prompt alone;
+    the tokenizer may join characters of both to one token.
+    """
     ids = list(encode(prompt + completion))
     if not ids or ids[-1] != end:
         ids.append(end)
@@ -197,15 +211,18 @@ def _text(
 
 
 def _turns(row: Turns, tokenizer: Any, completion_only: bool) -> tuple[list[int], list[bool]]:
-    """Every completion with the end-of-text token behind it."""
+    """The tokens of several prompts and completions, and which are learnt.
+
+    The end-of-text token stands behind every completion, and is learnt with it.
+    """
     if not _is_fast(tokenizer):
         raise InputError("history needs a fast tokenizer, which knows where a token stands")
     text, spans, end = "", [], str(tokenizer.eos_token)
     for prompt, completion in row.pairs:
         begin = len(text) + len(prompt)
         text += prompt + completion.removesuffix(end) + end
-        spans.append((begin, len(text)))
-    text = text.removesuffix(end)  # the last one as behind any text
+        spans.append(TextSpan(begin, len(text)))
+    text = text.removesuffix(end)  # the last one is added as a token below
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, learnt = list(encoded["input_ids"]), within(encoded["offset_mapping"], spans)
     if not ids or ids[-1] != tokenizer.eos_token_id:
@@ -222,7 +239,7 @@ def _classified(
         raise InputError(
             f"label_names: a row has the label {row.label!r}; known are {', '.join(label_names)}"
         )
-    kept = {k: list(encoded[k]) for k in ("input_ids", "token_type_ids") if k in encoded}
-    if not kept["input_ids"]:
+    tokens = {k: list(encoded[k]) for k in ("input_ids", "token_type_ids") if k in encoded}
+    if not tokens["input_ids"]:
         raise UnusableRowError("the text is empty")
-    return {**kept, "label": list(label_names).index(row.label)}
+    return {**tokens, "label": list(label_names).index(row.label)}

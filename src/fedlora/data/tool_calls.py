@@ -15,15 +15,18 @@ from jinja2 import TemplateSyntaxError
 
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.chat_trace import Messages, Traced, traced
+from fedlora.data.json_text import loads
 from fedlora.data.rendered import Chat
-from fedlora.data.rows import loads
 
 
 def accepted_form(chat: Chat, tokenizer: Any) -> tuple[Chat, Traced | None]:
-    """The conversation in a form that the template shows, traced where that was needed.
+    """The conversation in a form in which the template shows its tool calls.
 
     Forms are tried until one shows every call by name, and no arguments as JSON text within other
-    JSON. Else the first that the template takes at all is used.
+    JSON. If none does, it is the first form that the template accepts at all.
+
+    Returns:
+        The conversation; and its trace, or None where it calls no tools or cannot be traced.
 
     Raises:
         UnusableRowError: no form shows a turn that is nothing but tool calls.
@@ -31,27 +34,25 @@ def accepted_form(chat: Chat, tokenizer: Any) -> tuple[Chat, Traced | None]:
     """
     if not any("tool_calls" in message for message in chat.messages):
         return chat, None
-    refused: Exception | None = None
-    taken: tuple[Chat, Traced] | None = None
+    first_error: Exception | None = None
+    first_accepted: tuple[Chat, Traced] | None = None
     for messages in _forms(chat.messages):
         form = replace(chat, messages=messages)
         try:
             trace = traced(tokenizer, messages, chat.extra or {})
         except TemplateSyntaxError:
             raise
-        except (
-            Exception
-        ) as error:  # a template raises what it likes of a form that it does not take
-            refused = refused or error
+        except Exception as error:  # whatever a template raises where it refuses a form
+            first_error = first_error or error
             continue
         if trace is None or all(_shows(trace.of(i), m) for i, m in enumerate(messages)):
             return form, trace
-        taken = taken or (form, trace)
-    if taken is None:
-        assert refused is not None
-        raise refused
-    _refuse_invisible(*taken)
-    return taken
+        first_accepted = first_accepted or (form, trace)
+    if first_accepted is None:
+        assert first_error is not None
+        raise first_error
+    _refuse_invisible(*first_accepted)
+    return first_accepted
 
 
 def _refuse_invisible(chat: Chat, trace: Traced) -> None:
@@ -66,8 +67,11 @@ def _refuse_invisible(chat: Chat, trace: Traced) -> None:
 
 
 def _forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:
-    """The messages as given, with arguments as objects, then as JSON text; each with and without
-    empty content beside the calls."""
+    """The messages in every form that is tried: arguments as given, as objects, as JSON text.
+
+    Each of these comes with the content as given, and then with the other of no content and an
+    empty one beside the calls.
+    """
     for change in (_as_given, _as_object, _as_text):
         changed = [_with_arguments(message, change) for message in messages]
         if change is not _as_given and changed == list(messages):
@@ -77,8 +81,7 @@ def _forms(messages: Messages) -> Iterator[list[dict[str, Any]]]:
 
 
 def _other_content(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn with tool calls: without content where that was empty, with an empty one where there
-    was none."""
+    """A message with tool calls, whose empty content is left out, or added where there is none."""
     if "tool_calls" not in message or message.get("content"):
         return dict(message)
     rest = {key: value for key, value in message.items() if key != "content"}
@@ -91,8 +94,9 @@ def _with_arguments(message: Mapping[str, Any], change: Callable[[Any], Any]) ->
         return dict(message)
     calls = []
     for call in message["tool_calls"]:
-        if isinstance(inner := call.get("function"), Mapping) and "arguments" in inner:
-            call = {**call, "function": {**inner, "arguments": change(inner["arguments"])}}
+        function = call.get("function")
+        if isinstance(function, Mapping) and "arguments" in function:
+            call = {**call, "function": {**function, "arguments": change(function["arguments"])}}
         elif "arguments" in call:
             call = {**call, "arguments": change(call["arguments"])}
         calls.append(call)
@@ -104,7 +108,7 @@ def _as_given(arguments: Any) -> Any:
 
 
 def _as_object(arguments: Any) -> Any:
-    """Arguments in JSON text as the object it says; what says none stays."""
+    """Arguments in JSON text as the object that it holds; other arguments stay as they are."""
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -134,8 +138,11 @@ def _names(message: Mapping[str, Any]) -> list[str]:
 
 
 def _shows(text: str, message: Mapping[str, Any]) -> bool:
-    """Whether all tool calls stand there, and no arguments as JSON text within other JSON."""
-    given = [f["arguments"] for f in _functions(message) if isinstance(f.get("arguments"), str)]
-    quoted = [f"{{{own}}}" for own in given if own.startswith("{")]
-    quoted += [json.dumps(own, ensure_ascii=ascii) for own in given for ascii in (True, False)]
-    return all(name in text for name in _names(message)) and not any(q in text for q in quoted)
+    """Whether all of a message's calls stand in its text, with no JSON text within other JSON."""
+    arguments = [f["arguments"] for f in _functions(message) if isinstance(f.get("arguments"), str)]
+    # What stands in the text where JSON text was put into braces or quotes once more.
+    nested = [f"{{{json_text}}}" for json_text in arguments if json_text.startswith("{")]
+    for ascii_only in (True, False):
+        nested += [json.dumps(json_text, ensure_ascii=ascii_only) for json_text in arguments]
+    all_named = all(name in text for name in _names(message))
+    return all_named and not any(wrong in text for wrong in nested)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlora.client.evaluate import has_prompts
-from fedlora.config.config import EVALUATED, Config
+from fedlora.config.config import Config
+from fedlora.config.keys import EVALUATED
 from fedlora.data.datasets import FederatedData
 from fedlora.errors import InputError
 from fedlora.federation.checks import check_rule, check_server_step

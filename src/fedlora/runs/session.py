@@ -24,7 +24,7 @@ from fedlora.data.general_text import windows
 from fedlora.data.label_counts import LabelCounts, label_counts
 from fedlora.data.raw_data import RawData, load_rows
 from fedlora.data.reading import find_labels, is_classification, template_of
-from fedlora.data.subsets import subsets
+from fedlora.data.subsets import draw_subsets
 from fedlora.data.tokenize import Tokens
 from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import InputError
@@ -356,7 +356,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
 
 def _limited(config: Config, raw: RawData) -> RawData:
     """The rows that are taken of every client."""
-    taken = subsets(config, [len(rows) for rows in raw.clients], len(raw.eval)).clients
+    taken = draw_subsets(config, [len(rows) for rows in raw.clients], len(raw.eval)).clients
     clients = [[rows[i] for i in of] for rows, of in zip(raw.clients, taken, strict=True)]
     return replace(raw, clients=clients)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
-from fedlora.config.config import TRACKERS, Config
+from fedlora.config.config import Config
+from fedlora.config.keys import TRACKERS
 from fedlora.errors import InputError
 from fedlora.text import first_line, nearest
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fedlora.config.rule_options import option_line, option_type, rules_by_option
+from fedlora.config.config import Config
+from fedlora.config.rule_options import option_line, rules_by_option, type_of
 from fedlora.methods import METHODS, rule_keys
 
 
@@ -46,5 +47,9 @@ def test_rules_and_options_name_each_other() -> None:
 
 def test_types_are_resolved_to_types() -> None:
     """Annotations are text in the modules, which would say nothing to a check of types."""
-    assert {key: option_type(key) for key in rule_keys()}["start_fraction"] is float
-    assert not any(isinstance(option_type(key), str) for key in rule_keys())
+    assert {key: type_of(Config, key) for key in rule_keys()}["start_fraction"] is float
+    assert not any(isinstance(type_of(Config, key), str) for key in rule_keys())
+
+
+def test_a_configurations_own_key_goes_before_an_options_name() -> None:
+    assert type_of(Config, "num_rounds") is int

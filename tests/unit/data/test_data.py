@@ -14,9 +14,10 @@ import pytest
 import fedlora
 from fedlora import Config
 from fedlora.data.datasets import FederatedData, load_data
+from fedlora.data.hub import read_hub
 from fedlora.data.raw_data import RawData
 from fedlora.data.raw_data import load_rows as load_raw
-from fedlora.data.rows import read_hub, read_rows
+from fedlora.data.row_files import read_rows
 from fedlora.data.templates import TEMPLATES, UnusableRowError, choose_template
 from fedlora.data.tokenize import IGNORE, tokenize
 from support.rows import rows, write_jsonl

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fedlora import Config, InputError
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.datasets import load_data
-from fedlora.data.rows import loads
+from fedlora.data.json_text import loads
 from fedlora.data.templates import TEMPLATES
 from fedlora.data.tokenize import tokenize
 from support.tokens import CHATML, MARKED_CHATML, byte_level, of_model, with_chat

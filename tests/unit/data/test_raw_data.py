@@ -17,15 +17,15 @@ from support.rows import rows, write_jsonl
 def test_rows_of_files_are_located_in_their_files() -> None:
     raw = RawData([[{"a": 1}], [{"a": 2}, {"a": 3}]], ["x.json", "y.json"], [], "*.json")
     assert raw.train == [{"a": 1}, {"a": 2}, {"a": 3}]
-    assert [place for place, _ in raw.located(but={0})] == ["y.json, row 1", "y.json, row 2"]
-    assert raw.place(1, 1) == "y.json, row 2"
+    assert [name for name, _ in raw.named_rows(except_of={0})] == ["y.json, row 1", "y.json, row 2"]
+    assert raw.row_name(1, 1) == "y.json, row 2"
     assert raw.called(1) == "client 1 (y.json)"
 
 
 def test_rows_of_one_data_set_are_located_in_it_whoever_has_them() -> None:
     raw = RawData([[{"a": 9}], [{"a": 7}]], ["", ""], [], "all.json", numbers=[[9], [7]])
-    assert raw.located() == [("row 7", {"a": 7}), ("row 9", {"a": 9})]
-    assert raw.place(0, 0) == "all.json, row 9"
+    assert raw.named_rows() == [("row 7", {"a": 7}), ("row 9", {"a": 9})]
+    assert raw.row_name(0, 0) == "all.json, row 9"
     assert raw.called(0) == "client 0"
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora.data.spans import common_prefix, joined, within
+from fedlora.data.spans import TextSpan, common_prefix, joined, within
 
 
 @pytest.mark.parametrize(
-    ("places", "spans", "inside"),
+    ("offsets", "spans", "inside"),
     [
         ([(0, 3), (3, 5), (5, 9)], [(3, 5)], [False, True, False]),
         ([(0, 4), (4, 6)], [(3, 5)], [True, True]),  # they reach into it, from either side
@@ -18,9 +18,9 @@ from fedlora.data.spans import common_prefix, joined, within
     ],
 )
 def test_tokens_in_spans(
-    places: list[tuple[int, int]], spans: list[tuple[int, int]], inside: list[bool]
+    offsets: list[tuple[int, int]], spans: list[tuple[int, int]], inside: list[bool]
 ) -> None:
-    assert within(places, spans) == inside
+    assert within(offsets, [TextSpan(*span) for span in spans]) == inside
 
 
 @pytest.mark.parametrize(
@@ -33,5 +33,6 @@ def test_how_long_two_texts_begin_alike(one: str, other: str, length: int) -> No
 
 
 def test_spans_that_touch_are_one() -> None:
-    assert joined([(0, 2), (2, 5), (6, 7)]) == [(0, 5), (6, 7)]
+    spans = [TextSpan(0, 2), TextSpan(2, 5), TextSpan(6, 7)]
+    assert joined(spans) == [TextSpan(0, 5), TextSpan(6, 7)]
     assert joined([]) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from fedlora.data.subsets import drawn, in_turn, subsets
+from fedlora.data.subsets import draw_subsets, drawn, in_turn
 from fedlora.seeds import Purpose
 
 
@@ -33,7 +33,7 @@ def test_rows_are_drawn_in_ascending_order_without_repetition() -> None:
 
 
 def test_every_client_has_its_own_limit_and_it_is_said() -> None:
-    made = subsets(config({0: 3, 1: None}, 4), [10, 5], 1000)
+    made = draw_subsets(config({0: 3, 1: None}, 4), [10, 5], 1000)
     assert [len(rows) for rows in made.clients] == [3, 5]
     assert len(made.eval) == 4
     assert made.in_words == (
@@ -43,7 +43,7 @@ def test_every_client_has_its_own_limit_and_it_is_said() -> None:
 
 
 def test_nothing_is_said_where_all_are_taken() -> None:
-    made = subsets(config(None, None), [2, 1], 3)
+    made = draw_subsets(config(None, None), [2, 1], 3)
     assert (made.clients, made.eval, made.in_words) == ([[0, 1], [0]], [0, 1, 2], ())
 
 

@@ -372,7 +372,7 @@ def _no_sum(content: bytes) -> bytes:
 def _fewer(content: bytes) -> bytes:
     """A whole file, but of other rows."""
     arrays = token_cache._arrays(token_cache._outcomes(load(content))[:-1])
-    return save({**arrays, "sha256": np.frombuffer(token_cache._sum(arrays), np.uint8)})
+    return save({**arrays, "sha256": np.frombuffer(token_cache._checksum(arrays), np.uint8)})
 
 
 @pytest.mark.parametrize("harm", [_truncated, _empty, _other_sum, _no_sum, _fewer])

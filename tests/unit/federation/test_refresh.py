@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora import lowrank
 from fedlora.federation import aggregation_error
 from fedlora.federation.aggregation_error import measure_change
 from fedlora.federation.aggregators.mean import Mean, ProductSum
@@ -22,6 +21,7 @@ from fedlora.lowrank import (
     add,
     balance,
     concat,
+    decomposition,
     leading,
     merge_equal_rows,
     norm,
@@ -32,7 +32,7 @@ from fedlora.lowrank import (
 )
 from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
-from fedlora.threads import map_modules
+from fedlora.threads import map_modules, one_thread
 
 M, N, RANK = 260, 210, 6  # 4 * (6 + 32) < 210: large enough not to be decomposed
 
@@ -74,7 +74,7 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[Delta]:
             seen.append(x)
         return refactor(x)
 
-    monkeypatch.setattr(lowrank, "refactor", watched)
+    monkeypatch.setattr(decomposition, "refactor", watched)
     return seen
 
 
@@ -124,7 +124,7 @@ def test_nothing_is_decomposed_as_a_whole_unless_it_has_to_be(decomposed: list[D
 def test_what_does_not_converge_is_decomposed(
     sweeps: int, decomposed: list[Delta], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lowrank, "_SWEEPS", sweeps)
+    monkeypatch.setattr(decomposition, "_SWEEPS", sweeps)
     matrix = Dense(with_spectrum(SPECTRA["linear"], torch.float64))
     found = leading(matrix, RANK)
     assert decomposed == [matrix]
@@ -338,7 +338,7 @@ def test_threads_change_no_bit_and_their_number_is_kept(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with lowrank.one_thread():
+        with one_thread():
             found = map_modules(refactor, modules)
         outside = map_modules(refactor, modules)
         assert torch.get_num_threads() == threads

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fedlora.config.config import TRACKERS
+from fedlora.config.keys import TRACKERS
 from fedlora.runs.tracker_backends import BACKENDS
 from support.trackers import (
     EXPECTED,

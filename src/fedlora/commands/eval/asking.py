@@ -14,7 +14,7 @@ from fedlora.client.generation import generate
 from fedlora.commands.eval.subject import Subject
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.rendered import Chat, Turns
-from fedlora.data.rows import read_rows
+from fedlora.data.row_files import read_rows
 from fedlora.data.templates import BUILT_IN_CHAT, TEMPLATES, Template, custom
 from fedlora.errors import InputError
 
@@ -273,7 +273,6 @@ def answers(
     max_new_tokens: int,
     context: int,
     batch_size: int,
-    done: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[str], list[bool]]:
     """Greedy answers; a prompt that does not fit loses its beginning.
 
@@ -286,7 +285,6 @@ def answers(
         max_new_tokens: longest answer.
         context: the model's, in tokens.
         batch_size: prompts at once.
-        done: called after every batch with the number of answers in it.
 
     Returns:
         The answers, and which prompts were cut.
@@ -300,6 +298,5 @@ def answers(
         part = order[at : at + batch_size]
         texts = generate(model, tokenizer, [shortened[i] for i in part], new)
         by_number |= dict(zip(part, texts, strict=True))
-        done(len(part))
     cut = [len(ids) > room for ids in prompts]
     return [by_number[i] for i in range(len(prompts))], cut

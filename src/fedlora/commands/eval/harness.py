@@ -33,11 +33,12 @@ class Harness:
         self.names = list(names)
         if include_path is not None and not include_path.is_dir():
             raise InputError(f"--include_path: {include_path}: no such directory")
-        own = None if include_path is None else str(include_path)
-        if own is not None:  # without reading the thousands of the harness, where that is enough
-            self.manager = TaskManager(include_path=own, include_defaults=False)
-        if own is None or not all(self.manager.match_tasks([name]) for name in self.names):
-            self.manager = TaskManager(include_path=own)
+        users_tasks = None if include_path is None else str(include_path)
+        if users_tasks is not None:
+            # Where the user's own tasks are enough, the harness's thousands are not read.
+            self.manager = TaskManager(include_path=users_tasks, include_defaults=False)
+        if users_tasks is None or not all(self.manager.match_tasks([n]) for n in self.names):
+            self.manager = TaskManager(include_path=users_tasks)
         for name in self.names:
             if not self.manager.match_tasks([name]):
                 raise InputError(_unknown(name, self.manager.all_tasks))

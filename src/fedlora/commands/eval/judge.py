@@ -177,9 +177,10 @@ class Judge:
                 self._settings = {}
                 return self._words(messages)
         except api.AuthenticationError:
-            what = "refuses the key (401)" if self.key else "wants a key (401)"
+            complaint = "refuses the key (401)" if self.key else "wants a key (401)"
             raise JudgeError(
-                f"{self.url} {what}: give --judge_key, or better OPENAI_API_KEY in the environment"
+                f"{self.url} {complaint}: give --judge_key, or better OPENAI_API_KEY in the "
+                "environment"
             ) from None
         except api.PermissionDeniedError as error:
             raise JudgeError(f"{self.url}: not permitted (403): {self._said(error)}") from None

@@ -21,7 +21,6 @@ def per_row(
     rows: Sequence[Tokens],
     batch_size: int,
     measure: Measure,
-    done: Callable[[int], None] = lambda count: None,
 ) -> list[Tensor]:
     """What `measure` gives for the labelled tokens of every row, on the CPU.
 
@@ -30,7 +29,6 @@ def per_row(
         rows: tokenised, with at least one label each that is not the first.
         batch_size: rows at once.
         measure: of some labelled tokens.
-        done: called after every batch with the number of rows in it.
     """
     model.eval()
     passes = runner_of(model)
@@ -45,7 +43,6 @@ def per_row(
             ]
             counts = [sum(x != IGNORE for x in rows[i]["labels"][1:]) for i in part]
             out |= dict(zip(part, torch.cat(chunks).split(counts), strict=True))
-            done(len(part))
     return [out[i] for i in range(len(rows))]
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fedlora.commands.eval.likelihood import cross_entropy, per_row
 from fedlora.commands.eval.options import first
-from fedlora.data.rows import Row, read_rows
+from fedlora.data.row_files import read_rows
+from fedlora.data.rows import Row
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.errors import InputError
 from fedlora.text import natural
@@ -188,7 +189,6 @@ def log_likelihoods(
     batch_size: int,
     context: int,
     examples: Mapping[str, Sequence[Item]] | None = None,
-    done: Callable[[int], None] = lambda count: None,
 ) -> list[list[float]]:
     """`log p(" A" | prompt)` ... of every item.
 
@@ -201,7 +201,6 @@ def log_likelihoods(
         batch_size: rows at once.
         context: the model's, in tokens.
         examples: worked examples by subject.
-        done: called after every batch with the number of rows in it.
     """
     rows: list[Tokens] = []
     places: list[tuple[int, list[int] | None]] = []  # the item, and its letters' tokens if single
@@ -224,12 +223,12 @@ def log_likelihoods(
     column = {token: i for i, token in enumerate(letters)}
 
     def measure(logits: Tensor, labels: Tensor) -> Tensor:
-        own = -cross_entropy(logits, labels)[:, None]
-        return torch.cat([own, logits.log_softmax(-1)[:, letters]], 1)
+        of_label = -cross_entropy(logits, labels)[:, None]
+        return torch.cat([of_label, logits.log_softmax(-1)[:, letters]], 1)
 
     out: list[list[float]] = [[] for _ in items]
     for (number, tokens), likelihood in zip(
-        places, per_row(model, rows, batch_size, measure, done), strict=True
+        places, per_row(model, rows, batch_size, measure), strict=True
     ):
         if tokens is None:
             out[number].append(float(likelihood[:, 0].sum()))

@@ -90,15 +90,15 @@ def load_models(
 
 
 def tokenizer_of(subject: Subject) -> Any:
-    """The tokenizer that the run's rows were made of tokens with, or the adapter's, or the base's.
+    """The tokenizer of the run, or the one beside the adapter, or the base's own.
 
     Raises:
         InputError: it cannot be loaded.
     """
     config = subject.config
-    own = str(subject.tokenizer) if subject.tokenizer else config.tokenizer_name
+    tokenizer_name = str(subject.tokenizer) if subject.tokenizer else config.tokenizer_name
     return load_tokenizer(
-        subject.source, own, config.chat_template_path, generates=not subject.classifies
+        subject.source, tokenizer_name, config.chat_template_path, generates=not subject.classifies
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from fedlora.commands.eval.asking import PromptFormat, answers
 from fedlora.commands.eval.judge import Case, Judge, JudgeError, case, rating
-from fedlora.data.rows import read_rows
+from fedlora.data.row_files import read_rows
 from fedlora.errors import InputError
 
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -119,7 +119,6 @@ def answered(
     max_new_tokens: int,
     context: int,
     batch_size: int,
-    done: Callable[[int], None] = lambda count: None,
 ) -> tuple[dict[str, list[str]], int]:
     """The answers to all turns, those on the disk among them.
 
@@ -133,7 +132,6 @@ def answered(
         max_new_tokens: longest answer of a turn.
         context: the model's, in tokens.
         batch_size: questions at once.
-        done: called with the number of questions that were answered.
 
     Returns:
         Question id -> an answer for each turn, and how many prompts had to be cut.
@@ -147,7 +145,6 @@ def answered(
     }
     missing = [q for q in questions if q.id not in out]
     cuts = 0
-    done(len(questions) - len(missing))
 
     def say(talks: Sequence[Sequence[dict[str, str]]]) -> list[str]:
         """The model's next words in each conversation."""
@@ -179,7 +176,6 @@ def answered(
             for q in part
         ]
         keep(path, records)
-        done(len(part))
     return {q.id: out[q.id] for q in questions}, cuts
 
 
@@ -225,7 +221,6 @@ def judged(
     judge: Judge,
     *,
     threads: int = 4,
-    done: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Grade], JudgeError | None]:
     """A rating for each turn, those on the disk among them.
 
@@ -237,7 +232,6 @@ def judged(
         path: where judgements are kept.
         judge: the endpoint.
         threads: requests at once.
-        done: called with the number of turns that were judged.
 
     Returns:
         What is graded, and why the judge stopped; None: it did not.
@@ -251,7 +245,6 @@ def judged(
             cases[_digest(judge.model, q.id, request.system, request.user)] = q, turn, request
     known = {r["case"]: r["rating"] for r in kept(path) if r.get("rating") is not None}
     grades = [Grade(q, turn, known[key]) for key, (q, turn, _) in cases.items() if key in known]
-    done(len(grades))
     waiting = {key: x for key, x in cases.items() if key not in known}
     problems: list[JudgeError] = []
 
@@ -286,7 +279,6 @@ def judged(
             }
             keep(path, [record])
             grades.append(Grade(q, turn, value))
-            done(1)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return grades, problems[0] if problems else None

@@ -12,7 +12,7 @@ from fedlora.errors import InputError
 from fedlora.text import nearest
 
 MODELS = ("base", "global", "clients", "all", "adapter")
-"""Beside `client-0`, `client-1` ..."""
+"""Names of models to choose from, beside `client-0`, `client-1` ..."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -21,7 +21,7 @@ class Loading:
     """What to load and how.
 
     Args:
-        what: a run, a PEFT or model directory, a hub name, or `embedded`.
+        name: a run, a PEFT or model directory, a hub name, or `embedded`.
         base: another base model than the one an adapter names.
         round: which round of a run; None: the final one, or the newest that is whole.
         models: base, global, client-K ...; empty: a verb's own choice.
@@ -30,7 +30,7 @@ class Loading:
         trust_remote_code: run code that comes with the model.
     """
 
-    what: str
+    name: str
     base: str | None = None
     round: int | None = None
     models: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Given:
                 f"{verb}: name a run's directory, a PEFT or model directory, a hub name or "
                 f"embedded; see fedlora {verb} --help"
             )
-        self.what = arguments[0]
+        self.name = arguments[0]
         self.values: Mapping[str, Any] = parse_overrides(arguments[1:])
         for key in self.values:
             if key not in known:
@@ -183,7 +183,7 @@ class Given:
         if device is not None:
             use_cpu = device == "cpu"
         return Loading(
-            self.what,
+            self.name,
             base=self.text("base"),
             round=self.whole("round", 0),
             models=tuple(models),

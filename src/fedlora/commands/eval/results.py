@@ -36,22 +36,22 @@ class Results:
 
     Args:
         subject: what is evaluated.
-        where: the directory of results.
-        logged: they are the run's: a line in its `metrics.jsonl` for each.
-        emit: writes each of them as JSON, where a program looks on.
-        scores: what there is so far, by measure and model.
+        directory: of all results.
+        logged: each result is written into the run's `metrics.jsonl` too.
+        emit: writes each result as a line of JSON, for a program that reads along.
+        scores: of all results so far, by `(measure, model)`.
     """
 
     subject: Subject
-    where: Path
+    directory: Path
     logged: bool
     emit: Emit | None = None
     scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
 
-    def place(self, model: str) -> Path:
-        """The directory of a model's results."""
-        ofround = f"-round-{self.subject.round}" if self.subject.run and model != BASE else ""
-        return self.where / f"{model}{ofround}"
+    def directory_of(self, model: str) -> Path:
+        """The directory of one model's results."""
+        of_round = f"-round-{self.subject.round}" if self.subject.run and model != BASE else ""
+        return self.directory / f"{model}{of_round}"
 
     def record(
         self,
@@ -61,7 +61,14 @@ class Results:
         settings: Mapping[str, Any],
         items: Iterable[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Keep a result: `NAME.json`, what was found item by item, the line of the log.
+        """Keep a result: in `NAME.json`, `NAME.items.jsonl`, and the run's log.
+
+        Args:
+            name: of the measure.
+            model: its name.
+            scores: of the model.
+            settings: what the scores depend on, beside the model.
+            items: the questions or samples one by one; None: they are not kept.
 
         Raises:
             InputError: it cannot be written.
@@ -73,7 +80,7 @@ class Results:
             "model": model,
             "scores": finite(scores),
         }
-        place = self.place(model)
+        directory = self.directory_of(model)
         stem = re.sub(r"[^\w.-]+", ".", name)
         whole = {
             **line,
@@ -84,13 +91,14 @@ class Results:
             "fedlora": __version__,
         }
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             if items is not None:
                 texts = (json.dumps(finite(x), ensure_ascii=False, default=str) for x in items)
-                _write(place / f"{stem}.items.jsonl", "".join(text + "\n" for text in texts))
-            _write(place / f"{stem}.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+                _write(directory / f"{stem}.items.jsonl", "".join(text + "\n" for text in texts))
+            text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+            _write(directory / f"{stem}.json", text)
         except OSError as error:
-            raise InputError(f"{place}: cannot be written to: {error.strerror}") from None
+            raise InputError(f"{directory}: cannot be written to: {error.strerror}") from None
         if self.logged and self.subject.run:
             append_eval(self.subject.run, line)
         if self.emit:
@@ -98,12 +106,12 @@ class Results:
         self.scores[name, model] = scores
 
     def of(self, name: str) -> dict[str, Scores]:
-        """Model -> scores of this name."""
-        return {model: x for (what, model), x in self.scores.items() if what == name}
+        """Model -> its scores of the measure of this name."""
+        return {model: x for (measure, model), x in self.scores.items() if measure == name}
 
 
 def open_results(subject: Subject, output_dir: str | None, emit: Emit | None = None) -> Results:
-    """Where results go: the run's `eval/`, `output_dir`, or `eval/NAME` here.
+    """Decide where results go: the run's `eval/`, `output_dir`, or `eval/NAME` here.
 
     Raises:
         InputError: another process is writing to the run, which is not to be waited for.
@@ -124,6 +132,7 @@ def open_results(subject: Subject, output_dir: str | None, emit: Emit | None = N
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file that is never seen half written."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -191,7 +200,7 @@ def _held_out(results: Results, console: Console) -> None:
 
 
 MAIN = ("exact_match", "accuracy", "token_accuracy")
-"""What stands for a model where there is room for one number: the first that is there."""
+"""Scores of which the first that there is stands for a model, where one number has room."""
 
 
 def _by_client(results: Results, console: Console) -> None:
@@ -205,14 +214,15 @@ def _by_client(results: Results, console: Console) -> None:
     heading = next(h for k, h, _ in _MEASURES if k == key)
     shared = [m for m in results.subject.models if any(m in results.of(n) for n in names)]
     shared = [m for m in shared if not m.startswith("client-")]
-    own = ["its own"] if any(n.partition(":")[2] in results.of(n) for n in names) else []
-    table = _table(f"each client's own held-out rows: {heading}", ["client", "rows", *shared, *own])
+    has_own = any(n.partition(":")[2] in results.of(n) for n in names)
+    columns = ["client", "rows", *shared, *(["its own"] if has_own else [])]
+    table = _table(f"each client's own held-out rows: {heading}", columns)
     for name in names:
         client, by_model = name.partition(":")[2], results.of(name)
         rows = next(iter(by_model.values()))["rows"]
         cells = [
             _form((by_model.get(m) or {}).get(key), ".1%")
-            for m in [*shared, *([client] if own else [])]
+            for m in [*shared, *([client] if has_own else [])]
         ]
         table.add_row(client, str(rows), *cells)
     _print(table, console)
@@ -273,7 +283,7 @@ def _tasks(results: Results, wanted: Sequence[str], console: Console) -> None:
     names = list(dict.fromkeys(names))
     if not names:
         return
-    # Of a group with many tasks inside, the group alone; the others are in the files.
+    # If a group has many tasks inside, the group alone is shown; the tasks are in the files.
     names = [n for n in names if n in wanted] if len(names) > 12 else names
     models = list(results.of(TASK + names[0])) if names else []
     for part in _few(models):

@@ -116,7 +116,7 @@ def find_subject(loading: Loading) -> Subject:
     Raises:
         InputError: there is no such thing, or the base model cannot be found.
     """
-    name, path = loading.what, Path(loading.what)
+    name, path = loading.name, Path(loading.name)
     if name == EMBEDDED:
         return _model(loading)
     if (path / CONFIG).is_file():
@@ -139,7 +139,7 @@ def find_subject(loading: Loading) -> Subject:
 
 def _with(config: Config, loading: Loading, base: str | None) -> Config:
     """The configuration with what the command line says over it."""
-    given = {
+    values = {
         "model_name_or_path": base,
         "dtype": loading.dtype,
         "use_cpu": loading.use_cpu,
@@ -147,24 +147,25 @@ def _with(config: Config, loading: Loading, base: str | None) -> Config:
         "chat_template_path": loading.chat_template_path,
         "trust_remote_code": loading.trust_remote_code,
     }
-    return config.model_copy(update={key: x for key, x in given.items() if x is not None})
+    given = {key: value for key, value in values.items() if value is not None}
+    return config.model_copy(update=given)
 
 
 def _model(loading: Loading) -> Subject:
     """A model by itself, by its directory or its hub name."""
     if loading.base:
-        raise InputError(f"--base: {loading.what} is a model itself; --base belongs to an adapter")
+        raise InputError(f"--base: {loading.name} is a model itself; --base belongs to an adapter")
     if loading.round is not None:
-        raise InputError(f"--round: {loading.what} is a model, and no run with rounds")
-    config = _with(Config(), loading, loading.what)
+        raise InputError(f"--round: {loading.name} is a model, and no run with rounds")
+    config = _with(Config(), loading, loading.name)
     try:
         source = model_source(config)
     except InputError as error:
-        if Path(loading.what).is_dir():
+        if Path(loading.name).is_dir():
             raise
-        why = str(error).removeprefix(f"model_name_or_path: {loading.what}: ")
-        raise InputError(f"{loading.what}: no directory here, and as a hub name: {why}") from None
-    return Subject(loading.what, config, source, {})
+        why = str(error).removeprefix(f"model_name_or_path: {loading.name}: ")
+        raise InputError(f"{loading.name}: no directory here, and as a hub name: {why}") from None
+    return Subject(loading.name, config, source, {})
 
 
 # --- runs ---
@@ -177,7 +178,7 @@ def _run(path: Path, loading: Loading) -> Subject:
     final, lines = path / FINAL, read_metrics(path) if (path / METRICS).is_file() else []
     ends = [line["final"] for line in lines if line["event"] == "end"]
     saved = _saved_rounds(path)
-    number, where = loading.round, final
+    number, directory = loading.round, final
     if final.is_dir() and number in (None, *ends[-1:]):
         number = ends[-1] if ends else max(saved, default=0)
     elif number is not None:
@@ -187,14 +188,14 @@ def _run(path: Path, loading: Loading) -> Subject:
                 + (", ".join(map(str, saved)) or "none")
                 + "; save_total_limit decides how many are kept"
             )
-        where = path / f"round-{number}"
-        _trusted(where)
+        directory = path / f"round-{number}"
+        _check_whole(directory)
     else:
         number = _newest(path, saved, notes)
-        where = path / f"round-{number}"
+        directory = path / f"round-{number}"
         notes.append(f"the run is not complete; this is its state after round {number}")
-    whole = (where / CONFIG_NAME).is_file() and not _is_personal(config)
-    adapters = ({GLOBAL: where} if whole else {}) | _clients_in(where)
+    has_global = (directory / CONFIG_NAME).is_file() and not _is_personal(config)
+    adapters = ({GLOBAL: directory} if has_global else {}) | _clients_in(directory)
     return Subject(
         str(path),
         config,
@@ -208,16 +209,18 @@ def _run(path: Path, loading: Loading) -> Subject:
 
 
 def _is_personal(config: Config) -> bool:
-    """Whether clients keep a part of the model: what the server has is then no model of anybody."""
+    """Whether clients keep a part of the model, so that what the server holds is no whole model."""
     return bool(METHODS[config.method].training(config.rule_options()).keeps)
 
 
 def _saved_rounds(path: Path) -> list[int]:
+    """Numbers of the rounds that a run's directory holds, ascending."""
     matches = (_ROUND.match(part.name) for part in path.iterdir() if part.is_dir())
     return sorted(int(match.group(1)) for match in matches if match)
 
 
-def _trusted(path: Path) -> None:
+def _check_whole(path: Path) -> None:
+    """Refuse a round whose files are damaged or incomplete."""
     try:
         verify(path)
     except CheckpointError as error:
@@ -225,7 +228,7 @@ def _trusted(path: Path) -> None:
 
 
 def _newest(path: Path, saved: list[int], notes: list[str]) -> int:
-    """The newest round that is whole."""
+    """The newest round whose files are whole; `notes` gets a line on each newer one."""
     for number in reversed(saved):
         try:
             verify(path / f"round-{number}")
@@ -237,6 +240,7 @@ def _newest(path: Path, saved: list[int], notes: list[str]) -> int:
 
 
 def _clients_in(path: Path) -> dict[str, Path]:
+    """`client-K` -> its PEFT directory, of all below this one."""
     names = sorted((p.name for p in path.iterdir() if _CLIENT.match(p.name)), key=natural)
     return {name: path / name for name in names if (path / name / CONFIG_NAME).is_file()}
 
@@ -249,15 +253,15 @@ def _adapters(path: Path, loading: Loading) -> Subject:
     if loading.round is not None:
         raise InputError(f"--round: {path} is one adapter; name the run's directory instead")
     run = _run_around(path)
-    own = Config(**read_yaml(run / CONFIG)) if run else Config()
+    run_config = Config(**read_yaml(run / CONFIG)) if run else Config()
     adapters = {ADAPTER: path} if (path / CONFIG_NAME).is_file() else {}
-    if run and _is_personal(own) and not _CLIENT.match(path.name):
+    if run and _is_personal(run_config) and not _CLIENT.match(path.name):
         adapters = {}
     adapters |= _clients_in(path)
     if not adapters:
         raise InputError(
-            f"{path}: method {own.method} makes a model for every client, and what the server "
-            f"holds after a round is no model of anybody; name {run}, whose final/ has the "
+            f"{path}: method {run_config.method} makes a model for every client, and what the "
+            f"server holds after a round is no model of anybody; name {run}, whose final/ has the "
             "clients' models"
         )
     saved = read_adapter_config(next(iter(adapters.values())))
@@ -266,7 +270,7 @@ def _adapters(path: Path, loading: Loading) -> Subject:
         raise InputError(
             f"{path / CONFIG_NAME}: names no base model (base_model_name_or_path); give --base"
         )
-    config = _with(own, loading, base)
+    config = _with(run_config, loading, base)
     if saved.get("task_type") == "SEQ_CLS":
         config = config.model_copy(update={"lora_task_type": "SEQ_CLS"})
     if not run and not loading.base and saved.get("revision"):

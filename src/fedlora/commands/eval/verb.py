@@ -101,7 +101,8 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     from fedlora.commands.console import quiet_libraries
 
     quiet_libraries()
-    from fedlora.commands.eval.assessment import Options, assess
+    from fedlora.commands.eval.assessment import assess
+    from fedlora.commands.eval.request import Options
 
     include = given.text("include_path")
     timeout = given.text("judge_timeout") or "120"

@@ -13,7 +13,7 @@ from fedlora.commands.eval.options import Loading, first
 from fedlora.commands.eval.subject import ADAPTER, GLOBAL, Subject, find_subject
 from fedlora.data.datasets import load_data
 from fedlora.data.raw_data import RawData
-from fedlora.data.rows import read_rows
+from fedlora.data.row_files import read_rows
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.runs.absolute_paths import resolve_paths
@@ -85,7 +85,7 @@ def find_origin(loading: Loading) -> Origin:
     Raises:
         InputError: there is no adapter, or there are several and none is chosen.
     """
-    path = Path(loading.what)
+    path = Path(loading.name)
     lone = (path / CONFIG_NAME).is_file() and not (path / CONFIG).is_file()
     if lone and loading.round is not None:
         raise InputError(f"--round: {path} is one adapter; name the run's directory instead")
@@ -94,15 +94,15 @@ def find_origin(loading: Loading) -> Origin:
     except InputError as error:
         if not lone or loading.base or loading.models:
             raise
-        return Origin(loading.what, path, load_adapter(path), ADAPTER, None, str(error))
+        return Origin(loading.name, path, load_adapter(path), ADAPTER, None, str(error))
     if not subject.adapters:
         raise InputError(
-            f"{loading.what}: is a model and holds no update; name a run, its round-N or final, or "
+            f"{loading.name}: is a model and holds no update; name a run, its round-N or final, or "
             "a PEFT directory"
         )
     model = _chosen(subject, loading.models)
     where = subject.adapters[model]
-    return Origin(loading.what, where, load_adapter(where), model, subject)
+    return Origin(loading.name, where, load_adapter(where), model, subject)
 
 
 def _chosen(subject: Subject, wanted: Sequence[str]) -> str:

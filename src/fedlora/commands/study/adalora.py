@@ -85,10 +85,11 @@ def train_adalora(
         for part in micro:
             if not (share := count_labelled(part) / max(counted, 1)):
                 continue  # the model's own loss is a mean over no token
-            # PEFT adds the orthogonality penalty in the tuner; its outer model goes round it.
-            own = tuned.base_model(**collate(part, device)).loss * share
-            own.backward()
-            loss += float(own.detach())
+            # PEFT adds the orthogonality penalty in its tuner (`base_model`); calling the outer
+            # model would leave it out.
+            part_loss = tuned.base_model(**collate(part, device)).loss * share
+            part_loss.backward()
+            loss += float(part_loss.detach())
         if training.max_grad_norm:
             nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()

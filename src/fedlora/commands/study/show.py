@@ -21,7 +21,8 @@ from rich.text import Text
 
 from fedlora.commands.study.plan import Planned, Study
 from fedlora.commands.study.statistics import Difference, mean_and_sd
-from fedlora.commands.study.tables import Table, scale_of
+from fedlora.commands.study.tables import Table
+from fedlora.commands.study.tables_markdown import scale_of
 
 
 class Progress:

@@ -69,20 +69,25 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     if not arguments or arguments[0].startswith("--"):
         raise InputError(f"study: give a file or one of {', '.join(shipped())}")
     name, rest = arguments[0], arguments[1:]
-    own = take(rest, SYNTAX)
-    given = parse_overrides(rest)
-    where = _where(given.pop("where", None))
-    only = [str(x) for x in _list(given.pop("part", None))]
-    seeds = [_whole("seeds", x, 0) for x in _list(given.pop("seeds", None))]
-    processes, output = own["processes"], own["output_dir"]
+    options = take(rest, SYNTAX)
+    overrides = parse_overrides(rest)
+    where = _where(overrides.pop("where", None))
+    only = [str(part) for part in _list(overrides.pop("part", None))]
+    seeds = [_whole("seeds", seed, 0) for seed in _list(overrides.pop("seeds", None))]
+    processes, output = options["processes"], options["output_dir"]
     number = None if processes is None else _whole("processes", processes, 1)
     study = load_study(
-        name, size=own["size"], seeds=seeds or None, only=only, where=where, overrides=given
+        name,
+        size=options["size"],
+        seeds=seeds or None,
+        only=only,
+        where=where,
+        overrides=overrides,
     )
     directory = Path(str(output or f"study-{study.name}-{study.size}"))
     if directory.is_file():
         raise InputError(f"--output_dir {directory}: is a file")
-    if own["dry_run"]:
+    if options["dry_run"]:
         if emit:
             emit({"event": "study", "study": study.name, "size": study.size, **_runs(study)})
         else:
@@ -147,13 +152,15 @@ def _runs(study: Study) -> dict[str, Any]:
 
 
 def _write(study: Study, directory: Path, runs: Path) -> None:
-    from fedlora.commands.study.tables import markdown, runs_csv, summary_csv, tables
+    from fedlora.commands.study.tables import tables
+    from fedlora.commands.study.tables_csv import runs_csv, summary_csv
+    from fedlora.commands.study.tables_markdown import markdown
 
-    made = tables(study, runs)
+    all_tables = tables(study, runs)
     texts = {
-        "table.md": markdown(study, made, _machine()),
+        "table.md": markdown(study, all_tables, _machine()),
         "runs.csv": runs_csv(study, runs),
-        "summary.csv": summary_csv(made),
+        "summary.csv": summary_csv(all_tables),
     }
     for name, text in texts.items():
         (directory / name).write_text(text, encoding="utf-8")

@@ -6,10 +6,11 @@ import io
 
 from rich.console import Console
 
+from fedlora.commands.study.outcomes import Outcome
 from fedlora.commands.study.plan import Part, Planned, Study
 from fedlora.commands.study.show import Progress, show_tables
 from fedlora.commands.study.statistics import Difference
-from fedlora.commands.study.tables import Outcome, Row, Table
+from fedlora.commands.study.tables import Row, Table
 
 PART = Part("table", "two rules", {"method": ("exact", "flora")}, "method", "exact", "exact_match")
 RUNS = tuple(
