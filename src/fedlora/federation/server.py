@@ -264,6 +264,8 @@ class Server:
         return replace(
             after,
             adapter=aggregate.adapter,
+            leading=aggregate.leading,
+            increments={after.round: aggregate.increments} if aggregate.increments else {},
             base_delta=base_delta,
             last_merge=merge,
             momentum=velocity,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
-from fedlora.methods.values import Encoded, ServerState
+from fedlora.methods.values import Encoded, Increment, ServerState
 
 Tensors = dict[str, Tensor]
 
@@ -47,6 +47,8 @@ def state_from_tensors(
         momentum=Encoded(
             _group(tensors, "momentum_factors"), _deltas(tensors, "momentum_products")
         ),
+        leading=_factor_pairs(tensors, "leading"),
+        increments=_increments(tensors),
     )
 
 
@@ -97,7 +99,20 @@ def _named(state: ServerState) -> Tensors:
         **_factors("momentum_products", state.momentum.products),
         **{f"momentum_factors/{name}": value for name, value in state.momentum.factors.items()},
         **{f"dense/{name}": value for name, value in state.dense.items()},
+        **_factors("leading", state.leading),
+        **{
+            f"increments/{round}/{name}/{part}": value
+            for round, modules in state.increments.items()
+            for name, increment in modules.items()
+            for part, value in _parts(increment).items()
+        },
     }
+
+
+def _parts(increment: Increment) -> Tensors:
+    """The tensors of an increment by name, those of one that changes nothing too."""
+    named = {"A": increment.stack.A, "B": increment.stack.B, "weights": increment.weights}
+    return named if increment.turn is None else {**named, "turn": increment.turn}
 
 
 def _factors(group: str, deltas: Deltas) -> Tensors:
@@ -119,6 +134,25 @@ def _deltas(tensors: Mapping[str, Tensor], group: str) -> dict[str, Delta]:
         name: Dense(parts["W"]) if "W" in parts else LowRank(parts["A"], parts["B"])
         for name, parts in modules.items()
     }
+
+
+def _factor_pairs(tensors: Mapping[str, Tensor], group: str) -> dict[str, LowRank]:
+    """The updates of a group that are always factors."""
+    return {name: x for name, x in _deltas(tensors, group).items() if isinstance(x, LowRank)}
+
+
+def _increments(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Increment]]:
+    """Round -> module -> its increment."""
+    parts: dict[tuple[int, str], Tensors] = {}
+    for key, value in _group(tensors, "increments").items():
+        round, _, rest = key.partition("/")
+        name, _, part = rest.rpartition("/")
+        parts.setdefault((int(round), name), {})[part] = value
+    rounds: dict[int, dict[str, Increment]] = {}
+    for (number, name), x in sorted(parts.items()):
+        increment = Increment(LowRank(x["A"], x["B"]), x["weights"], x.get("turn"))
+        rounds.setdefault(number, {})[name] = increment
+    return rounds
 
 
 def _group(tensors: Mapping[str, Tensor], group: str) -> Tensors:
