@@ -7,7 +7,7 @@ random probes.
 
 Of a global update that is kept by appending (`methods.tracking`), the terms are what was appended,
 so that their cost does not grow with the rounds. That the update has changed by just these terms is
-checked on one random vector z: `S' z - S z - dS z` counts as missed.
+checked on four random vectors Z: `S' Z - S Z - dS Z` counts as missed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from fedlora.threads import map_modules
 MEASURED_RANK = 256
 """Directions of a module, those of all its terms together, up to which norms are exact."""
 _PROBES, _PROBE_BLOCK, _ROW_BLOCK = 64, 64, 1 << 18
+_CHECKS = 4  # probes of a module that is kept by appending
 
 
 class Norms(NamedTuple):
@@ -127,14 +128,14 @@ def _appended(before: ServerState, after: ServerState, name: str) -> list[_Term]
 
 
 def _slip(old: Delta, new: Delta, terms: Sequence[_Term]) -> float:
-    """An estimate of `||new - old - sum of the terms||^2`, from one random vector."""
+    """An estimate of `||new - old - sum of the terms||^2`, from four random vectors."""
     if old is new and not terms:
         return 0.0
-    vector = _probes(old.shape[1])[:, :1]
-    gap = _times(new, vector) - _times(old, vector)
+    vectors = _probes(old.shape[1])[:, :_CHECKS]
+    gap = _times(new, vectors) - _times(old, vectors)
     for x, sign in terms:
-        gap = gap - sign * _times(x, vector)
-    return _square(gap)
+        gap = gap - sign * _times(x, vectors)
+    return _square(gap) / _CHECKS
 
 
 def _times(x: Delta, vectors: Tensor) -> Tensor:
