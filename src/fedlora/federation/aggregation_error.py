@@ -120,7 +120,8 @@ def _change(before: ServerState, after: ServerState, name: str) -> list[_Term]:
 
 def _appended(before: ServerState, after: ServerState, name: str) -> list[_Term] | None:
     """Terms that one module's adapter has changed by; None where it was not kept by appending."""
-    increment = after.increments.get(after.round, {}).get(name)
+    change = after.changes.get(after.round)
+    increment = None if change is None else change.increments.get(name)
     if increment is None or name not in before.leading:
         return None
     known = known_part(increment.weights, before.leading[name])

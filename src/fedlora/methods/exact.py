@@ -197,5 +197,6 @@ RULE = Rule(
     client_init=_client_init,
     encode=product_change,
     finalize=_finalize,
+    followed=lambda options: options.max_rank is None,
     options=Options,
 )

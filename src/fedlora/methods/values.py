@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Deltas, LowRank, add_all
+from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, nbytes
 
 DENSE = "dense/"
 """Marks dense parameters among the factors of a sum: they are averaged like them, by every rule."""
@@ -144,6 +144,25 @@ Increments = Mapping[str, Increment]
 
 
 @dataclass(frozen=True)
+class Change:
+    """What one round has changed of the global model.
+
+    Args:
+        merge: what it has added to `base_delta`.
+        increments: how it has changed the adapter, of a rule that follows its directions; a module
+            that has none can only be sent whole.
+    """
+
+    merge: Deltas = field(default_factory=dict)
+    increments: Increments = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return nbytes(self.merge) + sum(x.nbytes for x in self.increments.values())
+
+
+@dataclass(frozen=True)
 class Aggregate:
     """The outcome of a rule: the next trainable global adapter, and what is merged for good.
 
@@ -176,8 +195,7 @@ class ServerState:
         ranks: client -> its rank, as far as it has pruned it.
         leading: leading directions of the adapter, of a rule that follows them; a module may lack
             (a run that an earlier version began): its are found anew.
-        increments: round -> how that round changed the adapter, module by module; a module that has
-            none can only be sent whole.
+        changes: round -> what it has changed, of the last rounds, as far as clients may lack it.
     """
 
     round: int
@@ -189,7 +207,7 @@ class ServerState:
     momentum: Encoded = field(default_factory=Encoded)
     ranks: Mapping[int, int] = field(default_factory=dict)
     leading: Adapter = field(default_factory=dict)
-    increments: Mapping[int, Increments] = field(default_factory=dict)
+    changes: Mapping[int, Change] = field(default_factory=dict)
 
     @property
     def levels(self) -> tuple[int, ...]:

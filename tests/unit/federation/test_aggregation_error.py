@@ -10,7 +10,7 @@ import torch
 from fedlora.federation.aggregation_error import MEASURED_RANK, Norms, measure_change
 from fedlora.lowrank import Delta, Dense, LowRank, concat, scale
 from fedlora.methods.tracking import known_part, with_images
-from fedlora.methods.values import Increment, ServerState
+from fedlora.methods.values import Change, Increment, ServerState
 from support.adapters import random_lowrank
 from support.simulated import matrix
 
@@ -68,7 +68,9 @@ def appended(after: Delta, stack: LowRank, weight: float) -> tuple[ServerState, 
     increment = Increment(stack, torch.tensor([weight]), torch.zeros(0, 4))
     return (
         ServerState(0, {"q": old}, leading={"q": leading}),
-        ServerState(1, {"q": after}, leading={"q": leading}, increments={1: {"q": increment}}),
+        ServerState(
+            1, {"q": after}, leading={"q": leading}, changes={1: Change({}, {"q": increment})}
+        ),
     )
 
 
