@@ -134,7 +134,10 @@ def agree(one: Sketch, other: Sketch) -> bool:
     """Whether two sketches are of one model but for rounding; a module without entry is zero."""
     zero = [0.0] * _NUMBERS
     for name in dict.fromkeys([*one, *other]):
-        mine, theirs = (torch.tensor(x.get(name, zero)) for x in (one, other))
+        mine, theirs = (torch.tensor(x.get(name, zero), dtype=torch.float64) for x in (one, other))
+        if mine.shape != theirs.shape:
+            return False
+        # Written so that NaN is a difference.
         if not (mine - theirs).norm() <= _SAME * torch.maximum(mine.norm(), theirs.norm()):
             return False
     return True

@@ -31,11 +31,13 @@ F32 = torch.float32
 MIXED, EQUAL = (8, 4, 2), (4, 4, 4)
 
 
-def serve(method: str, *, given: bool = False, seed: int = 5, **options: Any) -> Server:
+def serve(
+    method: str, *, given: bool = False, how: Mapping[str, Any] | None = None, **options: Any
+) -> Server:
     rule = METHODS[method]
     ranks = MIXED if rule.mixed_ranks else EQUAL
-    agreement = Agreement(rule, rule.options(**options), SHAPES, seed)
-    federation = Federation(ranks, [10, 17, 24], agreement)
+    agreement = Agreement(rule, rule.options(**options), SHAPES, 5)
+    federation = Federation(ranks, [10, 17, 24], agreement, **(how or {}))
     start = None
     if given:
         draw = torch.Generator().manual_seed(1)
@@ -130,6 +132,35 @@ def test_exact_with_options(options: dict[str, Any]) -> None:
     sites = Sites(serve("exact", **options))
     for number in range(1, 6):
         sites.play(away=0 if number in (2, 3) else None)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"server_momentum": 0.9},
+        {"server_learning_rate": 0.5},
+        {"modules": {1: frozenset(["layers/0.v"]), 2: frozenset(["layers/0.q"])}},
+        {"clients_per_round": 2},
+    ],
+)
+@pytest.mark.parametrize("method", ["exact", "flora"])
+def test_however_the_server_steps_and_whoever_trains_what(method: str, how: Any) -> None:
+    sites = Sites(serve(method, how=how))
+    for _ in range(5):
+        sites.play()
+
+
+@pytest.mark.parametrize("method", ["exact", "flora", "rolora"])
+def test_a_round_without_an_update_that_counts(method: str) -> None:
+    sites = Sites(serve(method))
+    for number in range(1, 6):
+        if number == 3:
+            sites.server.plan()
+            for client in range(3):
+                sites.server.reject(client, "it did not answer", reached=False)
+            sites.server.commit()
+        else:
+            sites.play()
 
 
 @pytest.mark.parametrize("method", ["exact", "flora"])
