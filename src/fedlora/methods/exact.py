@@ -23,7 +23,7 @@ Exact when: always, for every mix of ranks, participation, `start_fraction` and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fedlora.lowrank import (
@@ -168,9 +168,10 @@ def _finalize(total: Encoded, state: ServerState, rank: int, options: Options) -
         if not isinstance(learnt, LowRank):
             whole = add([whole, learnt])
             return _Module(whole, leading_directions(whole, size), None)
-        stack, weights = divided(learnt, leading)
-        whole = advanced(whole, leading, Increment(stack, weights, None))
-        increment = Increment(stack, weights, choose_turn(whole, leading, stack, size))
+        increment = Increment(*divided(learnt, leading), turn=None)
+        whole = advanced(whole, leading, increment)
+        turn = choose_turn(whole, leading, increment, size)
+        increment = replace(increment, turn=turn)
         return _Module(whole, turned(whole, leading, increment), increment)
 
     names = dict.fromkeys([*state.adapter, *total.products])

@@ -125,28 +125,33 @@ def advanced(whole: Delta, leading: LowRank, increment: Increment) -> Delta:
         return cheaper_form(concat([whole, stack]) if whole.rank else stack)
 
 
-def choose_turn(whole: Delta, leading: LowRank, stack: LowRank, size: int) -> Tensor:
+def choose_turn(whole: Delta, leading: LowRank, increment: Increment, size: int) -> Tensor:
     """The combinations `(L', L + r)` of `[V; A_new]` that hold the most of S'.
 
     Args:
         whole: S', after the round.
         leading: the directions followed so far.
-        stack: what the round has appended.
+        increment: of the round; its turn is what is asked for.
         size: how many directions to follow, at the most.
 
     Returns:
         At most `size` combinations, the strongest first, in the dtype of the stack; none of S'
         null directions is among them.
     """
+    stack = increment.stack
     with one_thread():
-        rows = torch.cat([leading.A.to(stack.A), stack.A])  # (L + r, n)
-        candidates = _candidates(leading.A.double(), stack, max(size, _LEAST_NEW))  # (q, L + r)
-        images = image(whole, candidates.to(rows) @ rows)  # (m, q)
+        basis = leading.A.to(stack.A)
+        rows = torch.cat([basis, stack.A])  # (L + r, n)
+        new = _new_rows(basis.double(), stack, max(size, _LEAST_NEW))  # (k, L + r)
+        learnt = concat([known_part(increment.weights, leading), stack])
+        old_images = leading.B.to(stack.B) + image(learnt, basis)  # S' V^T, without S'
+        images = torch.cat([old_images, image(whole, new.to(rows) @ rows)], dim=1)  # (m, L + k)
         core = torch.linalg.qr(images, mode="r").R.double()
         _, values, right = torch.linalg.svd(core, full_matrices=False)
         scale = max(_largest(values), _largest(leading.B.double().norm(dim=0)))
         used = values > scale * _ROUNDING * torch.finfo(rows.dtype).eps
-        turn: Tensor = right[used][:size] @ candidates
+        kept = torch.eye(len(basis), len(rows), dtype=new.dtype)
+        turn: Tensor = right[used][:size] @ torch.cat([kept, new])
         return turn.to(rows)
 
 
@@ -179,18 +184,18 @@ def unchanged(leading: LowRank) -> Increment:
     return Increment(none_like(leading), leading.B.new_zeros(0), None)
 
 
-def _candidates(basis: Tensor, stack: LowRank, size: int) -> Tensor:
-    """Orthonormal rows that the next basis is made of, as combinations `(q, L + r)` in float64.
+def _new_rows(basis: Tensor, stack: LowRank, size: int) -> Tensor:
+    """Orthonormal rows beyond the old basis, as combinations `(k, L + r)` of it and the new rows.
 
-    All of the old basis V, and the leading right singular directions of what the stack has beyond
-    V. Everything but its two Gram matrices is of size r.
+    They are the leading right singular directions of what the stack has beyond V. Everything but
+    its two Gram matrices is of size r, in float64.
 
     Args:
         basis: V `(L, n)` in float64, orthonormal.
         stack: of rank r.
-        size: how many new rows, at the most.
+        size: how many, at the most.
     """
-    new, left, old = stack.A.double(), stack.B.double(), len(basis)
+    new, left = stack.A.double(), stack.B.double()
     strength = left.norm(dim=0)  # (r,): rows count by it, and columns by their direction alone
     shared = new @ basis.T  # (r, L)
     inner = (new @ new.T - shared @ shared.T) * strength * strength[:, None]
@@ -199,9 +204,8 @@ def _candidates(basis: Tensor, stack: LowRank, size: int) -> Tensor:
     roots, turns = squares[used].sqrt(), turns[:, used]  # of the rows beyond V: (k,), (r, k)
     columns = (left / strength.clamp_min(torch.finfo(left.dtype).tiny)) @ turns * roots  # (m, k)
     order = torch.linalg.eigh(columns.T @ columns).eigenvectors.flip(1)[:, :size]
-    mixed = (turns / roots @ order).T * strength  # (j, r)
-    kept = torch.cat([torch.eye(old, dtype=basis.dtype), basis.new_zeros(old, len(new))], dim=1)
-    return torch.cat([kept, torch.cat([-(mixed @ shared), mixed], dim=1)])
+    mixed = (turns / roots @ order).T * strength  # (k, r)
+    return torch.cat([-(mixed @ shared), mixed], dim=1)
 
 
 def _ratio(column: Tensor, direction: Tensor) -> Tensor | None:

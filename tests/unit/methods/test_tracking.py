@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -46,9 +47,9 @@ def learnt_from(leading: LowRank, used: int, rank: int, seed: int, scale: float 
 def advance(
     whole: Delta, leading: LowRank, learnt: LowRank, size: int
 ) -> tuple[Delta, LowRank, Increment]:
-    stack, weights = divided(learnt, leading)
-    after = advanced(whole, leading, Increment(stack, weights, None))
-    increment = Increment(stack, weights, choose_turn(after, leading, stack, size))
+    increment = Increment(*divided(learnt, leading), turn=None)
+    after = advanced(whole, leading, increment)
+    increment = replace(increment, turn=choose_turn(after, leading, increment, size))
     return after, turned(after, leading, increment), increment
 
 
