@@ -11,6 +11,7 @@ the client holds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fedlora.federation.envelope import Message, RefusedMessageError
 from fedlora.federation.exchange import Agreement
 from fedlora.federation.increments import appended, laid_out_to_send, merged, sketch
 from fedlora.federation.messages import Broadcast, Lacking
-from fedlora.federation.site_wire import read_site_message
+from fedlora.federation.site_wire import read_model_message, read_site_message
 from fedlora.federation.wire import refusing
 from fedlora.lowrank import Adapter, Delta, Deltas, Dense, LowRank
 from fedlora.methods.tracking import with_images
@@ -31,6 +32,21 @@ Factors = dict[str, dict[str, Tensor]]
 
 class LostModelError(RefusedMessageError):
     """A message rests on a global model that is not the one held; all of it has to be sent."""
+
+
+@dataclass(frozen=True)
+class GlobalModel:
+    """A global model in its parts; `base_delta + adapter` is its difference from the base.
+
+    Args:
+        adapter: the trainable part.
+        base_delta: what was merged into the frozen side.
+        dense: the parameters trained whole.
+    """
+
+    adapter: Deltas
+    base_delta: Deltas
+    dense: Mapping[str, Tensor]
 
 
 class HeldModel:
@@ -63,12 +79,56 @@ class HeldModel:
 
         The same message may come again: what was applied is not applied twice.
 
+        Args:
+            message: `site_wire.site_message`.
+
         Raises:
             LostModelError: it tells changes of a model that is not held.
             RefusedMessageError: its parts do not fit together.
         """
-        asked, number = read_site_message(message), message.header.round - 1
-        held = asked.lacking.held
+        asked = read_site_message(message)
+        parts, model = self._brought_up_to_date(asked.lacking, message.header.round - 1)
+        with refusing():
+            if self.agreement.followed:
+                rule, options = self.agreement.rule, self.agreement.options
+                sent = rule.for_rank(Prepared(model.adapter, model.leading), asked.rank, options)
+            else:
+                model.adapter = parts.sent_adapter(model.adapter)
+                sent = Prepared(model.adapter, parts.sent_leading(model.adapter))
+            sent = laid_out_to_send(sent)
+        self._hold(model)
+        return Broadcast(
+            round=message.header.round,
+            client=asked.client,
+            rank=asked.rank,
+            adapter=sent.adapter,
+            leading=sent.leading,
+            base_delta=model.base_delta,
+            dense=parts.dense,
+            nbytes=asked.nbytes,
+            numbers=asked.numbers,
+            modules=asked.modules,
+        )
+
+    def evaluated(self, message: Message) -> GlobalModel:
+        """The global model that a message stands for, to be evaluated; it is held afterwards.
+
+        Args:
+            message: `site_wire.model_message`, whose round is the one that was committed.
+
+        Raises:
+            LostModelError: it tells changes of a model that is not held.
+            RefusedMessageError: its parts do not fit together.
+        """
+        parts, model = self._brought_up_to_date(read_model_message(message), message.header.round)
+        with refusing():
+            adapter = model.adapter if self.agreement.followed else parts.sent_adapter({})
+        self._hold(model)
+        return GlobalModel(adapter, model.base_delta, parts.dense)
+
+    def _brought_up_to_date(self, lacking: Lacking, number: int) -> tuple[_Parts, HeldModel]:
+        """The parts of a message, and the model of a round; `self` is not changed."""
+        held = lacking.held
         if held is not None and self.round not in (held, number):
             here = "none" if self.round is None else f"that of round {self.round}"
             raise LostModelError(
@@ -76,34 +136,18 @@ class HeldModel:
                 "the server has to send all of it"
             )
         with refusing():
-            parts = _Parts(asked.lacking, self.agreement)
-            model = HeldModel(self.agreement) if held is None else self
-            base_delta, adapter, leading = model.base_delta, model.adapter, model.leading
+            parts = _Parts(lacking, self.agreement)
+            old = HeldModel(self.agreement) if held is None else self
+            base_delta, adapter, leading = old.base_delta, old.adapter, old.leading
             if held is None or self.round != number:
                 base_delta = parts.advanced_base(base_delta)
                 if self.agreement.followed:
                     adapter, leading = parts.advanced_adapter(adapter, leading)
-            if self.agreement.followed:
-                rule, options = self.agreement.rule, self.agreement.options
-                sent = rule.for_rank(Prepared(adapter, leading), asked.rank, options)
-            else:
-                adapter = parts.sent_adapter(adapter)
-                sent = Prepared(adapter, parts.sent_leading(adapter))
-            sent = laid_out_to_send(sent)
-        self.round, self.base_delta, self.adapter = number, base_delta, adapter
-        self.leading = leading if self.agreement.followed else {}
-        return Broadcast(
-            round=message.header.round,
-            client=asked.client,
-            rank=asked.rank,
-            adapter=sent.adapter,
-            leading=sent.leading,
-            base_delta=base_delta,
-            dense=parts.dense,
-            nbytes=asked.nbytes,
-            numbers=asked.numbers,
-            modules=asked.modules,
-        )
+        return parts, HeldModel(self.agreement, number, adapter, leading, base_delta)
+
+    def _hold(self, model: HeldModel) -> None:
+        self.round, self.base_delta = model.round, model.base_delta
+        self.adapter, self.leading = model.adapter, model.leading
 
     def confirmation(self) -> dict[str, list[float]]:
         """A sketch of what everybody keeps of the global model, for the server to compare."""
@@ -127,15 +171,19 @@ class _Parts:
         self.dense: dict[str, Tensor] = {}
         self._groups: dict[str, Factors] = {}
         self._rounds: dict[str, dict[int, Factors]] = {"merge": {}, "increment": {}}
+        own = ("whole", "increment") if agreement.followed else ("adapter", "leading", "beyond")
         for place, value in lacking.tensors.items():
             group, rest = place.split("/", 1)
+            if group not in ("dense", "merge", "merged", *own):
+                raise ValueError(group)
             if group == "dense":
                 self.dense[rest] = value
                 continue
-            modules = self._groups.setdefault(group, {})
             if group in self._rounds:
                 number, rest = rest.split("/", 1)
                 modules = self._rounds[group].setdefault(int(number), {})
+            else:
+                modules = self._groups.setdefault(group, {})
             module, factor = rest.rsplit("/", 1)
             modules.setdefault(module, {})[factor] = value
 
@@ -169,8 +217,9 @@ class _Parts:
                 if beyond is not None:
                     factors = {factor: value, other: self._seeded(name, value, other, beyond)}
                 else:
-                    x = held[name]
-                    assert isinstance(x, LowRank), "it is trained as factors"
+                    x = held.get(name)
+                    if not isinstance(x, LowRank):
+                        raise LostModelError(f"a factor of {name} is not here; send all of it")
                     factors = {factor: value, other: getattr(x, other)}
             adapter[name] = self._delta(name, factors)
         return adapter

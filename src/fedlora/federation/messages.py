@@ -23,7 +23,7 @@ class Broadcast:
         rank: the rank of the adapter this client is to train.
         adapter: the global adapter; empty where the rule resets it.
         leading: the leading directions of `adapter`, which starts are cut from: the adapter
-            itself where that is factors, some directions of it where it is dense.
+            itself, or some directions of it.
         base_delta: the frozen side so far, `W_0 + base_delta` being what is not trained.
         dense: parameters averaged as they are (a classifier head).
         nbytes: bytes that have to be transferred: what this client does not hold already.

@@ -43,7 +43,7 @@ from fedlora.federation.recording import Answer, answer_of, client_records, roun
 from fedlora.federation.records import RoundRecord
 from fedlora.federation.server_step import step
 from fedlora.federation.spool import ReorderBuffer
-from fedlora.federation.traffic import lacking
+from fedlora.federation.traffic import lacking, model_lacking
 from fedlora.lowrank import Adapter, Deltas, cheaper_form, wide
 from fedlora.methods.shared import change, with_shift
 from fedlora.methods.tracking import unchanged
@@ -188,6 +188,18 @@ class Server:
             agreement.shared_factors,
             held,
         )
+
+    def model_lacking(self, held: int | None) -> Lacking:
+        """What a site lacks of the present global model, to evaluate it between two rounds.
+
+        Args:
+            held: the round whose global model it has confirmed; None where it holds none. Having
+                been sent this, it holds that of `state.round`.
+        """
+        agreement, state = self.agreement, self.state
+        largest = max(self.federation.ranks)
+        prepared = laid_out_to_send(agreement.rule.broadcast(state, largest, agreement.options))
+        return model_lacking(state, prepared, agreement.followed, held)
 
     def has_drifted(self, confirmation: Sketch) -> bool:
         """Whether a client's global model is not that of this round, but for rounding.

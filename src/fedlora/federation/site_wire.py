@@ -16,6 +16,9 @@ from fedlora.federation.messages import Broadcast, Lacking
 from fedlora.federation.wire import TRAIN, refusing, round_numbers, whole_number
 from fedlora.methods.values import RoundNumbers
 
+EVALUATE = "evaluate"
+"""The kind of a message that asks a site to evaluate the global model."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -79,6 +82,27 @@ def read_site_message(message: Message) -> Asked:
             modules=None if body["modules"] is None else frozenset(body["modules"]),
             lacking=lacking,
         )
+
+
+def model_message(header: Header, lacking: Lacking) -> Message:
+    """Brings a global model to be evaluated; `HeldModel.evaluated` reads it.
+
+    Args:
+        header: its round is the one that was committed; its kind is set here.
+        lacking: what the site lacks of the model (`Server.model_lacking`).
+    """
+    return Message(replace(header, kind=EVALUATE), {"held": lacking.held}, lacking.tensors)
+
+
+def read_model_message(message: Message) -> Lacking:
+    """The inverse of `model_message`.
+
+    Raises:
+        RefusedMessageError: it is not what such a message has to be.
+    """
+    with refusing():
+        held = message.body["held"]
+        return Lacking(None if held is None else whole_number(held), message.tensors)
 
 
 def read_confirmation(message: Message) -> Sketch | None:

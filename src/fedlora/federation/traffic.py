@@ -53,10 +53,33 @@ def lacking(
                 tensors[place], places[place] = value, indices
         beside = {name: x for name, x in sent.leading.items() if x is not sent.adapter[name]}
         tensors |= _named("leading", beside)
+    return Lacking(held, tensors | _beside_the_adapter(state, held), places)
+
+
+def model_lacking(
+    state: ServerState, prepared: Prepared, followed: bool, held: int | None
+) -> Lacking:
+    """What a site lacks of the global model itself, to evaluate it.
+
+    Args:
+        state: the server's, between two rounds.
+        prepared: what the next round would broadcast.
+        followed: whether clients keep the adapter.
+        held: the round whose global model the site holds; None: none.
+    """
+    tensors = _named("adapter", {} if followed else state.adapter)
+    if followed:
+        for name, x in prepared.adapter.items():
+            tensors |= _followed(state, name, x, prepared.leading[name], held)
+    return Lacking(held, tensors | _beside_the_adapter(state, held))
+
+
+def _beside_the_adapter(state: ServerState, held: int | None) -> dict[str, Tensor]:
+    """What was merged, as far as it is lacking, and the parameters that are trained whole."""
+    tensors: dict[str, Tensor] = {}
     for name, x in state.base_delta.items():
         tensors |= _merged(state, name, x, held)
-    tensors |= {f"dense/{name}": value for name, value in state.dense.items()}
-    return Lacking(held, tensors, places)
+    return tensors | {f"dense/{name}": value for name, value in state.dense.items()}
 
 
 def _followed(

@@ -150,7 +150,7 @@ def choose_turn(whole: Delta, leading: LowRank, increment: Increment, size: int)
         _, values, right = torch.linalg.svd(core, full_matrices=False)
         scale = max(_largest(values), _largest(leading.B.double().norm(dim=0)))
         used = values > scale * _ROUNDING * torch.finfo(rows.dtype).eps
-        kept = torch.eye(len(basis), len(rows), dtype=new.dtype)
+        kept = torch.eye(len(basis), len(rows), dtype=new.dtype, device=new.device)
         turn: Tensor = right[used][:size] @ torch.cat([kept, new])
         return turn.to(rows)
 

@@ -18,7 +18,12 @@ from fedlora.federation.held_model import HeldModel, LostModelError
 from fedlora.federation.messages import Broadcast
 from fedlora.federation.participants import Federation
 from fedlora.federation.server import Server, initial_state
-from fedlora.federation.site_wire import read_confirmation, read_site_message, site_message
+from fedlora.federation.site_wire import (
+    model_message,
+    read_confirmation,
+    read_site_message,
+    site_message,
+)
 from fedlora.federation.wire import trained_message
 from fedlora.lowrank import Dense, LowRank
 from fedlora.methods import METHODS
@@ -184,6 +189,28 @@ def test_who_was_away_is_sent_the_changes_since_and_who_lost_it_the_whole(method
     assert sites.bytes[8][2] == whole + small
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_site_evaluates_the_servers_global_model_and_holds_it(method: str) -> None:
+    sites = Sites(serve(method))
+    for number in range(1, 5):
+        sites.play(away=1 if number == 2 else None)
+        state = sites.server.state
+        for client in (0, 1):
+            lacking = sites.server.model_lacking(sites.confirmed[client])
+            header = replace(sites.header(), round=number)
+            message = decode(encode(model_message(header, lacking)))
+            found = sites.models[client].evaluated(message)
+            for part in ("adapter", "base_delta", "dense"):
+                assert same(getattr(found, part), getattr(state, part))
+            sites.confirmed[client] = sites.models[client].round
+    # What came with the model to be evaluated does not come again with what is to be trained.
+    if method in ("exact", "flora"):
+        sites.server.plan()
+        head = 4 * 6
+        assert sites.server.lacking(0, sites.confirmed[0]).nbytes == head
+        assert sites.server.lacking(2, sites.confirmed[2]).nbytes > head
+
+
 @pytest.mark.parametrize("method", ["exact", "flora"])
 def test_a_message_that_comes_again_is_not_applied_again(method: str) -> None:
     sites = Sites(serve(method))
@@ -206,6 +233,20 @@ def test_changes_of_a_model_that_is_not_held_are_refused() -> None:
     with pytest.raises(LostModelError, match="and here is that of round 1"):
         other.applied(message)
     assert other.round == 1
+
+
+def test_a_factor_that_is_not_held_is_asked_for() -> None:
+    """A site that has evaluated a model, and was never asked to train."""
+    sites = Sites(serve("ffa"))
+    sites.play(away=1)
+    lacking = sites.server.model_lacking(None)
+    sites.models[1].evaluated(model_message(replace(sites.header(), round=1), lacking))
+    sites.confirmed[1] = 1
+    broadcast = sites.server.plan()[1]
+    with pytest.raises(LostModelError, match="a factor of layers"):
+        sites.models[1].applied(sites.message(1, broadcast))
+    sites.confirmed[1] = None
+    assert_same(sites.models[1].applied(sites.message(1, broadcast)), broadcast)
 
 
 @pytest.mark.parametrize("method", ["exact", "flora", "fedex"])
@@ -253,6 +294,7 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
         replace(message, body={}),
         replace(message, tensors={**tensors, "increment/2/other/A": torch.ones(1)}),
         replace(message, tensors={**tensors, "nothing": torch.ones(1)}),
+        replace(message, tensors={**tensors, "adapter/layers/0.q/W": torch.ones(70, 60)}),
         replace(message, tensors={**tensors, "merge/x/layers/0.q/W": torch.ones(70, 60)}),
         replace(message, tensors={**tensors, "merged/layers/0.q/W": torch.ones(60, 70)}),
         replace(message, tensors={**tensors, "increment/2/layers/0.q/turn": torch.ones(3, 3)}),
