@@ -73,6 +73,8 @@ def a_round(method: str, round: int, modules: int, shape: list[int]) -> dict[str
     from fedlora.federation.server import Server, initial_state
     from fedlora.lowrank import LowRank
     from fedlora.methods import METHODS
+    from fedlora.methods.exact import from_global
+    from fedlora.methods.tracking import basis_size, leading_directions
     from fedlora.methods.values import ServerState
 
     m, n = shape
@@ -83,7 +85,9 @@ def a_round(method: str, round: int, modules: int, shape: list[int]) -> dict[str
     state = initial_state(federation)
     if round > 1:
         held = {name: _held((m, n), round, i + 1) for i, name in enumerate(shapes)}
-        state = ServerState(round - 1, held, ranks=state.ranks)
+        size = basis_size(from_global(max(RANKS), agreement.options), (m, n))
+        leading = {name: leading_directions(x, size) for name, x in held.items()}
+        state = ServerState(round - 1, held, ranks=state.ranks, leading=leading)
     server = Server(federation, state, Mean())
     del state
     sent: dict[int, Any] = {}

@@ -1,6 +1,11 @@
 """What travels in three rounds, as a share of full fine-tuning: FLoRA's figure (arXiv 2409.05976).
 
     .venv/bin/python benchmarks/communication.py
+    .venv/bin/python benchmarks/communication.py --late
+
+`--late` counts rounds 3 and 50 of the rules that send what changed, at Llama-2-7B's q and v: one
+module of 4096 x 4096, times 64. Round 50 follows on a state as after 48 rounds (a full matrix of
+random numbers in the place of what was learnt) and a real round 49. A minute on a quiet machine.
 
 A server of fedlora counts the bytes of three rounds with ten clients; the updates are random, in
 the shapes of one decoder layer, times the number of layers. Full fine-tuning sends every parameter
@@ -37,42 +42,136 @@ def traffic(
     import torch
 
     from fedlora.federation.aggregators.mean import Mean
-    from fedlora.federation.exchange import Agreement, client_start
-    from fedlora.federation.messages import ClientUpdate
+    from fedlora.federation.exchange import Agreement
     from fedlora.federation.participants import Federation
     from fedlora.federation.server import Server, initial_state
-    from fedlora.lowrank import LowRank
     from fedlora.methods import METHODS as RULES
 
     rule = RULES[method]
-    options = rule.options()
-    agreement = Agreement(rule, options, shapes)
+    agreement = Agreement(rule, rule.options(), shapes)
     federation = Federation(ranks, [100] * len(ranks), agreement)
     server = Server(federation, initial_state(federation), Mean())
     g = torch.Generator().manual_seed(0)
     up = down = 0
-    for number in range(1, rounds + 1):
-        for client, sent in server.plan().items():
-            start = client_start(sent, agreement)
-            trained = {
-                name: LowRank(x.A, x.B + 0.01 * torch.randn(x.B.shape, generator=g))
-                for name, x in start.adapter.items()
-            }
-            sends = rule.training(options).sent(number)
-            server.accept(ClientUpdate(client, number, trained, 100, sends=sends))
+    for _ in range(rounds):
+        for sent in server.plan().values():
+            server.accept(update(server, sent, g))
         record = server.commit()
         up, down = up + record.bytes_up, down + record.bytes_down
     return up, down
 
 
+def update(server: Any, sent: Any, generator: Any) -> Any:
+    """What a client sends whose trained factors have moved."""
+    import torch
+
+    from fedlora.federation.exchange import client_start
+    from fedlora.federation.messages import ClientUpdate
+    from fedlora.lowrank import LowRank
+
+    training = server.agreement.training
+    trains = training.trained(sent.round)
+
+    def moved(x: torch.Tensor, factor: str) -> torch.Tensor:
+        if factor not in trains:
+            return x
+        return x + 0.01 * torch.randn(x.shape, generator=generator)
+
+    trained = {
+        name: LowRank(moved(x.A, "A"), moved(x.B, "B"))
+        for name, x in client_start(sent, server.agreement).adapter.items()
+    }
+    return ClientUpdate(sent.client, sent.round, trained, 100, sends=training.sent(sent.round))
+
+
+def late(method: str, ranks: list[int], size: int, modules: int) -> list[str]:
+    """Lines on rounds 3 and 50: bytes of one client, against what the round's stack has."""
+    from dataclasses import replace
+
+    import torch
+
+    from fedlora.federation.aggregators.mean import Mean
+    from fedlora.federation.exchange import Agreement
+    from fedlora.federation.participants import Federation
+    from fedlora.federation.server import Server, initial_state
+    from fedlora.lowrank import Dense
+    from fedlora.methods import METHODS as RULES
+    from fedlora.methods.tracking import with_images
+
+    rule = RULES[method]
+    agreement = Agreement(rule, rule.options(), {"layer": (size, size)})
+    federation = Federation(ranks, [100] * len(ranks), agreement)
+    server = Server(federation, initial_state(federation), Mean())
+    g = torch.Generator().manual_seed(0)
+    stack, lines = 4 * modules * sum(ranks) * 2 * size, []
+
+    def play() -> None:
+        for sent in server.plan().values():
+            server.accept(update(server, sent, g))
+        server.commit()
+
+    for number in (3, 50):
+        if number == 50:
+            learnt = {"layer": Dense(torch.randn(size, size, generator=g) / size)}
+            rows = {name: x.A for name, x in server.state.leading.items()}
+            state = replace(
+                server.state,
+                round=48,
+                last_seen=dict.fromkeys(range(len(ranks)), 48),
+                leading={name: with_images(learnt[name], x) for name, x in rows.items()},
+                **{"adapter" if rule.followed(agreement.options) else "base_delta": learnt},
+            )
+            server = Server(federation, state, Mean())
+        while server.state.round < number - 1:
+            play()
+        sent = server.plan()
+        down = {modules * broadcast.nbytes for broadcast in sent.values()}
+        whole = {modules * server.lacking(client, None).nbytes for client in sent}
+        assert len(down) == len(whole) == 1, "clients of every rank are sent the same"
+        one, all_of_it = down.pop(), whole.pop()
+        lines.append(
+            f"| {method} | {number} | {stack / 1e6:.1f} | {one / 1e6:.1f} | {one / stack:.3f} | "
+            f"{all_of_it / 1e6:.0f} |"
+        )
+    return lines
+
+
+def write_late() -> None:
+    """Count rounds 3 and 50, write the table."""
+    lines = [
+        "# What one client is sent in rounds 3 and 50",
+        "",
+        "`benchmarks/communication.py --late`; Llama-2-7B's q and v (one module of 4096 x 4096,",
+        "times 64), float32, ten clients, all in every round. MB of one client and round;",
+        "all are sent the same, and make their start from it. Stack: the factors of the round",
+        "before, all ranks together. Whole: what one who holds nothing is sent.",
+        "",
+        "| ranks | method | round | stack | down | down / stack | whole |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for called, ranks in RANKS.items():
+        for method in ("flora", "exact"):
+            lines += [f"| {called} {line}" for line in late(method, ranks, 4096, 64)]
+            print("\n".join(lines[-2:]), flush=True)
+    write("downlink.md", "\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Count, write the table."""
+    import argparse
+
     import torch
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--late", action="store_true", help="rounds 3 and 50 instead")
+    torch.set_num_threads(1)
+    if parser.parse_args().late:
+        write_late()
+        return
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from fedlora.methods import METHODS as RULES
 
-    torch.set_num_threads(1)
     lines = [
         "# Bytes of three rounds as a share of full fine-tuning",
         "",

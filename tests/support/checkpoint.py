@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fedlora.lowrank import Dense, LowRank, prefix
-from fedlora.methods.values import Encoded, ServerState
+from fedlora.methods.values import Change, Encoded, Increment, ServerState
 from fedlora.model.targets import Targets
 from fedlora.runs.state_file import state_to_tensors
 
@@ -24,6 +24,8 @@ def a_state(number: int = 1) -> ServerState:
     """A state with something in every place, some of it views and some of it shared."""
     torch.manual_seed(number)
     shared, whole = low(), low(4)
+    increment = Increment(low(), torch.randn(1), torch.randn(2, 4))
+    nothing = Increment(low(0), torch.randn(0), None)
     return ServerState(
         round=number,
         adapter={"b.up": prefix(whole, 2), "a.down": Dense(torch.randn(6, 4).T)},
@@ -32,6 +34,11 @@ def a_state(number: int = 1) -> ServerState:
         last_merge={"b.up": shared},
         last_seen={0: 1, 3: number},
         momentum=Encoded({"b.up/A": whole.A[:2]}, {"b.up": shared}),
+        leading={"b.up": low()},
+        changes={
+            number - 1: Change({"b.up": low()}, {"b.up": nothing}),
+            number: Change({"b.up": shared}, {"b.up": increment}),
+        },
     )
 
 

@@ -4,6 +4,10 @@ The change of a module and what it should be are kept as terms, updates with a s
 never formed. Their norms are computed in one of three ways: from matrices some rows at a time, from
 the Gram matrices of short factors, or, where those would cost as much as the round itself, from
 random probes.
+
+Of a global update that is kept by appending (`methods.tracking`), the terms are what was appended,
+so that their cost does not grow with the rounds. That the update has changed by just these terms is
+checked on four random vectors Z: `S' Z - S Z - dS Z` counts as missed.
 """
 
 from __future__ import annotations
@@ -27,12 +31,14 @@ from fedlora.lowrank import (
     scale,
     wide,
 )
+from fedlora.methods.tracking import known_part
 from fedlora.methods.values import ServerState
 from fedlora.threads import map_modules
 
 MEASURED_RANK = 256
 """Directions of a module, those of all its terms together, up to which norms are exact."""
 _PROBES, _PROBE_BLOCK, _ROW_BLOCK = 64, 64, 1 << 18
+_CHECKS = 4  # probes of a module that is kept by appending
 
 
 class Norms(NamedTuple):
@@ -88,7 +94,12 @@ def measure_change(before: ServerState, after: ServerState, wanted: Deltas) -> C
 
     def squares(name: str) -> Norms:
         aim = [_Term(wanted[name], 1.0)] if name in wanted else []
-        return _squares(_change(before, after, name), aim)
+        appended = _appended(before, after, name)
+        if appended is None:
+            return _squares(_change(before, after, name), aim)
+        norms = _squares([*_merged(before, after, name), *appended], aim)
+        slip = _slip(before.adapter[name], after.adapter[name], appended)
+        return norms._replace(missed=norms.missed + slip)
 
     names = dict.fromkeys([*after.base_delta, *after.adapter])
     modules = map_modules(squares, {name: name for name in names})
@@ -105,6 +116,36 @@ def _change(before: ServerState, after: ServerState, name: str) -> list[_Term]:
     terms += [_Term(old, -1.0)] if old is not None else []
     terms += [_Term(new, 1.0)] if new is not None else []
     return _without_opposites(terms)
+
+
+def _appended(before: ServerState, after: ServerState, name: str) -> list[_Term] | None:
+    """Terms that one module's adapter has changed by; None where it was not kept by appending."""
+    change = after.changes.get(after.round)
+    increment = None if change is None else change.increments.get(name)
+    if increment is None or name not in before.leading:
+        return None
+    known = known_part(increment.weights, before.leading[name])
+    return [_Term(x, 1.0) for x in (increment.stack, known) if x.rank]
+
+
+def _slip(old: Delta, new: Delta, terms: Sequence[_Term]) -> float:
+    """An estimate of `||new - old - sum of the terms||^2`, from four random vectors."""
+    if old is new and not terms:
+        return 0.0
+    vectors = _probes(old.shape[1])[:, :_CHECKS]
+    gap = _times(new, vectors) - _times(old, vectors)
+    for x, sign in terms:
+        gap = gap - sign * _times(x, vectors)
+    return _square(gap) / _CHECKS
+
+
+def _times(x: Delta, vectors: Tensor) -> Tensor:
+    """`dW Z` in the dtype of dW."""
+    if isinstance(x, Dense):
+        w = wide(x.W)
+        return w @ vectors.to(w)
+    a = wide(x.A)
+    return wide(x.B) @ (a @ vectors.to(a))
 
 
 def _merged(before: ServerState, after: ServerState, name: str) -> list[_Term]:

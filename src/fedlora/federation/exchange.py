@@ -39,6 +39,11 @@ class Agreement:
         return self.rule.training(self.options)
 
     @property
+    def followed(self) -> bool:
+        """Whether clients keep the global adapter, and are sent what has changed of it."""
+        return self.rule.followed(self.options)
+
+    @property
     def fixed_weight(self) -> float | None:
         """The constant that replaces every client's weight; None where weights are shares."""
         return self.rule.fixed_weight(self.options)

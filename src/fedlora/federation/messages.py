@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ class Broadcast:
         rank: the rank of the adapter this client is to train.
         adapter: the global adapter; empty where the rule resets it.
         leading: the leading directions of `adapter`, which starts are cut from: the adapter
-            itself where that is factors, some directions of it where it is dense.
+            itself, or some directions of it.
         base_delta: the frozen side so far, `W_0 + base_delta` being what is not trained.
         dense: parameters averaged as they are (a classifier head).
         nbytes: bytes that have to be transferred: what this client does not hold already.
@@ -41,6 +41,30 @@ class Broadcast:
     nbytes: int
     numbers: RoundNumbers
     modules: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What a client lacks of a broadcast, and has to be sent.
+
+    Args:
+        held: the round whose global model it holds; None: none.
+        tensors: by where they belong. Of a rule whose adapter clients keep,
+            `increment/round/module/part` or `whole/module/part` and its `basis`; of others
+            `adapter/module/factor` and `leading/module/factor`; `merge/round/module/factor` or
+            `merged/module/factor`; and `dense/name`.
+        places: of a factor that the seed gives but for some rows of A or columns of B,
+            `beyond/module/factor`: which.
+    """
+
+    held: int | None
+    tensors: Mapping[str, Tensor]
+    places: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(value.nbytes for value in self.tensors.values())
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
 from fedlora.federation.aggregators import Aggregator
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.checks import check_rule, check_server_step, check_shapes, not_finite
-from fedlora.federation.codec import as_new
 from fedlora.federation.exchange import client_start, encode_update, server_view
-from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.increments import (
+    Sketch,
+    agree,
+    laid_out,
+    laid_out_to_send,
+    merged,
+    sketch,
+    worth_keeping,
+)
+from fedlora.federation.messages import Broadcast, ClientUpdate, Lacking
 from fedlora.federation.participants import Federation
 from fedlora.federation.recording import (
     Answer,
@@ -42,10 +49,11 @@ from fedlora.federation.recording import (
 from fedlora.federation.records import Outcome, RoundRecord
 from fedlora.federation.server_step import step
 from fedlora.federation.spool import ReorderBuffer
-from fedlora.federation.traffic import bytes_down
-from fedlora.lowrank import Adapter, Delta, Deltas, Dense, LowRank, add_all, cheaper_form, wide
+from fedlora.federation.traffic import lacking, model_lacking
+from fedlora.lowrank import Adapter, Deltas, cheaper_form, wide
 from fedlora.methods.shared import change, with_shift
-from fedlora.methods.values import DENSE, Aggregate, Encoded, Prepared, RoundNumbers, ServerState
+from fedlora.methods.tracking import unchanged
+from fedlora.methods.values import DENSE, Change, Encoded, Prepared, RoundNumbers, ServerState
 from fedlora.threads import one_thread
 
 
@@ -95,7 +103,9 @@ class Server:
         check_server_step(rule, federation.server_learning_rate, federation.server_momentum)
         self.federation = federation
         self.agreement = federation.agreement
-        self.state = state
+        # Clients compute from copies; what they compute with must lie in memory alike.
+        adapter = laid_out(state.adapter) if self.agreement.followed else state.adapter
+        self.state = replace(state, adapter=adapter, base_delta=laid_out(state.base_delta))
         self.aggregator = aggregator
         self._buffer = ReorderBuffer(spool)
         self._close()
@@ -104,6 +114,9 @@ class Server:
         """No round is open; of the one before nothing is left."""
         self._open = False
         self._truncation_error = 0.0
+        self._prepared: Prepared | None = None
+        self._sketch: Sketch | None = None
+        self._unreached: set[int] = set()
         self._broadcasts: dict[int, Broadcast] = {}
         self._answers: dict[int, Answer] = {}
         self._rejected: dict[int, Rejection] = {}
@@ -121,22 +134,21 @@ class Server:
         Clients of one rank are sent the same tensors, so that memory grows with the number of
         ranks, not with that of clients.
         """
+        self._close()
         state, federation, agreement = self.state, self.federation, self.agreement
         rule, options, largest = agreement.rule, agreement.options, max(federation.ranks)
-        prepared = _laid_out(rule.broadcast(state, largest, options))
-        base_delta = _as_new(state.base_delta)
+        self._prepared = prepared = laid_out_to_send(rule.broadcast(state, largest, options))
+        base_delta = laid_out(state.base_delta)
         numbers = RoundNumbers(dict.fromkeys(agreement.shapes, largest), state.levels)
-        fresh = agreement.shared_factors
 
         @cache
         def sent_to(rank: int) -> Prepared:
-            return _laid_out(rule.for_rank(prepared, rank, options))
+            return laid_out_to_send(rule.for_rank(prepared, rank, options))
 
         @cache
-        def bytes_to(rank: int, seen: bool, new: bool) -> int:
-            return bytes_down(state, sent_to(rank), rule, fresh, seen=seen, new=new)
+        def bytes_to(rank: int, held: int | None) -> int:
+            return self._lacking(sent_to(rank), held).nbytes
 
-        self._close()
         self._open, self._truncation_error = True, prepared.error
         for client in federation.sample(state.round + 1):
             rank, last = self._rank(client), state.last_seen.get(client)
@@ -148,12 +160,63 @@ class Server:
                 leading=sent_to(rank).leading,
                 base_delta=base_delta,
                 dense=state.dense,
-                nbytes=bytes_to(rank, last == state.round, last is None),
+                nbytes=bytes_to(rank, None if last is None else last - 1),
                 numbers=numbers,
                 modules=federation.trained_by(client),
             )
         self._buffer.open(self._broadcasts)
         return dict(self._broadcasts)
+
+    def lacking(self, client: int, held: int | None) -> Lacking:
+        """What a client of this round has to be sent, for its site to have the broadcast.
+
+        The client's record counts these bytes instead of those that `plan` expected.
+
+        Args:
+            client: one that `plan` asks.
+            held: the round whose global model it has confirmed; None where it holds none, or not
+                the right one (`has_drifted`).
+        """
+        sent = self._broadcasts[client]
+        lacking = self._lacking(Prepared(sent.adapter, sent.leading), held)
+        self._broadcasts[client] = replace(sent, nbytes=lacking.nbytes)
+        return lacking
+
+    def _lacking(self, sent: Prepared, held: int | None) -> Lacking:
+        agreement = self.agreement
+        assert self._prepared is not None, "plan has opened the round"
+        return lacking(
+            self.state,
+            self._prepared,
+            sent,
+            agreement.rule,
+            agreement.options,
+            agreement.shared_factors,
+            held,
+        )
+
+    def model_lacking(self, held: int | None) -> Lacking:
+        """What a site lacks of the present global model, to evaluate it between two rounds.
+
+        Args:
+            held: the round whose global model it has confirmed; None where it holds none. Having
+                been sent this, it holds that of `state.round`.
+        """
+        agreement, state = self.agreement, self.state
+        largest = max(self.federation.ranks)
+        prepared = laid_out_to_send(agreement.rule.broadcast(state, largest, agreement.options))
+        return model_lacking(state, prepared, agreement.followed, held)
+
+    def has_drifted(self, confirmation: Sketch) -> bool:
+        """Whether a client's global model is not that of this round, but for rounding.
+
+        Args:
+            confirmation: of the client's model (`HeldModel.confirmation`).
+        """
+        if self._sketch is None:
+            kept = (self.state.adapter,) if self.agreement.followed else ()
+            self._sketch = sketch(self.state.base_delta, *kept)
+        return not agree(confirmation, self._sketch)
 
     @one_thread()
     def accept(self, update: ClientUpdate) -> str:
@@ -188,13 +251,16 @@ class Server:
         self._buffer.put(update)
         return ""
 
-    def reject(self, client: int, reason: str, outcome: Outcome = "failed") -> None:
+    def reject(
+        self, client: int, reason: str, outcome: Outcome = "failed", *, reached: bool = True
+    ) -> None:
         """Note that a client of this round does not count; the round goes on without it.
 
         Args:
             client: its number.
             reason: why, in words.
             outcome: what became of it.
+            reached: whether it has received what it was sent, and holds it.
 
         Raises:
             ValueError: its update was folded already, because another was taken after it.
@@ -203,6 +269,8 @@ class Server:
         if counted and client not in self._buffer:
             raise ValueError(f"client {client} has been counted already; it cannot be taken back")
         self._rejected[client] = Rejection(reason, outcome)
+        if not reached:
+            self._unreached.add(client)
         self._buffer.skip(client)
 
     def _fold(self, update: ClientUpdate) -> None:
@@ -252,16 +320,25 @@ class Server:
         record = round_record(
             self.federation, before, after, wanted, clients, self._truncation_error
         )
-        self.state = after
+        self.state = replace(after, changes=worth_keeping(after))
         self._close()
         return record
 
     def _without_updates(self, before: ServerState) -> ServerState:
         """The next state where no update counts: a round later, and the same model."""
         number = before.round + 1
-        seen = {**before.last_seen, **dict.fromkeys(self._broadcasts, number)}
+        reached = [client for client in self._broadcasts if client not in self._unreached]
+        seen = {**before.last_seen, **dict.fromkeys(reached, number)}
         ranks = {**before.ranks, **self._pruned()}
-        return replace(before, round=number, last_seen=seen, last_merge={}, ranks=ranks)
+        still = {name: unchanged(x) for name, x in before.leading.items()}
+        return replace(
+            before,
+            round=number,
+            last_seen=seen,
+            last_merge={},
+            ranks=ranks,
+            changes={**before.changes, number: Change({}, still)},
+        )
 
     def _advance(self, before: ServerState, after: ServerState, total: Encoded) -> ServerState:
         """The next state by what the clients' updates came to."""
@@ -272,11 +349,13 @@ class Server:
         aggregate = agreement.rule.finalize(
             applied, before, max(federation.ranks), agreement.options
         )
-        base_delta, merge = _merge(before.base_delta, aggregate)
+        merge = laid_out({name: cheaper_form(x) for name, x in aggregate.merge.items()})
         return replace(
             after,
             adapter=aggregate.adapter,
-            base_delta=base_delta,
+            leading=aggregate.leading,
+            changes={**before.changes, after.round: Change(merge, aggregate.increments)},
+            base_delta=merged(before.base_delta, merge),
             last_merge=merge,
             momentum=velocity,
             dense={
@@ -295,35 +374,3 @@ class Server:
             for client, answer in self._answers.items()
             if client not in self._rejected and answer.rank is not None
         }
-
-
-def _laid_out(sent: Prepared) -> Prepared:
-    """What clients are sent, laid out as if it had gone through a message: see `as_new`.
-
-    A start depends in its last bits on how tensors lie in memory. The server computes it from what
-    it has and a client from a copy, and both must find the same.
-    """
-    adapter = _as_new(sent.adapter)
-    own = _as_new({n: x for n, x in sent.leading.items() if x is not sent.adapter.get(n)})
-    leading = {name: own.get(name, adapter.get(name)) for name in sent.leading}
-    return Prepared(adapter, cast(Adapter, leading), sent.error)
-
-
-def _as_new(deltas: Deltas) -> Deltas:
-    """These updates with every tensor as new; they themselves where all are."""
-
-    def module(x: Delta) -> Delta:
-        if isinstance(x, Dense):
-            return x if (w := as_new(x.W)) is x.W else Dense(w)
-        a, b = as_new(x.A), as_new(x.B)
-        return x if a is x.A and b is x.B else LowRank(a, b)
-
-    out = {name: module(x) for name, x in deltas.items()}
-    return deltas if all(out[name] is x for name, x in deltas.items()) else out
-
-
-def _merge(base_delta: Deltas, aggregate: Aggregate) -> tuple[Deltas, Deltas]:
-    """The frozen side after a round, and what the round has added to it."""
-    merge = {name: cheaper_form(x) for name, x in aggregate.merge.items()}
-    touched = {name: x for name, x in base_delta.items() if name in merge}
-    return {**base_delta, **add_all([touched, merge])}, merge

@@ -1,4 +1,4 @@
-"""Tells what has to be transferred to a client at the beginning of a round, and counts its bytes.
+"""Tells what has to be transferred to a client at the beginning of a round.
 
 A client can make for itself what the seed gives (LoRA's initial A, a B of zeros) and keeps what it
 was sent. All else counts in the round in which it is sent.
@@ -6,53 +6,125 @@ was sent. All else counts in the round in which it is sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from fedlora.lowrank import Deltas, LowRank, nbytes
+from fedlora.federation.increments import changes_since
+from fedlora.federation.messages import Lacking
+from fedlora.lowrank import Delta, Deltas, LowRank
 from fedlora.methods.rule import Fresh, Rule
 from fedlora.methods.values import Prepared, ServerState
 
 
-def tensors_down(
-    state: ServerState, sent: Prepared, rule: Rule, fresh: Fresh, *, seen: bool, new: bool
-) -> dict[str, Tensor]:
-    """The tensors that a client lacks, by where they belong.
+def lacking(
+    state: ServerState,
+    prepared: Prepared,
+    sent: Prepared,
+    rule: Rule,
+    options: object,
+    fresh: Fresh,
+    held: int | None,
+) -> Lacking:
+    """What a client lacks of a broadcast.
 
     Args:
         state: the server's, before the round.
-        sent: what a client of this rank is sent.
-        rule: which factors travel in a round (`sent_down`).
+        prepared: what the round broadcasts.
+        sent: what of it a client of this rank is sent.
+        rule: whether clients keep the adapter (`followed`), or else which of its factors travel
+            (`sent_down`).
+        options: of the rule.
         fresh: the shared initial A that the seed gives, `(module, rank) -> A`.
-        seen: it took part in the round before: of what was merged it lacks only the last round's.
-        new: it has never been sent anything: of a factor that the rule never sends it lacks what
-            the seed does not give, as where the run goes on from an adapter.
+        held: the round whose global model the client holds, as committed; None where it has never
+            been sent anything, or has lost it. Of a factor that the rule never sends it then lacks
+            what the seed does not give, as where the run goes on from an adapter.
     """
-    factors = rule.sent_down(state.round + 1, seen)
-    beside = {name: x for name, x in sent.leading.items() if x is not sent.adapter[name]}
-    merged = state.base_delta
-    if seen and nbytes(state.last_merge) < nbytes(merged):
-        merged = state.last_merge
-    lacking = dict(_named("adapter", sent.adapter, factors))
-    lacking |= _named("leading", beside, "AB")
-    lacking |= _named("merged", merged, "AB")
-    lacking |= {f"dense/{name}": value for name, value in state.dense.items()}
-    if new:
-        lacking |= _beyond_seed(sent.adapter, {"A", "B"} - set(factors), fresh)
-    return lacking
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, list[int]] = {}
+    if rule.followed(options):
+        for name, x in prepared.adapter.items():
+            tensors |= _followed(state, name, x, prepared.leading[name], held)
+    else:
+        factors = rule.sent_down(state.round + 1, held is not None and held == state.round - 1)
+        tensors |= _named("adapter", sent.adapter, factors)
+        if held is None:
+            for place, (value, indices) in _beyond_seed(sent.adapter, factors, fresh).items():
+                tensors[place], places[place] = value, indices
+        beside = {name: x for name, x in sent.leading.items() if x is not sent.adapter[name]}
+        tensors |= _named("leading", beside)
+    return Lacking(held, tensors | _beside_the_adapter(state, held), places)
 
 
-def bytes_down(
-    state: ServerState, sent: Prepared, rule: Rule, fresh: Fresh, *, seen: bool, new: bool
-) -> int:
-    """The bytes of `tensors_down`."""
-    lacking = tensors_down(state, sent, rule, fresh, seen=seen, new=new)
-    return sum(value.nbytes for value in lacking.values())
+def model_lacking(
+    state: ServerState, prepared: Prepared, followed: bool, held: int | None
+) -> Lacking:
+    """What a site lacks of the global model itself, to evaluate it.
+
+    Args:
+        state: the server's, between two rounds.
+        prepared: what the next round would broadcast.
+        followed: whether clients keep the adapter.
+        held: the round whose global model the site holds; None: none.
+    """
+    tensors = _named("adapter", {} if followed else state.adapter)
+    if followed:
+        for name, x in prepared.adapter.items():
+            tensors |= _followed(state, name, x, prepared.leading[name], held)
+    return Lacking(held, tensors | _beside_the_adapter(state, held))
 
 
-def _named(group: str, deltas: Deltas, factors: str) -> Iterator[tuple[str, Tensor]]:
+def _beside_the_adapter(state: ServerState, held: int | None) -> dict[str, Tensor]:
+    """What was merged, as far as it is lacking, and the parameters that are trained whole."""
+    tensors: dict[str, Tensor] = {}
+    for name, x in state.base_delta.items():
+        tensors |= _merged(state, name, x, held)
+    return tensors | {f"dense/{name}": value for name, value in state.dense.items()}
+
+
+def _followed(
+    state: ServerState, name: str, whole: Delta, leading: LowRank, held: int | None
+) -> dict[str, Tensor]:
+    """One module of an adapter that clients keep: what has changed of it, or all of it."""
+    everything = {**_named("whole", {name: whole}), f"whole/{name}/basis": leading.A}
+    changes = changes_since(state, held)
+    if changes is None or any(name not in change.increments for _, change in changes):
+        return everything
+    changed = {
+        f"increment/{number}/{name}/{part}": value
+        for number, change in changes
+        for part, value in change.increments[name].tensors.items()
+    }
+    return _smaller(changed, everything)
+
+
+def _merged(state: ServerState, name: str, whole: Delta, held: int | None) -> dict[str, Tensor]:
+    """One module of what was merged: what the rounds have added since, or all of it."""
+    everything = _named("merged", {name: whole})
+    changes = changes_since(state, held)
+    if changes is None:
+        return everything
+    changed: dict[str, Tensor] = {}
+    for number, change in changes:
+        if name in change.merge:
+            changed |= _named(f"merge/{number}", {name: change.merge[name]})
+    return _smaller(changed, everything)
+
+
+def _smaller(changed: dict[str, Tensor], everything: dict[str, Tensor]) -> dict[str, Tensor]:
+    return changed if _bytes(changed) < _bytes(everything) else everything
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(value.nbytes for value in tensors.values())
+
+
+def _named(group: str, deltas: Deltas, factors: str = "AB") -> dict[str, Tensor]:
     """The named factors of all updates; a dense update goes whole."""
+    return dict(_items(group, deltas, factors))
+
+
+def _items(group: str, deltas: Deltas, factors: str) -> Iterator[tuple[str, Tensor]]:
     for name, x in deltas.items():
         if isinstance(x, LowRank):
             for factor, value in (("A", x.A), ("B", x.B)):
@@ -62,13 +134,22 @@ def _named(group: str, deltas: Deltas, factors: str) -> Iterator[tuple[str, Tens
             yield f"{group}/{name}/W", x.W
 
 
-def _beyond_seed(adapter: Deltas, factors: set[str], fresh: Fresh) -> Iterator[tuple[str, Tensor]]:
-    """The rows of A and the columns of B that are not those of a fresh adapter."""
+def _beyond_seed(adapter: Deltas, sent: str, fresh: Fresh) -> dict[str, tuple[Tensor, list[int]]]:
+    """Rows of A and columns of B that are not those of a fresh adapter, and which they are.
+
+    Args:
+        adapter: the global one.
+        sent: the factors that travel anyway.
+        fresh: what the seed gives.
+    """
+    found: dict[str, tuple[Tensor, list[int]]] = {}
     for name, x in adapter.items():
         if not isinstance(x, LowRank):
             continue
-        if "A" in factors:
+        if "A" not in sent:
             differs = (fresh(name, x.rank).to(x.A) != x.A).any(dim=1)  # (r,)
-            yield f"adapter/{name}/A", x.A[differs]
-        if "B" in factors:
-            yield f"adapter/{name}/B", x.B[:, x.B.any(dim=0)]
+            found[f"beyond/{name}/A"] = x.A[differs], differs.nonzero().flatten().tolist()
+        if "B" not in sent:
+            differs = x.B.any(dim=0)
+            found[f"beyond/{name}/B"] = x.B[:, differs], differs.nonzero().flatten().tolist()
+    return found

@@ -20,7 +20,13 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.federation.envelope import Header, Message, RefusedMessageError
-from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate, adapter_of
+from fedlora.federation.increments import Sketch
+from fedlora.federation.messages import (
+    Broadcast,
+    ClientState,
+    ClientUpdate,
+    adapter_of,
+)
 from fedlora.lowrank import Delta, Dense, LowRank
 from fedlora.methods.rule import Shapes
 from fedlora.methods.values import RoundNumbers
@@ -126,7 +132,7 @@ def read_train(message: Message, groups: Groups) -> tuple[list[Broadcast], dict[
     Raises:
         RefusedMessageError: it is not what such a message has to be.
     """
-    with _refusing():
+    with refusing():
         body = message.body
         groups.update({name: dict.fromkeys(of) for name, of in body["groups"].items()})
         states: dict[int, dict[str, Tensor]] = {}
@@ -154,16 +160,13 @@ def read_train(message: Message, groups: Groups) -> tuple[list[Broadcast], dict[
             groups[group][module] = _value(factors)
         if any(value is None for group in body["groups"] for value in groups[group].values()):
             raise ValueError("a module without tensors")
-        numbers = RoundNumbers(
-            {str(name): _whole(width) for name, width in body["widths"].items()},
-            tuple(_whole(level) for level in body["levels"]),
-        )
+        numbers = round_numbers(body)
         broadcasts = [
             Broadcast(
                 round=message.header.round,
-                client=_whole(entry["client"]),
-                rank=_whole(entry["rank"], least=1),
-                nbytes=_whole(entry["nbytes"]),
+                client=whole_number(entry["client"]),
+                rank=whole_number(entry["rank"], least=1),
+                nbytes=whole_number(entry["nbytes"]),
                 numbers=numbers,
                 modules=None if entry["modules"] is None else frozenset(entry["modules"]),
                 **{field: groups[entry["groups"][field]] for field in _FIELDS},
@@ -173,8 +176,19 @@ def read_train(message: Message, groups: Groups) -> tuple[list[Broadcast], dict[
         return broadcasts, {client: ClientState(factors) for client, factors in states.items()}
 
 
+def round_numbers(body: Mapping[str, Any]) -> RoundNumbers:
+    """The public numbers of a round, in the body of a message."""
+    return RoundNumbers(
+        {str(name): whole_number(width) for name, width in body["widths"].items()},
+        tuple(whole_number(level) for level in body["levels"]),
+    )
+
+
 def trained_message(
-    header: Header, updates: Sequence[ClientUpdate], states: Mapping[int, ClientState]
+    header: Header,
+    updates: Sequence[ClientUpdate],
+    states: Mapping[int, ClientState],
+    confirmation: Sketch | None = None,
 ) -> Message:
     """Brings what clients have trained.
 
@@ -183,6 +197,7 @@ def trained_message(
         updates: of clients of one round.
         states: client number -> what it goes on with; of a site that keeps its clients' states
             itself there are none.
+        confirmation: of a site that keeps the global model: `HeldModel.confirmation`.
     """
     tensors = {
         f"{update.client}/{name}": value
@@ -203,7 +218,10 @@ def trained_message(
         }
         for update in updates
     ]
-    return Message(replace(header, kind=TRAINED), {"clients": clients}, tensors)
+    body: dict[str, Any] = {"clients": clients}
+    if confirmation is not None:
+        body["confirmation"] = {name: [_finite(x) for x in of] for name, of in confirmation.items()}
+    return Message(replace(header, kind=TRAINED), body, tensors)
 
 
 def read_trained(
@@ -219,7 +237,7 @@ def read_trained(
     Raises:
         RefusedMessageError: it is not what such a message has to be.
     """
-    with _refusing():
+    with refusing():
         states: dict[int, dict[str, Tensor]] = {}
         sent: dict[int, dict[str, Tensor]] = {}
         for full_name, value in message.tensors.items():
@@ -241,7 +259,7 @@ def _update(
     modules: Mapping[int, Shapes],
     sent: Mapping[int, Mapping[str, Tensor]],
 ) -> ClientUpdate:
-    client, sends = _whole(entry["client"]), entry["sends"]
+    client, sends = whole_number(entry["client"]), entry["sends"]
     tensors = sent.get(client, {})
     if sends not in ("AB", "A", "B"):
         raise ValueError("sends")
@@ -253,7 +271,7 @@ def _update(
         client=client,
         round=round,
         adapter=adapter_of(tensors, modules[client]),
-        num_examples=_whole(entry["num_examples"]),
+        num_examples=whole_number(entry["num_examples"]),
         dense={n.removeprefix("dense/"): x for n, x in tensors.items() if n.startswith("dense/")},
         metrics=metrics,
         sends=sends,
@@ -297,7 +315,7 @@ def _value(factors: Mapping[str, Tensor]) -> Delta | Tensor:
     return value
 
 
-def _whole(value: Any, least: int = 0) -> int:
+def whole_number(value: Any, least: int = 0) -> int:
     """A whole number of at least so much."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{value!r} is no number")
@@ -316,11 +334,11 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def refusing() -> Iterator[None]:
     """Whatever is wrong with the parts of a message is one kind of refusal."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise RefusedMessageError(
             f"its parts do not fit together ({type(error).__name__}: {str(error)[:80]})"
         ) from None

@@ -1,7 +1,8 @@
 """Adds what every client learnt to a global update that is kept whole (the default).
 
-The global update S is kept whole. Everyone is sent S (or `S_hat`, its best approximation of rank
-`max_rank`) and client k splits it at its own rank into what it trains and what lies frozen beside:
+The global update S is kept whole. Everyone has S (or is sent `S_hat`, its best approximation of
+rank `max_rank`) and client k splits it at its own rank into what it trains and what lies frozen
+beside:
 
     start_k + rest_k = S        S' = S + sum_k p_k (s_k B_k A_k - start_k)
 
@@ -12,6 +13,9 @@ The leading directions are handed out balanced, `||A_i|| = ||B_i||`: with orthon
 weight in B, Adam's steps on A are too large. Directions that S does not fill are fresh (A random,
 B = 0).
 
+S is kept by appending and its leading directions are followed (`methods.tracking`), so that a round
+costs the same however many there were before, at the server and on the wire.
+
 Rests on the algebra of FLoRA (arXiv 2409.05976) and the refactoring of FlexLoRA (arXiv 2402.11505).
 
 Exact when: always, for every mix of ranks, participation, `start_fraction` and `max_rank`.
@@ -19,7 +23,8 @@ Exact when: always, for every mix of ranks, participation, `start_fraction` and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from fedlora.lowrank import (
     Adapter,
@@ -29,19 +34,26 @@ from fedlora.lowrank import (
     add,
     balance,
     cheaper_form,
-    concat,
     drop_null_directions,
-    merge_equal_rows,
     norm,
     prefix,
     subtract,
-    top,
     total_norm,
     zeros,
 )
 from fedlora.methods.rule import Fresh, Rule, Shapes, bounded, check_bounds
 from fedlora.methods.shared import fill, product_change
-from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState, Start
+from fedlora.methods.tracking import (
+    advanced,
+    basis_size,
+    choose_turn,
+    divided,
+    leading_directions,
+    none_like,
+    turned,
+    unchanged,
+)
+from fedlora.methods.values import Aggregate, Encoded, Increment, Prepared, ServerState, Start
 from fedlora.threads import map_modules
 
 
@@ -67,18 +79,17 @@ def _initial(shapes: Shapes, rank: int, fresh: Fresh, given: Adapter) -> tuple[D
 
 
 def _broadcast(state: ServerState, rank: int, options: Options) -> Prepared:
-    def divided(whole: Delta) -> tuple[Delta, LowRank, float]:
+    def cut(name: str) -> tuple[Delta, LowRank, float]:
         """What is sent of one module, its leading directions, and the square of what is lost."""
-        sent, lost = whole, 0.0
-        if options.max_rank is not None and options.max_rank < whole.rank:
-            sent = top(whole, options.max_rank)
-            lost = norm(subtract(whole, sent)) ** 2
-        held = cheaper_form(sent)
-        if isinstance(held, LowRank):
-            return held, held, lost
-        return held, top(sent, from_global(rank, options)), lost
+        whole, leading = state.adapter[name], _leading(state, name, rank, options)
+        if options.max_rank is None or options.max_rank >= whole.rank:
+            return whole, leading, 0.0
+        best = prefix(leading, options.max_rank)
+        lost = norm(subtract(whole, best)) ** 2
+        held = cheaper_form(best)
+        return held, held if isinstance(held, LowRank) else best, lost
 
-    modules = map_modules(divided, state.adapter)
+    modules = map_modules(cut, {name: name for name in state.adapter})
     lost = sum(lost_of_module for _, _, lost_of_module in modules.values())
     total = total_norm(state.adapter) if lost else 0.0
     return Prepared(
@@ -93,11 +104,24 @@ def from_global(rank: int, options: Options) -> int:
     return int(options.start_fraction * rank + 0.5)
 
 
+def _size(shape: tuple[int, int], rank: int, options: Options) -> int:
+    """How many leading directions of a module are followed; `rank` is the largest client's."""
+    return basis_size(max(from_global(rank, options), options.max_rank or 0), shape)
+
+
+def _leading(state: ServerState, name: str, rank: int, options: Options) -> LowRank:
+    """The leading directions of a module's S; found anew where they were not followed so far."""
+    if name in state.leading:
+        return state.leading[name]
+    whole = state.adapter[name]
+    return leading_directions(whole, _size(whole.shape, rank, options))
+
+
 def _for_rank(prepared: Prepared, rank: int, options: Options) -> Prepared:
-    """All of S; beside a dense one the directions this client starts from."""
+    """All of S, and the directions that this client starts from."""
     used = from_global(rank, options)
     leading = {
-        name: x if isinstance(prepared.adapter[name], LowRank) else prefix(x, used)
+        name: x if x is prepared.adapter[name] else prefix(x, used)
         for name, x in prepared.leading.items()
     }
     return Prepared(prepared.adapter, leading, prepared.error)
@@ -119,16 +143,44 @@ def _client_init(
     return Start(trained, private, adapter)
 
 
+class _Module(NamedTuple):
+    """One module after a round; no increment where all of it is smaller than its change."""
+
+    whole: Delta
+    leading: LowRank
+    increment: Increment | None
+
+
 def _finalize(total: Encoded, state: ServerState, rank: int, options: Options) -> Aggregate:
-    """S' = S + sum. The starts are S's own directions, so subtracting them adds none to S."""
-    sums: dict[str, Delta] = {}
-    for name, learnt in total.products.items():
+    """S' = S + sum, and the leading directions of S'."""
+
+    def advance(name: str) -> _Module:
+        learnt = total.products.get(name)
         whole = state.adapter.get(name)
-        if isinstance(whole, LowRank) and isinstance(learnt, LowRank):
-            sums[name] = merge_equal_rows(concat([balance(whole), learnt]))
+        if whole is None:
+            assert learnt is not None
+            leading = whole = none_like(learnt)
         else:
-            sums[name] = learnt if whole is None else add([whole, learnt])
-    return Aggregate({**state.adapter, **map_modules(drop_null_directions, sums)})
+            leading = _leading(state, name, rank, options)
+        if learnt is None or learnt.rank == 0:
+            return _Module(whole, leading, unchanged(leading))
+        size = _size(whole.shape, rank, options)
+        if not isinstance(learnt, LowRank):
+            whole = add([whole, learnt])
+            return _Module(whole, leading_directions(whole, size), None)
+        increment = Increment(*divided(learnt, leading), turn=None)
+        whole = advanced(whole, leading, increment)
+        turn = choose_turn(whole, leading, increment, size)
+        increment = replace(increment, turn=turn)
+        return _Module(whole, turned(whole, leading, increment), increment)
+
+    names = dict.fromkeys([*state.adapter, *total.products])
+    modules = map_modules(advance, {name: name for name in names})
+    return Aggregate(
+        adapter={name: x.whole for name, x in modules.items()},
+        leading={name: x.leading for name, x in modules.items()},
+        increments={name: x.increment for name, x in modules.items() if x.increment is not None},
+    )
 
 
 RULE = Rule(
@@ -137,7 +189,7 @@ RULE = Rule(
     paper="this project; on arXiv 2409.05976 and 2402.11505",
     exact_when="always",
     mixed_ranks=True,
-    downlink="the whole global update",
+    downlink="what changed in the round before",
     secure_sum="products",
     sums_learnt=True,
     initial=_initial,
@@ -146,5 +198,6 @@ RULE = Rule(
     client_init=_client_init,
     encode=product_change,
     finalize=_finalize,
+    followed=lambda options: options.max_rank is None,
     options=Options,
 )

@@ -101,6 +101,11 @@ def no_fixed_weight(options: Any) -> float | None:
     return None
 
 
+def not_followed(options: Any) -> bool:
+    """Clients are sent the adapter anew in every round."""
+    return False
+
+
 @dataclass(frozen=True)
 class Rule:
     """One aggregation rule.
@@ -131,6 +136,8 @@ class Rule:
         training: `options -> Training`, what it asks of the local training.
         sent_down: `(round, seen) -> "AB", "A" or "B"`, the factors a client lacks at the beginning
             of a round; `seen`: it took part in the round before.
+        followed: `options ->` whether clients keep the global adapter, whose leading directions are
+            followed (`methods.tracking`), and are sent what the rounds have changed of it.
         fixed_weight: `options ->` a constant that replaces every p_k, or None.
         server_optimiser: whether a server learning rate or momentum has a meaning: not where
             `finalize` divides by a sum of weights of its own.
@@ -158,6 +165,7 @@ class Rule:
     sums_learnt: bool = False
     training: Callable[[Any], Training] = as_usual
     sent_down: Callable[[int, bool], str] = both_factors
+    followed: Callable[[Any], bool] = not_followed
     fixed_weight: Callable[[Any], float | None] = no_fixed_weight
     server_optimiser: bool = True
     server_momentum: bool = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, Deltas, add_all
+from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, nbytes
 
 DENSE = "dense/"
 """Marks dense parameters among the factors of a sum: they are averaged like them, by every rule."""
@@ -112,16 +112,72 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Increment:
+    """What one round changes of one module of a global adapter S whose directions are followed.
+
+    Whoever has S and its basis V computes from it those after the round: see `methods.tracking`.
+
+    Args:
+        stack: what is appended, `B_new (m, r)` and `A_new (r, n)`.
+        weights: `(j,)`, by how much of itself each of the first j leading directions changes.
+        turn: `(L', L + r)`, the next basis as combinations of `[V; A_new]`; None: it stays.
+    """
+
+    stack: LowRank
+    weights: Tensor
+    turn: Tensor | None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name; none where it changes nothing."""
+        named = {"A": self.stack.A, "B": self.stack.B, "weights": self.weights}
+        return {} if self.turn is None else {**named, "turn": self.turn}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(value.nbytes for value in self.tensors.values())
+
+
+Increments = Mapping[str, Increment]
+"""Target module name -> what a round changes of it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one round has changed of the global model.
+
+    Args:
+        merge: what it has added to `base_delta`.
+        increments: how it has changed the adapter, of a rule that follows its directions; a module
+            that has none can only be sent whole.
+    """
+
+    merge: Deltas = field(default_factory=dict)
+    increments: Increments = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return nbytes(self.merge) + sum(x.nbytes for x in self.increments.values())
+
+
+@dataclass(frozen=True)
 class Aggregate:
     """The outcome of a rule: the next trainable global adapter, and what is merged for good.
 
     Args:
         adapter: the global adapter of the next round; empty = fresh LoRA initialisation.
         merge: what is added to the frozen side `base_delta`; empty = nothing.
+        leading: leading directions of the adapter, of a rule that follows them.
+        increments: how adapter and leading directions came from those before, where a module's
+            change is smaller than the module.
     """
 
     adapter: Deltas
     merge: Deltas = field(default_factory=dict)
+    leading: Adapter = field(default_factory=dict)
+    increments: Increments = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,6 +193,9 @@ class ServerState:
         last_seen: client -> last round it was sent a broadcast for.
         momentum: the server optimiser's velocity.
         ranks: client -> its rank, as far as it has pruned it.
+        leading: leading directions of the adapter, of a rule that follows them; a module may lack
+            (a run that an earlier version began): its are found anew.
+        changes: round -> what it has changed, of the last rounds, as far as clients may lack it.
     """
 
     round: int
@@ -147,6 +206,8 @@ class ServerState:
     last_seen: Mapping[int, int] = field(default_factory=dict)
     momentum: Encoded = field(default_factory=Encoded)
     ranks: Mapping[int, int] = field(default_factory=dict)
+    leading: Adapter = field(default_factory=dict)
+    changes: Mapping[int, Change] = field(default_factory=dict)
 
     @property
     def levels(self) -> tuple[int, ...]:

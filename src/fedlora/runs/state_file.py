@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Delta, Deltas, Dense, LowRank
-from fedlora.methods.values import Encoded, ServerState
+from fedlora.methods.values import Change, Encoded, Increment, ServerState
 
 Tensors = dict[str, Tensor]
+
+_KEPT = "changes/rounds"  # the rounds whose changes are kept
 
 
 def state_to_tensors(state: ServerState) -> Tensors:
@@ -36,17 +38,20 @@ def state_from_tensors(
     ranks: Mapping[int, int],
 ) -> ServerState:
     """The inverse of `state_to_tensors`."""
+    last_merge = _deltas(tensors, "last_merge")
     return ServerState(
         round=round,
         adapter=_deltas(tensors, "adapter"),
         base_delta=_deltas(tensors, "base_delta"),
         dense=_group(tensors, "dense"),
-        last_merge=_deltas(tensors, "last_merge"),
+        last_merge=last_merge,
         last_seen=dict(last_seen),
         ranks=dict(ranks),
         momentum=Encoded(
             _group(tensors, "momentum_factors"), _deltas(tensors, "momentum_products")
         ),
+        leading=_factor_pairs(tensors, "leading"),
+        changes=_changes(tensors, round, last_merge),
     )
 
 
@@ -97,7 +102,24 @@ def _named(state: ServerState) -> Tensors:
         **_factors("momentum_products", state.momentum.products),
         **{f"momentum_factors/{name}": value for name, value in state.momentum.factors.items()},
         **{f"dense/{name}": value for name, value in state.dense.items()},
+        **_factors("leading", state.leading),
+        **_named_changes(state),
     }
+
+
+def _named_changes(state: ServerState) -> Tensors:
+    """What the last rounds have changed, and which they are; `last_merge` is named already."""
+    if not state.changes:
+        return {}
+    tensors: Tensors = {_KEPT: torch.tensor(sorted(state.changes))}
+    for number, change in state.changes.items():
+        if number != state.round:
+            tensors |= _factors(f"merges/{number}", change.merge)
+        for name, x in change.increments.items():
+            parts = {"A": x.stack.A, "B": x.stack.B, "weights": x.weights}
+            parts |= {} if x.turn is None else {"turn": x.turn}
+            tensors |= {f"increments/{number}/{name}/{k}": value for k, value in parts.items()}
+    return tensors
 
 
 def _factors(group: str, deltas: Deltas) -> Tensors:
@@ -118,6 +140,35 @@ def _deltas(tensors: Mapping[str, Tensor], group: str) -> dict[str, Delta]:
     return {
         name: Dense(parts["W"]) if "W" in parts else LowRank(parts["A"], parts["B"])
         for name, parts in modules.items()
+    }
+
+
+def _factor_pairs(tensors: Mapping[str, Tensor], group: str) -> dict[str, LowRank]:
+    """The updates of a group that are always factors."""
+    return {name: x for name, x in _deltas(tensors, group).items() if isinstance(x, LowRank)}
+
+
+def _changes(tensors: Mapping[str, Tensor], round: int, last_merge: Deltas) -> dict[int, Change]:
+    """The inverse of `_named_changes`; earlier versions kept what the last round has merged."""
+    kept = tensors[_KEPT].tolist() if _KEPT in tensors else [round] if round else []
+    return {
+        number: Change(
+            last_merge if number == round else _deltas(tensors, f"merges/{number}"),
+            _increments(tensors, number),
+        )
+        for number in kept
+    }
+
+
+def _increments(tensors: Mapping[str, Tensor], number: int) -> dict[str, Increment]:
+    """Module -> its increment in a round."""
+    modules: dict[str, Tensors] = {}
+    for key, value in _group(tensors, f"increments/{number}").items():
+        name, _, part = key.rpartition("/")
+        modules.setdefault(name, {})[part] = value
+    return {
+        name: Increment(LowRank(x["A"], x["B"]), x["weights"], x.get("turn"))
+        for name, x in modules.items()
     }
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fedlora.federation.aggregation_error import MEASURED_RANK, Norms, measure_change
-from fedlora.lowrank import Delta, Dense
-from fedlora.methods.values import ServerState
+from fedlora.lowrank import Delta, Dense, LowRank, concat, scale
+from fedlora.methods.tracking import known_part, with_images
+from fedlora.methods.values import Change, Increment, ServerState
 from support.adapters import random_lowrank
 from support.simulated import matrix
 
@@ -58,6 +59,43 @@ def test_what_was_merged_counts_as_change() -> None:
     total = measure_change(before, after, {"q": merge}).total
     assert total.size == pytest.approx(float(matrix(merge).norm()), rel=1e-5)
     assert total.missed == 0.0
+
+
+def appended(after: Delta, stack: LowRank, weight: float) -> tuple[ServerState, ServerState]:
+    """The states around a round that is said to have appended a stack, and moved one direction."""
+    old = random_lowrank((9, 7), 3, 1)
+    leading = with_images(old, torch.linalg.qr(random_lowrank((7, 7), 2, 2).A.T).Q.T)
+    increment = Increment(stack, torch.tensor([weight]), torch.zeros(0, 4))
+    return (
+        ServerState(0, {"q": old}, leading={"q": leading}),
+        ServerState(
+            1, {"q": after}, leading={"q": leading}, changes={1: Change({}, {"q": increment})}
+        ),
+    )
+
+
+def test_of_an_appended_update_what_was_appended_is_measured() -> None:
+    stack, old = random_lowrank((9, 7), 2, 5), random_lowrank((9, 7), 3, 1)
+    before, _ = appended(old, stack, -0.5)
+    learnt = concat([stack, known_part(torch.tensor([-0.5]), before.leading["q"])])
+    after = concat([old, learnt])
+    measured = measure_change(*appended(after, stack, -0.5), {"q": learnt}).modules["q"]
+    assert measured.size == pytest.approx(float(matrix(learnt).norm()), rel=1e-5)
+    assert measured.missed <= 1e-5 * measured.size
+    # The increment is not what was learnt.
+    other = measure_change(*appended(after, stack, -0.4), {"q": learnt}).modules["q"]
+    assert other.missed > 0.01 * other.size
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_has_not_changed_by_its_increment_is_noticed(dense: bool) -> None:
+    """The increment is what was learnt; but something else, or nothing, became of the update."""
+    stack, old = random_lowrank((9, 7), 2, 5), random_lowrank((9, 7), 3, 1)
+    for gone in (random_lowrank((9, 7), 1, 3), scale(stack, -1.0)):
+        made = concat([old, stack, gone])
+        after = Dense(matrix(made).float()) if dense else made
+        measured = measure_change(*appended(after, stack, 0.0), {"q": stack}).modules["q"]
+        assert measured.missed > 0.1 * float(matrix(gone).norm())
 
 
 def test_norms_over_modules_are_those_of_their_squares() -> None:

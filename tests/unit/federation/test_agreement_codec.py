@@ -15,9 +15,8 @@ from fedlora.errors import FedloraError
 from fedlora.federation.codec import DamagedError, pack, pack_file, unpack, unpack_file
 from fedlora.federation.exchange import Agreement
 from fedlora.federation.messages import adapter_of
-from fedlora.federation.traffic import tensors_down
 from fedlora.methods import METHODS
-from support.simulated import SHAPES, play, random_adapter, ranks_for, serve, train
+from support.simulated import SHAPES, random_adapter, ranks_for, serve, train
 
 
 def agreement(method: str = "exact", seed: int = 7, **options: Any) -> Agreement:
@@ -199,19 +198,10 @@ def test_bytes_down_are_those_of_the_packed_buffer(method: str, given: bool) -> 
     ranks = ranks_for(METHODS[method])
     adapter = random_adapter(max(ranks), 2) if given else None
     server = serve(method, ranks, adapter, dense={"head": torch.zeros(7)}, clients_per_round=2)
-    rule, agreed = server.agreement.rule, server.agreement
-    for seed in range(4):
-        state = server.state
-        prepared = rule.broadcast(state, max(ranks), agreed.options)
-        done = play(server, seed)
-        for client, sent in done.sent.items():
-            last = state.last_seen.get(client)
-            lacking = tensors_down(
-                state,
-                rule.for_rank(prepared, sent.rank, agreed.options),
-                rule,
-                agreed.shared_factors,
-                seen=last == state.round,
-                new=last is None,
-            )
-            assert buffer_bytes(pack(lacking, {})) == sent.nbytes
+    for _ in range(4):
+        for client, sent in server.plan().items():
+            last = server.state.last_seen.get(client)
+            lacking = server.lacking(client, None if last is None else last - 1)
+            assert buffer_bytes(pack(lacking.tensors, {})) == lacking.nbytes == sent.nbytes
+            server.accept(train(server, sent))
+        server.commit()

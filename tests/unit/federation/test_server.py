@@ -19,9 +19,8 @@ from fedlora.federation.exchange import Agreement, global_delta
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.participants import Federation
 from fedlora.federation.server import Server
-from fedlora.lowrank import Delta, Dense, LowRank, nbytes
+from fedlora.lowrank import Delta, Deltas, Dense, LowRank, nbytes
 from fedlora.methods import METHODS
-from fedlora.methods.values import ServerState
 from fedlora.seeds import SERVER, Purpose, fresh_factors
 from support.simulated import (
     F64,
@@ -477,25 +476,30 @@ def test_there_is_no_aggregation_error_where_nothing_was_learnt(method: str) -> 
     assert record.update_norm == 0.0
 
 
-def test_flora_sends_one_who_was_there_only_what_the_last_round_merged() -> None:
+def test_flora_sends_what_was_merged_since_or_all_where_that_is_smaller() -> None:
     head = torch.zeros(7)
     server = serve("flora", [2, 1, 1, 2], dense={"head": head}, clients_per_round=2)
+    merges: dict[int, Deltas] = {}
     kinds: Counter[str] = Counter()
     for round in range(1, 15):
         state = server.state
         for k, sent in server.plan().items():
-            whole, merged = nbytes(state.base_delta), nbytes(state.last_merge)
-            there = round > 1 and state.last_seen.get(k) == round - 1
-            wanted = min(whole, merged) if there else whole
+            last = state.last_seen.get(k)
+            wanted = 0
+            for name, x in state.base_delta.items():
+                since = [merges[r] for r in range(last or 0, round) if r in merges]
+                added = sum(merge[name].nbytes for merge in since if name in merge)
+                wanted += x.nbytes if last is None else min(x.nbytes, added)
             assert sent.nbytes == head.nbytes + wanted
-            if there and merged < whole:
-                kinds["only the last"] += 1
-            kinds["all"] += not there and round > 1
+            if last is not None and wanted < nbytes(state.base_delta):
+                kinds[f"since {min(round - last, 2)}"] += 1
+            kinds["all"] += round > 1 and wanted == nbytes(state.base_delta)
             server.accept(train(server, sent))
         record = server.commit()
+        merges[round] = server.state.last_merge
         assert record.bytes_down == sum(c.bytes_down for c in record.clients) > 0
         assert all(server.state.last_seen[c.client] == round for c in record.clients)
-    assert min(kinds["only the last"], kinds["all"]) > 0, "one of the cases never came up"
+    assert min(kinds[x] for x in ("since 1", "since 2", "all")) > 0, "a case never came up"
 
 
 def test_flora_sends_nothing_after_a_round_that_merged_nothing() -> None:
@@ -543,29 +547,29 @@ def test_server_momentum_acts_on_dense_parameters_too(method: str) -> None:
         assert float(server.state.dense["head"]) == pytest.approx(expected)
 
 
-def held_bytes(state: ServerState) -> int:
-    return sum(
-        x.W.numel() * x.W.element_size()
-        if isinstance(x, Dense)
-        else (x.A.numel() + x.B.numel()) * x.A.element_size()
-        for x in state.adapter.values()
-    )
-
-
-def test_exact_sends_everyone_the_whole_adapter_and_directions_beside_a_dense_one() -> None:
+def test_exact_sends_what_a_round_has_changed_or_the_module_and_its_basis() -> None:
     server = serve("exact", [1, 2, 4, 2], options={"start_fraction": 1.0})
-    for _ in range(4):
+    earlier = dict.fromkeys(SHAPES, 0)  # directions that were followed before the round
+    kinds: Counter[str] = Counter()
+    stack = 9  # all ranks together
+    for _ in range(5):
         state = server.state
-        for k, sent in server.plan().items():
-            rank = server.federation.ranks[k]
-            beside = sum(
-                min(rank, *SHAPES[n]) * sum(SHAPES[n]) * x.W.element_size()
-                for n, x in state.adapter.items()
-                if isinstance(x, Dense)
-            )
-            assert sent.nbytes == held_bytes(state) + beside
+        for sent in server.plan().values():
+            wanted = 0
+            for name, x in state.adapter.items():
+                m, n = SHAPES[name]
+                whole = x.nbytes + 8 * state.leading[name].A.numel()
+                turn = state.leading[name].rank * (earlier[name] + stack)
+                changed = 8 * (stack * (m + n) + turn + min(4, earlier[name]))
+                if stack * (m + n) > m * n:  # it was added as a matrix
+                    changed = whole
+                kinds["whole" if whole <= changed else "changed"] += 1
+                wanted += min(whole, changed)
+            assert sent.nbytes == wanted
             server.accept(train(server, sent))
+        earlier = {name: x.rank for name, x in state.leading.items()} or earlier
         server.commit()
+    assert min(kinds["whole"], kinds["changed"]) > 0
     assert any(isinstance(x, Dense) for x in server.state.adapter.values())
 
 
@@ -610,6 +614,7 @@ def test_bytes_down_are_those_of_what_a_client_lacks(
     server = serve(method, ranks, dense={"head": head}, clients_per_round=clients_per_round)
     kept: Kept = {}
     there: set[int] = set()
+    merges: dict[int, Deltas] = {0: {}}
     for round in range(1, 7):
         state = server.state
         sent = server.plan()
@@ -629,9 +634,12 @@ def test_bytes_down_are_those_of_what_a_client_lacks(
                     factors = SENDS[method][round % 2]  # what the round before has trained
                 rank = max(ranks) if method == "fedex" else rank
                 adapter = 8 * numbers(rank, factors)
-            base = deltas_bytes([*state.base_delta.values()])
-            merged = deltas_bytes([*state.last_merge.values()])
-            base = min(base, merged) if k in there else base
+            last = state.last_seen.get(k)
+            base = 0
+            for name, x in state.base_delta.items():
+                since = [merges[r][name] for r in range(last or 0, round) if name in merges[r]]
+                whole = deltas_bytes([x])
+                base += whole if last is None else min(whole, deltas_bytes(since))
             assert broadcast.nbytes == head.nbytes + adapter + base
             # In the first round a rule that starts afresh sends the head alone.
             none = round == 1 and method not in KEEPS_FACTORS and method != "fedex"
@@ -640,6 +648,7 @@ def test_bytes_down_are_those_of_what_a_client_lacks(
         for broadcast in sent.values():
             server.accept(train(server, broadcast, round, kept=kept))
         record = server.commit()
+        merges[round] = server.state.last_merge
         assert record.bytes_down == sum(b.nbytes for b in sent.values())
 
 
@@ -675,7 +684,7 @@ def test_a_given_adapter_is_counted_when_a_client_is_first_sent_it(
                     now, then = getattr(x, factor), own[f"{name}.{factor}"]
                     differs = (now != then).any(dim=1 if factor == "A" else 0)
                     lacking += int(differs.sum()) * SHAPES[name][1 if factor == "A" else 0]
-            base = nbytes(server.state.base_delta) if k not in there else 0
+            base = nbytes(server.state.base_delta) if k not in server.state.last_seen else 0
             size = torch.empty(0, dtype=dtype).element_size()
             assert sent.nbytes == size * (whole + lacking) + base
             counts.setdefault(k, []).append(lacking)

@@ -30,6 +30,13 @@ def test_names_say_where_a_tensor_belongs() -> None:
         "momentum_products/b.up/B",
         "momentum_factors/b.up/A",
         "dense/head.weight",
+        "leading/b.up/A",
+        "leading/b.up/B",
+        "changes/rounds",
+        "merges/0/b.up/A",  # that of round 1 is the last merge
+        "merges/0/b.up/B",
+        *(f"increments/0/b.up/{part}" for part in ("A", "B", "weights")),
+        *(f"increments/1/b.up/{part}" for part in ("A", "B", "weights", "turn")),
     }
 
 
@@ -45,11 +52,26 @@ def test_a_settled_state_is_laid_out_as_one_that_was_saved_and_loaded() -> None:
     assert list(loaded.adapter) == list(now.adapter)  # in one order: sums depend on it
 
 
+def test_a_state_that_an_earlier_version_saved_knows_what_its_last_round_merged() -> None:
+    saved = {
+        name: value
+        for name, value in state_to_tensors(a_state()).items()
+        if name.split("/")[0] not in ("leading", "changes", "merges", "increments")
+    }
+    state = state_from_copies(saved, 1, {}, {})
+    assert (state.leading, list(state.changes)) == ({}, [1])
+    assert state.changes[1].merge is state.last_merge
+    assert not state.changes[1].increments
+    assert not state_from_copies({}, 0, {}, {}).changes
+
+
 def test_settling_twice_changes_nothing_and_shares_nothing() -> None:
     once = settled(a_state())
     twice = settled(once)
     assert_same(once, twice)
-    addresses = [{t.data_ptr() for t in state_to_tensors(s).values()} for s in (once, twice)]
+    addresses = [
+        {t.data_ptr() for t in state_to_tensors(s).values() if t.numel()} for s in (once, twice)
+    ]
     assert not addresses[0] & addresses[1]
 
 
