@@ -55,7 +55,9 @@ def report(client: int, **changed: Any) -> SiteReport:
 
 def one_round(server_session: ServerSession, sites: list[SiteSession]) -> Server:
     """A round done by hand: plan, train at every site, accept, commit."""
-    server = Server(server_session.federation, starting_state(server_session), Mean())
+    first = sites[0].base.read_full_params()
+    initial = starting_state(replace(server_session, first_values=first))
+    server = Server(server_session.federation, initial, Mean())
     for client, broadcast in server.plan().items():
         site = sites[client]
         worker = Worker(site.base, {client: site.data}, site.config, site.agreement)
@@ -121,7 +123,7 @@ def test_classifiers_whose_sites_know_some_labels_alone(
     }
     session, apart = adapters_apart(keys, files, tmp_path)
     assert session.label_names == ("a", "b", "c")
-    assert starting_state(session).dense, "the head's first values are the server's"
+    assert session.base.full_params, "the head's first values are a site's"
     whole = fedlora.run(fedlora.Config(**keys))
     assert apart == (whole.final_dir / "adapter_model.safetensors").read_bytes()
 
@@ -148,7 +150,11 @@ def test_a_site_names_its_own_file(keys: dict[str, Any], site_files: Path, tmp_p
 def test_a_server_reads_no_data(keys: dict[str, Any], tmp_path: Path) -> None:
     told = [report(k) for k in range(4)]
     config = fedlora.Config(
-        **{**without_files(keys, tmp_path / "nowhere"), "eval_file": str(tmp_path / "no.jsonl")}
+        **{
+            **without_files(keys, tmp_path / "nowhere"),
+            "eval_file": str(tmp_path / "no.jsonl"),
+            "server_evaluation": False,
+        }
     )
     session = assemble_server(config, told)
     assert (session.federation.ranks, session.config.num_clients) == (RANKS, 4)

@@ -12,7 +12,7 @@ import pytest
 from fedlora.config.config import Config
 from fedlora.model.base import BaseModel
 from fedlora.model.sources import Source
-from fedlora.runs import session
+from fedlora.runs import session, site_session
 
 MOST = 6
 """Models that are kept at a time."""
@@ -73,11 +73,13 @@ def kept_bases() -> Iterator[None]:
     (`test_a_base_that_has_served_a_run_serves_another` in `runs/test_run.py`).
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "load_base", load_or_reuse)
+        for module in (session, site_session):
+            patch.setattr(module, "load_base", load_or_reuse)
         yield
 
 
 @pytest.fixture
 def fresh_bases(kept_bases: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a test that looks at loading, or holds two bases at a time: every run loads its own."""
-    monkeypatch.setattr(session, "load_base", original_load_base)
+    for module in (session, site_session):
+        monkeypatch.setattr(module, "load_base", original_load_base)

@@ -1,57 +1,35 @@
-"""Sites in memory: the messages of a federation of processes, answered by a function call.
+"""Sites in memory: a federation of processes without processes, sockets and their failures.
 
-`SiteInMemory` is the smallest site that keeps to the protocol. It has a session like a worker's,
-answers bytes with bytes, and keeps on its "disk" what has to outlive its worker.
+What answers is a site's own service (`fedlora.engines.site_service`), called as a function; what it
+keeps on its disk outlives its restart, as it outlives that of a worker.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedlora.client.evaluate import evaluate
-from fedlora.client.trainer import train
-from fedlora.client.worker import Worker
 from fedlora.config.config import Config
-from fedlora.data.tokenize import IGNORE
+from fedlora.config.site import Site, read_site
 from fedlora.engines.carrier import SiteError
 from fedlora.engines.run_sites import MakeCalls, resume_with_sites, run_with_sites
 from fedlora.engines.site_calls import SiteCalls
+from fedlora.engines.site_service import SiteService
 from fedlora.engines.transport import Answer
-from fedlora.errors import InputError
-from fedlora.federation.envelope import Message, RefusedMessageError, check_header, decode, encode
-from fedlora.federation.handshake import (
-    AGREE,
-    EVALUATE,
-    JOIN,
-    LEAVE,
-    Agreed,
-    Evaluated,
-    Joined,
-    Leave,
-    agreed_message,
-    counted_of,
-    evaluated_message,
-    joined_message,
-    leave_message,
-    read_agree,
-    read_evaluate,
-    read_join,
-)
-from fedlora.federation.messages import ClientState
-from fedlora.federation.wire import TRAIN, read_train, trained_message
-from fedlora.lowrank import LowRank
+from fedlora.federation.envelope import Message, decode, encode
+from fedlora.federation.handshake import LEAVE, Leave, leave_message
+from fedlora.federation.wire import TRAIN
 from fedlora.runs.directory import RunDirectory
 from fedlora.runs.events import Event, ignore
 from fedlora.runs.results import Result
 from fedlora.runs.resume import as_it_began
-from fedlora.runs.site_session import SiteSession, assemble_site
+from support.one_site import site_file
 
 Keys = Mapping[str, Any]
 LOCK = threading.Lock()
@@ -59,41 +37,29 @@ LOCK = threading.Lock()
 
 
 @dataclass
-class Disk:
-    """What a site keeps of a run.
-
-    Args:
-        states: (round, attempt) of a training -> what outlives it.
-        answers: (round, attempt) -> the answer's bytes.
-    """
-
-    states: dict[tuple[int, int], ClientState] = field(default_factory=dict)
-    answers: dict[tuple[int, int], bytes] = field(default_factory=dict)
-
-
 class SiteInMemory:
     """A site that answers in this process.
 
     Args:
-        name: its name.
-        keys: of its configuration: its rows, and where its base lies.
-        fails: raises an exception at the start of a training, given its round and attempt.
+        site: its file.
+        fails: raises an exception in the place of a training, given its round and attempt.
+        leaves: why it leaves, from now on; "": it does not.
+        trained: round and attempt of its trainings.
     """
 
-    def __init__(
-        self, name: str, keys: Keys, fails: Callable[[int, int], None] = lambda r, a: None
-    ) -> None:
-        self.name, self.keys, self.fails = name, dict(keys), fails
-        self.disk: dict[str, Disk] = {}
-        self.leaves = ""  # why it leaves, from now on
-        self.trained: list[tuple[int, int]] = []
-        self.restart()
+    site: Site
+    fails: Callable[[int, int], None] = lambda round, attempt: None
+    leaves: str = ""
+    trained: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.service = SiteService(self.site)
 
     def restart(self) -> None:
-        """Lose all that a worker has in memory."""
-        self.session: SiteSession | None = None
-        self.run = ""
-        self.newest = (0, -1)
+        """Lose all that a worker has in memory, and start another one."""
+        with LOCK:
+            self.service = SiteService(self.site)
+            self.service.restore()
 
     def answer(self, data: bytes) -> bytes:
         """The answer to a message.
@@ -101,113 +67,17 @@ class SiteInMemory:
         Raises:
             SiteError: it is refused, or the training fails.
         """
-        try:
-            message = decode(data)
-            if self.leaves and message.header.kind != LEAVE:
-                return encode(leave_message(message.header, Leave(self.leaves)))
-            answers = {
-                JOIN: self._join,
-                AGREE: self._agree,
-                TRAIN: self._train,
-                EVALUATE: self._evaluate,
-                LEAVE: self._leave,
-            }
-            return answers[message.header.kind](message)
-        except (RefusedMessageError, InputError) as error:
-            raise SiteError("refused", str(error)) from None
-
-    def _join(self, message: Message) -> bytes:
-        join = read_join(message)
-        config = Config(**{**join.config, **self.keys, "method": join.method})
-        config = config.model_copy(update={"num_clients": join.num_clients})
-        self.session = session = assemble_site(config, join.client)
-        self.first = session.base.read_full_params()
-        self.run, self.newest = message.header.run, (message.header.round, 1 << 30)
-        self.disk.setdefault(self.run, Disk())
-        rows = session.data
-        joined = Joined(
-            site=self.name,
-            client=join.client,
-            num_examples=len(rows.train),
-            tokens=sum(len(row["input_ids"]) for row in rows.train),
-            eval_rows=len(rows.eval),
-            rank=session.report.rank,
-            label_names=session.report.label_names,
-            base=session.report.base,
-            data=session.report.data,
-            architecture=type(session.base.model).__name__,
-            parameters=sum(p.numel() for p in session.base.model.parameters()),
-            shapes=session.agreement.shapes,
-            full_params={name: tuple(x.shape) for name, x in self.first.items()},
-        )
-        return encode(joined_message(message.header, joined))
-
-    def _here(self, message: Message) -> SiteSession:
-        """The session, where the message belongs to it."""
-        if self.session is None or message.header.run != self.run:
-            raise RefusedMessageError("it belongs to a run that this site has not joined")
-        agreement = self.session.agreement.digest
-        base = self.session.report.base
-        check_header(message.header, replace(message.header, base=base, agreement=agreement))
-        return self.session
-
-    def _agree(self, message: Message) -> bytes:
-        session, agree = self._here(message), read_agree(message)
-        values = self.first if agree.first_values else {}
-        return encode(agreed_message(message.header, Agreed(session.agreement.digest, values)))
-
-    def _train(self, message: Message) -> bytes:
-        session, disk = self._here(message), self.disk[self.run]
-        asked = message.header.round, message.header.attempt
-        if asked in disk.answers:
-            return disk.answers[asked]
-        if asked <= self.newest:
-            raise RefusedMessageError(f"round and attempt {asked} are over")
-        self.newest = asked
-        self.fails(*asked)
-        (broadcast,), _ = read_train(message, {})
-        counted = counted_of(message)
-        states = {broadcast.client: disk.states[counted]} if counted in disk.states else {}
-        worker = Worker(
-            session.base, {broadcast.client: session.data}, session.config, session.agreement,
-            train, states,
-        )  # fmt: skip
-        update = worker.handle(broadcast)
-        self.trained.append(asked)
-        if broadcast.client in states:
-            disk.states[asked] = states[broadcast.client]
-        disk.answers[asked] = encode(trained_message(message.header, [update], {}))
-        return disk.answers[asked]
-
-    def _evaluate(self, message: Message) -> bytes:
-        session, model = self._here(message), read_evaluate(message)
-        kept = self.disk[self.run].states.get(counted_of(message), ClientState())
-        adapter = model.adapter
-        if session.agreement.training.keeps:
-            adapter = {
-                name: LowRank(x.A, kept.factors.get(f"{name}.B", x.B))
-                for name, x in adapter.items()
-                if isinstance(x, LowRank)
-            }
-        session.base.load([model.base_delta, adapter], full_params=model.dense)
-        rows = session.data.eval
-        metrics = evaluate(
-            session.base.model,
-            session.base.tokenizer,
-            rows,
-            batch_size=session.config.per_device_eval_batch_size,
-            label_names=session.report.label_names,
-        )
-        labels = len(rows)
-        if not session.report.label_names:
-            labels = sum(label != IGNORE for row in rows for label in row["labels"][1:])
-        return encode(evaluated_message(message.header, Evaluated(len(rows), labels, metrics)))
-
-    def _leave(self, message: Message) -> bytes:
-        self._here(message)
-        self.disk.pop(self.run)
-        self.restart()
-        return encode(leave_message(message.header, Leave("as told")))
+        header = decode(data).header
+        if self.leaves and header.kind != LEAVE:
+            return encode(leave_message(header, Leave(self.leaves)))
+        if header.kind == TRAIN:
+            self.fails(header.round, header.attempt)
+        with LOCK:
+            torch.set_num_threads(1)
+            answer = self.service.handle(data)
+        if header.kind == TRAIN:
+            self.trained.append((header.round, header.attempt))
+        return answer
 
 
 Mangle = Callable[[str, Message, Callable[[], Answer]], Iterator[tuple[str, Answer]]]
@@ -255,37 +125,39 @@ class InMemoryTransport:
         site = self.sites.get(name)
         if site is None:
             return SiteError("absent", "no worker has its socket there")
-        with LOCK:
-            torch.set_num_threads(1)
-            try:
-                return site.answer(data)
-            except SiteError as error:
-                return error
-            except Exception as error:
-                return SiteError("failed", f"{type(error).__name__}: {error}")
+        try:
+            return site.answer(data)
+        except SiteError as error:
+            return error
+        except Exception as error:
+            return SiteError("failed", f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         pass
 
 
-NAMES = ("alpha", "beta", "gamma", "delta")
-"""What the sites of tests are called; the order of their names is that of client numbers."""
-NAMES = tuple(sorted(NAMES))
+NAMES = ("alpha", "beta", "delta", "gamma")
+"""What the sites of tests are called, in the order of client numbers."""
 
-_AT_SITE = ("train_file", "label_column_name", "text_column_names", "use_cpu", "template")
-_SERVER_ONLY = ("client_ranks", "client_overrides", "num_clients", "clients_per_round")
+_AT_SITE = ("label_column_name", "text_column_names", "label_names")
 
 
-def sites_of(keys: Keys, count: int = 3) -> dict[str, SiteInMemory]:
-    """A site for each of the first files of a run whose `train_file` is a pattern."""
-    pattern = str(keys["train_file"])
-    files = sorted(Path(pattern).parent.glob(Path(pattern).name))[:count]
+def site_files_of(keys: Keys, directory: Path, count: int = 3) -> dict[str, Path]:
+    """The file of a site for each of the first files that a run's `train_file` matches."""
+    pattern = Path(str(keys["train_file"]))
+    files = sorted(pattern.parent.glob(pattern.name))[:count]
     own = {key: x for key, x in keys.items() if key in _AT_SITE}
-    own |= {"model_name_or_path": keys["model_name_or_path"], "num_threads": 1}
+    model = Path(keys["model_name_or_path"])
     return {
-        name: SiteInMemory(name, {**own, "train_file": str(file)})
+        name: site_file(directory / name, model, str(file), name, **own)
         for name, file in zip(NAMES, files, strict=False)
     }
+
+
+def sites_of(keys: Keys, directory: Path, count: int = 3) -> dict[str, SiteInMemory]:
+    """The sites of such files."""
+    files = site_files_of(keys, directory, count)
+    return {name: SiteInMemory(read_site(path)) for name, path in files.items()}
 
 
 def server_keys(keys: Keys, names: Sequence[str], out: Path) -> dict[str, Any]:

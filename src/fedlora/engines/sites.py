@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -49,6 +49,7 @@ from fedlora.runs.site_evaluation import mean_by_rows
 
 _ELSEWHERE = "of the sites"  # in the place of a fingerprint that only the sites have
 _LATE = "it was not done by the round's deadline"
+_LASTING = ("base", "data", "num_examples", "rank", "label_names", "shapes", "full_params")
 _GOODBYE = 10.0  # seconds
 _GRACE = 2.0  # seconds after a deadline in which a site's own answer is waited for
 
@@ -63,7 +64,7 @@ class Site:
         joined: what it has told.
         counted: its training that the last committed round counts.
         trained: its training in the round that goes on; None: none yet.
-        holds: the round of the run whose broadcast it has confirmed last; 0: none.
+        holds: the round of the run whose global model it has confirmed last; 0: none.
     """
 
     joined: Joined
@@ -209,7 +210,7 @@ class SitesEngine:
         before = site.joined
         member = Member(before.client, before.rank)
         joined = self.handshake.join(site.name, member, self.num_clients, committed)
-        if replace(joined, confirmed=0) != replace(before, confirmed=0):
+        if any(getattr(joined, what) != getattr(before, what) for what in _LASTING):
             raise SiteError(
                 "mistake",
                 "it came back with another base, rank or rows; give it back what it had, or start "
@@ -225,7 +226,8 @@ class SitesEngine:
         if isinstance(outcome, ClientUpdate):
             if client in self.sites:
                 site = self.sites[client]
-                site.trained, site.holds = (broadcast.round, self._attempt), broadcast.round
+                site.trained = broadcast.round, self._attempt
+                site.holds = broadcast.round - 1
             return result_of(broadcast, outcome, self.session.federation.agreement)
         if isinstance(outcome, LeftError):
             if client in self.sites:
@@ -285,6 +287,7 @@ class SitesEngine:
             missing.discard(client)
             if isinstance(outcome, Evaluated):
                 evaluated[client] = outcome
+                asked[client].holds = state.round
             else:
                 self._warn(f"site {asked[client].name} does not evaluate: {outcome.reason}")
             if isinstance(outcome, LeftError):

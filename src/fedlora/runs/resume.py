@@ -27,12 +27,11 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     if config is None:
         return saved
     config = config.model_copy(update={"output_dir": str(path)})
-    automatic = keys_marked(Config, Mark.AUTOMATIC)
-    free = {key: getattr(config, key) for key in keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)}
+    automatic, now = keys_marked(Config, Mark.AUTOMATIC), resolve_paths(config)
+    free = {key: getattr(now, key) for key in keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)}
     saved = saved.model_copy(
         update={key: x for key, x in free.items() if not (key in automatic and x == "auto")}
     )
-    now = resolve_paths(config)
     # The saved run holds a rank for every client, whichever key they came from.
     ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
     theirs = saved.flat()

@@ -63,17 +63,21 @@ def in_client_order(config: Config, reports: Sequence[SiteReport]) -> list[SiteR
     for other in ordered[1:]:
         if other.label_names != first.label_names:
             raise InputError(
-                f"label_names: client {other.client} has {_listed(other.label_names)}, client "
-                f"{first.client} {_listed(first.label_names)}; give all sites the same, in "
+                f"label_names: {_called(other)} has {_listed(other.label_names)}, {_called(first)} "
+                f"{_listed(first.label_names)}; give all sites the same, in "
                 "the same order"
             )
         if other.base != first.base:
             raise InputError(
-                f"model_name_or_path: client {other.client} holds other weights than client "
-                f"{first.client}, or holds them in another dtype; give all sites the same base and "
+                f"model_name_or_path: {_called(other)} holds other weights than {_called(first)}, "
+                f"or holds them in another dtype; give all sites the same base and "
                 "the same dtype"
             )
     return ordered
+
+
+def _called(report: SiteReport) -> str:
+    return f"client {report.client}" + (f" ({report.name})" if report.name else "")
 
 
 def _listed(label_names: Sequence[str]) -> str:

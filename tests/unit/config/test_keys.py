@@ -42,8 +42,8 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key needs beside it
 
 
 VALUES: list[Any] = [
-    {0: {"max_steps": 2}}, {"a": "other"}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7], ["a"],
-    "flora", "cosine", "quantity", "custom",
+    {0: {"max_steps": 2}}, {"a": "/other"}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7],
+    ["a"], "flora", "cosine", "quantity", "custom",
     "uniform", "federation", "workers", "float32", "CAUSAL_LM", "text", "other",
 ]  # fmt: skip
 

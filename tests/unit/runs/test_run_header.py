@@ -37,7 +37,7 @@ def test_what_a_run_tells_when_it_begins(session: Session, tmp_path: Path) -> No
 
 def test_the_first_line_of_the_metrics(session: Session) -> None:
     line = header(session)
-    assert line.keys() == Header.__annotations__.keys()
+    assert line.keys() == Header.__required_keys__
     assert json.loads(json.dumps(line)) == line
     assert line["fedlora"] == __version__
     assert line["architecture"] == "LlamaForCausalLM"

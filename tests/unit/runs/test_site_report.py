@@ -40,11 +40,18 @@ def test_each_client_has_to_report_once(clients: list[int], says: str) -> None:
 
 def test_labels_and_weights_have_to_be_the_same() -> None:
     first = report(0, label_names=("no", "yes"))
-    with pytest.raises(InputError, match="client 1 has yes, no, client 0 no, yes; give all sites"):
+    with pytest.raises(
+        InputError,
+        match=r"client 1 \(part_1.json\) has yes, no, client 0 .* no, yes; give all sites",
+    ):
         in_client_order(Config(), [first, report(1, label_names=("yes", "no"))])
-    with pytest.raises(InputError, match="client 1 has none, client 0 no, yes"):
+    with pytest.raises(
+        InputError, match=r"client 1 \(part_1.json\) has none, client 0 \(part_0.json\) no, yes"
+    ):
         in_client_order(Config(), [first, report(1)])
-    with pytest.raises(InputError, match="client 1 holds other weights than client 0"):
+    with pytest.raises(
+        InputError, match=r"client 1 \(part_1.json\) holds other weights than client 0"
+    ):
         in_client_order(Config(), [report(1, base="other"), report(0)])
 
 
