@@ -173,6 +173,7 @@ def test_light_verbs_import_no_torch() -> None:
 import sys
 from fedlora.commands.cli import main
 main(["--help"]); main(["--version"]); main(["doctor", "--help"]); main(["report", "--help"])
+main(["worker", "--help"]); main(["worker", "--example"])
 heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "rich"} & set(sys.modules)
 assert not heavy, heavy
 """
