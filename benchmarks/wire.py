@@ -1,10 +1,11 @@
-"""Messages as bytes beside copying memory: 50 MB in 1 and in 448 tensors; a worker's round trip.
+"""Messages as bytes beside copying memory: 50 MB in 1 and in 448 tensors; round trips to workers.
 
     python benchmarks/wire.py
 
 Prints, for each number of tensors, what encoding and decoding take against one copy of the same
 bytes (a ratio of 10 is a tenth of the speed), and how many bytes a message has beyond its tensors;
-then the time from a request to a worker process to its answer, without training.
+then the time from a request to a worker process to its answer, without training, and the same for
+the resident worker of a site over its socket. Fails if the rounds of a run load a base again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import site_worker
 import torch
 from common import RESULTS, machine
 
@@ -85,10 +87,15 @@ def main() -> None:
         )
     small = Message(HEADER, {"clients": []}, {"g0/q_proj/A": torch.randn(8, 512)})
     trip = round_trip(small)
+    call, loaded = site_worker.measure()
+    if loaded != 1:
+        raise SystemExit(f"{site_worker.ROUNDS} rounds of one run loaded {loaded} bases")
     text = (
         f"{machine()}; one thread, medians of {REPEATS}; {MEGABYTES} MB of float32.\n\n"
         + "\n".join(lines)
         + f"\n\nA request to a worker and its answer, without training: {1e3 * trip:.1f} ms.\n"
+        + f"A call to a site's resident worker over its socket, without training: {1e3 * call:.1f} "
+        f"ms; {site_worker.ROUNDS} rounds of a run loaded 1 base.\n"
     )
     print(text)
     (RESULTS / "wire.md").write_text(text)

@@ -150,6 +150,7 @@ def site_files_of(keys: Keys, directory: Path, count: int = 3) -> dict[str, Path
     pattern = Path(str(keys["train_file"]))
     files = sorted(pattern.parent.glob(pattern.name))[:count]
     own = {key: x for key, x in keys.items() if key in _AT_SITE}
+    own["port"] = 1  # nobody listens; the path of a socket would be too long here
     model = Path(keys["model_name_or_path"])
     return {
         name: site_file(directory / name, model, str(file), name, **own)

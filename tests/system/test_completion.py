@@ -150,7 +150,8 @@ def test_every_word_offered_for_a_key_is_accepted_by_it(script: Path, here: Path
             assert word in offered
             if (key, word) != ("template", "custom") and key == "template":
                 continue
-            Config(**{**beside.get(key, {}), key: word})
+            sites = {"sites": {"a": "a.sock"}} if word == "sites" else {}
+            Config(**{**beside.get(key, {}), **sites, key: word})
             checked += 1
     assert checked > 50
 
@@ -188,6 +189,7 @@ def test_light_verbs_import_no_torch() -> None:
 import sys
 from fedlora.commands.cli import main
 main(["--help"]); main(["--version"]); main(["doctor", "--help"]); main(["report", "--help"])
+main(["worker", "--help"]); main(["worker", "--example"])
 heavy = {"torch", "transformers", "peft", "datasets", "pydantic", "rich"} & set(sys.modules)
 assert not heavy, heavy
 """

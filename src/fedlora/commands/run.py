@@ -144,6 +144,11 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
 
     quiet_libraries()
     config = Config(**settings(arguments, EMBEDDED))
+    if config.engine == "sites":
+        raise InputError(
+            "--dry_run looks at rows, which lie at the sites; check each of them there: fedlora "
+            "worker --site SITE.yaml --check"
+        )
     check_free(config.output_dir)
     session = assemble(config, weights=False)
     if emit:

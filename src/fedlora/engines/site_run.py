@@ -20,7 +20,7 @@ from fedlora.data.site_rows import load_site_rows
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.engines.carrier import SiteError
 from fedlora.engines.site_errors import log
-from fedlora.engines.site_store import RunStore, Turn
+from fedlora.engines.site_store import RunStore, Turn, disguised
 from fedlora.federation.envelope import Header, Message, RefusedMessageError, check_header, encode
 from fedlora.federation.handshake import (
     Agreed,
@@ -150,7 +150,7 @@ class SiteRun:
                 rank=report.rank,
                 label_names=report.label_names,
                 base=report.base,
-                data=report.data,
+                data=disguised(self.store.path.parent, report.data),
                 architecture=type(base.model).__name__,
                 parameters=sum(p.numel() for p in base.model.parameters()),
                 shapes=base.targets.shapes,

@@ -4,6 +4,7 @@
     RUN/join.bin, agree.bin        the messages by which the site takes part
     RUN/answer-R-A.bin             what was answered to attempt A of round R
     RUN/state-R-A.safetensors      what the client keeps for itself after that training
+    secret                         of the site, see `disguised`
 
 RUN is a digest of the run's id, which comes from outside and is no name for a directory. Every file
 is written under a hidden name, forced to the disk and renamed, so that it is whole or absent.
@@ -12,9 +13,11 @@ is written under a hidden name, forced to the disk and renamed, so that it is wh
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -169,6 +172,32 @@ class RunStore:
         except OSError as error:
             hidden.unlink(missing_ok=True)
             raise FedloraError(f"{self.path}: cannot be written to ({error.strerror})") from None
+
+
+def disguised(state_dir: Path, fingerprint: str) -> str:
+    """A fingerprint of rows that the site alone can compute: HMAC-SHA-256 under its secret, in hex.
+
+    A server sees by it that the rows are still the same. Of the plain one it could tell whether
+    they are some that it has in mind.
+
+    Raises:
+        FedloraError: the secret cannot be read or written.
+    """
+    path = state_dir / "secret"
+    try:
+        if not path.exists():
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            hidden = path.with_name(".secret.partial")
+            hidden.unlink(missing_ok=True)
+            with open(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+            sync(hidden)
+            hidden.rename(path)
+            sync(state_dir)
+        secret = path.read_bytes()
+    except OSError as error:
+        raise FedloraError(f"{path}: cannot be used ({error.strerror})") from None
+    return hmac.new(secret, fingerprint.encode(), "sha256").hexdigest()
 
 
 def _name(kind: str, turn: Turn) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from fedlora.engines import carrier, site_child
 from fedlora.engines.carrier import SiteError
-from fedlora.engines.site_child import Resident
+from fedlora.engines.site_child import CANNOT_BEGIN, Resident, main
 from fedlora.engines.site_service import SiteService
 
 
@@ -70,3 +74,22 @@ def test_answers_are_made_in_the_thread_that_serves() -> None:
     asking.join(5)
     assert said == [threading.current_thread().name.encode(), "idle"]
     assert service.cancelled == 1
+
+
+def test_what_cannot_begin_says_why_to_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Impossible values are found where torch is, and would be found again after a restart."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(site_child, "_end_with_supervisor", lambda lifeline: None)
+    path = tmp_path / "site.yaml"
+    path.write_text("name: x\ntrain_file: rows.jsonl\nclient_eval_fraction: 2\n")
+    ours, theirs = socket.socketpair()
+    with ours, socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        code = main([str(path), str(server.detach()), str(theirs.detach()), "0"])
+        assert carrier.status(str(tmp_path / "s"))["state"] == "starting"
+        said = ours.recv(4096).decode()
+        assert code == CANNOT_BEGIN
+        assert said == "client_eval_fraction: 2 must be less than 1"

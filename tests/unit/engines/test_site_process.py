@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import stat
 from pathlib import Path
@@ -13,8 +14,15 @@ import pytest
 from fedlora.config.site import Site
 from fedlora.engines import site_process
 from fedlora.engines.site_listener import Listener
-from fedlora.engines.site_process import MOST_CRASHES, _Crashes, _ended, _listening, _locked
-from fedlora.errors import InputError
+from fedlora.engines.site_process import (
+    MOST_CRASHES,
+    _Crashes,
+    _ended,
+    _listening,
+    _locked,
+    supervise,
+)
+from fedlora.errors import FedloraError, InputError
 
 
 def a_site(tmp_path: Path, **values: Any) -> Site:
@@ -113,6 +121,64 @@ def test_pauses_grow_and_at_last_it_gives_up(monkeypatch: pytest.MonkeyPatch) ->
     assert pauses == [0.5, 1.0, 2.0, 4.0, None]
     now[0] += site_process.CRASH_WINDOW + 1
     assert crashes.pause() == 0.5, "what was long ago does not count"
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """How the children of a supervisor end, one after the other; none is started."""
+    ends: list[tuple[int, str]] = []
+    monkeypatch.setattr(site_process, "_run_child", lambda *_: ends.pop(0))
+    monkeypatch.setattr(site_process.time, "sleep", lambda seconds: None)
+    return ends
+
+
+def supervised(tmp_path: Path) -> list[str]:
+    """What is told by a supervisor until it ends."""
+    told: list[str] = []
+    supervise(tmp_path / "site.yaml", a_site(tmp_path), told.append)
+    return told
+
+
+def test_a_child_that_crashes_is_started_again(
+    tmp_path: Path, children: list[tuple[int, str]]
+) -> None:
+    children += [(-9, ""), (1, ""), (0, "")]
+    assert supervised(tmp_path) == [
+        f"x listens on {tmp_path / 's'}",
+        "the worker was killed by SIGKILL; it is started again in 0.5 s",
+        "the worker ended with code 1; it is started again in 1 s",
+        "stopped",
+    ]
+    assert not (tmp_path / "s").exists()
+
+
+def test_one_that_cannot_begin_is_not(tmp_path: Path, children: list[tuple[int, str]]) -> None:
+    children += [(2, "train_file: cannot be read")]
+    with pytest.raises(InputError, match="train_file: cannot be read"):
+        supervised(tmp_path)
+    assert not (tmp_path / "s").exists()
+
+
+def test_one_that_crashes_again_and_again_is_given_up(
+    tmp_path: Path, children: list[tuple[int, str]]
+) -> None:
+    children += [(-11, "")] * MOST_CRASHES
+    with pytest.raises(FedloraError, match=r"crashed 5 times within 10 minutes, .* SIGSEGV"):
+        supervised(tmp_path)
+
+
+def test_sigterm_ends_it_and_removes_the_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_to_end(*_: Any) -> tuple[int, str]:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it was not told")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(site_process, "_run_child", told_to_end)
+    assert supervised(tmp_path)[-1] == "stopped"
+    assert not (tmp_path / "s").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_how_a_child_ended() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora.engines.site_store import MOST_RUNS, RunStore
+from fedlora.engines.site_store import MOST_RUNS, RunStore, disguised
 from fedlora.errors import CheckpointError, FedloraError
 from fedlora.federation.messages import ClientState
 
@@ -99,3 +99,13 @@ def test_what_is_damaged_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "run.json").write_text("{}")
     assert RunStore.last(tmp_path) is None
+
+
+def test_a_fingerprint_says_nothing_to_who_has_not_the_secret(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    said = disguised(one, "rows")
+    assert said == disguised(one, "rows"), "the same rows are known again"
+    assert said != disguised(one, "other rows")
+    assert said != disguised(other, "rows")
+    assert oct((one / "secret").stat().st_mode & 0o777) == "0o600"
+    assert RunStore.last(one) is None

@@ -17,7 +17,7 @@ client_eval_fraction: 0.1          # and/or this share of the rows above is held
 # template: auto                   # how a row becomes text; custom: with prompt_template and
                                    # completion_template
 # label_column_name: label         # of a classifier, with text_column_names: [text], and
-# label_names: [no, yes]           # all labels of the federation, in the same order everywhere
+# label_names: [negative, positive]  # all labels of the federation, in the same order everywhere
 
 # --- the model; without it the server names one, where bounds allow that ---
 # model_name_or_path: models/base  # hub name or directory; also model_revision, tokenizer_name,
