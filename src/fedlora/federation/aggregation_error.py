@@ -38,7 +38,7 @@ from fedlora.threads import map_modules
 MEASURED_RANK = 256
 """Directions of a module, those of all its terms together, up to which norms are exact."""
 _PROBES, _PROBE_BLOCK, _ROW_BLOCK = 64, 64, 1 << 18
-_CHECKS = 4  # probes of a module that is kept by appending
+_CHECKS, _CHECKED_ROWS = 4, 256  # probes and rows of a module that is kept by appending
 
 
 class Norms(NamedTuple):
@@ -98,7 +98,7 @@ def measure_change(before: ServerState, after: ServerState, wanted: Deltas) -> C
         if appended is None:
             return _squares(_change(before, after, name), aim)
         norms = _squares([*_merged(before, after, name), *appended], aim)
-        slip = _slip(before.adapter[name], after.adapter[name], appended)
+        slip = _slip(before.adapter[name], after.adapter[name], appended, after.round)
         return norms._replace(missed=norms.missed + slip)
 
     names = dict.fromkeys([*after.base_delta, *after.adapter])
@@ -128,24 +128,37 @@ def _appended(before: ServerState, after: ServerState, name: str) -> list[_Term]
     return [_Term(x, 1.0) for x in (increment.stack, known) if x.rank]
 
 
-def _slip(old: Delta, new: Delta, terms: Sequence[_Term]) -> float:
-    """An estimate of `||new - old - sum of the terms||^2`, from four random vectors."""
+def _slip(old: Delta, new: Delta, terms: Sequence[_Term], number: int) -> float:
+    """An estimate of `||new - old - sum of the terms||^2`, from four random vectors.
+
+    At most some hundred rows of the products are looked at, other ones in every round, so that the
+    check costs no pass over a matrix.
+
+    Args:
+        old: the update before a round.
+        new: the update after it.
+        terms: what it is said to have changed by.
+        number: of the round.
+    """
     if old is new and not terms:
         return 0.0
-    vectors = _probes(old.shape[1])[:, :_CHECKS]
-    gap = _times(new, vectors) - _times(old, vectors)
+    m, n = old.shape
+    step = max(1, m // _CHECKED_ROWS)
+    rows = slice(number % step, None, step)
+    vectors = _probes(n)[:, :_CHECKS]
+    gap = _times(new, vectors, rows) - _times(old, vectors, rows)
     for x, sign in terms:
-        gap = gap - sign * _times(x, vectors)
-    return _square(gap) / _CHECKS
+        gap = gap - sign * _times(x, vectors, rows)
+    return _square(gap) / gap.numel() * m
 
 
-def _times(x: Delta, vectors: Tensor) -> Tensor:
-    """`dW Z` in the dtype of dW."""
+def _times(x: Delta, vectors: Tensor, rows: slice) -> Tensor:
+    """These rows of `dW Z`, in the dtype of dW."""
     if isinstance(x, Dense):
-        w = wide(x.W)
+        w = wide(x.W[rows])
         return w @ vectors.to(w)
     a = wide(x.A)
-    return wide(x.B) @ (a @ vectors.to(a))
+    return wide(x.B[rows]) @ (a @ vectors.to(a))
 
 
 def _merged(before: ServerState, after: ServerState, name: str) -> list[_Term]:
