@@ -22,7 +22,6 @@ from fedlora.federation.handshake import (
     Join,
     Joined,
     agree_message,
-    evaluate_message,
     join_message,
     read_agreed,
     read_evaluated,
@@ -32,7 +31,8 @@ from fedlora.federation.handshake import (
 from fedlora.federation.messages import ClientUpdate
 from fedlora.federation.participants import Federation
 from fedlora.federation.server import Server, initial_state
-from fedlora.federation.wire import GroupNames, read_trained, train_message
+from fedlora.federation.site_wire import model_message, read_confirmation, site_message
+from fedlora.federation.wire import read_trained
 from fedlora.methods import METHODS
 
 Call = Callable[[bytes], bytes]
@@ -83,6 +83,7 @@ class OneSite:
         method: the aggregation rule.
         asked: what the server sets.
         run: the run's id.
+        held: the round whose global model the site has confirmed; None: none.
     """
 
     call: Call
@@ -92,6 +93,7 @@ class OneSite:
     counted: Counted = (0, 0)
     base: str = ""
     digest: str = ""
+    held: int | None = None
 
     def header(self, kind: str = "", round: int = 0, attempt: int = 0) -> Header:
         """Of a message of this run."""
@@ -134,7 +136,7 @@ class OneSite:
         """The message that asks for the next round."""
         (broadcast,) = self.server.plan().values()
         asked = replace(self.header(round=broadcast.round, attempt=attempt), **header)
-        message, _ = train_message(asked, [broadcast], {}, GroupNames())
+        message = site_message(asked, broadcast, self.server.lacking(0, self.held))
         return encode(with_counted(message, self.counted))
 
     def train(self, attempt: int = 0) -> bytes:
@@ -146,6 +148,10 @@ class OneSite:
         message = decode(answer)
         (update,), states = read_trained(message, {0: self.joined.shapes})
         assert not states
+        confirmation = read_confirmation(message)
+        assert confirmation is not None
+        assert not self.server.has_drifted(confirmation)
+        self.held = message.header.round - 1
         assert self.server.accept(update) == ""
         self.server.commit()
         self.counted = message.header.round, message.header.attempt
@@ -153,10 +159,8 @@ class OneSite:
 
     def evaluate(self) -> Evaluated:
         """Ask for an evaluation of the global model."""
-        (broadcast,) = self.server.plan().values()
-        whole = replace(
-            broadcast, adapter=self.server.state.adapter, base_delta=self.server.state.base_delta
-        )
         header = self.header(round=self.server.state.round)
-        message = with_counted(evaluate_message(header, whole), self.counted)
-        return read_evaluated(self.ask(message))
+        message = model_message(header, self.server.model_lacking(self.held))
+        evaluated = read_evaluated(self.ask(with_counted(message, self.counted)))
+        self.held = header.round
+        return evaluated

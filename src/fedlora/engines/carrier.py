@@ -26,11 +26,13 @@ from typing import Any
 
 from fedlora.engines.frames import FrameError, Timer, connected, receive, send
 
-KINDS = ("refused", "busy", "failed", "deadline", "mistake", "absent", "died")
+KINDS = ("refused", "lost", "busy", "failed", "deadline", "mistake", "absent", "died")
 """What can become of a call:
 
 - refused: the worker does not take this message, and will not take it if it is sent again: it
   belongs to another run, round, base or agreement, or asks for more than the site allows;
+- lost: the message tells changes of a global model that the worker does not hold; it takes one
+  that brings all of it;
 - busy: it is at another message;
 - failed: its training failed, and might do better if it is tried again;
 - deadline: the time was over, or the call was cancelled;

@@ -103,6 +103,7 @@ def _take(
     with observers(session.config, directory.path, report) as tell:
         engine = SitesEngine(replace(opened, session=session), tell, notices)
         course = Course(session, directory, initial, engine, callbacks, tell)
+        engine.serve(course.server)
         result = course.resume() if resumes else course.start()
         engine.say_goodbye()
         return result

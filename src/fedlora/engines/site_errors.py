@@ -18,6 +18,7 @@ from fedlora.config.site_run import BoundError
 from fedlora.engines.carrier import SiteError
 from fedlora.errors import FedloraError
 from fedlora.federation.envelope import RefusedMessageError
+from fedlora.federation.held_model import LostModelError
 
 _LOOK = "the worker's log at the site says more"
 
@@ -42,6 +43,9 @@ def told_to_server() -> Iterator[None]:
         yield
     except SiteError:
         raise
+    except LostModelError as error:
+        log(f"lost: {error}")
+        raise SiteError("lost", str(error)) from None
     except (RefusedMessageError, BoundError) as error:
         log(f"refused: {error}")
         raise SiteError("refused", str(error)) from None

@@ -32,10 +32,10 @@ from fedlora.federation.handshake import (
     evaluated_message,
     joined_message,
     read_agree,
-    read_evaluate,
 )
+from fedlora.federation.held_model import GlobalModel, HeldModel
 from fedlora.federation.messages import Broadcast, ClientState
-from fedlora.federation.wire import read_train, trained_message
+from fedlora.federation.wire import trained_message
 from fedlora.lowrank import Deltas, LowRank
 from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.site_session import SiteSession, assemble_site
@@ -119,6 +119,7 @@ class SiteRun:
         run: the run's id.
         loaded: base and rows.
         store: what is kept on disk.
+        held: the global model that the site holds.
         floor: trainings up to this one are of the past.
         agreed: both sides hold to the same.
         last: the last training that was answered.
@@ -129,6 +130,7 @@ class SiteRun:
     run: str
     loaded: Loaded
     store: RunStore
+    held: HeldModel
     floor: Turn = NEVER
     agreed: bool = False
     last: Turn = field(default=NEVER)
@@ -155,7 +157,7 @@ class SiteRun:
                 parameters=sum(p.numel() for p in base.model.parameters()),
                 shapes=base.targets.shapes,
                 full_params={name: tuple(x.shape) for name, x in self.loaded.first_values.items()},
-                confirmed=self.store.confirmed,
+                confirmed=self.held.round or 0,
             ),
         )
 
@@ -212,10 +214,7 @@ class SiteRun:
                 f"attempt {turn[1]} of round {turn[0]} is of the past: this site is at attempt "
                 f"{past[1]} of round {past[0]}"
             )
-        broadcasts, states = read_train(message, {})
-        if len(broadcasts) != 1 or states:
-            raise RefusedMessageError("one site is asked at a time, and keeps its own state")
-        (broadcast,) = broadcasts
+        broadcast = self.held.applied(message)
         self._check_broadcast(broadcast)
         if broadcast.rank != self.loaded.rank:
             raise RefusedMessageError(
@@ -224,11 +223,12 @@ class SiteRun:
         worker, client = self.loaded.worker, self.loaded.client
         self.store.keep_only(self._take_up(message))
         update = worker.handle(broadcast, lambda: on_step)
-        answer = encode(trained_message(message.header, [update], {}))
+        confirmation = self.held.confirmation()
+        answer = encode(trained_message(message.header, [update], {}, confirmation))
         if client in worker.states:
             self.store.keep_state(turn, worker.states[client])
         self.store.keep_answer(turn, answer)
-        self._confirm(turn[0] - 1)
+        self.store.keep_model(self.held)
         self.last = turn
         return answer
 
@@ -239,14 +239,14 @@ class SiteRun:
             RefusedMessageError: it is not for this site.
         """
         self.check(message.header)
-        broadcast = read_evaluate(message)
-        self._check_broadcast(broadcast)
+        model = self.held.evaluated(message)
+        self._check_model(model)
         self._take_up(message)
         session, rows = self.loaded.session, self.loaded.eval_rows
         evaluated = Evaluated(0, 0, {})
         if rows:
-            adapter = _with_kept(broadcast.adapter, self.loaded.worker.states)
-            session.base.load([broadcast.base_delta, adapter], full_params=broadcast.dense)
+            adapter = _with_kept(model.adapter, self.loaded.worker.states)
+            session.base.load([model.base_delta, adapter], full_params=model.dense)
             config, label_names = session.config, session.report.label_names
             metrics = evaluate(
                 session.base.model,
@@ -258,7 +258,7 @@ class SiteRun:
                 label_names=label_names,
             )
             evaluated = Evaluated(len(rows), _labels(rows, label_names), metrics)
-        self._confirm(message.header.round)
+        self.store.keep_model(self.held)
         return encode(evaluated_message(message.header, evaluated))
 
     def _check_broadcast(self, broadcast: Broadcast) -> None:
@@ -269,19 +269,21 @@ class SiteRun:
                 f"it is for client {broadcast.client}, and this site is client {loaded.client}"
             )
         shapes = loaded.session.base.targets.shapes
-        for group in (broadcast.adapter, broadcast.leading, broadcast.base_delta):
+        if unknown := set(broadcast.modules or ()) - set(shapes):
+            raise RefusedMessageError(f"module {min(unknown)[:80]} is not one of this site's base")
+        self._check_model(GlobalModel(broadcast.adapter, broadcast.base_delta, broadcast.dense))
+
+    def _check_model(self, model: GlobalModel) -> None:
+        """Refuse a model of other modules than this site has, or of other parameters."""
+        loaded = self.loaded
+        shapes = loaded.session.base.targets.shapes
+        for group in (model.adapter, model.base_delta):
             for name, delta in group.items():
                 if tuple(delta.shape) != shapes.get(name):
                     raise RefusedMessageError(f"module {name[:80]} is not one of this site's base")
-        if unknown := set(broadcast.modules or ()) - set(shapes):
-            raise RefusedMessageError(f"module {min(unknown)[:80]} is not one of this site's base")
-        came = {name: x.shape for name, x in broadcast.dense.items()}
+        came = {name: x.shape for name, x in model.dense.items()}
         if came != {name: x.shape for name, x in loaded.first_values.items()}:
             raise RefusedMessageError("other parameters are trained whole than at this site")
-
-    def _confirm(self, round: int) -> None:
-        if round > self.store.confirmed:
-            self.store.confirm(round)
 
     def _take_up(self, message: Message) -> Turn:
         """Go on from what the client kept after the training that counted last; gives that."""

@@ -36,13 +36,14 @@ from fedlora.federation.envelope import (
 )
 from fedlora.federation.handshake import (
     AGREE,
-    EVALUATE,
     JOIN,
     LEAVE,
     leave_message,
     read_join,
     read_leave,
 )
+from fedlora.federation.held_model import HeldModel
+from fedlora.federation.site_wire import EVALUATE
 from fedlora.federation.wire import TRAIN
 
 Answer = Callable[[], bytes]
@@ -124,7 +125,7 @@ class SiteService:
             "rows": loaded.session.report.num_examples if loaded else None,
             "eval_rows": len(loaded.eval_rows) if loaded else None,
             "rank": loaded.rank if loaded else None,
-            "confirmed": run.store.confirmed if run else None,
+            "confirmed": run.held.round or 0 if run else None,
             "memory_bytes": _resident_bytes(),
             "bases_loaded": self.bases_loaded,
         }
@@ -221,7 +222,9 @@ class SiteService:
     def _answer_join(self, message: Message, data: bytes) -> bytes:
         run = self._join(message)
         store = run.store
-        store.confirm(min(store.confirmed, message.header.round))
+        if (run.held.round or 0) > message.header.round:  # the server goes on from an earlier one
+            run.held = HeldModel(run.held.agreement)
+            store.keep_model(run.held)
         store.forget("agree")
         store.forget_answers()  # what is asked after this join may be another round of that number
         store.keep("join", data)
@@ -240,8 +243,13 @@ class SiteService:
             loaded = self._loaded = load(self.site, config, join.client, self.train_function)
             self.bases_loaded += 1
         loaded.worker.states.clear()
+        before, agreement = self._run, loaded.session.agreement
+        if before is not None and before.run == header.run and before.loaded is loaded:
+            held = before.held
+        else:
+            held = store.model(agreement)
         floor = (header.round, 2**53)
-        self._run = SiteRun(self.site.name, join, header.run, loaded, store, floor)
+        self._run = SiteRun(self.site.name, join, header.run, loaded, store, held, floor)
         return self._run
 
     def _answer_leave(self, message: Message) -> bytes:

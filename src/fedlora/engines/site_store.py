@@ -2,6 +2,7 @@
 
     RUN/run.json                   the run's id, and the round of its model that was confirmed last
     RUN/join.bin, agree.bin        the messages by which the site takes part
+    RUN/model.safetensors          that model
     RUN/answer-R-A.bin             what was answered to attempt A of round R
     RUN/state-R-A.safetensors      what the client keeps for itself after that training
     secret                         of the site, see `disguised`
@@ -26,8 +27,12 @@ from pathlib import Path
 
 from fedlora.errors import CheckpointError, FedloraError
 from fedlora.federation.codec import DamagedError, pack_file, unpack_file
+from fedlora.federation.exchange import Agreement
+from fedlora.federation.held_model import HeldModel
 from fedlora.federation.messages import ClientState
 from fedlora.runs.safe_writing import sync
+
+_MODEL = "model.safetensors"
 
 MOST_RUNS = 8
 """Runs whose directories stay; a new one takes the place of the one that was used longest ago."""
@@ -88,6 +93,23 @@ class RunStore:
         """Note that the site has the global model after this round."""
         text = json.dumps({"run": self.run, "confirmed": round}).encode()
         self._write("run.json", lambda path: _write_bytes(path, text))
+
+    def keep_model(self, model: HeldModel) -> None:
+        """Keep the global model that the site holds, and note its round."""
+        tensors, header = model.packed()
+        self._write(_MODEL, lambda path: pack_file(path, tensors, header))
+        self.confirm(model.round or 0)
+
+    def model(self, agreement: Agreement) -> HeldModel:
+        """The global model that was kept; one that holds nothing where it is missing or damaged.
+
+        The server sends all of it then.
+        """
+        try:
+            packet = unpack_file(self.path / _MODEL)
+        except (DamagedError, OSError):
+            return HeldModel(agreement)
+        return HeldModel.unpacked(agreement, packet.tensors, packet.header)
 
     # --- messages ---
 

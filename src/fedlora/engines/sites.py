@@ -1,7 +1,7 @@
 """Trains the clients where their rows are: at sites whose workers are other processes.
 
 The server has neither their rows nor, with `server_evaluation: false`, any weight of the base. It
-speaks to every site in messages (`federation.wire`, `federation.handshake`) that a `Transport`
+speaks to every site in messages (`federation.site_wire`, `federation.handshake`) that a `Transport`
 carries, and takes the answers as they come. A site that is late, refuses, or fails however often it
 is asked is left out of the round; a site that has died goes on from what it keeps on its disk.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -31,15 +31,17 @@ from fedlora.federation.handshake import (
     Evaluated,
     Joined,
     Leave,
-    evaluate_message,
     leave_message,
     read_evaluated,
     with_counted,
 )
-from fedlora.federation.messages import Broadcast, ClientUpdate
-from fedlora.federation.wire import TRAINED, GroupNames, read_trained, train_message
+from fedlora.federation.increments import Sketch
+from fedlora.federation.messages import Broadcast, ClientUpdate, Lacking
+from fedlora.federation.server import Server
+from fedlora.federation.site_wire import model_message, read_confirmation, site_message
+from fedlora.federation.wire import TRAINED, read_trained
 from fedlora.lowrank import Deltas
-from fedlora.methods.values import RoundNumbers, ServerState
+from fedlora.methods.values import ServerState
 from fedlora.runs import engine as seam
 from fedlora.runs.course import has_personal_models
 from fedlora.runs.engine import ClientResult, EngineState, Exchange, Failure
@@ -49,11 +51,14 @@ from fedlora.runs.site_evaluation import mean_by_rows
 
 _ELSEWHERE = "of the sites"  # in the place of a fingerprint that only the sites have
 _LATE = "it was not done by the round's deadline"
+_DRIFTED = "its global model is not the server's any more; it is sent all of it next time"
 _LASTING = ("base", "data", "num_examples", "rank", "label_names", "shapes", "full_params")
 _GOODBYE = 10.0  # seconds
 _GRACE = 2.0  # seconds after a deadline in which a site's own answer is waited for
 
 NONE_COUNTS: Counted = (0, 0)
+T = TypeVar("T")
+_Trained = tuple[ClientUpdate, Sketch | None]  # with what the site holds
 
 
 @dataclass
@@ -64,13 +69,13 @@ class Site:
         joined: what it has told.
         counted: its training that the last committed round counts.
         trained: its training in the round that goes on; None: none yet.
-        holds: the round of the run whose global model it has confirmed last; 0: none.
+        holds: the round of the run whose global model it has confirmed last; None: none.
     """
 
     joined: Joined
     counted: Counted = NONE_COUNTS
     trained: Counted | None = None
-    holds: int = 0
+    holds: int | None = None
 
     @property
     def name(self) -> str:
@@ -91,7 +96,7 @@ class SitesEngine:
         self.session, self.report = opened.session, report
         self.handshake, self.calls = opened.handshake, opened.handshake.calls
         self.sites = {
-            told.client: Site(told, holds=told.confirmed) for told in opened.joined.values()
+            told.client: Site(told, holds=told.confirmed or None) for told in opened.joined.values()
         }
         self.num_clients = len(opened.session.federation.ranks)
         self.late = LateJoining(opened.handshake, opened.session, opened.waiting, self._warn)
@@ -100,12 +105,17 @@ class SitesEngine:
         self._notices = notices
         self._leaving: dict[str, Member] = dict(opened.left)
         self._round, self._attempt, self._committed = 0, 0, 0
+        self._lacking = threading.Lock()  # several threads ask the server what their site lacks
 
     @property
     def identity(self) -> Mapping[str, str]:
         """The base's fingerprint; rows and local training are the sites' own (see `restore`)."""
         base = self.session.sites[0].base
         return {"base": base, "data": _ELSEWHERE, "train_function": _ELSEWHERE}
+
+    def serve(self, server: Server) -> None:
+        """Say whose rounds are carried: the server knows what a site lacks of the global model."""
+        self.server = server
 
     # --- who takes part ---
 
@@ -148,7 +158,7 @@ class SitesEngine:
         if not broadcasts:
             return
         self._begin_round(broadcasts[0].round)
-        outcomes = SimpleQueue[tuple[int, ClientUpdate | SiteError | LeftError]]()
+        outcomes = SimpleQueue[tuple[int, _Trained | SiteError | LeftError]]()
         sent = {broadcast.client: broadcast for broadcast in broadcasts}
         missing = set(sent)
         for client, broadcast in sent.items():
@@ -187,25 +197,30 @@ class SitesEngine:
 
     def _train(
         self, site: Site, broadcast: Broadcast, attempt: int, deadline: float | None
-    ) -> ClientUpdate:
+    ) -> _Trained:
         """Have a site train; called in a thread of its own."""
         client, agreement = broadcast.client, self.session.federation.agreement
-        message, _ = train_message(
-            self._header(broadcast.round, attempt), [broadcast], {}, GroupNames()
-        )
         modules = {client: asked_modules(broadcast, agreement.shapes)}
 
-        def read(answer: Message) -> ClientUpdate:
+        def read(answer: Message) -> _Trained:
             if answer.header.kind != TRAINED:
                 raise RefusedMessageError(f"it is {answer.header.kind[:40]}, not an update")
             updates, states = read_trained(answer, modules)
             if [update.client for update in updates] != [client] or states:
                 raise RefusedMessageError("it is not one update of this client alone")
-            return updates[0]
+            return updates[0], read_confirmation(answer)
 
-        message = with_counted(message, site.counted)
-        recover = partial(self._come_back, site, broadcast.round - 1)
-        return self.calls.ask(site.name, message, read, deadline, recover)
+        def ask(held: int | None) -> _Trained:
+            with self._lacking:
+                if self._round != broadcast.round:
+                    raise SiteError("deadline", _LATE)
+                lacking = self.server.lacking(client, held)
+            header = self._header(broadcast.round, attempt)
+            message = with_counted(site_message(header, broadcast, lacking), site.counted)
+            recover = partial(self._come_back, site, broadcast.round - 1)
+            return self.calls.ask(site.name, message, read, deadline, recover)
+
+        return _with_all_where_lost(ask, site.holds)
 
     def _come_back(self, site: Site, committed: int) -> None:
         """Have a site join again whose worker was gone, and see whether it is the same.
@@ -226,15 +241,19 @@ class SitesEngine:
         self.handshake.agree(joined, agreement, self.num_clients, committed)
 
     def _outcome(
-        self, broadcast: Broadcast, outcome: ClientUpdate | SiteError | LeftError
+        self, broadcast: Broadcast, outcome: _Trained | SiteError | LeftError
     ) -> ClientResult | Failure:
         client = broadcast.client
-        if isinstance(outcome, ClientUpdate):
+        if isinstance(outcome, tuple):
+            update, confirmation = outcome
+            drifted = confirmation is None or self.server.has_drifted(confirmation)
             if client in self.sites:
                 site = self.sites[client]
                 site.trained = broadcast.round, self._attempt
-                site.holds = broadcast.round - 1
-            return result_of(broadcast, outcome, self.session.federation.agreement)
+                site.holds = None if drifted else broadcast.round - 1
+            if drifted:
+                return Failure(client, _DRIFTED)
+            return result_of(broadcast, update, self.session.federation.agreement)
         if isinstance(outcome, LeftError):
             if client in self.sites:
                 self._has_left(self.sites[client], outcome)
@@ -279,9 +298,12 @@ class SitesEngine:
         asked = {k: site for k, site in self.sites.items() if site.joined.eval_rows}
         timeout = self.session.config.round_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
+        lacking = {
+            held: self.server.model_lacking(held) for held in {x.holds for x in asked.values()}
+        }
         for client, site in asked.items():
             counted = site.trained or site.counted
-            measure = partial(self._measure, site, state, counted, deadline)
+            measure = partial(self._measure, site, state, counted, lacking, deadline)
             _in_a_thread(site.name, partial(_put, outcomes, client, measure))
         evaluated, missing = dict[int, Evaluated](), set(asked)
         while missing:
@@ -304,23 +326,22 @@ class SitesEngine:
         return {client: evaluated[client] for client in sorted(evaluated) if evaluated[client].rows}
 
     def _measure(
-        self, site: Site, state: ServerState, counted: Counted, deadline: float | None
+        self,
+        site: Site,
+        state: ServerState,
+        counted: Counted,
+        lacking: Mapping[int | None, Lacking],
+        deadline: float | None,
     ) -> Evaluated:
         """Have a site evaluate the global model; called in a thread of its own."""
-        model = Broadcast(
-            round=state.round,
-            client=site.joined.client,
-            rank=site.joined.rank,
-            adapter=state.adapter,
-            leading={},
-            base_delta=state.base_delta,
-            dense=state.dense,
-            nbytes=0,
-            numbers=RoundNumbers({}, state.levels),
-        )
-        message = with_counted(evaluate_message(self._header(state.round, 0), model), counted)
-        recover = partial(self._come_back, site, state.round)
-        return self.calls.ask(site.name, message, read_evaluated, deadline, recover)
+
+        def ask(held: int | None) -> Evaluated:
+            model = lacking[held] if held in lacking else self.server.model_lacking(held)
+            message = with_counted(model_message(self._header(state.round, 0), model), counted)
+            recover = partial(self._come_back, site, state.round)
+            return self.calls.ask(site.name, message, read_evaluated, deadline, recover)
+
+        return _with_all_where_lost(ask, site.holds)
 
     def evaluate_client(
         self, client: int, model: Deltas, dense: Mapping[str, Tensor]
@@ -382,6 +403,16 @@ class SitesEngine:
 
     def _warn(self, message: str) -> None:
         self.report(Notice(event="warning", message=message))
+
+
+def _with_all_where_lost(ask: Callable[[int | None], T], held: int | None) -> T:
+    """Ask a site for something that rests on the model it holds, or, lost, on none."""
+    try:
+        return ask(held)
+    except SiteError as error:
+        if error.kind != "lost" or held is None:
+            raise
+    return ask(None)
 
 
 def _put(outcomes: SimpleQueue[tuple[int, Any]], client: int, ask: Callable[[], object]) -> None:

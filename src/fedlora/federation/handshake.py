@@ -4,8 +4,8 @@ Every call is a message of the server, and what the site answers to it:
 
     join      whom the server takes it for, and what it sets     -> joined     what the site holds
     agree     what all hold to                                   -> agreed     the same digest
-    train     `fedlora.federation.wire`                          -> trained    likewise
-    evaluate  the global model                                   -> evaluated  counts and metrics
+    train     `fedlora.federation.site_wire`                     -> trained    `federation.wire`
+    evaluate  likewise, the global model                         -> evaluated  counts and metrics
     leave     the run is over, or the site is asked no more      -> leave      likewise
 
 To any call a site may answer `leave`: it takes part no longer.
@@ -31,14 +31,12 @@ from torch import Tensor
 from fedlora import __version__
 from fedlora.federation import plain_values as plain
 from fedlora.federation.envelope import Header, Message, RefusedMessageError
-from fedlora.federation.messages import Broadcast
-from fedlora.federation.wire import GroupNames, read_train, train_message
 from fedlora.methods.rule import Shapes
 from fedlora.text import finite
 
 JOIN, JOINED = "join", "joined"
 AGREE, AGREED = "agree", "agreed"
-EVALUATE, EVALUATED = "evaluate", "evaluated"
+EVALUATED = "evaluated"
 LEAVE = "leave"
 
 _COUNTED = "counted"  # in the body of `train` and `evaluate`
@@ -195,17 +193,6 @@ def agreed_message(header: Header, agreed: Agreed) -> Message:
     return Message(replace(header, kind=AGREED), {"digest": agreed.digest}, agreed.full_params)
 
 
-def evaluate_message(header: Header, model: Broadcast) -> Message:
-    """Asks a site to evaluate a global model, `base_delta + adapter` of it, and to train nothing.
-
-    Args:
-        header: its round is that after which the model stands; its kind is set here.
-        model: for the site; nothing else of it counts.
-    """
-    message, _ = train_message(header, [model], {}, GroupNames())
-    return Message(replace(message.header, kind=EVALUATE), message.body, message.tensors)
-
-
 def evaluated_message(header: Header, evaluated: Evaluated) -> Message:
     """An `Evaluated` as a message."""
     return Message(replace(header, kind=EVALUATED), finite(asdict(evaluated)))
@@ -300,15 +287,6 @@ def read_agreed(message: Message, wanted: Mapping[str, tuple[int, ...]]) -> Agre
     if came != dict(wanted):
         raise RefusedMessageError("it brings other parameters than those that were asked for")
     return Agreed(parts["digest"], {name: message.tensors[name] for name in wanted})
-
-
-def read_evaluate(message: Message) -> Broadcast:
-    """The inverse of `evaluate_message`."""
-    _check_kind(message, EVALUATE)
-    broadcasts, states = read_train(message, {})
-    if len(broadcasts) != 1 or states:
-        raise RefusedMessageError("an evaluation is asked of one site, and brings no state")
-    return broadcasts[0]
 
 
 def read_evaluated(message: Message) -> Evaluated:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,9 +150,54 @@ class HeldModel:
         self.round, self.base_delta = model.round, model.base_delta
         self.adapter, self.leading = model.adapter, model.leading
 
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The model as named tensors and a header, for `codec.pack_file`; `unpacked` reads them."""
+        groups = {
+            "adapter": self.adapter,
+            "leading": self.leading,
+            "base_delta": self.base_delta,
+        }
+        tensors = {
+            f"{group}/{name}/{factor}": value
+            for group, deltas in groups.items()
+            for name, x in deltas.items()
+            for factor, value in _factors(x).items()
+        }
+        return tensors, {"round": self.round, "agreement": self.agreement.digest}
+
+    @staticmethod
+    def unpacked(
+        agreement: Agreement, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+    ) -> HeldModel:
+        """The inverse of `packed`; of a model of another agreement nothing is held."""
+        if header.get("agreement") != agreement.digest:
+            return HeldModel(agreement)
+        groups: dict[str, Factors] = {"adapter": {}, "leading": {}, "base_delta": {}}
+        for place, value in tensors.items():
+            group, rest = place.split("/", 1)
+            module, factor = rest.rsplit("/", 1)
+            groups[group].setdefault(module, {})[factor] = value
+        deltas = {
+            group: {name: _delta_of(factors) for name, factors in modules.items()}
+            for group, modules in groups.items()
+        }
+        leading = {name: x for name, x in deltas["leading"].items() if isinstance(x, LowRank)}
+        return HeldModel(
+            agreement, header["round"], deltas["adapter"], leading, deltas["base_delta"]
+        )
+
     def confirmation(self) -> dict[str, list[float]]:
         """A sketch of what everybody keeps of the global model, for the server to compare."""
         return sketch(self.base_delta, *((self.adapter,) if self.agreement.followed else ()))
+
+
+def _factors(x: Delta) -> dict[str, Tensor]:
+    return {"W": x.W} if isinstance(x, Dense) else {"A": x.A, "B": x.B}
+
+
+def _delta_of(factors: Mapping[str, Tensor]) -> Delta:
+    """The inverse of `_factors`."""
+    return Dense(factors["W"]) if "W" in factors else LowRank(factors["A"], factors["B"])
 
 
 class _Parts:
@@ -257,7 +303,7 @@ class _Parts:
     def _delta(self, name: str, factors: Mapping[str, Tensor]) -> Delta:
         if set(factors) not in ({"A", "B"}, {"W"}):
             raise ValueError(name)
-        x = Dense(factors["W"]) if "W" in factors else LowRank(factors["A"], factors["B"])
+        x = _delta_of(factors)
         if x.shape != tuple(self.agreement.shapes[name]):
             raise ValueError(name)
         return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,8 @@ from fedlora.federation.handshake import (
     evaluated_message,
     leave_message,
 )
-from fedlora.federation.messages import Broadcast, ClientUpdate
+from fedlora.federation.increments import Sketch
+from fedlora.federation.messages import Broadcast, ClientUpdate, Lacking
 from fedlora.federation.participants import Federation
 from fedlora.federation.server import initial_state
 from fedlora.federation.wire import trained_message
@@ -40,6 +42,23 @@ from support.told_sites import BASE, Say, ToldSites, handshaking, joined
 SHAPES = {"q": (4, 3)}
 RULE = METHODS["exact"]
 FEDERATION = Federation([2, 2], [10, 11], Agreement(RULE, RULE.options(), SHAPES, 0))
+
+
+class Rounds:
+    """What the engine asks a server, whose clients lack nothing; what it was asked is noted."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, list[int | None]] = {0: [], 1: []}
+
+    def lacking(self, client: int, held: int | None) -> Lacking:
+        self.held[client].append(held)
+        return Lacking(held, {})
+
+    def model_lacking(self, held: int | None) -> Lacking:
+        return Lacking(held, {})
+
+    def has_drifted(self, confirmation: Sketch) -> bool:
+        return bool(confirmation)
 
 
 def engine(say: Say, events: list[Any] | None = None, **opened: Any) -> SitesEngine:
@@ -57,11 +76,14 @@ def engine(say: Say, events: list[Any] | None = None, **opened: Any) -> SitesEng
     calls = SiteCalls(ToldSites("ab", say), notices.put, pauses=(0.0,))
     told = {name: joined(name, k, 2, eval_rows=4) for k, name in enumerate("ab")}
     parts = {"joined": told, "waiting": (), "left": {}, **opened}
-    return SitesEngine(
+    sites = SitesEngine(
         Opened(session, Handshake(session.config, "r1", calls), **parts),
         (events if events is not None else []).append,
         notices,
     )
+    server: Any = Rounds()
+    sites.serve(server)
+    return sites
 
 
 def broadcasts(round: int = 1) -> list[Broadcast]:
@@ -79,7 +101,7 @@ def trained(name: str, message: Message) -> Message:
         return evaluated_message(message.header, told)
     adapter = {"q": LowRank(torch.ones(2, 3), torch.ones(4, 2))}
     update = ClientUpdate(client, message.header.round, adapter, 10)
-    return trained_message(message.header, [update], {})
+    return trained_message(message.header, [update], {}, {})
 
 
 def by_client(outcomes: Any) -> dict[int, Any]:
@@ -144,7 +166,27 @@ def test_what_becomes_of_a_site_that_does_not_train(answer: SiteError, says: str
 
     outcomes = by_client(engine(say).exchange(broadcasts()))
     assert isinstance(outcomes[0], ClientResult)
-    assert outcomes[1] == Failure(1, says)
+    assert outcomes[1] == Failure(1, says, late=answer.kind == "deadline")
+
+
+def test_a_site_is_sent_what_it_lacks_of_what_it_has_confirmed() -> None:
+    """Site b loses its model in round 2, and has drifted in round 3."""
+
+    def say(name: str, message: Message) -> Message | SiteError:
+        number, held = message.header.round, message.body["held"]
+        if name == "b" and number == 2 and held is not None:
+            return SiteError("lost", "it rests on a model that is not here")
+        answer = trained(name, message)
+        if name == "b" and number == 3:
+            return replace(answer, body={**answer.body, "confirmation": {"q": [1.0]}})
+        return answer
+
+    sites = engine(say)
+    outcomes = [by_client(sites.exchange(broadcasts(round))) for round in (1, 2, 3, 4)]
+    server: Any = sites.server
+    assert server.held == {0: [None, 0, 1, 2], 1: [None, 0, None, 1, None]}
+    assert [isinstance(of[1], ClientResult) for of in outcomes] == [True, True, False, True]
+    assert "is not the server's any more" in outcomes[2][1].reason
 
 
 def test_a_site_that_comes_back_has_to_be_the_same() -> None:

@@ -21,24 +21,20 @@ from fedlora.federation.handshake import (
     agree_message,
     agreed_message,
     counted_of,
-    evaluate_message,
     evaluated_message,
     join_message,
     joined_message,
     leave_message,
     read_agree,
     read_agreed,
-    read_evaluate,
     read_evaluated,
     read_join,
     read_joined,
     read_leave,
     with_counted,
 )
-from fedlora.federation.messages import Broadcast
-from fedlora.federation.wire import read_train
-from fedlora.lowrank import LowRank
-from fedlora.methods.values import RoundNumbers
+from fedlora.federation.messages import Lacking
+from fedlora.federation.site_wire import model_message, read_model_message
 
 HEADER = Header("run", 2, 0, "", "base", "agreement")
 HEAD = {"score.weight": (2, 3)}
@@ -82,12 +78,6 @@ def sent(message: Message) -> Message:
     return decode(encode(message))
 
 
-def model() -> Broadcast:
-    adapter = {"layers.0.q_proj": LowRank(torch.randn(2, 3), torch.randn(4, 2))}
-    numbers = RoundNumbers({"layers.0.q_proj": 2}, (2,))
-    return Broadcast(3, 1, 2, adapter, {}, {}, {"score.weight": torch.ones(2, 3)}, 0, numbers)
-
-
 @pytest.mark.parametrize(("write", "value", "read"), SAID)
 def test_what_was_said_comes_back(write: Any, value: Any, read: Any) -> None:
     assert read(sent(write(HEADER, value))) == value
@@ -111,18 +101,11 @@ def test_first_values_come_with_the_agreement() -> None:
             read_agreed(sent(agreed_message(HEADER, given)), wanted)
 
 
-def test_a_model_to_evaluate_comes_back() -> None:
-    asked = sent(evaluate_message(HEADER, model()))
-    assert asked.header.kind == "evaluate"
-    back, (name,) = read_evaluate(asked), model().adapter
-    assert back.adapter[name].shape == (4, 3)
-    assert torch.equal(back.dense["score.weight"], torch.ones(2, 3))
-
-
 def test_a_site_hears_which_training_counted() -> None:
-    asked = sent(with_counted(evaluate_message(HEADER, model()), (2, 1)))
+    lacking = Lacking(1, {"dense/score.weight": torch.ones(2, 3)})
+    asked = sent(with_counted(model_message(HEADER, lacking), (2, 1)))
     assert counted_of(asked) == (2, 1)
-    assert read_train(asked, {})[0][0].client == 1  # a reader of the rest is not disturbed
+    assert read_model_message(asked).held == 1  # a reader of the rest is not disturbed
     for body in ({}, {"counted": 2}, {"counted": [1]}, {"counted": [1, -1]}, {"counted": "12"}):
         with pytest.raises(RefusedMessageError, match="which training counted"):
             counted_of(Message(HEADER, body))
