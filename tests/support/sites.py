@@ -132,6 +132,9 @@ class InMemoryTransport:
         except Exception as error:
             return SiteError("failed", f"{type(error).__name__}: {error}")
 
+    def status(self, name: str) -> Mapping[str, Any]:
+        return {}
+
     def close(self) -> None:
         pass
 

@@ -8,9 +8,8 @@ is asked is left out of the round; a site that has died goes on from what it kee
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -18,12 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlora.engines.at_once import LATE, at_once
 from fedlora.engines.carrier import SiteError
 from fedlora.engines.late_joining import LateJoining
 from fedlora.engines.results import asked_modules, result_of
 from fedlora.engines.roster import Member
 from fedlora.engines.site_calls import LeftError
 from fedlora.engines.site_handshake import Opened
+from fedlora.engines.site_progress import StepWatch
 from fedlora.errors import InputError
 from fedlora.federation.envelope import Header, Message, RefusedMessageError, encode
 from fedlora.federation.handshake import (
@@ -48,10 +49,8 @@ from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report
 from fedlora.runs.site_evaluation import mean_by_rows
 
 _ELSEWHERE = "of the sites"  # in the place of a fingerprint that only the sites have
-_LATE = "it was not done by the round's deadline"
 _LASTING = ("base", "data", "num_examples", "rank", "label_names", "shapes", "full_params")
 _GOODBYE = 10.0  # seconds
-_GRACE = 2.0  # seconds after a deadline in which a site's own answer is waited for
 
 NONE_COUNTS: Counted = (0, 0)
 
@@ -146,29 +145,24 @@ class SitesEngine:
         if not broadcasts:
             return
         self._begin_round(broadcasts[0].round)
-        outcomes = SimpleQueue[tuple[int, ClientUpdate | SiteError | LeftError]]()
         sent = {broadcast.client: broadcast for broadcast in broadcasts}
-        missing = set(sent)
-        for client, broadcast in sent.items():
-            site = self.sites.get(client)
-            if site is None:
-                missing.discard(client)
-                yield Failure(client, "its site has left")
-                continue
+        for client in sent.keys() - self.sites.keys():
+            yield Failure(client, "its site has left")
+        asks, training = {}, {}
+        for client in sorted(sent.keys() & self.sites.keys()):
+            site, broadcast = self.sites[client], sent[client]
             self.report(ClientBegin(event="client_begin", client=client, rank=broadcast.rank))
-            train = partial(self._train, site, broadcast, self._attempt, deadline)
-            _in_a_thread(site.name, partial(_put, outcomes, client, train))
-        while missing:
-            try:
-                client, outcome = outcomes.get(timeout=_seconds_until(deadline))
-            except Empty:
-                break
-            finally:
+            asks[client] = partial(self._train, site, broadcast, self._attempt, deadline)
+            training[site.name] = client
+        with StepWatch(self.calls.transport.status, training, self._round) as watch:
+
+            def meanwhile() -> None:
                 self._pass_on()
-            missing.discard(client)
-            yield self._outcome(sent[client], outcome)
-        for client in sorted(missing):
-            yield Failure(client, _LATE)
+                for step in watch.steps():
+                    self.report(step)
+
+            for client, outcome in at_once(asks, deadline, meanwhile):
+                yield self._outcome(sent[client], outcome)
 
     def _begin_round(self, number: int) -> None:
         """Note a round's next attempt; what sites trained in one that was given up is lost."""
@@ -233,7 +227,7 @@ class SitesEngine:
             if client in self.sites:
                 self._has_left(self.sites[client], outcome)
             return Failure(client, f"its site leaves the run: {outcome.reason}")
-        return Failure(client, _LATE if outcome.kind == "deadline" else outcome.reason)
+        return Failure(client, LATE if outcome.kind == "deadline" else outcome.reason)
 
     def _header(self, number: int, attempt: int) -> Header:
         agreement = self.session.federation.agreement
@@ -268,32 +262,22 @@ class SitesEngine:
 
     def _evaluated(self, state: ServerState) -> dict[int, Evaluated]:
         """What the sites have measured of the global model, by client."""
-        outcomes = SimpleQueue[tuple[int, Evaluated | SiteError | LeftError]]()
         asked = {k: site for k, site in self.sites.items() if site.joined.eval_rows}
         timeout = self.session.config.round_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
-        for client, site in asked.items():
-            counted = site.trained or site.counted
-            measure = partial(self._measure, site, state, counted, deadline)
-            _in_a_thread(site.name, partial(_put, outcomes, client, measure))
-        evaluated, missing = dict[int, Evaluated](), set(asked)
-        while missing:
-            try:
-                client, outcome = outcomes.get(timeout=_seconds_until(deadline))
-            except Empty:
-                break
-            finally:
-                self._pass_on()
-            missing.discard(client)
+        asks = {
+            client: partial(self._measure, site, state, site.trained or site.counted, deadline)
+            for client, site in asked.items()
+        }
+        evaluated = dict[int, Evaluated]()
+        for client, outcome in at_once(asks, deadline, self._pass_on):
+            site = asked[client]
             if isinstance(outcome, Evaluated):
-                evaluated[client] = outcome
-                asked[client].holds = state.round
-            else:
-                self._warn(f"site {asked[client].name} does not evaluate: {outcome.reason}")
+                evaluated[client], site.holds = outcome, state.round
+                continue
+            self._warn(f"site {site.name} does not evaluate: {outcome.reason}")
             if isinstance(outcome, LeftError):
-                self._has_left(asked[client], outcome)
-        for client in sorted(missing):
-            self._warn(f"site {asked[client].name} does not evaluate: it was not done in time")
+                self._has_left(site, outcome)
         return {client: evaluated[client] for client in sorted(evaluated) if evaluated[client].rows}
 
     def _measure(
@@ -375,22 +359,3 @@ class SitesEngine:
 
     def _warn(self, message: str) -> None:
         self.report(Notice(event="warning", message=message))
-
-
-def _put(outcomes: SimpleQueue[tuple[int, Any]], client: int, ask: Callable[[], object]) -> None:
-    """Put what comes of a call into a queue; whatever goes wrong is an outcome too."""
-    try:
-        outcomes.put((client, ask()))
-    except (SiteError, LeftError) as error:
-        outcomes.put((client, error))
-    except Exception as error:
-        outcomes.put((client, SiteError("failed", f"{type(error).__name__}: {error}")))
-
-
-def _in_a_thread(name: str, call: Callable[[], None]) -> None:
-    """A site that hangs must not keep this process from ending."""
-    threading.Thread(target=call, name=f"site-{name}", daemon=True).start()
-
-
-def _seconds_until(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline + _GRACE - time.monotonic())

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedlora.engines import carrier
 from fedlora.engines.carrier import SiteError
@@ -40,6 +40,9 @@ class Transport(Protocol):
         Returns:
             An iterator of one answer, or `SiteError`, for every site.
         """
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        """What a site is at, as `fedlora worker --status` tells; empty where it cannot be told."""
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -91,6 +94,13 @@ class SocketTransport:
             return carrier.call(self.addresses[name], message, seconds=seconds)
         except SiteError as error:
             return error
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        """What the worker is at; empty where it does not answer."""
+        try:
+            return carrier.status(self.addresses[name])
+        except SiteError:
+            return {}
 
     def close(self) -> None:
         """Every call is a connection of its own; none is left."""
