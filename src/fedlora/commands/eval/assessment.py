@@ -32,6 +32,7 @@ from fedlora.commands.eval.subject import BASE, Subject, find_subject
 from fedlora.commands.json_lines import Emit
 from fedlora.data.datasets import FederatedData
 from fedlora.data.general_text import windows
+from fedlora.data.server_rows import load_server_rows
 from fedlora.errors import FedloraError, InputError
 from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.session import tokenized
@@ -127,6 +128,24 @@ def assess(options: Options, console: Console | None = None, emit: Emit | None =
     return results
 
 
+def _check_rows_here(subject: Subject) -> None:
+    if not subject.config.eval_file:
+        raise InputError(
+            f"{subject.name}: the rows of this run lie at its sites, which have evaluated every "
+            "round; ask for something else, such as --general_file or --tasks"
+        )
+
+
+def _own_rows(subject: Subject) -> tuple[Any, FederatedData]:
+    """The tokenizer and the rows of a run; where clients are sites, what its server evaluates."""
+    config = resolve_paths(subject.config)
+    if config.engine != "sites":
+        _, tokenizer, data = tokenized(config)
+        return tokenizer, data
+    tokenizer = tokenizer_of(subject)
+    return tokenizer, load_server_rows(config, tokenizer, config.label_names or ())
+
+
 def _check(subject: Subject, options: Options) -> None:
     """Refuse what cannot be done before anything is loaded."""
     measures = {
@@ -149,6 +168,8 @@ def _check(subject: Subject, options: Options) -> None:
             f"{subject.name} is no run, so it has no held-out rows of its own; say what to "
             "measure: " + ", ".join(measures)
         )
+    if subject.of_a_run and options.own_rows and subject.config.engine == "sites":
+        _check_rows_here(subject)
     if options.mmlu_dev_file and not options.mmlu_file:
         raise InputError("--mmlu_dev_file belongs to --mmlu_file")
     if options.num_fewshot and not options.mmlu_dev_file:
@@ -198,7 +219,7 @@ class _Work:
         data, tokenizer = None, None
         if options.own_rows and self.subject.of_a_run:
             with self._saying("reading the run's rows"):
-                _, tokenizer, data = tokenized(resolve_paths(self.subject.config))
+                tokenizer, data = _own_rows(self.subject)
         tokenizer = tokenizer or tokenizer_of(self.subject)
         text = options.general_file or self._own_text()
         other = bool(harness or items or questions or text)
