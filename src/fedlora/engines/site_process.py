@@ -241,15 +241,25 @@ def _remove_stale(path: Path) -> None:
         door = None
     if door is None and not path.is_socket():
         raise InputError(f"socket: {path}: is another file; give the socket a path of its own")
-    try:
-        carrier.status(str(path))
-    except carrier.SiteError as error:
-        # Behind a port of old there may be another program by now.
-        if error.kind != "absent" and door is None:
-            raise _in_use(path) from None
-    else:
+    kind = _what_answers(str(path))
+    # Behind a port of old there may be another program by now.
+    if kind == "worker" or (door is None and kind != "absent"):
         raise _in_use(path)
     path.unlink()
+
+
+def _what_answers(address: str) -> str:
+    """The word worker, or the kind of error a call meets; one that is dying is waited for."""
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            carrier.status(address)
+        except carrier.SiteError as error:
+            if error.kind != "died" or time.monotonic() > until:
+                return error.kind
+        else:
+            return "worker"
+        time.sleep(0.1)
 
 
 def _in_use(path: Path) -> InputError:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedlora.config.site import Site
-from fedlora.engines import site_process
+from fedlora.engines import carrier, site_process
 from fedlora.engines.site_listener import Listener
 from fedlora.engines.site_process import (
     MOST_CRASHES,
@@ -58,6 +58,23 @@ def test_a_socket_in_use_is_not(tmp_path: Path) -> None:
         ):
             pass
         assert (tmp_path / "s").exists()
+
+
+def test_a_worker_that_is_dying_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process holds the socket until all its threads are gone."""
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "s"))
+    kinds = ["died", "died", "absent"]
+
+    def status(address: str) -> None:
+        raise carrier.SiteError(kinds.pop(0), "")
+
+    monkeypatch.setattr(carrier, "status", status)
+    monkeypatch.setattr(site_process.time, "sleep", lambda seconds: None)
+    with _listening(a_site(tmp_path)):
+        assert kinds == []
 
 
 def test_another_file_is_left_alone(tmp_path: Path) -> None:
