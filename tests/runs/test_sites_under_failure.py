@@ -92,7 +92,7 @@ def test_a_worker_that_is_killed_comes_back_and_changes_nothing(
     keys: Keys, sites: dict[str, SiteInMemory], tmp_path: Path, method: str
 ) -> None:
     """In round 1 before it has trained, in round 2 after: its answer is lost, and asked again."""
-    keys, events, killed = for_rule(keys, method), list[Event](), set[int]()
+    keys, events, killed = {**for_rule(keys, method), "num_rounds": 2}, list[Event](), set[int]()
 
     def kills(name: str, message: Message, ask: Ask) -> Answers:
         number = message.header.round

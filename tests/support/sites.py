@@ -135,6 +135,9 @@ class InMemoryTransport:
     def cancel(self, names: Sequence[str]) -> None:
         self.sent += [(name, "cancel") for name in names]
 
+    def status(self, name: str) -> Mapping[str, Any]:
+        return {}
+
     def close(self) -> None:
         pass
 

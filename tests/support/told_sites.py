@@ -80,5 +80,8 @@ class ToldSites:
             answer = self.say(name, message)
             yield name, answer if isinstance(answer, SiteError) else encode(answer)
 
+    def status(self, name: str) -> Mapping[str, Any]:
+        return {}
+
     def close(self) -> None:
         self.closed = True

@@ -125,7 +125,9 @@ def test_the_guide_gives_the_bytes_of_one_process(
 def test_a_worker_that_is_killed_starts_again_and_changes_nothing(
     federation: Path, guided: Path, tmp_path: Path
 ) -> None:
-    keys = keys_of(federation, method="ffa", client_ranks=4, output_dir=str(tmp_path / "out"))
+    keys = keys_of(
+        federation, method="ffa", client_ranks=4, max_steps=1, output_dir=str(tmp_path / "out")
+    )
     killed: list[int] = []
 
     def kill(event: Event) -> None:
@@ -144,13 +146,14 @@ def test_a_worker_that_is_killed_starts_again_and_changes_nothing(
 RUN = "import sys; from fedlora.commands.cli import main; main(['run', *sys.argv[1:]])"
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_goes_on(federation: Path, guided: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sites = [f"{name}={federation / name}.sock" for name in NAMES]
     with subprocess.Popen(
         [
             sys.executable, "-c", RUN, str(federation / "server.yaml"),
-            "--sites", *sites, "--num_rounds", "60", "--output_dir", str(out),
+            "--sites", *sites, "--num_rounds", "60", "--max_steps", "1", "--output_dir", str(out),
         ],
         stdout=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "src")},
@@ -169,7 +172,7 @@ def test_a_server_that_is_killed_goes_on(federation: Path, guided: Path, tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         fedlora.run(resume=out, callbacks=[stop])
-    keys = keys_of(federation, num_rounds=stop_at, output_dir=str(tmp_path / "whole"))
+    keys = keys_of(federation, num_rounds=stop_at, max_steps=1, output_dir=str(tmp_path / "whole"))
     whole = tensor_files(fedlora.run(Config(**keys)).output_dir)
     name = f"round-{stop_at}/state/server.safetensors"
     assert tensor_files(out)[name] == whole[name]

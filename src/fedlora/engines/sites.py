@@ -1,9 +1,10 @@
 """Trains the clients where their rows are: at sites whose workers are other processes.
 
 The server has neither their rows nor, with `server_evaluation: false`, any weight of the base. It
-speaks to every site in messages (`federation.site_wire`, `federation.handshake`) that a `Transport`
-carries, and takes the answers as they come. A site that is late, refuses, or fails however often it
-is asked is left out of the round; a site that has died goes on from what it keeps on its disk.
+speaks to every site in messages (`federation.site_wire`, `federation.handshake`) that a
+`Transport` carries, and takes the answers as they come. A site is sent what it lacks of the global
+model. One that is late, refuses, or fails however often it is asked is left out of the round; one
+that has died goes on from what it keeps on its disk.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from fedlora.engines.at_once import LATE, at_once
 from fedlora.engines.carrier import SiteError
 from fedlora.engines.late_joining import LateJoining
 from fedlora.engines.results import asked_modules, result_of
 from fedlora.engines.roster import Member
 from fedlora.engines.site_calls import LeftError
 from fedlora.engines.site_handshake import Opened
+from fedlora.engines.site_progress import StepWatch
 from fedlora.errors import InputError
 from fedlora.federation.envelope import Header, Message, RefusedMessageError, encode
 from fedlora.federation.handshake import (
@@ -50,11 +53,9 @@ from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report
 from fedlora.runs.site_evaluation import mean_by_rows
 
 _ELSEWHERE = "of the sites"  # in the place of a fingerprint that only the sites have
-_LATE = "it was not done by the round's deadline"
 _DRIFTED = "its global model is not the server's any more; it is sent all of it next time"
 _LASTING = ("base", "data", "num_examples", "rank", "label_names", "shapes", "full_params")
 _GOODBYE = 10.0  # seconds
-_GRACE = 2.0  # seconds after a deadline in which a site's own answer is waited for
 
 NONE_COUNTS: Counted = (0, 0)
 T = TypeVar("T")
@@ -150,7 +151,7 @@ class SitesEngine:
     # --- a round ---
 
     def exchange(self, broadcasts: Sequence[Broadcast], deadline: float | None = None) -> Exchange:
-        """Send every site its broadcast at a time, and bring the updates as they come.
+        """Send every site at a time what it lacks, and bring the updates as they come.
 
         When the round is full, sites that still train are told to stop; what they answer is
         dropped.
@@ -158,33 +159,30 @@ class SitesEngine:
         if not broadcasts:
             return
         self._begin_round(broadcasts[0].round)
-        outcomes = SimpleQueue[tuple[int, _Trained | SiteError | LeftError]]()
         sent = {broadcast.client: broadcast for broadcast in broadcasts}
-        missing = set(sent)
-        for client, broadcast in sent.items():
-            site = self.sites.get(client)
-            if site is None:
-                missing.discard(client)
-                yield Failure(client, "its site has left")
-                continue
+        for client in sent.keys() - self.sites.keys():
+            yield Failure(client, "its site has left")
+        asks, training = {}, {}
+        for client in sorted(sent.keys() & self.sites.keys()):
+            site, broadcast = self.sites[client], sent[client]
             self.report(ClientBegin(event="client_begin", client=client, rank=broadcast.rank))
-            train = partial(self._train, site, broadcast, self._attempt, deadline)
-            _in_a_thread(site.name, partial(_put, outcomes, client, train))
-        try:
-            while missing:
-                try:
-                    client, outcome = outcomes.get(timeout=_seconds_until(deadline))
-                except Empty:
-                    break
-                finally:
-                    self._pass_on()
-                missing.discard(client)
-                yield self._outcome(sent[client], outcome)
-        except GeneratorExit:
-            self.calls.transport.cancel([self.sites[client].name for client in sorted(missing)])
-            raise
-        for client in sorted(missing):
-            yield Failure(client, _LATE, late=True)
+            asks[client] = partial(self._train, site, broadcast, self._attempt, deadline)
+            training[site.name] = client
+        with StepWatch(self.calls.transport.status, training, self._round) as watch:
+
+            def meanwhile() -> None:
+                self._pass_on()
+                for step in watch.steps():
+                    self.report(step)
+
+            try:
+                for client, outcome in at_once(asks, deadline, meanwhile):
+                    del asks[client]
+                    yield self._outcome(sent[client], outcome)
+            except GeneratorExit:
+                missing = [self.sites[client].name for client in asks if client in self.sites]
+                self.calls.transport.cancel(missing)
+                raise
 
     def _begin_round(self, number: int) -> None:
         """Note a round's next attempt; what sites trained in one that was given up is lost."""
@@ -213,7 +211,7 @@ class SitesEngine:
         def ask(held: int | None) -> _Trained:
             with self._lacking:
                 if self._round != broadcast.round:
-                    raise SiteError("deadline", _LATE)
+                    raise SiteError("deadline", LATE)
                 lacking = self.server.lacking(client, held)
             header = self._header(broadcast.round, attempt)
             message = with_counted(site_message(header, broadcast, lacking), site.counted)
@@ -259,7 +257,7 @@ class SitesEngine:
                 self._has_left(self.sites[client], outcome)
             return Failure(client, f"its site leaves the run: {outcome.reason}")
         late = outcome.kind == "deadline"
-        return Failure(client, _LATE if late else outcome.reason, late=late)
+        return Failure(client, LATE if late else outcome.reason, late=late)
 
     def _header(self, number: int, attempt: int) -> Header:
         agreement = self.session.federation.agreement
@@ -294,46 +292,42 @@ class SitesEngine:
 
     def _evaluated(self, state: ServerState) -> dict[int, Evaluated]:
         """What the sites have measured of the global model, by client."""
-        outcomes = SimpleQueue[tuple[int, Evaluated | SiteError | LeftError]]()
         asked = {k: site for k, site in self.sites.items() if site.joined.eval_rows}
         timeout = self.session.config.round_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
-        lacking = {
-            held: self.server.model_lacking(held) for held in {x.holds for x in asked.values()}
+        rounds_held = {site.holds for site in asked.values()}
+        lacking = {held: self.server.model_lacking(held) for held in rounds_held}
+        asks = {
+            client: partial(self._measure, site, state, lacking, deadline)
+            for client, site in asked.items()
         }
-        for client, site in asked.items():
-            counted = site.trained or site.counted
-            measure = partial(self._measure, site, state, counted, lacking, deadline)
-            _in_a_thread(site.name, partial(_put, outcomes, client, measure))
-        evaluated, missing = dict[int, Evaluated](), set(asked)
-        while missing:
-            try:
-                client, outcome = outcomes.get(timeout=_seconds_until(deadline))
-            except Empty:
-                break
-            finally:
-                self._pass_on()
-            missing.discard(client)
+        evaluated = dict[int, Evaluated]()
+        for client, outcome in at_once(asks, deadline, self._pass_on):
+            site = asked[client]
             if isinstance(outcome, Evaluated):
-                evaluated[client] = outcome
-                asked[client].holds = state.round
-            else:
-                self._warn(f"site {asked[client].name} does not evaluate: {outcome.reason}")
+                evaluated[client], site.holds = outcome, state.round
+                continue
+            self._warn(f"site {site.name} does not evaluate: {outcome.reason}")
             if isinstance(outcome, LeftError):
-                self._has_left(asked[client], outcome)
-        for client in sorted(missing):
-            self._warn(f"site {asked[client].name} does not evaluate: it was not done in time")
+                self._has_left(site, outcome)
         return {client: evaluated[client] for client in sorted(evaluated) if evaluated[client].rows}
 
     def _measure(
         self,
         site: Site,
         state: ServerState,
-        counted: Counted,
         lacking: Mapping[int | None, Lacking],
         deadline: float | None,
     ) -> Evaluated:
-        """Have a site evaluate the global model; called in a thread of its own."""
+        """Have a site evaluate the global model; called in a thread of its own.
+
+        Args:
+            site: the site.
+            state: the server's.
+            lacking: round -> what a site lacks that holds the model of this round.
+            deadline: a moment of `time.monotonic()`.
+        """
+        counted = site.trained or site.counted
 
         def ask(held: int | None) -> Evaluated:
             model = lacking[held] if held in lacking else self.server.model_lacking(held)
@@ -406,29 +400,15 @@ class SitesEngine:
 
 
 def _with_all_where_lost(ask: Callable[[int | None], T], held: int | None) -> T:
-    """Ask a site for something that rests on the model it holds, or, lost, on none."""
+    """Ask a site for something that rests on the model it holds, or, where that is lost, on none.
+
+    Args:
+        ask: asks, given the round whose model the site holds.
+        held: this round; None: it holds none.
+    """
     try:
         return ask(held)
     except SiteError as error:
         if error.kind != "lost" or held is None:
             raise
     return ask(None)
-
-
-def _put(outcomes: SimpleQueue[tuple[int, Any]], client: int, ask: Callable[[], object]) -> None:
-    """Put what comes of a call into a queue; whatever goes wrong is an outcome too."""
-    try:
-        outcomes.put((client, ask()))
-    except (SiteError, LeftError) as error:
-        outcomes.put((client, error))
-    except Exception as error:
-        outcomes.put((client, SiteError("failed", f"{type(error).__name__}: {error}")))
-
-
-def _in_a_thread(name: str, call: Callable[[], None]) -> None:
-    """A site that hangs must not keep this process from ending."""
-    threading.Thread(target=call, name=f"site-{name}", daemon=True).start()
-
-
-def _seconds_until(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline + _GRACE - time.monotonic())

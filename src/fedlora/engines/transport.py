@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedlora.engines import carrier
 from fedlora.engines.carrier import SiteError
@@ -44,6 +44,9 @@ class Transport(Protocol):
 
     def cancel(self, names: Sequence[str]) -> None:
         """Tell sites to stop what they train; returns when they have been told."""
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        """What a site is at, as `fedlora worker --status` tells; empty where it cannot be told."""
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -108,6 +111,13 @@ class SocketTransport:
             thread.start()
         for thread in threads:  # told late, it would stop what it is asked next
             thread.join()
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        """What the worker is at; empty where it does not answer."""
+        try:
+            return carrier.status(self.addresses[name])
+        except SiteError:
+            return {}
 
     def close(self) -> None:
         """Every call is a connection of its own; none is left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,9 @@ class Scripted:
         assert list(messages) == ["a"]
         self.asked += 1
         yield from (("a", answer) for answer in self.calls.pop(0))
+
+    def status(self, name: str) -> Mapping[str, Any]:
+        return {}
 
     def close(self) -> None:
         self.closed = True

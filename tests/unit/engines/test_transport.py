@@ -39,6 +39,18 @@ def test_every_site_is_called_at_its_address(monkeypatch: pytest.MonkeyPatch) ->
     transport.close()
 
 
+def test_a_site_says_what_it_is_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def status(address: str) -> dict[str, str]:
+        if address == "/b":
+            raise SiteError("absent", "nobody")
+        return {"state": "idle"}
+
+    monkeypatch.setattr(carrier, "status", status)
+    transport = SocketTransport({"a": "/a", "b": "/b"})
+    assert transport.status("a") == {"state": "idle"}
+    assert transport.status("b") == {}
+
+
 def test_who_has_not_answered_by_the_deadline_is_waited_for_no_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -16,12 +16,15 @@ from fedlora.commands.eval.models import load_models, tokenizer_of
 from fedlora.commands.eval.options import first
 from fedlora.commands.eval.request import Options, check
 from fedlora.commands.eval.results import Results, open_results, show
-from fedlora.commands.eval.rows import general_text_of, measure_general, measure_held_out
+from fedlora.commands.eval.rows import (
+    general_text_of,
+    measure_general,
+    measure_held_out,
+    own_rows_of,
+)
 from fedlora.commands.eval.subject import find_subject
 from fedlora.commands.json_lines import Emit
 from fedlora.errors import FedloraError
-from fedlora.runs.absolute_paths import resolve_paths
-from fedlora.runs.session import tokenized
 
 
 def assess(options: Options, console: Console | None = None, emit: Emit | None = None) -> Results:
@@ -82,7 +85,7 @@ def _measure(measuring: Measuring) -> JudgeError | None:
     data, tokenizer = None, None
     if options.own_rows and subject.of_a_run:
         with measuring.saying("reading the run's rows"):
-            _, tokenizer, data = tokenized(resolve_paths(subject.config))
+            tokenizer, data = own_rows_of(subject)
     tokenizer = tokenizer or tokenizer_of(subject)
     text = general_text_of(measuring)
     elsewhere = bool(harness or items or questions or text)

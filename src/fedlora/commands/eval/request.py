@@ -89,6 +89,8 @@ def check(subject: Subject, options: Options) -> None:
             f"{subject.name} is no run, so it has no held-out rows of its own; say what to "
             "measure: " + ", ".join(measures)
         )
+    if subject.of_a_run and options.own_rows and subject.config.engine == "sites":
+        _check_rows_here(subject)
     if options.mmlu_dev_file and not options.mmlu_file:
         raise InputError("--mmlu_dev_file belongs to --mmlu_file")
     if options.num_fewshot and not options.mmlu_dev_file:
@@ -103,3 +105,12 @@ def check(subject: Subject, options: Options) -> None:
         raise InputError("--judge_url: give the questions to judge: --mt_bench_file")
     if options.mt_bench_references and not options.mt_bench_file:
         raise InputError("--mt_bench_references belongs to --mt_bench_file")
+
+
+def _check_rows_here(subject: Subject) -> None:
+    """Refuse to evaluate on rows that lie at sites."""
+    if not subject.config.eval_file:
+        raise InputError(
+            f"{subject.name}: the rows of this run lie at its sites, which have evaluated every "
+            "round; ask for something else, such as --general_file or --tasks"
+        )

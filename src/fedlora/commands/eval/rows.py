@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedlora.client.evaluate import evaluate
 from fedlora.commands.eval import general
 from fedlora.commands.eval.measuring import Measuring
-from fedlora.commands.eval.models import Models
+from fedlora.commands.eval.models import Models, tokenizer_of
 from fedlora.commands.eval.options import first
 from fedlora.commands.eval.results import GENERAL, HELD_OUT
-from fedlora.commands.eval.subject import BASE
+from fedlora.commands.eval.subject import BASE, Subject
 from fedlora.data.datasets import FederatedData
 from fedlora.data.general_text import windows
+from fedlora.data.server_rows import load_server_rows
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
+from fedlora.runs.absolute_paths import resolve_paths
+from fedlora.runs.session import tokenized
+
+
+def own_rows_of(subject: Subject) -> tuple[Any, FederatedData]:
+    """The tokenizer and the rows of a run; where clients are sites, what its server evaluates."""
+    config = resolve_paths(subject.config)
+    if config.engine != "sites":
+        _, tokenizer, data = tokenized(config)
+        return tokenizer, data
+    tokenizer = tokenizer_of(subject)
+    return tokenizer, load_server_rows(config, tokenizer, config.label_names or ())
 
 
 def measure_held_out(measuring: Measuring, models: Models, data: FederatedData) -> None:
