@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,25 +202,35 @@ def test_no_process_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
     arguments += ["--num_rounds", "500", "--max_steps", "1"]
     process = subprocess.Popen(arguments, env={**os.environ}, stdout=subprocess.PIPE)
     until = time.monotonic() + 120
-    workers: list[int] = []
-    while not workers and time.monotonic() < until:
+    while not list((tmp_path / "out" / "runs").glob("*/metrics.jsonl")):  # a worker runs it
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.05)
-        if list((tmp_path / "out" / "runs").glob("*/metrics.jsonl")):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            workers = [int(pid) for pid in children.split()]
-    assert workers
+    workers = [pid for pid in study_workers() if parent_of(pid) == process.pid]
     process.kill()
     process.communicate()
-    while any(alive(pid) for pid in workers) and time.monotonic() < until:
+    assert workers
+    until = time.monotonic() + 60
+    while study_workers() & set(workers) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not any(alive(pid) for pid in workers)
+    assert not study_workers() & set(workers)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return "fedlora.commands.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return False
+def study_workers() -> set[int]:
+    """The processes on this machine that run studies for others; those that have ended are none."""
+    found = set()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            if b"fedlora.commands.study.worker" in command.read_bytes():
+                found.add(int(command.parent.name))
+    return found
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that started another; None where that has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return None
 
 
 @pytest.mark.slow  # that each file's grid can be laid out, and that a study runs, is tested above

@@ -66,9 +66,14 @@ ENVIRONMENT = {
 }
 
 
+def _as_in_a_shell() -> None:
+    """Ctrl-C is heard, also where the tests run in the background and ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments: str, **more: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fedlora", *arguments]
-    return subprocess.Popen(command, text=True, env=ENVIRONMENT, **more)
+    return subprocess.Popen(command, text=True, env=ENVIRONMENT, preexec_fn=_as_in_a_shell, **more)
 
 
 def until(condition: Any, seconds: float = 60) -> None:
@@ -84,6 +89,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
     path = tmp_path_factory.mktemp("runs") / "run"
     watcher = started("watch", str(path), "--interval", "0.1", stdout=subprocess.PIPE)
     short = ("--max_steps", "10", "--max_eval_samples", "8", "--client_ranks", "8", "4")
+    short += ("--eval_exact_match", "false", "--max_train_samples", "40")
     run = started(
         *("run", "--num_rounds", "400", *short, "--num_threads", "1", "--output_dir", str(path)),
         stdout=subprocess.DEVNULL,

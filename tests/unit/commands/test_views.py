@@ -19,8 +19,20 @@ from fedlora.commands.views.partition import _cells
 from fedlora.config.config import Config
 from fedlora.config.sources import read_yaml
 from fedlora.data.datasets import load_rows
-from support.rows import rows, write_jsonl
-from support.views import Say, _offline, _signals_as_they_were, bars_of, files, here, say, table_of  # noqa: F401
+from support.rows import (
+    rows,
+    write_jsonl,
+)
+from support.views import (
+    Say,
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
+    bars_of,
+    files,
+    here,  # noqa: F401
+    say,  # noqa: F401
+    table_of,
+)
 
 SITES = "site_0.jsonl site_1.jsonl site_2.jsonl site_3.jsonl"
 

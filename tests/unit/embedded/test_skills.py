@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import pytest
@@ -124,6 +125,7 @@ def _text(row: dict[str, str], phrasing: str) -> str | None:
     return text if text.isalpha() else None
 
 
+@cache
 def _instruction_texts(split: Split) -> set[str]:
     texts: set[str] = set()
     for row in instructions(3000, 0, split):
@@ -133,6 +135,7 @@ def _instruction_texts(split: Split) -> set[str]:
     return texts
 
 
+@cache
 def _symbolic_texts(split: Split) -> set[str]:
     return {row["prompt"].split()[1][:-1] for row in symbolic(3000, 0, split)}
 
