@@ -8,19 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    OPTConfig,
-    OPTForCausalLM,
-)
 
-from fedlora.client.cohort import train_cohort
 from fedlora.client.trainer import train
 from fedlora.data.tokenize import IGNORE
-from fedlora.model.base import attach
 from fedlora.model.batches import count_labelled
-from fedlora.model.client_rows import MixedRowsError
 from fedlora.model.passes import runner_of
-from fedlora.model.targets import find_targets
 from support.cohort import (
     ALONE,
     MODELS,
@@ -47,30 +39,6 @@ def test_a_client_may_leave_modules_out() -> None:
     together = trained(base, client_adapters, data, trainings, TOGETHER)
     assert together[1][0].keys() == some.keys()
     close(together, alone, 1e-5)
-
-
-def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=100,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-        dropout=0.0,
-    )
-    model = OPTForCausalLM(config)
-    targets = find_targets(model, "all-linear", "opt", None, [], "CAUSAL_LM")
-    base = attach(model, None, targets)
-    assert not runner_of(base.model).packed
-    base.load_clients([], client_adapters_of(base))
-    data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    with pytest.raises(MixedRowsError, match="one client at a time"):
-        train_cohort(base, data, trainings_of())
-    ends = trained(base, client_adapters_of(base), data, trainings_of(max_steps=2), ALONE)
-    assert all(m["padding"] > 0 for _, _, m in ends)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -72,6 +73,16 @@ def _classifier(kind: str, labels: tuple[str, ...]) -> Any:
 
 def saved(path: Path, kind: str, labels: Sequence[str], seed: int, beside: bool = True) -> Path:
     """A trained classifier: the same LoRA and inner layers in all, a last layer of its own."""
+    path.mkdir(parents=True)
+    for name, content in _files(kind, tuple(labels), seed).items():
+        if beside or name != "config.json":
+            (path / name).write_bytes(content)
+    return path
+
+
+@cache
+def _files(kind: str, labels: tuple[str, ...], seed: int) -> dict[str, bytes]:
+    """What PEFT writes of a classifier, and the model's configuration beside it."""
     model = get_peft_model(
         classifier(kind, labels),
         LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=KINDS[kind][1]),
@@ -82,10 +93,10 @@ def saved(path: Path, kind: str, labels: Sequence[str], seed: int, beside: bool 
             if "lora_" in name or "modules_to_save" in name:
                 last = "lora_" not in name and not any(x in name for x in ("dense", "pre_class"))
                 p.copy_(0.3 * torch.randn(p.shape, generator=own if last else body))
-    model.save_pretrained(path)
-    if beside:
+    with TemporaryDirectory() as path:
+        model.save_pretrained(path)
         model.config.save_pretrained(path)
-    return path
+        return {file.name: file.read_bytes() for file in Path(path).iterdir()}
 
 
 def logits(path: Path, kind: str, labels: Sequence[str]) -> dict[str, Tensor]:

@@ -9,15 +9,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+)
 
+from fedlora.client.cohort import train_cohort
 from fedlora.client.memory import automatic_size, largest_need, memory_available
 from fedlora.data.tokenize import Tokens
+from fedlora.model.base import attach
 from fedlora.model.client_rows import MixedRowsError
 from fedlora.model.passes import runner_of
+from fedlora.model.targets import find_targets
 from support.cohort import (
+    ALONE,
+    RANKS,
     base_of,
     client_adapters_of,
     rows_of,
+    trained,
+    trainings_of,
     whole_update,
 )
 
@@ -133,3 +144,27 @@ def test_the_loss_and_its_gradient_are_those_of_pytorch() -> None:
     found.sum().backward()
     wanted.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=100,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+    )
+    model = OPTForCausalLM(config)
+    targets = find_targets(model, "all-linear", "opt", None, [], "CAUSAL_LM")
+    base = attach(model, None, targets)
+    assert not runner_of(base.model).packed
+    base.load_clients([], client_adapters_of(base))
+    data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
+    with pytest.raises(MixedRowsError, match="one client at a time"):
+        train_cohort(base, data, trainings_of())
+    ends = trained(base, client_adapters_of(base), data, trainings_of(max_steps=2), ALONE)
+    assert all(m["padding"] > 0 for _, _, m in ends)
