@@ -34,23 +34,25 @@ def _offend(what: str) -> None:
     raise AssertionError(what)
 
 
+def _no_run(*arguments: Any, **named: Any) -> None:
+    _offend("a unit test starts no run; it belongs into tests/runs")
+
+
+def _no_process(*arguments: Any, **named: Any) -> None:
+    _offend("a unit test starts no process; it belongs into tests/system")
+
+
 @pytest.fixture(autouse=True)
 def only_a_unit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Refuse runs and processes, also where the code under test catches the refusal."""
     global _offences
 
-    def no_run(*arguments: Any, **named: Any) -> None:
-        _offend("a unit test starts no run; it belongs into tests/runs")
-
-    def no_process(*arguments: Any, **named: Any) -> None:
-        _offend("a unit test starts no process; it belongs into tests/system")
-
     import fedlora.engines.local
 
     for name in RUNS:
-        monkeypatch.setattr(fedlora.engines.local, name, no_run)
+        monkeypatch.setattr(fedlora.engines.local, name, _no_run)
     for owner, name in _PROCESSES:
-        monkeypatch.setattr(owner, name, no_process)
+        monkeypatch.setattr(owner, name, _no_process)
     _offences = []
     yield
     done, _offences = _offences, None

@@ -34,7 +34,7 @@ from fedlora.lowrank import (
 )
 from fedlora.threads import one_thread
 
-law = settings(max_examples=40, deadline=None, derandomize=True)
+law = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 # Relative to the norms of the factors: what near-cancelling terms lose is not an error.

@@ -63,7 +63,7 @@ from support.simulated import (
     train,
 )
 
-law = settings(max_examples=20, deadline=None, derandomize=True)
+law = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 # Relative to sum_k p_k ||s_k B_k A_k||, summed over the rounds.
