@@ -10,55 +10,14 @@ import torch
 
 from fedlora.client.evaluate import evaluate
 from fedlora.client.generation import generate
-from fedlora.data.templates import TEMPLATES
-from fedlora.data.tokenize import IGNORE, Tokens, tokenize
+from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.lowrank import LowRank
 from fedlora.model.base import BaseModel
-from support.models import load_base
-from support.rows import rows
-
-
-@pytest.fixture(params=["tiny_llama", "tiny_gpt2"])
-def base(request: pytest.FixtureRequest) -> BaseModel:
-    """A model with an update loaded, so that it is not merely a random one."""
-    made = load_base(str(request.getfixturevalue(request.param)), target_modules="all-linear")
-    rng = torch.Generator().manual_seed(4)
-    made.load(
-        [
-            {
-                name: LowRank(
-                    0.3 * torch.randn(2, n, generator=rng), 0.3 * torch.randn(m, 2, generator=rng)
-                )
-                for name, (m, n) in made.targets.shapes.items()
-            }
-        ]
-    )
-    return made
-
-
-def data_of(base: BaseModel, completion_only: bool = True) -> list[Tokens]:
-    """Rows of different lengths, longest and shortest in the middle."""
-    values = rows(9)
-    values[4]["prompt"] = "x>"
-    values[5]["completion"] *= 4
-    template = TEMPLATES["prompt_completion"]
-    found = [tokenize(row, template, base.tokenizer, 100, completion_only) for row in values]
-    return [row for row in found if row]
-
-
-def by_row(base: BaseModel, data: Sequence[Tokens]) -> tuple[float, float]:
-    """Loss and token accuracy, row by row, with the loss transformers computes from labels."""
-    total, right, count = 0.0, 0, 0
-    base.model.eval()
-    for row in data:
-        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        with torch.no_grad():
-            out = base.model(input_ids=ids, labels=labels)
-        places = [i for i in range(1, len(row["labels"])) if row["labels"][i] != IGNORE]
-        total += float(out.loss) * len(places)
-        right += sum(int(out.logits[0, i - 1].argmax()) == row["labels"][i] for i in places)
-        count += len(places)
-    return total / count, right / count
+from support.evaluate import (
+    base,  # noqa: F401
+    by_row,
+    data_of,
+)
 
 
 @pytest.mark.parametrize("completion_only", [True, False])
@@ -77,14 +36,6 @@ def test_metrics_are_those_of_single_rows(base: BaseModel, completion_only: bool
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
         assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert found["token_accuracy"] == accuracy
-
-
-def test_the_mean_is_over_tokens_not_rows(base: BaseModel) -> None:
-    """A long row counts for more than a short one; the two means differ here."""
-    data = data_of(base)
-    per_row = sum(by_row(base, [row])[0] for row in data) / len(data)
-    found = evaluate(base.model, base.tokenizer, data, batch_size=4)["loss"]
-    assert abs(found - per_row) > 2e-4
 
 
 def test_dropout_is_off(base: BaseModel) -> None:

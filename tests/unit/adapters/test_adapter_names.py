@@ -1,4 +1,4 @@
-"""One module under several names: what PEFT loads as the same is combined as the same."""
+"""One module under several names, and names of two modules."""
 
 from __future__ import annotations
 

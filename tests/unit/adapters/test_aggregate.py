@@ -1,4 +1,4 @@
-"""Adapters from disk become one: what PEFT does with the result is the judge of it."""
+"""Adapters become one by every rule; those that PEFT saved are in tests/runs/test_aggregate.py."""
 
 from __future__ import annotations
 

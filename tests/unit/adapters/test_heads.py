@@ -1,5 +1,4 @@
-"""Heads of classifiers whose labels are others or stand in another order: PEFT's own logits, by the
-name of the label, say what is right."""
+"""Classifiers' last layers meet label by label; tests/runs/test_heads_by_label.py has PEFT's."""
 
 from __future__ import annotations
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from fedlora.client.evaluate import has_prompts, references_fit
+from fedlora.client.evaluate import evaluate, has_prompts, references_fit
 from fedlora.data.tokenize import IGNORE, Tokens
+from fedlora.model.base import BaseModel
+from support.evaluate import (
+    base,  # noqa: F401
+    by_row,
+    data_of,
+)
 
 
 def test_references_fit() -> None:
@@ -20,3 +26,11 @@ def test_references_fit() -> None:
     assert not references_fit([], 4)
     assert has_prompts([row(3, 4), row(1, 9)])
     assert not has_prompts([row(3, 4), row(0, 4)])
+
+
+def test_the_mean_is_over_tokens_not_rows(base: BaseModel) -> None:
+    """A long row counts for more than a short one; the two means differ here."""
+    data = data_of(base)
+    per_row = sum(by_row(base, [row])[0] for row in data) / len(data)
+    found = evaluate(base.model, base.tokenizer, data, batch_size=4)["loss"]
+    assert abs(found - per_row) > 2e-4

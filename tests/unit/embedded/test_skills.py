@@ -1,4 +1,4 @@
-"""The demo's rows, its tokenizer and what the shipped base model can and cannot do."""
+"""The demo's rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapter layers over a frozen base, against PEFT's layers and plain linear algebra."""
+"""Adapter layers over a frozen weight, against plain linear algebra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table that `fedlora demo` prints, its seeds, and the embedded default configuration."""
+"""The table that `fedlora demo` prints, and its seeds."""
 
 from __future__ import annotations
 

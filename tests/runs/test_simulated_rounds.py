@@ -1,4 +1,4 @@
-"""The aggregation rules, driven through the server by simulated clients, against dense algebra.
+"""The aggregation rules over rounds of whole simulated federations, against dense algebra.
 
 A simulated client starts where the rule says and moves its factors by a random step. What the
 global model must become is then computed from matrices in float64.
