@@ -41,7 +41,7 @@ test-unit test test-all: export HF_HUB_OFFLINE := 1
 test-unit test test-all: export OMP_NUM_THREADS := 1
 test-unit test test-all: export MKL_NUM_THREADS := 1
 test-unit: $(STAMP) ## run the tests of single modules
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "unit and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/unit -m "not slow" $(PYTEST_ARGS)
 
 test: $(STAMP) ## run the tests but the slow ones (WORKERS=2, PYTEST_ARGS=...)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)

@@ -20,7 +20,7 @@ from fedlora.federation.exchange import global_delta
 from fedlora.lowrank import LowRank, add_all, prefix, to_dense
 from fedlora.methods import METHODS
 from fedlora.runs.session import assemble
-from support.architectures import (  # noqa: F401
+from support.architectures import (
     CASES,
     COMMON,
     ENCODERS,
@@ -29,10 +29,10 @@ from support.architectures import (  # noqa: F401
     adapted_by_peft,
     assert_same_logits,
     by_peft,
-    data,
+    data,  # noqa: F401
     keys_of,
     logits,
-    models,
+    models,  # noqa: F401
     save_model,
     train_federation,
 )

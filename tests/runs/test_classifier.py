@@ -40,7 +40,15 @@ from support.architectures import (
     save_model,
     train_federation,
 )
-from support.classifier import WEIGHTS, bert, classifier_of, data, llama, session_of, sites  # noqa: F401
+from support.classifier import (
+    WEIGHTS,
+    bert,  # noqa: F401
+    classifier_of,
+    data,  # noqa: F401
+    llama,  # noqa: F401
+    session_of,
+    sites,
+)
 
 
 @pytest.fixture(scope="module")

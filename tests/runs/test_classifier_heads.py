@@ -10,8 +10,17 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from fedlora.methods import METHODS
-from support.architectures import LABELS, Rounds, save_model
-from support.classifier import bert, classifier_of, data, session_of  # noqa: F401
+from support.architectures import (
+    LABELS,
+    Rounds,
+    save_model,
+)
+from support.classifier import (
+    bert,  # noqa: F401
+    classifier_of,
+    data,  # noqa: F401
+    session_of,
+)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -19,9 +19,23 @@ from fedlora.client.local_training import LocalTraining
 from fedlora.lowrank import unfold
 from fedlora.model.base import BaseModel
 from fedlora.runs.session import Session
-from support.by_trainer import adapter_of, by_trainer
-from support.classifier import bert, data, llama, session_of  # noqa: F401
-from support.train import RANK, SCALE, losses_of, same, start_of
+from support.by_trainer import (
+    adapter_of,
+    by_trainer,
+)
+from support.classifier import (
+    bert,  # noqa: F401
+    data,  # noqa: F401
+    llama,  # noqa: F401
+    session_of,
+)
+from support.train import (
+    RANK,
+    SCALE,
+    losses_of,
+    same,
+    start_of,
+)
 
 
 def peft_classifier(path: Path, session: Session) -> Any:

@@ -16,7 +16,12 @@ from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
 from fedlora.runs.metrics_log import read_metrics
-from support.script import _offline, _signals_as_they_were, here, site  # noqa: F401
+from support.script import (
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
+    here,  # noqa: F401
+    site,  # noqa: F401
+)
 
 
 def test_json(site: Path, capfd: pytest.CaptureFixture[str]) -> None:

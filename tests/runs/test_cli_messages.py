@@ -13,7 +13,13 @@ from fedlora.commands.cli import VERBS, main
 from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
-from support.script import _offline, _signals_as_they_were, files, here, site  # noqa: F401
+from support.script import (
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
+    files,
+    here,  # noqa: F401
+    site,  # noqa: F401
+)
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])

@@ -43,11 +43,11 @@ def distance(one: Ends, client_adapters: Sequence[ClientAdapter]) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fifty_steps_together_are_fifty_steps_alone(name: str) -> None:
+def test_twenty_steps_together_are_twenty_steps_alone(name: str) -> None:
     base = base_of(name)
     client_adapters, trainings = (
         client_adapters_of(base),
-        trainings_of(max_steps=50, learning_rate=5e-4),
+        trainings_of(max_steps=20, learning_rate=5e-4),
     )
     data = [rows_of(name, 14, k) for k in range(len(RANKS))]
     assert runner_of(base.model).joint

@@ -28,14 +28,27 @@ from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.passes import PackedRunner
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.session import assemble
-from support.architectures import COMMON, DISTILBERT, GPT2, GROUPED, keys_of, save_model
+from support.architectures import (
+    COMMON,
+    DISTILBERT,
+    GPT2,
+    GROUPED,
+    keys_of,
+    save_model,
+)
 from support.classifier import (
     STILL,
     data,  # noqa: F401
 )
 from support.models import save_tokenizer
-from support.resume import StoppedError, stop_after
-from support.runs import run, timeless
+from support.resume import (
+    StoppedError,
+    stop_after,
+)
+from support.runs import (
+    run,
+    timeless,
+)
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
 

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 
 from fedlora.commands.cli import main
-from support.json import Told, here, told  # noqa: F401
-from support.script import _offline, _signals_as_they_were  # noqa: F401
+from support.json import (
+    Told,
+    here,  # noqa: F401
+    told,  # noqa: F401
+)
+from support.script import (
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
+)
 
 
 def test_watch_waits_and_then_tells(

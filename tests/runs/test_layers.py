@@ -16,7 +16,11 @@ from torch.nn import functional as F
 
 import fedlora
 from fedlora.errors import InputError
-from support.layers import ROUTERS, data, models  # noqa: F401
+from support.layers import (
+    ROUTERS,
+    data,  # noqa: F401
+    models,  # noqa: F401
+)
 
 
 def train(model: Path, data: Path, out: Path, **more: Any) -> tuple[fedlora.Result, list[str]]:

@@ -22,20 +22,13 @@ from transformers import (
 from fedlora import aggregate, load_adapter
 from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME
 from fedlora.lowrank import total_norm
-from support.merging import (  # noqa: F401
+from support.merging import (
     Dense64,
     add_to,
-    causal,
     change_config,
-    cli,
-    deep,
+    cli,  # noqa: F401
     effect,
     logits,
-    made,
-    older_format,
-    pair,
-    peft_effect,
-    peft_saves,
     refused,
     same_effect,
     weighted,

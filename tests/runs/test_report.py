@@ -18,6 +18,7 @@ from fedlora.commands.run_files import read_run
 from fedlora.config.sources import layered
 from fedlora.config.yaml_file import read_yaml
 from support.report import collected
+from support.report_runs import lines_of, write_run
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
 
@@ -205,3 +206,13 @@ def test_command_writes_page_and_pictures(
     assert pdf.startswith(b"%PDF")
     assert pdf.count(b"/Type /Page ") == len(names)
     assert f"written: {output}" in capsys.readouterr().out
+
+
+def test_hundred_rounds_of_hundred_clients_stay_under_four_megabytes(tmp_path: Path) -> None:
+    lines = lines_of(clients=100, rounds=100, layers=32)
+    for i, line in enumerate(x for x in lines if x["event"] == "round"):
+        for client in line["clients"]:  # no two numbers alike
+            client["bytes_up"] += 1009 * i + client["client"]
+            client["bytes_down"] += 2003 * i + client["client"]
+    run = write_run(tmp_path / "run", lines)
+    assert len(render(collected(run)).encode()) < 4_000_000

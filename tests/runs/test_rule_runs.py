@@ -50,8 +50,16 @@ from support.resume import (
     driver,  # noqa: F401
     whole_lines,
 )
-from support.rows import rows, write_jsonl
-from support.runs import evaluation_rows, given_adapter, loss_of, nothing
+from support.rows import (
+    rows,
+    write_jsonl,
+)
+from support.runs import (
+    evaluation_rows,
+    given_adapter,
+    loss_of,
+    nothing,
+)
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
 

@@ -64,7 +64,7 @@ def held_after_all(method: str, clients: int, spool: Path | None, backwards: boo
         return count()
 
 
-FEW, MANY = 40, 160
+FEW, MANY = 20, 80
 """Clients."""
 
 
@@ -76,7 +76,7 @@ def test_memory_does_not_grow_with_the_clients(method: str, tmp_path: Path) -> N
         matrices = 2 * 8 * sum(m * n for m, n in SHAPES.values())
         update = 2 * 8 * sum(m + n for m, n in SHAPES.values())
         assert matrices < 30 * update
-        assert many <= few + matrices, "120 clients more, and memory for more than 30 of them"
+        assert many <= few + matrices, "60 clients more, and memory for more than 30 of them"
 
 
 def test_without_a_spool_what_comes_early_waits_in_memory() -> None:

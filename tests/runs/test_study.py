@@ -10,10 +10,7 @@ import pytest
 from fedlora.commands.cli import main
 from fedlora.commands.study.load import load_study
 from fedlora.commands.study.plan import shipped
-from support.study import (
-    made,  # noqa: F401
-    study,
-)
+from support.study import study
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from fedlora import threads
-from support.threads import Machine, keys, run, two_threads  # noqa: F401
+from support.threads import (
+    Machine,
+    keys,  # noqa: F401
+    run,
+    two_threads,  # noqa: F401
+)
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
 

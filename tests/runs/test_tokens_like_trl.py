@@ -15,24 +15,20 @@ from fedlora.data.templates import (
     UnusableRowError,
 )
 from fedlora.data.tokenize import Tokens, tokenize
-from support.tokens import (  # noqa: F401
+from support.tokens import (
     BARE,
     CHATML,
     MARKED_CHATML,
-    MODELS,
-    SENTENCES,
-    any_tokenizer,
+    any_tokenizer,  # noqa: F401
     byte_level,
-    chat,
-    chat_templates,
-    learnt,
-    letters,
-    of_model,
-    stretches,
+    letters,  # noqa: F401
+    templates_compiled_once,  # noqa: F401
     turns,
-    vicuna,
+    vicuna,  # noqa: F401
     with_chat,
 )
+
+pytestmark = pytest.mark.usefixtures("templates_compiled_once")
 
 
 @cache

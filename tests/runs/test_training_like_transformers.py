@@ -16,13 +16,16 @@ from fedlora.data.tokenize import IGNORE
 from fedlora.lowrank import unfold
 from fedlora.model.base import BaseModel
 from fedlora.model.batches import collate
-from support.by_trainer import adapter_of, by_trainer
+from support.by_trainer import (
+    adapter_of,
+    by_trainer,
+)
 from support.models import load_base
-from support.train import (  # noqa: F401
+from support.train import (
     RANK,
     SCALE,
     dataset_of,
-    llama,
+    llama,  # noqa: F401
     losses_of,
     record_rates,
     same,

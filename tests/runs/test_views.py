@@ -13,7 +13,13 @@ from fedlora.commands.cli import main
 from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.text import human_bytes
-from support.views import Say, _offline, _signals_as_they_were, here, say  # noqa: F401
+from support.views import (
+    Say,
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
+    here,  # noqa: F401
+    say,  # noqa: F401
+)
 
 
 def test_a_plan_reads_no_weights(say: Say, here: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 from fedlora.client.cohort import train_cohort
 from fedlora.client.local_training import LocalTraining
 from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.lowrank import Deltas, LowRank
+from fedlora.lowrank import Deltas, Dense, LowRank, to_dense
 from fedlora.model.base import BaseModel, attach
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.targets import find_targets
@@ -157,3 +157,8 @@ ALONE = [[k] for k in range(len(RANKS))]
 
 
 TOGETHER = [list(range(len(RANKS)))]
+
+
+def whole_update(base: BaseModel, rank: int, dense: bool) -> dict[str, Any]:
+    found = adapter_of(base, rank, 99)
+    return {n: Dense(to_dense(x)) if dense else x for n, x in found.items()}

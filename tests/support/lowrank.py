@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.lowrank import Delta, Dense, LowRank
 
-law = settings(max_examples=40, deadline=None, derandomize=True)
+law = settings(max_examples=25, deadline=None, derandomize=True)
 """How many examples a law is tried on; the same in every run."""
 
 # Relative to the norms of the factors: what near-cancelling terms lose is not an error.

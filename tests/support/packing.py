@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora.data.tokenize import Tokens
 from fedlora.model.passes import runner_of
+from fedlora.model.plans import plan_passes
 from support.models import LLAMA, TOKENS
 
 SIZES: dict[str, Any] = {**LLAMA, **TOKENS, "max_position_embeddings": 256}
@@ -114,3 +115,20 @@ def routed(name: str) -> Any:
     kind, config = MIXTURES[name]
     share = {"aux_loss_coef": 0.05} if name == "jetmoe" else {"router_aux_loss_coef": 0.05}
     return built(kind, {**config, **share, "output_router_logits": True})
+
+
+def steps_of(model: Any, parts: Sequence[Sequence[Tokens]]) -> int:
+    """In how many passes these rows are run."""
+    passes = runner_of(model)
+    return len(plan_passes(parts, lambda n: passes._pass_kind(model, n), passes.longest))
+
+
+PACKED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    **{name: (name, SIZES, False) for name in ("llama", "mistral", "qwen2", "qwen3", "phi3")},
+    "gemma": ("gemma", {**SIZES, "head_dim": 16}, False),
+    "mixtral": ("mixtral", EXPERTS, False),
+    "gpt2": ("gpt2", {"vocab_size": 100, "n_embd": 32, "n_layer": 2, "n_head": 4}, False),
+    "gpt_neox": ("gpt_neox", SIZES, False),
+    "bert": ("bert", SIZES, True),
+    "roberta": ("roberta", {**SIZES, "pad_token_id": 1}, True),
+}

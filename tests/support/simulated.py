@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ from fedlora.methods.values import ServerState, Start, Training
 F64 = torch.float64
 
 
-# Held as factors up to rank 5 (attn, mlp) and 1 (gate), so that some states turn dense and some
-# ranks exceed a dimension; `wide` stays as factors up to rank 30.
-SHAPES = {"attn": (12, 9), "gate": (3, 5), "mlp": (7, 20), "wide": (60, 60)}
+# Higher than wide, wider than high, square. Held as factors up to rank 5 (attn) and 2 (gate), so
+# that some states turn dense and some ranks exceed a dimension; `wide` stays as factors up to 30.
+SHAPES = {"attn": (12, 9), "gate": (3, 8), "wide": (60, 60)}
 
 
 Matrices = dict[str, Tensor]
@@ -204,20 +205,38 @@ def learnt(start: Start, update: ClientUpdate) -> Matrices:
 class Round:
     """One simulated round.
 
-    `wanted` is `sum_k p_k (M_k - M_k_start)`, `size` is `sum_k p_k ||M_k||`, `before` and `after`
-    are the states, `ended` the factors the server reckons with.
+    `before` and `after` are the states. What follows from the messages is worked out when a test
+    asks for it, and once.
     """
 
+    agreement: Agreement
     before: ServerState
     sent: Mapping[int, Broadcast]
-    starts: Mapping[int, Start]
     updates: Mapping[int, ClientUpdate]
-    ended: Mapping[int, Adapter]
     weights: Mapping[int, float]
-    wanted: Matrices
-    size: float
     record: RoundRecord
     after: ServerState
+
+    @cached_property
+    def starts(self) -> dict[int, Start]:
+        """Where every client that was asked began, as the server can know it."""
+        return {k: client_start(sent, self.agreement) for k, sent in self.sent.items()}
+
+    @cached_property
+    def ended(self) -> dict[int, dict[str, LowRank]]:
+        """The factors the server reckons with."""
+        return {k: ended(self.starts[k], update) for k, update in self.updates.items()}
+
+    @cached_property
+    def wanted(self) -> Matrices:
+        """`sum_k p_k (M_k - M_k_start)`."""
+        learnt_by = {k: learnt(self.starts[k], self.updates[k]) for k in self.weights}
+        return combine(*[(p, learnt_by[k]) for k, p in self.weights.items()])
+
+    @cached_property
+    def size(self) -> float:
+        """`sum_k p_k ||M_k||`."""
+        return sum(p * size(matrices(self.ended[k])) for k, p in self.weights.items())
 
     @property
     def change(self) -> Matrices:
@@ -234,17 +253,13 @@ class Round:
 def close(server: Server, sent: Mapping[int, Broadcast], updates: Sequence[ClientUpdate]) -> Round:
     """Hand over the updates in the order given, and commit."""
     before = server.state
-    told = {u.client: u for u in updates}
-    starts = {k: start_of(server, b) for k, b in sent.items()}
     for update in updates:
         assert server.accept(update) == ""
     total = sum(u.num_examples for u in updates)
-    weights = {k: u.num_examples / total for k, u in sorted(told.items())}
-    known = {k: ended(starts[k], u) for k, u in told.items()}
-    wanted = combine(*[(p, learnt(starts[k], told[k])) for k, p in weights.items()])
-    scale = sum(p * size(matrices(known[k])) for k, p in weights.items())
+    weights = {u.client: u.num_examples / total for u in sorted(updates, key=lambda u: u.client)}
     record = server.commit()
-    return Round(before, sent, starts, told, known, weights, wanted, scale, record, server.state)
+    told = {u.client: u for u in updates}
+    return Round(server.agreement, before, sent, told, weights, record, server.state)
 
 
 def play(

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.data.templates import (
-    TEMPLATES,
-)
+from fedlora.data import chat_trace
+from fedlora.data.templates import TEMPLATES
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
 from fedlora.model.sources import find_source, load_tokenizer
 
@@ -176,6 +175,15 @@ BARE = (
     "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
 )
 """No end-of-turn token, and a prompt for generation that ends with a space."""
+
+
+_marking_once = cache(chat_trace._marking.__wrapped__)
+
+
+@pytest.fixture
+def templates_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has one chat template and keeps a few; these tests go through all of them often."""
+    monkeypatch.setattr(chat_trace, "_marking", _marking_once)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import get_scheduler
 
 from fedlora.client.local_training import LocalTraining
 from fedlora.client.trainer import train
@@ -80,3 +81,18 @@ def same(ours: dict[str, LowRank], theirs: dict[str, LowRank], tolerance: float)
     for name, x in theirs.items():
         for a, b in ((ours[name].A, x.A), (ours[name].B, x.B)):
             torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+
+
+def rates_of_transformers(kind: str, warmup: int, total: int, rate: float) -> list[float]:
+    """As a loop with `scheduler.step()` after every step sees them."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    out = []
+    for _ in range(total):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+KINDS = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]

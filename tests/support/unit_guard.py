@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing.process
-import sys
+import os
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,16 @@ import pytest
 RUNS = ("run", "run_session")
 """Functions of `fedlora.engines.local` that every run goes through."""
 
-_PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
-"""Python's audit events of a process that is started."""
+_PROCESSES: tuple[tuple[Any, str], ...] = (
+    (subprocess.Popen, "__init__"),
+    (multiprocessing.process.BaseProcess, "start"),
+    (os, "fork"),
+    (os, "forkpty"),
+    (os, "posix_spawn"),
+    (os, "posix_spawnp"),
+    (os, "system"),
+)
+"""Where Python starts a process."""
 
 _offences: list[str] | None = None
 """What the unit test that runs has done; None while there is none."""
@@ -25,12 +34,12 @@ def _offend(what: str) -> None:
     raise AssertionError(what)
 
 
-def _audit(event: str, arguments: tuple[Any, ...]) -> None:
-    if _offences is not None and event in _PROCESSES:
-        _offend(f"a unit test starts no process ({event}); it belongs into tests/system")
+def _no_run(*arguments: Any, **named: Any) -> None:
+    _offend("a unit test starts no run; it belongs into tests/runs")
 
 
-sys.addaudithook(_audit)
+def _no_process(*arguments: Any, **named: Any) -> None:
+    _offend("a unit test starts no process; it belongs into tests/system")
 
 
 @pytest.fixture(autouse=True)
@@ -38,17 +47,12 @@ def only_a_unit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Refuse runs and processes, also where the code under test catches the refusal."""
     global _offences
 
-    def no_run(*arguments: Any, **named: Any) -> None:
-        _offend("a unit test starts no run; it belongs into tests/runs")
-
-    def no_process(process: Any) -> None:
-        _offend("a unit test starts no process; it belongs into tests/system")
-
     import fedlora.engines.local
 
     for name in RUNS:
-        monkeypatch.setattr(fedlora.engines.local, name, no_run)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", no_process)
+        monkeypatch.setattr(fedlora.engines.local, name, _no_run)
+    for owner, name in _PROCESSES:
+        monkeypatch.setattr(owner, name, _no_process)
     _offences = []
     yield
     done, _offences = _offences, None

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import fedlora
 from support.architectures import keys_of
-from support.classifier import WEIGHTS, bert, data  # noqa: F401
+from support.classifier import (
+    WEIGHTS,
+    bert,  # noqa: F401
+    data,  # noqa: F401
+)
 
 KILLED = """
 import os, signal, sys

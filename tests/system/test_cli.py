@@ -21,14 +21,14 @@ import pytest
 from fedlora.commands.cli import main
 from fedlora.config.yaml_file import read_yaml
 from fedlora.runs.metrics_log import read_metrics
-from support.script import (  # noqa: F401
+from support.script import (
     FEDLORA,
-    _offline,
-    _signals_as_they_were,
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
     environment,
-    here,
+    here,  # noqa: F401
     run_script,
-    site,
+    site,  # noqa: F401
 )
 
 

@@ -19,8 +19,16 @@ from fedlora.commands.json_lines import only_json
 from fedlora.config.config import Config
 from fedlora.data.raw_data import load_rows
 from fedlora.runs.metrics_log import read_metrics
-from support.json import Told, here, no_constant, told  # noqa: F401
-from support.script import _offline, _signals_as_they_were  # noqa: F401
+from support.json import (
+    Told,
+    here,  # noqa: F401
+    no_constant,
+    told,  # noqa: F401
+)
+from support.script import (
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
+)
 
 
 def test_config(told: Told) -> None:

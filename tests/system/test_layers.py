@@ -24,8 +24,15 @@ from fedlora.lowrank import LowRank, to_dense
 from fedlora.model import checks, layers, loading
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.targets import find_targets
-from support.layers import ROUTERS, data, models  # noqa: F401
-from support.models import give, load_base
+from support.layers import (
+    ROUTERS,
+    data,  # noqa: F401
+    models,  # noqa: F401
+)
+from support.models import (
+    give,
+    load_base,
+)
 
 
 class OwnForward(nn.Linear):

@@ -17,7 +17,7 @@ import pytest
 
 import fedlora
 from fedlora.config.config import Config
-from fedlora.config.sources import read_yaml
+from fedlora.config.yaml_file import read_yaml
 from fedlora.engines import carrier
 from fedlora.runs.events import Event
 from fedlora.runs.metrics_log import read_metrics

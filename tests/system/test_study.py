@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -10,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +95,6 @@ def test_runs_of_other_settings_are_not_mixed_in(
     assert "learning_rate: 0.004 when it began, 0.003 now" in complaint
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_made(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    grid = {"model": {"good": {}, "bad": {"model_name_or_path": str(tmp_path / "nothing")}}}
-    path = study(tmp_path, seeds=[0], parts={"t": {"grid": grid}})
-    arguments = ["study", str(path), "--output_dir", str(tmp_path / "out"), *SHORT]
-    assert main(arguments) == 1
-    shown = capsys.readouterr().out
-    assert "FAILED" in shown
-    assert "nothing" in shown
-    page = (tmp_path / "out" / "table.md").read_text()
-    assert "`good`" in page
-    assert "bad, seed 0: not complete" in page
-
-
 def test_a_run_whose_process_dies_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,22 +136,51 @@ def test_what_is_complete_is_not_run_again(
     assert "two rules" in capsys.readouterr().out
 
 
-def test_a_client_alone_and_adalora_are_runs_too(tmp_path: Path) -> None:
-    grid = {"who": {"together": {}, "alone": {"alone": 3}, "ada": {"trainer": "adalora"}}}
-    part = {"keys": {"method": "flora", "client_ranks": 4}, "grid": grid}
-    path = study(tmp_path, seeds=[0], parts={"t": part})
-    out = tmp_path / "out"
+@dataclass(frozen=True)
+class Several:
+    """A finished study: its file, its results, its exit code and what it printed."""
+
+    path: Path
+    out: Path
+    code: int
+    shown: str
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
+    """A study of runs of several kinds, one of which fails."""
+    here = tmp_path_factory.mktemp("several")
+    bad = {"model_name_or_path": str(here / "nothing")}
+    kinds = {"together": {}, "alone": {"alone": 3}, "ada": {"trainer": "adalora"}, "bad": bad}
+    part = {"keys": {"method": "flora", "client_ranks": 4}, "grid": {"who": kinds}}
+    path, shown = study(here, seeds=[0], parts={"t": part}), io.StringIO()
     steps = [*SHORT[:3], "4", *SHORT[4:]]
-    assert main(["study", str(path), "--output_dir", str(out), *steps]) == 0
-    keys = {**overrides(), "max_steps": 4}
-    runs = {x.labels["who"]: x for x in load_study(str(path), overrides=keys).runs}
-    lines = {k: read_metrics(out / "runs" / run.directory) for k, run in runs.items()}
+    with redirect_stdout(shown):
+        code = main(["study", str(path), "--output_dir", str(here / "out"), *steps])
+    return Several(path, here / "out", code, shown.getvalue())
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_made(several: Several) -> None:
+    assert several.code == 1
+    assert "FAILED" in several.shown
+    assert "nothing" in several.shown
+    page = (several.out / "table.md").read_text()
+    for kind in ("together", "alone", "ada"):
+        assert f"`{kind}`" in page
+    assert "bad, seed 0: not complete" in page
+
+
+def test_a_client_alone_and_adalora_are_runs_too(several: Several) -> None:
+    runs_of = several.out / "runs"
+    loaded = load_study(str(several.path), overrides={**overrides(), "max_steps": 4})
+    runs = {x.labels["who"]: x for x in loaded.runs if x.labels["who"] != "bad"}
+    lines = {k: read_metrics(runs_of / run.directory) for k, run in runs.items()}
     clients = {k: next(x for x in v if x["event"] == "round")["clients"] for k, v in lines.items()}
     assert len(clients["together"]) == 10
     assert len(clients["alone"]) == 1
     assert clients["alone"][0]["num_examples"] == clients["together"][3]["num_examples"]
     assert all(x["metrics"]["mean_rank"] <= 4 for x in clients["ada"])
-    assert (out / "runs" / runs["alone"].directory / "final" / "adapter_config.json").is_file()
+    assert (runs_of / runs["alone"].directory / "final" / "adapter_config.json").is_file()
 
 
 def test_a_killed_study_goes_on_with_the_run_it_was_in(tmp_path: Path) -> None:
@@ -201,25 +218,35 @@ def test_no_process_outlives_a_study_that_is_killed(tmp_path: Path) -> None:
     arguments += ["--num_rounds", "500", "--max_steps", "1"]
     process = subprocess.Popen(arguments, env={**os.environ}, stdout=subprocess.PIPE)
     until = time.monotonic() + 120
-    workers: list[int] = []
-    while not workers and time.monotonic() < until:
+    while not list((tmp_path / "out" / "runs").glob("*/metrics.jsonl")):  # a worker runs it
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.05)
-        if list((tmp_path / "out" / "runs").glob("*/metrics.jsonl")):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-            workers = [int(pid) for pid in children.split()]
-    assert workers
+    workers = [pid for pid in study_workers() if parent_of(pid) == process.pid]
     process.kill()
     process.communicate()
-    while any(alive(pid) for pid in workers) and time.monotonic() < until:
+    assert workers
+    until = time.monotonic() + 60
+    while study_workers() & set(workers) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not any(alive(pid) for pid in workers)
+    assert not study_workers() & set(workers)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return "fedlora.commands.study.worker" in Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return False
+def study_workers() -> set[int]:
+    """The processes on this machine that run studies for others; those that have ended are none."""
+    found = set()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            if b"fedlora.commands.study.worker" in command.read_bytes():
+                found.add(int(command.parent.name))
+    return found
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that started another; None where that has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return None
 
 
 @pytest.mark.slow  # that each file's grid can be laid out, and that a study runs, is tested above

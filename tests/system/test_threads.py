@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 
 from fedlora.threads import reading
-from support.threads import keys, run, two_threads  # noqa: F401
+from support.threads import (
+    keys,  # noqa: F401
+    run,
+    two_threads,  # noqa: F401
+)
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs Linux")

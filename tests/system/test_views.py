@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from support.rows import rows
-from support.script import run_in_turn, run_script
-from support.views import _offline, _signals_as_they_were, bars_of, files, here, table_of  # noqa: F401
+from support.script import (
+    run_in_turn,
+    run_script,
+)
+from support.views import (
+    _offline,  # noqa: F401
+    _signals_as_they_were,  # noqa: F401
+    bars_of,
+    files,
+    here,  # noqa: F401
+    table_of,
+)
 
 
 def test_a_pipe_has_no_colours(here: Path) -> None:

@@ -63,9 +63,14 @@ ENVIRONMENT = {
 }
 
 
+def _as_in_a_shell() -> None:
+    """Ctrl-C is heard, also where the tests run in the background and ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(*arguments: str, **more: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fedlora", *arguments]
-    return subprocess.Popen(command, text=True, env=ENVIRONMENT, **more)
+    return subprocess.Popen(command, text=True, env=ENVIRONMENT, preexec_fn=_as_in_a_shell, **more)
 
 
 def until(condition: Any, seconds: float = 60) -> None:
@@ -81,6 +86,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
     path = tmp_path_factory.mktemp("runs") / "run"
     watcher = started("watch", str(path), "--interval", "0.1", stdout=subprocess.PIPE)
     short = ("--max_steps", "10", "--max_eval_samples", "8", "--client_ranks", "8", "4")
+    short += ("--eval_exact_match", "false", "--metric_for_best_model", "eval_loss")
     run = started(
         *("run", "--num_rounds", "400", *short, "--num_threads", "1", "--output_dir", str(path)),
         stdout=subprocess.DEVNULL,
@@ -98,11 +104,11 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, lis
         return len(looks) > 1 and looks[-1].finished >= 2 and trained
 
     try:
-        until(far_enough, 120)
+        until(far_enough, 400)
     finally:
         run.send_signal(signal.SIGKILL)
         run.wait()
-    said, _ = watcher.communicate(timeout=60)
+    said, _ = watcher.communicate(timeout=120)
     assert watcher.returncode == 0
     yield path, looks, said
     shutil.rmtree(path)

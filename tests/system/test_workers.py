@@ -214,7 +214,7 @@ def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
     server = Server(session.federation, starting_state(session), Mean())
     with closing(WorkersEngine(session, sleeps, lambda event: None)) as engine:
         list(engine.exchange([], None))
-        outcomes = list(engine.exchange([*server.plan().values()], time.monotonic() + 15))
+        outcomes = list(engine.exchange([*server.plan().values()], time.monotonic() + 8))
         assert sorted(outcome.client for outcome in outcomes) == [0, 1, 2]
         (failure,) = (outcome for outcome in outcomes if isinstance(outcome, Failure))
         assert failure == Failure(1, "it was not done by the round's deadline", late=True)
@@ -245,7 +245,7 @@ def test_a_round_that_is_asked_again_sends_everything_again(keys: Keys) -> None:
 
 def test_a_round_waits_for_nobody_beyond_its_time(keys: Keys, tmp_path: Path) -> None:
     events: list[Event] = []
-    keys |= {"num_rounds": 2, "round_timeout": 20.0, "min_clients_per_round": 2}
+    keys |= {"num_rounds": 2, "round_timeout": 10.0, "min_clients_per_round": 2}
     pool = take(keys, tmp_path, report=events.append, train_function=sleeps, **POOL)
     first, second = rounds_with_metrics(pool)
     assert [client["outcome"] for client in first["clients"]] == ["counted", "late", "counted"]

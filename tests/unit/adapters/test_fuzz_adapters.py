@@ -259,6 +259,9 @@ def build(path: Path, change: dict[str, Any]) -> None:
         spoil(file if which == "weights" else path / which, how, number)
 
 
+PICKLED = pickle.dumps({"a": (print, os.system, Path("x"))})
+
+
 def spoil(file: Path, how: str, number: int) -> None:
     """Damage a file."""
     raw = file.read_bytes() if file.exists() else b"{}"
@@ -280,7 +283,7 @@ def spoil(file: Path, how: str, number: int) -> None:
                 "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
                 "bom": b"\xef\xbb\xbf" + raw,
                 "utf-16": raw.decode("latin-1").encode("utf-16"),
-                "pickle": pickle.dumps({"a": (print, os.system, Path("x"))}),
+                "pickle": PICKLED,
                 "text": "not what you think \x00 é".encode("latin-1"),
                 "deep": b"[" * 100_000,
                 "list": b"[1, 2]",

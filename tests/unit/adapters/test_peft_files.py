@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedlora.adapters.peft_files import (
     CONFIG_NAME,
@@ -21,7 +22,9 @@ from fedlora.adapters.peft_files import (
     read_weights,
     save_tensors,
 )
+from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.errors import InputError
+from fedlora.model.targets import find_targets
 
 
 @pytest.mark.parametrize(
@@ -96,3 +99,10 @@ def test_tensors_are_written_as_they_are(tmp_path: Path) -> None:
     assert read_adapter_config(tmp_path) == {"r": 2}
     with pytest.raises(OSError, match="No such file"):
         save_tensors(tmp_path / "absent" / WEIGHTS_NAME, tensors)
+
+
+def test_the_revision_of_the_base_is_kept(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(3, 3)})
+    targets = find_targets(model, ["up"], "base", "v2")
+    write_adapter(tmp_path, {}, targets)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"

@@ -5,13 +5,10 @@ Whole trainings of several clients are in tests/runs/test_clients_train_together
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import (
     OPTConfig,
     OPTForCausalLM,
@@ -19,44 +16,21 @@ from transformers import (
 
 from fedlora.client.cohort import train_cohort
 from fedlora.client.memory import automatic_size, largest_need, memory_available
-from fedlora.client.trainer import train
-from fedlora.data.tokenize import IGNORE, Tokens
-from fedlora.lowrank import Dense, to_dense
-from fedlora.model.base import BaseModel, attach
-from fedlora.model.batches import count_labelled
+from fedlora.data.tokenize import Tokens
+from fedlora.model.base import attach
 from fedlora.model.client_rows import MixedRowsError
 from fedlora.model.passes import runner_of
 from fedlora.model.targets import find_targets
 from support.cohort import (
     ALONE,
-    MODELS,
     RANKS,
-    TOGETHER,
-    adapter_of,
     base_of,
     client_adapters_of,
-    close,
     rows_of,
     trained,
     trainings_of,
+    whole_update,
 )
-
-
-def test_a_client_may_leave_modules_out() -> None:
-    base = base_of("llama")
-    client_adapters = client_adapters_of(base)
-    some = {n: x for n, x in client_adapters[1].adapter.items() if n.endswith("q_proj")}
-    client_adapters[1] = replace(client_adapters[1], adapter=some)
-    data, trainings = [rows_of("llama", 9, k) for k in range(len(RANKS))], trainings_of(max_steps=2)
-    alone = trained(base, client_adapters, data, trainings, ALONE)
-    together = trained(base, client_adapters, data, trainings, TOGETHER)
-    assert together[1][0].keys() == some.keys()
-    close(together, alone, 1e-5)
-
-
-def whole_update(base: BaseModel, rank: int, dense: bool) -> dict[str, Any]:
-    found = adapter_of(base, rank, 99)
-    return {n: Dense(to_dense(x)) if dense else x for n, x in found.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,30 +45,6 @@ def test_frozen_parts_are_added_once(dtype: torch.dtype) -> None:
     assert (layer.merged if dtype == torch.float32 else layer.branch) is held
     base.load_clients([dict(whole_update(base, 6, dense=False))], [])
     assert (layer.merged if dtype == torch.float32 else layer.branch) is not held
-
-
-def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=100,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-        dropout=0.0,
-    )
-    model = OPTForCausalLM(config)
-    targets = find_targets(model, "all-linear", "opt", None, [], "CAUSAL_LM")
-    base = attach(model, None, targets)
-    assert not runner_of(base.model).packed
-    base.load_clients([], client_adapters_of(base))
-    data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
-    with pytest.raises(MixedRowsError, match="one client at a time"):
-        train_cohort(base, data, trainings_of())
-    ends = trained(base, client_adapters_of(base), data, trainings_of(max_steps=2), ALONE)
-    assert all(m["padding"] > 0 for _, _, m in ends)
 
 
 def test_several_clients_on_rows_that_nobody_divided_are_refused() -> None:
@@ -151,52 +101,6 @@ def test_the_size_follows_the_memory() -> None:
     assert memory_available(device) > 2**20
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_pass_without_padding_scores_as_the_model_does(name: str) -> None:
-    base = base_of(name)
-    base.load([whole_update(base, 3, False)])
-    rows = rows_of(name, 7, 5)
-    passes = runner_of(base.model)
-    base.model.eval()
-    with torch.inference_mode():
-        logits, labels = (
-            torch.cat(x) for x in zip(*passes.logits_and_labels(base.model, rows), strict=True)
-        )
-        at = 0
-        for row in rows:
-            out = base.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
-            if "label" in row:
-                wanted, truth = out[None], torch.tensor([row["label"]])
-            else:
-                learnt = torch.tensor(row["labels"][1:])
-                wanted, truth = out[:-1][learnt != IGNORE], learnt[learnt != IGNORE]
-            torch.testing.assert_close(logits[at : at + len(truth)], wanted, rtol=1e-4, atol=1e-5)
-            assert labels[at : at + len(truth)].tolist() == truth.tolist()
-            at += len(truth)
-        assert at == len(labels) == count_labelled(rows)
-
-
-@pytest.mark.parametrize("longest", [0, 512])
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_both_ways_to_compute_attention_agree(
-    name: str, longest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Products for short samples, torch's kernel for long ones; PyTorch's padded pass decides."""
-    base = base_of(name)
-    monkeypatch.setattr("fedlora.model.packed_attention.LONGEST_PRODUCT", longest)
-    rows = rows_of(name, 9, 1)
-    gradients: list[Mapping[str, Tensor]] = []
-    passes = runner_of(base.model)
-    for packed in (True, False):
-        monkeypatch.setattr(passes, "packed", packed)
-        base.load_clients([], client_adapters_of(base)[:1])
-        passes.backward(base.model, [rows], [0.1])
-        gradients.append({n: p.grad for n, p in base.parameters_of(0) if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for n, g in gradients[1].items():
-        torch.testing.assert_close(gradients[0][n], g, rtol=1e-3, atol=1e-6)
-
-
 def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -226,18 +130,6 @@ def test_a_sliding_window_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_public_trainer_is_a_cohort_of_one() -> None:
-    base = base_of("llama")
-    data, training = rows_of("llama", 9, 0), trainings_of()[0]
-    base.load([], adapter_of(base, 6, 0), 2.0)
-    train(base.model, data, training)
-    one = base.read_adapter()
-    client_adapters = client_adapters_of(base)
-    (other, _, _), *_ = trained(base, client_adapters[:1], [data], [training], [[0]])
-    assert all(torch.equal(one[n].A, other[n].A) for n in one)
-    assert all(torch.equal(one[n].B, other[n].B) for n in one)
-
-
 def test_the_loss_and_its_gradient_are_those_of_pytorch() -> None:
     from fedlora.model.loss import CrossEntropy
 
@@ -252,3 +144,27 @@ def test_the_loss_and_its_gradient_are_those_of_pytorch() -> None:
     found.sum().backward()
     wanted.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_where_rows_cannot_be_told_apart_clients_train_alone() -> None:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=100,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+    )
+    model = OPTForCausalLM(config)
+    targets = find_targets(model, "all-linear", "opt", None, [], "CAUSAL_LM")
+    base = attach(model, None, targets)
+    assert not runner_of(base.model).packed
+    base.load_clients([], client_adapters_of(base))
+    data = [rows_of("llama", 9, k) for k in range(len(RANKS))]
+    with pytest.raises(MixedRowsError, match="one client at a time"):
+        train_cohort(base, data, trainings_of())
+    ends = trained(base, client_adapters_of(base), data, trainings_of(max_steps=2), ALONE)
+    assert all(m["padding"] > 0 for _, _, m in ends)

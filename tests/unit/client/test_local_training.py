@@ -6,35 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from transformers import get_scheduler
 
 from fedlora.client.local_training import LocalTraining, batches, schedule
 from fedlora.data.tokenize import Tokens
-from fedlora.model.base import BaseModel
-from support.train import (  # noqa: F401
-    SCALE,
-    dataset_of,
-    llama,
-    losses_of,
-    record_rates,
-    start_of,
+from support.train import (
+    KINDS,
+    rates_of_transformers,
 )
-
-
-def rates_of_transformers(kind: str, warmup: int, total: int, rate: float) -> list[float]:
-    """As a loop with `scheduler.step()` after every step sees them."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
-    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    out = []
-    for _ in range(total):
-        out.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return out
-
-
-KINDS = ["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,28 +23,6 @@ def test_schedules_are_those_of_transformers(kind: str, warmup: float, in_steps:
     factor = schedule(training, steps)
     wanted = rates_of_transformers(kind, in_steps, steps, rate)
     assert [rate * factor(i) for i in range(steps)] == pytest.approx(wanted, rel=1e-9, abs=1e-15)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_schedule_restarts_each_round_or_spans_the_federation(
-    kind: str, llama: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates = record_rates(monkeypatch)
-    training = LocalTraining(
-        num_rounds=2,
-        per_device_train_batch_size=1,
-        learning_rate=1e-3,
-        lr_scheduler_type=kind,
-        warmup_steps=0.25,
-        max_steps=4,
-    )
-    data = dataset_of(llama, 2)
-    for scope in ("round", "federation"):
-        for number in (1, 2):
-            losses_of(llama, data, replace(training, round=number, lr_scheduler_scope=scope))
-    once = rates_of_transformers(kind, 1, 4, 1e-3)
-    whole = rates_of_transformers(kind, 2, 8, 1e-3)
-    assert rates == pytest.approx([*once * 2, *whole], rel=1e-9, abs=1e-15)
 
 
 def test_batches_are_shuffled_epochs_cut_as_trainer_cuts_them() -> None:

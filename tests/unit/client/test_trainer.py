@@ -19,12 +19,10 @@ from fedlora.model.base import BaseModel
 from fedlora.model.batches import collate, count_labelled
 from fedlora.model.loss import summed_loss
 from fedlora.model.passes import runner_of
-from support.train import (  # noqa: F401
+from support.train import (
     SCALE,
     dataset_of,
-    llama,
-    losses_of,
-    record_rates,
+    llama,  # noqa: F401
     start_of,
 )
 

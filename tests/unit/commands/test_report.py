@@ -307,16 +307,6 @@ def test_resumed_run_shows_the_later_rounds(tmp_path: Path) -> None:
     assert collected(run).runs[0].quality[2]["evaluation"]["loss"] == 9.5
 
 
-def test_hundred_rounds_of_hundred_clients_stay_under_four_megabytes(tmp_path: Path) -> None:
-    lines = lines_of(clients=100, rounds=100, layers=32)
-    for i, line in enumerate(x for x in lines if x["event"] == "round"):
-        for client in line["clients"]:  # no two numbers alike
-            client["bytes_up"] += 1009 * i + client["client"]
-            client["bytes_down"] += 2003 * i + client["client"]
-    run = write_run(tmp_path / "run", lines)
-    assert len(render(collected(run)).encode()) < 4_000_000
-
-
 def test_text_of_a_run_cannot_become_markup(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><!--"
     lines = lines_of(rounds=1, method=evil, model=evil)

@@ -169,7 +169,7 @@ ODD_FILES = [
     "seed: !!float abc",
     "seed: !!timestamp x",
     "seed: !!binary é",
-    "seed: " + "[" * 2000,
+    "seed: " + "[" * 1000,
     "seed: " + "9" * 5000,
     "client_overrides: {0: {lora_r: 2}, 0: {lora_r: 3}}",
     "client_overrides: {0: {lora_r: 2}, '0': {lora_r: 3}}",

@@ -23,10 +23,14 @@ from support.tokens import (
     learnt,
     of_model,
     stretches,
+    templates_compiled_once,  # noqa: F401
     turns,
     with_chat,
 )
 from support.tokens import chat_templates as shipped
+
+pytestmark = pytest.mark.usefixtures("templates_compiled_once")
+
 
 ARGUMENTS = {"city": "Paris", "n": 2}
 

@@ -28,24 +28,27 @@ from fedlora.data.templates import (
 )
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
 from support.rows import write_jsonl
-from support.tokens import (  # noqa: F401
+from support.tokens import (
     BARE,
     CHATML,
     MARKED_CHATML,
     MODELS,
-    SENTENCES,
-    any_tokenizer,
+    any_tokenizer,  # noqa: F401
     byte_level,
     chat,
     chat_templates,
     learnt,
-    letters,
+    letters,  # noqa: F401
     of_model,
     stretches,
+    templates_compiled_once,  # noqa: F401
     turns,
-    vicuna,
+    vicuna,  # noqa: F401
     with_chat,
 )
+
+pytestmark = pytest.mark.usefixtures("templates_compiled_once")
+
 
 Written = Sequence[tuple[str, bool]]
 """A text in pieces, each learnt or not."""

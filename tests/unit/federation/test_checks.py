@@ -61,9 +61,9 @@ def test_modules_ranks_and_parameters_that_nobody_asked_for() -> None:
 
 
 def test_a_client_of_some_modules_sends_just_these() -> None:
-    server, sent, update = sent_and_update(modules={0: frozenset({"mlp"})})
+    server, sent, update = sent_and_update(modules={0: frozenset({"gate"})})
     check_shapes(update, sent, server.agreement)
-    assert update.adapter.keys() == {"mlp"}
+    assert update.adapter.keys() == {"gate"}
 
 
 def test_values_that_are_not_finite_are_named_where_they_are_sent() -> None:

@@ -37,20 +37,20 @@ def test_the_digest_tells_agreements_apart_and_nothing_else() -> None:
 
 def test_draws_are_those_of_their_purpose() -> None:
     one = agreement()
-    drawn = fresh_factors(5, 3, 2, Purpose.CLIENT_INIT, SHAPES)("mlp", 4)
-    assert torch.equal(one.client_factors(3, 2)("mlp", 4), drawn)
-    assert not torch.equal(one.client_factors(3, 1)("mlp", 4), drawn)
+    drawn = fresh_factors(5, 3, 2, Purpose.CLIENT_INIT, SHAPES)("gate", 4)
+    assert torch.equal(one.client_factors(3, 2)("gate", 4), drawn)
+    assert not torch.equal(one.client_factors(3, 1)("gate", 4), drawn)
 
 
 @pytest.mark.parametrize("method", ["exact", "fedit", "flora", "fedex", "hetlora"])
 def test_a_start_is_the_global_model_whatever_is_trained(method: str) -> None:
     """Two clients of one federation, one of them training a single module."""
-    server = serve(method, modules={1: frozenset({"mlp"})})
+    server = serve(method, modules={1: frozenset({"gate"})})
     sent = server.plan()
     for client in (0, 1):
         start = client_start(sent[client], server.agreement)
         model = {name: matrices({name: x}).get(name) for name, x in start.frozen.items()}
-        assert start.adapter.keys() == (SHAPES.keys() if client == 0 else {"mlp"})
+        assert start.adapter.keys() == (SHAPES.keys() if client == 0 else {"gate"})
         whole = matrices(global_delta(server.state))
         began = matrices(start.adapter)
         for name in SHAPES:
@@ -65,7 +65,7 @@ def test_factors_that_a_client_keeps_take_the_place_of_those_sent() -> None:
     own = torch.ones(12, sent.rank)
     start = client_start(sent, server.agreement, ClientState({"attn.B": own}))
     assert torch.equal(start.adapter["attn"].B, own)
-    assert torch.equal(start.adapter["mlp"].B, sent.leading["mlp"].B[:, : sent.rank])
+    assert torch.equal(start.adapter["gate"].B, sent.leading["gate"].B[:, : sent.rank])
 
 
 def test_the_server_sees_what_is_not_sent_as_it_began() -> None:

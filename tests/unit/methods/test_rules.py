@@ -53,7 +53,7 @@ Pair = tuple[Matrix, Matrix]
 
 
 # Ranks above the height of `gate` and the width of `narrow`; `wide` stays as factors.
-SHAPES = {"down": (6, 14), "gate": (4, 9), "narrow": (9, 3), "square": (8, 8), "wide": (40, 40)}
+SHAPES = {"gate": (4, 9), "narrow": (9, 3), "square": (8, 8), "wide": (40, 40)}
 
 
 MIXED = (2, 5, 3, 5)

@@ -86,3 +86,10 @@ def test_a_layer_that_can_carry_none_is_left_out_or_refused() -> None:
     assert "router" not in targets.shapes
     with pytest.raises(InputError, match=r"router gives a tuple .* so it can carry no adapter"):
         find_targets(model, ["router"], "tiny")
+
+
+def test_names_that_other_modules_end_with_too_are_written_in_full() -> None:
+    """PEFT matches the ends of all modules' names: "0" would also be `blocks.0`."""
+    block = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(3, 3), nn.ReLU())})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    assert find_targets(model, "all-linear", "x").names == ["blocks.0.mlp.0"]

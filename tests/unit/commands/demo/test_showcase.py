@@ -1,4 +1,4 @@
-"""The table that `fedlora demo` prints, its seeds, and the embedded default configuration."""
+"""The table that `fedlora demo` prints, and its seeds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,6 @@ from rich.console import Console
 from scipy.stats import ttest_rel
 
 from fedlora.commands.demo import showcase
-from fedlora.config.config import Config
-from fedlora.config.yaml_file import read_yaml
-from fedlora.embedded import CONFIG
-from fedlora.runs.session import alone, assemble
 
 
 def made(
@@ -75,19 +71,3 @@ def test_a_difference_in_every_seed_is_said_to_be_one_and_a_single_seed_is_not()
 )
 def test_seeds(given: dict[str, Any], seeds: list[int]) -> None:
     assert showcase._seeds(dict(given)) == seeds
-
-
-def test_the_embedded_default_is_what_the_documentation_says() -> None:
-    session = assemble(Config(**{**read_yaml(CONFIG), "num_threads": 1}))
-    assert list(session.federation.ranks) == [64, 32, 16, 16, 8, 8, 4, 4, 4, 4]
-    assert sum(session.federation.num_examples) == 2400
-    assert len(session.data.eval) == 480
-    assert session.config.eval_exact_match is True
-
-
-def test_a_client_alone_keeps_its_rows_and_rank(tmp_path: Path) -> None:
-    session = assemble(Config(**{**read_yaml(CONFIG), "num_threads": 1}))
-    lone = alone(session, 3, tmp_path / "alone")
-    assert list(lone.federation.ranks) == [16]
-    assert lone.data.clients == (session.data.clients[3],)
-    assert lone.data.eval is session.data.eval

@@ -20,6 +20,8 @@ def test_every_combination_with_every_seed_whole_seeds_first(tmp_path: Path) -> 
         ("equal", "fedit"),
         ("mixed", "flora"),
     ]
+    assert loaded.size == "small"
+    assert all(run.keys["num_rounds"] == 2 for run in loaded.runs)
     (part,) = loaded.parts
     assert part.left_out == ("fedit needs one rank for all clients",)
     assert (part.compare, part.reference, part.metric) == ("method", "flora", "loss")
@@ -79,3 +81,15 @@ def test_files_that_are_no_study(changes: dict[str, Any], says: str, tmp_path: P
 def test_a_study_that_is_not_there() -> None:
     with pytest.raises(InputError, match=r"ruels: no such study; .* did you mean rules"):
         load_study("ruels")
+
+
+def test_equal_settings_are_one_run_whoever_asks(tmp_path: Path) -> None:
+    twice = {
+        name: {"grid": {axis: {"a": {"method": "flora"}, "b": {"method": "ffa"}}}}
+        for name, axis in (("one", "method"), ("two", "rule"))
+    }
+    found = load_study(str(study(tmp_path, parts=twice)), overrides={"num_rounds": "2"})
+    assert len(found.runs) == 8
+    assert len({run.directory for run in found.runs}) == 4
+    typed = load_study(str(study(tmp_path, parts=twice)), overrides={"num_rounds": 2})
+    assert [x.directory for x in found.runs] == [x.directory for x in typed.runs]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from fedlora.commands.study.statistics import Difference, mean_and_sd, paired
@@ -53,3 +56,34 @@ def test_a_verdict_needs_an_interval_without_zero(
 ) -> None:
     mean = 0.0 if low is None or high is None else (low + high) / 2
     assert Difference(mean, low, high, 3).verdict(greater_is_better) == verdict
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=2, max_size=8, unique=True
+    )
+)
+def test_the_interval_is_that_of_scipys_paired_t_test(pairs: list[tuple[float, float]]) -> None:
+    a, b = dict(enumerate(x for x, _ in pairs)), dict(enumerate(y for _, y in pairs))
+    found = paired(a, b)
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    differences = np.array([x - y for x, y in pairs])
+    if np.ptp(differences) < 1e-6:
+        return
+    oracle = stats.ttest_rel(list(a.values()), list(b.values())).confidence_interval(0.95)
+    assert np.allclose([found.low, found.high], [oracle.low, oracle.high], rtol=1e-6, atol=1e-9)
+
+
+def test_a_win_is_an_interval_without_zero() -> None:
+    clear = paired({0: 0.9, 1: 0.91, 2: 0.92}, {0: 0.5, 1: 0.52, 2: 0.51})
+    unclear = paired({0: 0.9, 1: 0.1, 2: 0.5}, {0: 0.5, 1: 0.4, 2: 0.4})
+    single = paired({0: 0.9}, {0: 0.1})
+    assert clear is not None
+    assert unclear is not None
+    assert single is not None
+    assert (clear.verdict(), clear.verdict(greater_is_better=False)) == ("wins", "loses")
+    assert unclear.verdict() == "ties"
+    assert (single.low, single.verdict()) == (None, "-")

@@ -15,13 +15,13 @@ import fedlora
 from fedlora.model.loading import load_model
 from fedlora.model.sources import find_source, load_tokenizer
 from fedlora.model.targets import Targets
-from support.architectures import (  # noqa: F401
+from support.architectures import (
     CASES,
     ENCODERS,
     LABELS,
     MIXTURES,
     adapted_by_peft,
-    models,
+    models,  # noqa: F401
     save_model,
 )
 from support.models import load_base

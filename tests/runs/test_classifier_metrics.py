@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 import fedlora
 from fedlora.client.evaluate import scores
 from support.architectures import labelled_rows
-from support.classifier import bert, session_of, sites  # noqa: F401
+from support.classifier import (
+    bert,  # noqa: F401
+    session_of,
+    sites,
+)
 
 
 @given(

@@ -1,4 +1,4 @@
-"""The aggregation rules, driven through the server by simulated clients, against dense algebra.
+"""The aggregation rules over rounds of whole simulated federations, against dense algebra.
 
 A simulated client starts where the rule says and moves its factors by a random step. What the
 global model must become is then computed from matrices in float64.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -63,7 +64,7 @@ from support.simulated import (
     train,
 )
 
-law = settings(max_examples=20, deadline=None, derandomize=True)
+law = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 # Relative to sum_k p_k ||s_k B_k A_k||, summed over the rounds.
@@ -717,7 +718,7 @@ def test_full_ranks_drop_nothing(method: str) -> None:
     server = serve(method, [12, 12, 12])
     for i in range(3):
         done = play(server, i)
-        for name in ("attn", "gate", "mlp"):
+        for name in ("attn", "gate"):
             miss = float((done.change[name] - done.wanted[name]).norm())
             assert miss <= 1e-12 * (done.size + size(model(server)))
         assert i == 0 or done.error > 0.01, "wide holds more"
@@ -801,7 +802,9 @@ class Told:
     done: Round
 
 
-def tell(method: str, **options: Any) -> Told:
+@cache
+def tell(method: str, **options: float) -> Told:
+    """A second round; tests look at it and change nothing."""
     ranks = ranks_for(METHODS[method])
     server = serve(method, ranks, random_adapter(max(ranks), 1), options=options)
     play(server, 1)
@@ -987,6 +990,7 @@ def first_round(server: Server) -> Round:
     return play(server, 3)
 
 
+@cache
 def together(same: str) -> Callable[[Server], Round]:
     """A last round in which all end with the same factors, of their own rank's."""
 
@@ -1010,6 +1014,7 @@ def together(same: str) -> Callable[[Server], Round]:
     return last
 
 
+@cache
 def one_of(k: int) -> Callable[[Server], Round]:
     """A last round in which client k alone takes part."""
 
@@ -1082,7 +1087,17 @@ OUTSIDE: list[Case] = [
 
 def error_of(case: Case) -> float:
     method, ranks, last, options = case
-    return last(serve(method, ranks, options=options)).error
+    return _error_of(method, tuple(ranks), last, tuple(options.items()))
+
+
+@cache
+def _error_of(
+    method: str,
+    ranks: tuple[int, ...],
+    last: Callable[[Server], Round],
+    options: tuple[tuple[str, float], ...],
+) -> float:
+    return last(serve(method, ranks, options=dict(options))).error
 
 
 def label(value: object) -> str | None:
@@ -1152,7 +1167,7 @@ def test_lora_fair_is_nearer_than_fedit_and_as_near_as_its_a_allows() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_modules_that_a_client_does_not_train(method: str) -> None:
     ranks = ranks_for(METHODS[method])
-    trained = {0: frozenset({"attn"}), 1: frozenset({"attn", "wide"}), 2: frozenset({"mlp"})}
+    trained = {0: frozenset({"attn"}), 1: frozenset({"attn", "wide"}), 2: frozenset({"wide"})}
     rows = [10, 10, 10, 0]
     server = serve(
         method,
