@@ -77,17 +77,18 @@ def exact_matches(
     does not train one, or the row was cut), as many tokens are compared as the reference has.
 
     Args:
-        model, tokenizer: of transformers.
+        model: of transformers, whose own settings change nothing of what is likeliest
+            (`loading.greedy`).
+        tokenizer: the model's.
         turns: each with its likeliest tokens (`guesses_by_turn`); with None it is generated.
         batch_size: turns generated at once.
         max_new_tokens: longest answer.
     """
     ends, specials = ends_of(model, tokenizer), specials_of(tokenizer)
-    plain = _takes_the_likeliest(model)
     matches, undecided = 0, list[_Question]()
     for turn, guesses in turns:
         question = _Question(turn, *_ends_of_reference(turn.reference, ends, tokenizer, specials))
-        known = _foreseen(question, guesses, tokenizer, max_new_tokens) if plain else None
+        known = _foreseen(question, guesses, tokenizer, max_new_tokens)
         if known is None:
             undecided.append(question)
         matches += known is True
@@ -144,32 +145,6 @@ def _ends_of_reference(
 
 
 # --- what a loss pass tells of an answer ---
-
-_NO_CHOICE = {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "max_length",
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "use_cache",
-    "transformers_version",
-    "_from_model_config",
-}
-"""What a model's generation settings may hold without changing which token is taken greedily."""
-
-
-def _takes_the_likeliest(model: Any) -> bool:
-    """Whether greedy generation takes the likeliest token, and no setting of the model (such as a
-    penalty on repetition) makes it take another."""
-    settings = model.generation_config.to_diff_dict()
-    return all(
-        key in _NO_CHOICE or not value or (key, value) == ("repetition_penalty", 1)
-        for key, value in settings.items()
-    )
 
 
 def _foreseen(

@@ -113,17 +113,6 @@ def test_what_they_leave_open_is_generated(
     assert generated == [prompt, prompt]
 
 
-def test_a_setting_that_changes_what_is_taken_has_everything_generated(
-    llama: tuple[Any, Any], generated: list[list[int]]
-) -> None:
-    model, tokenizer = llama
-    prompt = tokenizer("abc>")["input_ids"]
-    judged = [with_guesses(model, Turn(prompt, greedy(model, prompt)))]
-    model.generation_config.suppress_tokens = [judged[0][1][0]]
-    assert exact_matches(model, tokenizer, judged, 4, STEPS) == 0
-    assert generated == [prompt]
-
-
 @pytest.mark.parametrize("chat", [False, True])
 def test_an_answer_that_ends_is_known(
     llama: tuple[Any, Any], generated: list[list[int]], chat: bool
