@@ -70,6 +70,8 @@ def serve(
         while True:
             message = decode(connection.recv_bytes())
             _answer(connection, worker, message, header, held)
+            del message  # what it holds beyond the groups of the round
+            give_back_memory()
 
 
 def _answer(
@@ -101,7 +103,6 @@ def _answer(
     except Exception as error:
         reply = _failure(asked, error)
     connection.send_bytes(encode(reply))
-    give_back_memory()
 
 
 def frozen_for_all(broadcasts: Sequence[Broadcast], agreement: Agreement) -> list[Deltas]:
