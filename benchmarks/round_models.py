@@ -115,8 +115,8 @@ def prepare(name: str, scratch: Path, rounds: int, steps: int, dtype: str, threa
             "max_length": setting.max_length,
             "model_name_or_path": str(scratch / "model"),
         }
-        values |= _dolly(scratch) if setting.data == "dolly" else _synthetic(scratch, setting)
-        _save_model(setting.shape, setting.max_length, scratch / "model", setting.dtype)
+        values |= _dolly(scratch) if setting.data == "dolly" else synthetic(scratch, setting)
+        save_model(setting.shape, setting.max_length, scratch / "model", setting.dtype)
     config = Config(**values)
     source, session = model_source(config), assemble(config, weights=False)
     for client, part in enumerate(session.data.clients):
@@ -179,7 +179,7 @@ def trained_rows(spec: dict[str, Any], client: int, round: int) -> list[dict[str
     return out
 
 
-def _save_model(shape: Llama, context: int, path: Path, dtype: str) -> None:
+def save_model(shape: Llama, context: int, path: Path, dtype: str) -> None:
     """Random weights, made on the GPU where there is one."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -204,7 +204,7 @@ def _save_model(shape: Llama, context: int, path: Path, dtype: str) -> None:
     model.save_pretrained(path)
 
 
-def _save_tokenizer(core: Any, path: Path) -> None:
+def save_tokenizer(core: Any, path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     pad, begin, end = SPECIAL
@@ -235,7 +235,7 @@ def _dolly(scratch: Path) -> dict[str, Any]:
             show_progress=False,
         ),
     )
-    _save_tokenizer(core, scratch / "model")
+    save_tokenizer(core, scratch / "model")
     # A few hundred rows keep the distribution of lengths and spare tokenising all of them.
     return {
         "train_file": str(DOLLY / "local_training_*.json"),
@@ -244,7 +244,7 @@ def _dolly(scratch: Path) -> dict[str, Any]:
     }
 
 
-def _synthetic(scratch: Path, setting: Setting) -> dict[str, Any]:
+def synthetic(scratch: Path, setting: Setting) -> dict[str, Any]:
     """Rows of random words, a token each: a quarter prompt, cut at `max_length`."""
     import numpy as np
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -254,7 +254,7 @@ def _synthetic(scratch: Path, setting: Setting) -> dict[str, Any]:
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
     )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    _save_tokenizer(core, scratch / "model")
+    save_tokenizer(core, scratch / "model")
     rng = np.random.default_rng(0)
     prompt = setting.max_length // 4
     for client in range(len(RANKS)):

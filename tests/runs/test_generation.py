@@ -12,7 +12,8 @@ import torch
 import transformers as hf
 
 from fedlora.client.evaluate import evaluate, references_fit
-from fedlora.client.generation import EQUAL, PADDED, batching, generate, turns_of
+from fedlora.client.exact_match import turns_of
+from fedlora.client.generation import EQUAL, PADDED, batching, generate
 from fedlora.data.templates import TEMPLATES
 from fedlora.data.tokenize import IGNORE, Tokens, tokenize
 from support.models import save_tokenizer

@@ -26,6 +26,7 @@ from fedlora.errors import FedloraError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.server import Server
 from fedlora.methods import METHODS
+from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs.engine import ClientResult, Failure
 from fedlora.runs.events import Event
 from fedlora.runs.session import assemble, starting_state
@@ -337,3 +338,22 @@ def test_mistakes(given: Sequence[str], words: str, capsys: pytest.CaptureFixtur
 
     assert main(["run", "--output_dir", "nowhere", *given]) == 2
     assert words in capsys.readouterr().err
+
+
+def notes_merged(model: Any, dataset: Any, training: Any) -> dict[str, Any]:
+    """Trains, and counts layers whose merged weight lies in shared memory, or in this process."""
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer) and m.merged is not None]
+    shared = sum(layer.merged is layer.place for layer in layers)
+    return {**train(model, dataset, training), "shared": shared, "own": len(layers) - shared}
+
+
+def test_what_is_merged_into_the_base_lies_in_memory_once(keys: Keys, tmp_path: Path) -> None:
+    keys |= {"method": "flora", "num_rounds": 2}
+    result = take(keys, tmp_path, train_function=notes_merged, **POOL)
+    merged = [
+        [(c["metrics"]["shared"], c["metrics"]["own"]) for c in line["clients"]]
+        for line in result.metrics
+        if line["event"] == "round"
+    ]
+    assert merged[0] == [(0, 0)] * 3
+    assert all(shared > 0 and own == 0 for shared, own in merged[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedlora.client.generation import exact_matches, turns_of
+from fedlora.client.exact_match import exact_matches, guesses_by_turn, turns_of
 from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.model.passes import runner_of
 
@@ -35,8 +35,9 @@ def evaluate(
         tokenizer: the model's.
         rows: tokenised, at least one.
         batch_size: rows at once.
-        exact_match: also generate every labelled turn (in a conversation each of the assistant's
-            turns, after the true turns before it) and compare it with the reference.
+        exact_match: also compare the greedy answer to every labelled turn (in a conversation each
+            of the assistant's turns, after the true turns before it) with the reference. Only
+            answers that the likeliest tokens leave open are generated (`exact_match`).
         max_new_tokens: longest answer generated.
         label_names: a classifier's, in the order of their ids; empty for a language model.
 
@@ -68,7 +69,7 @@ def evaluate(
             "token_accuracy": int((guess == truth).sum()) / count,
         }
         if exact_match:
-            turns = [turn for row in rows for turn in turns_of(row)]
+            turns = guesses_by_turn(ordered, guess.tolist())
             matches = exact_matches(model, tokenizer, turns, batch_size, max_new_tokens)
             out["exact_match"] = matches / len(turns)
     return out

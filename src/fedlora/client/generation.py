@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedlora.data.tokenize import IGNORE, Tokens
 from fedlora.model.device import device_of
 from fedlora.model.per_model import PerModel
 
@@ -37,7 +36,7 @@ def ends_of(model: Any, tokenizer: Any) -> Ends:
     end = _turn_end(tokenizer)
     end_ids = list(tokenizer(end, add_special_tokens=False)["input_ids"]) if end else []
     plain = tokenizer.decode(end_ids, skip_special_tokens=True).strip()
-    special = [i for i in end_ids if i in _specials(tokenizer)]
+    special = [i for i in end_ids if i in specials_of(tokenizer)]
     return Ends(frozenset({*ids, *special[:1]} if not plain else ids), plain)
 
 
@@ -53,83 +52,17 @@ def _turn_end(tokenizer: Any) -> str:
     return text.partition(_MARK)[2].strip()
 
 
-def _specials(tokenizer: Any) -> set[int]:
+def specials_of(tokenizer: Any) -> set[int]:
+    """Ids of the tokenizer's special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
-# --- what is asked ---
+# --- what is answered ---
 
 
-@dataclass(frozen=True)
-class Turn:
-    """An answer in the data, and what it answers.
-
-    Args:
-        prompt: all tokens before it.
-        reference: its tokens, with the end of the turn where that is learnt.
-    """
-
-    prompt: Sequence[int]
-    reference: Sequence[int]
-
-
-def turns_of(row: Tokens) -> list[Turn]:
-    """The turns of a row: every run of labelled tokens, with all tokens before it as its prompt."""
-    ids, labels, turns = row["input_ids"], row["labels"], []
-    learnt = [label != IGNORE for label in labels]
-    begins = [i for i, x in enumerate(learnt) if x and not (i and learnt[i - 1])]
-    for begin in begins:
-        end = next((i for i in range(begin, len(ids)) if not learnt[i]), len(ids))
-        turns.append(Turn(ids[:begin], ids[begin:end]))
-    return turns
-
-
-def exact_matches(
-    model: Any, tokenizer: Any, turns: Sequence[Turn], batch_size: int, max_new_tokens: int
-) -> int:
-    """How many turns are answered with the text of their reference, ignoring outer white space.
-
-    An answer is the text before the end of its turn. Where the reference has no end (the template
-    does not train one, or the row was cut), as many tokens are compared as the reference has.
-    """
-    ends, specials = ends_of(model, tokenizer), _specials(tokenizer)
-    ordered = sorted(turns, key=lambda turn: len(turn.prompt))
-    matches = 0
-    for begin in range(0, len(ordered), batch_size):
-        batch = ordered[begin : begin + batch_size]
-        ends_in_batch = [
-            _ends_of_reference(turn.reference, ends, tokenizer, specials) for turn in batch
-        ]
-        prompts, stops = [turn.prompt for turn in batch], [x for x, _ in ends_in_batch]
-        answers = _answers(model, tokenizer, prompts, max_new_tokens, stops)
-        for turn, (turn_ends, has_end), ids in zip(batch, ends_in_batch, answers, strict=True):
-            answer = _text(ids if has_end else ids[: len(turn.reference)], turn_ends, tokenizer)
-            matches += answer == _text(turn.reference, turn_ends, tokenizer)
-    return matches
-
-
-def _ends_of_reference(
-    reference: Sequence[int], ends: Ends, tokenizer: Any, specials: Collection[int]
-) -> tuple[Ends, bool]:
-    """What ends the answer to this turn, and whether the reference itself has an end.
-
-    Special tokens inside the reference (the end of a thought or of a tool call) do not end it.
-    """
-    inside = len(reference)
-    while inside and (
-        reference[inside - 1] in specials or not tokenizer.decode([reference[inside - 1]]).strip()
-    ):
-        inside -= 1
-    closing = [i for i in reference[inside:] if i in specials]
-    ids = {*ends.ids, *closing[:1]} - set(reference[:inside])
-    text = tokenizer.decode(list(reference), skip_special_tokens=True).rstrip()
-    written = bool(ends.text) and text.endswith(ends.text)
-    return Ends(frozenset(ids), ends.text if written else ""), bool(closing) or written
-
-
-def _text(ids: Sequence[int], ends: Ends, tokenizer: Any) -> str:
-    """The text before the end."""
+def text_of(ids: Sequence[int], ends: Ends, tokenizer: Any) -> str:
+    """The text of an answer's tokens, before the end."""
     cut = next((n for n, i in enumerate(ids) if i in ends.ids), len(ids))
     text = str(tokenizer.decode(list(ids[:cut]), skip_special_tokens=True))
     return (text.partition(ends.text)[0] if ends.text else text).strip()
@@ -147,18 +80,18 @@ def generate(
     answers, see `batching`.
     """
     ends = ends_of(model, tokenizer)
-    answers = _answers(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
-    return [_text(ids, ends, tokenizer) for ids in answers]
+    tokens = answers(model, tokenizer, prompts, max_new_tokens, [ends] * len(prompts))
+    return [text_of(ids, ends, tokenizer) for ids in tokens]
 
 
-def _answers(
+def answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ends: Sequence[Ends],
 ) -> list[list[int]]:
-    """The tokens that follow each prompt."""
+    """The tokens that follow each prompt greedily, to its own end or to `max_new_tokens`."""
     out: dict[int, list[int]] = {}
     for group in _answer_groups(model, tokenizer, prompts, max_new_tokens):
         ids, mask = _left_padded([prompts[i] for i in group], tokenizer.pad_token_id)

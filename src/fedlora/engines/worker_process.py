@@ -24,7 +24,10 @@ from fedlora.client.local_training import StepCallback
 from fedlora.client.worker import Worker
 from fedlora.errors import FedloraError
 from fedlora.federation.envelope import Header, Message, check_header, decode, encode
+from fedlora.federation.exchange import Agreement, client_start
+from fedlora.federation.messages import Broadcast
 from fedlora.federation.wire import Groups, read_train, trained_message
+from fedlora.lowrank import Deltas
 
 STEP = "step"
 """The kind of a message that tells of a client's step."""
@@ -34,6 +37,9 @@ STOP = "stop"
 """The kind of the pool's message that calls off the request a worker is at."""
 STOPPED = "stopped"
 """The kind of a worker's answer to it."""
+
+MERGED = "merged"
+"""In a request: whether the pool has merged what lies frozen beside the base for all workers."""
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -74,6 +80,8 @@ def serve(
             message = decode(connection.recv_bytes())
             if message.header.kind != STOP:  # else it was answered before that came
                 _answer(connection, worker, message, header, held)
+            del message  # what it holds beyond the groups of the round
+            give_back_memory()
 
 
 def _answer(
@@ -90,6 +98,8 @@ def _answer(
     broadcasts, states = read_train(message, held.groups)
     worker.states.clear()
     worker.states.update(states)
+    if message.body.get(MERGED):
+        worker.base.adopt_merged(frozen_for_all(broadcasts, worker.agreement))
 
     def on_step(client: int) -> StepCallback:
         def tell(step: int, steps: int, loss: float, tokens: int) -> None:
@@ -111,6 +121,31 @@ def _answer(
     except Exception as error:
         reply = _failure(asked, error)
     connection.send_bytes(encode(reply))
+
+
+def frozen_for_all(broadcasts: Sequence[Broadcast], agreement: Agreement) -> list[Deltas]:
+    """What lies frozen beside the base under all of these clients, as a worker loads it.
+
+    Returns:
+        Nothing where they were sent different things.
+    """
+    if not broadcasts:
+        return []
+    first = broadcasts[0]
+    shared = client_start(first, agreement).shared
+    for other in broadcasts[1:]:
+        if not _same(other.base_delta, first.base_delta):
+            return []
+        if shared and not _same(other.adapter, first.adapter):
+            return []
+    return [first.base_delta, shared]
+
+
+def _same(one: Deltas, other: Deltas) -> bool:
+    """Whether two tables hold the very same updates."""
+    return one is other or (
+        one.keys() == other.keys() and all(one[name] is other[name] for name in one)
+    )
 
 
 def _failure(asked: Header, error: Exception) -> Message:
@@ -143,6 +178,13 @@ def has_stopped(connection: Connection, stops_by: float) -> bool:
     except (EOFError, OSError):
         pass
     return False
+
+
+def give_back_memory() -> None:
+    """Give the system the memory that training has freed, where the C library can: a worker that
+    waits shall hold nothing of its own."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _end_with_the_pool() -> None:

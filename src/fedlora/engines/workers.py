@@ -3,7 +3,8 @@
 Two torch threads of one process wait for each other at every operation; two processes of one thread
 do not. Beside another busy program each of them loses its share and no more.
 
-On a CPU the workers are forked, so that the base's weights lie in memory once. What travels
+On a CPU the workers are forked, so that the base's weights lie in memory once, and so does what is
+merged into them in a round. What travels
 between the processes are the federation's own messages, as bytes (`fedlora.federation.wire`). The
 same clients share a pass whichever worker trains them, and the server folds in client order; so
 which worker trained whom changes no bit, and a run gives the bytes of one in a single process on
@@ -32,7 +33,16 @@ from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.engines.local import LocalEngine, make_worker
 from fedlora.engines.results import asked_modules, result_of
-from fedlora.engines.worker_process import FAILED, STEP, STOP, has_stopped, serve
+from fedlora.engines.worker_process import (
+    FAILED,
+    MERGED,
+    STEP,
+    STOP,
+    frozen_for_all,
+    give_back_memory,
+    has_stopped,
+    serve,
+)
 from fedlora.errors import FedloraError
 from fedlora.federation.envelope import Header, Message, check_header, decode, encode
 from fedlora.federation.messages import Broadcast
@@ -125,7 +135,10 @@ class WorkersEngine:
         self.header = Header(
             secrets.token_hex(8), 0, 0, "", session.fingerprints["base"], agreement.digest
         )
-        self._begun = set[int]()
+        self._begun, self._merged = set[int](), False
+        if self.method == "fork":
+            session.base.share_merged()
+            give_back_memory()  # or each worker would write to pages of it and hold them itself
         self._pool: list[_Process] = []
         for place in range(number):
             self._pool.append(self._start(place))
@@ -176,6 +189,7 @@ class WorkersEngine:
         self._regain_workers()
         for worker in self._pool:  # a round that is tried again names its groups anew
             worker.known = frozenset()
+        self._merged = self._merge(broadcasts)
         names, sent = GroupNames(), {broadcast.client: broadcast for broadcast in broadcasts}
         waiting = deque(map(_Task, self._grouped(broadcasts)))
         with self.local.undoing(broadcasts) as unheard:
@@ -196,6 +210,21 @@ class WorkersEngine:
                 self._call_off()
             for client in sorted(unheard):
                 yield Failure(client, "it was not done by the round's deadline", late=True)
+
+    def _merge(self, broadcasts: Clients) -> bool:
+        """Merge what lies frozen beside the base once for all workers, in memory they share.
+
+        Each would else hold a copy of all weights that adapters change.
+
+        Returns:
+            Whether that was done: not where clients were sent different things, nor in processes
+            that were not forked.
+        """
+        frozen = frozen_for_all(broadcasts, self.session.federation.agreement)
+        if self.method != "fork" or not any(frozen):
+            return False
+        self.session.base.merge_for_others(frozen)
+        return True
 
     @property
     def _busy(self) -> list[_Process]:
@@ -225,6 +254,7 @@ class WorkersEngine:
         header = replace(self.header, round=number, attempt=task.attempt)
         states = self.local.states
         message, known = train_message(header, task.clients, states, names, worker.known)
+        message = replace(message, body={**message.body, MERGED: self._merged})
         worker.connection.send_bytes(encode(message))
         worker.known, worker.task = known, task
         for broadcast in task.clients:

@@ -99,6 +99,30 @@ class BaseModel:
         if len(client_adapters) == 1:
             self._set_full_params(client_adapters[0].full_params)
 
+    def share_merged(self) -> None:
+        """Let processes forked from now on use weights that this one merges for all of them."""
+        for layer in self.layers.values():
+            layer.share()
+
+    def merge_for_others(self, frozen: Sequence[Deltas]) -> None:
+        """Merge what lies frozen beside the base, for other processes to `adopt_merged`.
+
+        What is loaded here is taken out, so that no second copy of the weights is kept.
+        """
+        self.load_clients([], [])
+        for name, layer in self.layers.items():
+            layer.merge_for_others([deltas[name] for deltas in frozen if name in deltas])
+
+    def adopt_merged(self, frozen: Sequence[Deltas]) -> None:
+        """Set what lies frozen beside the base, which another process has merged.
+
+        Args:
+            frozen: as it was given to `merge_for_others`; loading these very objects with clients
+                then merges nothing anew.
+        """
+        for name, layer in self.layers.items():
+            layer.adopt([deltas[name] for deltas in frozen if name in deltas])
+
     def _set_full_params(self, values: Mapping[str, Tensor]) -> None:
         """Set the model's own parameters of modules trained whole."""
         with torch.no_grad():

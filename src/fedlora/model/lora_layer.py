@@ -14,6 +14,7 @@ from fedlora.lowrank import Adapter, Delta, LowRank, add, fold, to_dense, unfold
 from fedlora.model.client_rows import ClientRows, RowLayout
 from fedlora.model.layers import is_conv1d, is_plain, shape_of
 from fedlora.model.lora_linear import Term, adapted
+from fedlora.model.shared_memory import shared_like
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class AdapterLayer(nn.Module):
         frozen: the updates that lie frozen beside the base.
         merged: the weight with them, or None.
         branch: their sum, where they are not merged, or None.
+        place: memory that forked processes share, for a weight that one of them has merged.
         layouts: where clients' rows lie in the input, by the input's number of axes.
     """
 
@@ -117,6 +119,7 @@ class AdapterLayer(nn.Module):
         self.frozen: tuple[Delta, ...] = ()
         self.merged: Tensor | None = None  # (m, n), or (n, m) for Conv1D
         self.branch: Delta | None = None
+        self.place: Tensor | None = None
         self.layouts: dict[int, RowLayout] = {}  # of its inputs, by their number of axes
 
     @property
@@ -155,17 +158,45 @@ class AdapterLayer(nn.Module):
             new is old for new, old in zip(parts, self.frozen, strict=True)
         ):
             return
-        weight = self.weight
         self.merged = self.branch = None
         self.frozen = tuple(parts)
         if not parts:
             return
-        total = add([_move(x, weight.device) for x in parts])
-        if self.plain and weight.dtype in (torch.float32, torch.float64):
-            dense = to_dense(total).to(weight.dtype)
-            self.merged = weight.detach() + (dense.T if self.conv1d else dense)
+        if self._merges:
+            self.merged = torch.empty_like(self.weight)
+            self._merge(parts, self.merged)
         else:
-            self.branch = _like(total, weight)
+            self.branch = _like(self._sum(parts), self.weight)
+
+    @property
+    def _merges(self) -> bool:
+        """Whether frozen updates are added to the weight: see the class."""
+        return self.plain and self.weight.dtype in (torch.float32, torch.float64)
+
+    def _sum(self, parts: Sequence[Delta]) -> Delta:
+        return add([_move(x, self.weight.device) for x in parts])
+
+    def _merge(self, parts: Sequence[Delta], out: Tensor) -> None:
+        """Write the weight with these updates."""
+        dense = to_dense(self._sum(parts)).to(out.dtype)
+        torch.add(self.weight.detach(), dense.T if self.conv1d else dense, out=out)
+
+    def share(self) -> None:
+        """Make a place for a merged weight that processes forked from now on see."""
+        if self._merges and self.weight.device.type == "cpu":
+            self.place = shared_like(self.weight)
+
+    def merge_for_others(self, parts: Sequence[Delta]) -> None:
+        """Write the weight with these updates where other processes find it."""
+        if self.place is not None and parts:
+            self._merge(parts, self.place)
+
+    def adopt(self, parts: Sequence[Delta]) -> None:
+        """As `freeze`, where another process has merged these updates already."""
+        if self.place is None or not parts:
+            self.freeze(parts)
+            return
+        self.frozen, self.merged, self.branch = tuple(parts), self.place, None
 
     def load_clients(self, name: str, client_adapters: Sequence[ClientAdapter]) -> None:
         """Load the adapters of these clients, of which this module is `name`."""

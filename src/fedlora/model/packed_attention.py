@@ -15,7 +15,7 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -46,6 +46,8 @@ UNKNOWN = (
     "block_indices",
 )
 """Arguments that some models give to their attention and that are not supported here."""
+MASK_NUMBERS = 2**20
+"""Entries of masks that are compared at once."""
 PLAIN = 64
 """A mask function without a window is evaluated up to this length. Beyond it, the mask is taken to
 be causal, or none at all, as the layer says."""
@@ -182,21 +184,41 @@ def sample_mask(
     short = longest <= local_size if local_size is not None else longest > PLAIN
     if short and not use_vmap:
         return None
-    device = samples.groups[0].gather.device
-    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
-    masks, begin = [], 0
-    for length in samples.lengths:
-        tokens = torch.arange(begin, begin + length, device=device)
-        attended = mask_function(zero, zero, tokens[:, None], tokens[None, :])
-        masks.append(attended.expand(length, length))
-        begin += length
-    mask = max(masks, key=len)
-    for shorter in masks:
-        if not torch.equal(shorter, mask[: len(shorter), : len(shorter)]):
-            raise PackingError("a mask that depends on a sample's place in the pass")
+    mask = _mask_of_one(samples.lengths, mask_function, samples.groups[0].gather.device)
     if bool(mask.all()) or torch.equal(mask, torch.ones_like(mask).tril()):
         return None
     return mask[None, None]
+
+
+def _mask_of_one(
+    lengths: Sequence[int], mask_function: Callable[..., Tensor], device: torch.device
+) -> Tensor:
+    """The rule's mask of the longest sample, `(length, length)`; that of a shorter one begins it.
+
+    Many samples are asked about at a time: a rule is a dozen short operations.
+
+    Raises:
+        PackingError: the rule depends on where in the pass a sample lies.
+    """
+    sizes = torch.tensor(lengths, device=device)[:, None]
+    longest, at = max(lengths), lengths.index(max(lengths))
+    steps = torch.arange(longest, device=device)
+    # A shorter sample's last token stands for what it lacks: a rule may look up what lies there.
+    tokens = sizes.cumsum(0) - sizes + torch.minimum(steps, sizes - 1)  # (samples, longest)
+    real, zero = steps < sizes, torch.zeros(1, 1, dtype=torch.long, device=device)
+
+    def asked(part: Tensor) -> Tensor:
+        attended = mask_function(zero, zero, part[:, :, None], part[:, None, :])
+        return attended.expand(len(part), longest, longest)
+
+    mask = asked(tokens[at : at + 1])[0]
+    number = max(1, MASK_NUMBERS // longest**2)
+    for begin in range(0, len(lengths), number):
+        part = slice(begin, begin + number)
+        both = real[part, :, None] & real[part, None, :]
+        if bool(((asked(tokens[part]) != mask) & both).any()):
+            raise PackingError("a mask that depends on a sample's place in the pass")
+    return mask
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

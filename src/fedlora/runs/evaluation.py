@@ -13,8 +13,24 @@ from fedlora.data.tokenize import Tokens
 from fedlora.federation.messages import ClientState
 from fedlora.lowrank import Adapter, Deltas, LowRank
 from fedlora.methods.values import ServerState
+from fedlora.model.per_model import PerModel
 from fedlora.runs.events import Evaluations
 from fedlora.runs.run_session import RunSession
+
+_of_base = PerModel[dict[tuple[Any, ...], tuple[Sequence[Tokens], dict[str, Any]]]](
+    lambda model: {}
+)
+"""What the base itself measures, by rows and settings: runs in one process may share a base, and
+each of them begins with it. The rows are held, so that no others take their identity."""
+
+
+def is_base(state: ServerState) -> bool:
+    """Whether the state's global model is the base itself: nothing has changed yet."""
+    deltas = [*state.base_delta.values(), *state.adapter.values()]
+    return not state.dense and not any(
+        bool(x.A.any()) and bool(x.B.any()) if isinstance(x, LowRank) else bool(x.W.any())
+        for x in deltas
+    )
 
 
 def own_adapter(state: ServerState, kept: ClientState) -> Adapter:
@@ -83,7 +99,8 @@ class Evaluator:
         session.base.load([state.base_delta, state.adapter], full_params=state.dense)
         out = Evaluations()
         if session.data.eval:
-            out["evaluation"] = self._measure(session.data.eval)
+            measure = self._measure_base if is_base(state) else self._measure
+            out["evaluation"] = measure(session.data.eval)
         if held_out:
             out["client_evaluations"] = {str(k): self._measure(x) for k, x in held_out.items()}
         if session.general:
@@ -112,6 +129,19 @@ class Evaluator:
         if general:
             out["general_evaluation"] = _mean(general)
         return out
+
+    def _measure_base(self, rows: Sequence[Tokens]) -> dict[str, Any]:
+        """The scores of the base itself, which is loaded; measured once."""
+        config, known = self.session.config, _of_base(self.session.base.model)
+        settings = (
+            config.per_device_eval_batch_size,
+            config.eval_exact_match,
+            config.generation_max_new_tokens,
+        )
+        key = (id(rows), *settings, self.session.data.label_names)
+        if key not in known:
+            known[key] = rows, self._measure(rows)
+        return dict(known[key][1])
 
     def _measure(self, rows: Sequence[Tokens], general: bool = False) -> dict[str, Any]:
         """The scores of the model that is loaded; on general text nothing is generated."""

@@ -12,14 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedlora.client.generation import (
     PADDED,
     Ends,
-    Turn,
     batching,
     ends_of,
-    exact_matches,
     generate,
-    turns_of,
 )
-from fedlora.data.tokenize import IGNORE
 from support.tokens import CHATML, with_chat
 
 
@@ -37,12 +33,6 @@ def greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
         for _ in range(steps):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
-
-
-def test_every_learnt_run_of_a_row_is_a_turn() -> None:
-    row = {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [IGNORE, 2, 3, IGNORE, 5, 6]}
-    assert turns_of(row) == [Turn([1], [2, 3]), Turn([1, 2, 3, 4], [5, 6])]
-    assert turns_of({"input_ids": [1, 2], "labels": [IGNORE, IGNORE]}) == []
 
 
 def test_what_ends_an_answer(llama: tuple[Any, Any]) -> None:
@@ -64,14 +54,3 @@ def test_answers_of_a_batch_are_those_of_single_prompts(llama: tuple[Any, Any]) 
         wanted.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
     assert generate(model, tokenizer, prompts, 6) == wanted
     assert batching(model, tokenizer, 24) == PADDED
-
-
-def test_matches_are_counted_by_text(llama: tuple[Any, Any]) -> None:
-    model, tokenizer = llama
-    prompt = tokenizer("abc>")["input_ids"]
-    right = greedy(model, prompt, 4)
-    other = [*right[:3], (right[3] + 1) % 90 + 5]
-    turns = [Turn(prompt, right), Turn(prompt, other), Turn(prompt, right[:2])]
-    matches = exact_matches(model, tokenizer, turns, batch_size=2, max_new_tokens=4)
-    same = [tokenizer.decode(x).strip() for x in (right, other)]
-    assert matches == 2 + (same[0] == same[1])

@@ -60,6 +60,35 @@ def test_what_lies_frozen_is_merged_into_a_copy_and_nothing_is_done_twice() -> N
     assert it.merged is None
 
 
+def test_what_is_merged_for_others_is_what_they_would_merge_themselves() -> None:
+    it, parts = layer(), [random_lowrank((4, 5), 2, 0), Dense(torch.ones(4, 5))]
+    it.share()
+    it.merge_for_others(parts)
+    assert it.merged is None  # nothing is loaded here
+    it.adopt(parts)
+    assert it.merged is it.place
+    it.freeze(list(parts))  # the same updates: nothing is merged anew
+    assert it.merged is it.place
+    alone = layer()
+    alone.freeze(parts)
+    assert it.merged is not None
+    assert alone.merged is not None
+    assert torch.equal(it.merged, alone.merged)
+    it.freeze([parts[0]])  # others are merged beside the place, which other processes read
+    assert it.merged is not it.place
+    it.adopt([])
+    assert it.merged is None
+
+
+def test_what_is_not_merged_is_not_shared_either() -> None:
+    half, parts = layer(torch.bfloat16), [random_lowrank((4, 5), 2, 0)]
+    half.share()
+    assert half.place is None
+    half.merge_for_others(parts)
+    half.adopt(parts)
+    assert isinstance(half.branch, LowRank)
+
+
 def test_beside_half_precision_what_is_frozen_is_a_branch() -> None:
     it = layer(torch.bfloat16)
     it.freeze([random_lowrank((4, 5), 2, 0)])

@@ -87,3 +87,20 @@ def test_what_there_is_to_evaluate_on() -> None:
     assert evaluator([[], [1]], [], []).possible
     assert evaluator([[]], [], [1]).possible
     assert evaluator([[]], [], []).of_server(ServerState(1, {})) == {}
+
+
+def test_the_base_itself_is_measured_once_for_all_runs_that_begin_with_it(
+    measured: list[Any],
+) -> None:
+    first = evaluator([[]], [10], [])
+    lone = Evaluator(first.session, {}, False)
+    assert first.of_server(ServerState(0, {"q": X})) == lone.of_server(ServerState(0, {}))
+    assert len(measured) == 1
+    moved = LowRank(X.A, torch.ones(4, 1))
+    for state in (
+        ServerState(1, {"q": moved}),
+        ServerState(1, {"q": X}, {"q": Dense(torch.ones(4, 3))}),
+        ServerState(1, {"q": X}, dense={"score.weight": torch.zeros(2, 3)}),
+    ):
+        lone.of_server(state)
+    assert len(measured) == 4

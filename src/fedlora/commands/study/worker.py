@@ -18,8 +18,12 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedlora.runs.session import Session
 
 
 def main() -> None:
@@ -71,21 +75,36 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@lru_cache(maxsize=1)
+def _session_of_all(keys: str) -> Session:
+    """Model and data of the federation whose clients train alone, one run after another.
+
+    Args:
+        keys: the runs' configuration keys, as JSON.
+    """
+    from fedlora.config.config import Config
+    from fedlora.runs.session import assemble
+
+    return assemble(Config(**json.loads(keys)))
+
+
 def _make(job: dict[str, Any], report: Any) -> None:
     """Make the run that a job describes, and tell how far it is."""
     from fedlora.commands.study.trainers import trainer_of
     from fedlora.config.config import Config
     from fedlora.engines.local import run, run_session
     from fedlora.runs.file_names import CONFIG, FINAL
-    from fedlora.runs.session import alone, assemble
+    from fedlora.runs.session import alone
 
     path = Path(job["path"])
     config = Config(**{**job["keys"], "output_dir": str(path)})
     begun, train = (path / CONFIG).is_file(), trainer_of(job["trainer"])
+    if job["alone"] is None:
+        _session_of_all.cache_clear()  # this run needs its memory
     if job["alone"] is not None:
         if begun:  # a client alone is soon done again
             shutil.rmtree(path)
-        session = assemble(config)
+        session = _session_of_all(json.dumps(job["keys"]))
         run_session(alone(session, job["alone"], path), report=report, train_function=train)
     elif begun:  # with the number of threads it began with; its settings were compared before
         run(None, resume=path, report=report, train_function=train)
