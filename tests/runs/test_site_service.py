@@ -90,6 +90,7 @@ def test_a_service_that_was_killed_goes_on_with_the_same_bytes(
         services.append(make(name="a", state_dir=str(tmp_path / "b")))
         services[-1].restore()
         assert broken.train() == answers[-1], "it is on disk"
+        assert services[-1].status()["confirmed"] == len(answers) - 1, "so is the global model"
         broken.fold(answers[-1])
     assert [timeless(x) for x in answers] == [timeless(x) for x in whole]
 

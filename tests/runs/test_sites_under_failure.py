@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,32 @@ def test_who_is_late_is_left_out_and_catches_up(
     assert warnings(events) == [
         "client 1 is left out of round 1: it was not done by the round's deadline"
     ]
+
+
+def test_a_round_that_is_full_tells_the_others_to_stop(
+    keys: Keys, sites: dict[str, SiteInMemory], tmp_path: Path
+) -> None:
+    """Site delta answers only when the round that it was asked in is over."""
+    told, events = threading.Event(), list[Event]()
+
+    def slow(name: str, message: Message, ask: Ask) -> Answers:
+        if name == "delta" and of_training(message):
+            told.wait(120)
+        yield name, ask()
+
+    class Telling(InMemoryTransport):
+        def cancel(self, names: Sequence[str]) -> None:
+            super().cancel(names)
+            told.set()
+
+    keys |= {"clients_needed_per_round": 2, "num_rounds": 1}
+    transport = Telling(sites, mangle=slow)
+    result = federate(keys, tmp_path / "out", transport, events)
+    assert weights(result) == [[True, True, False]]
+    (line,) = [line for line in result.metrics if line["event"] == "round"]
+    assert [client["outcome"] for client in line["clients"]] == ["counted", "counted", "unneeded"]
+    assert ("delta", "cancel") in transport.sent
+    assert warnings(events) == []
 
 
 def test_a_site_whose_training_fails_is_left_out(
@@ -146,7 +172,10 @@ def test_an_attempt_below_quorum_leaves_no_trace_at_the_sites(keys: Keys, tmp_pa
 
     sites["beta"].fails = fails
     result = federate(keys, tmp_path / "out", InMemoryTransport(sites), events)
-    assert_same(quiet, result)
+    assert tensor_files(quiet.output_dir) == tensor_files(result.output_dir)
+    assert weights(quiet) == weights(result)
+    rounds = [line for line in result.metrics if line["event"] == "round"]
+    assert [line["attempts"] for line in rounds] == [2, 1, 3]
     assert sites["alpha"].trained == [(1, 0), (1, 1), (2, 0), (3, 0), (3, 1), (3, 2)]
 
 

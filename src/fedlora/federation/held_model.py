@@ -124,6 +124,8 @@ class HeldModel:
         parts, model = self._brought_up_to_date(read_model_message(message), message.header.round)
         with refusing():
             adapter = model.adapter if self.agreement.followed else parts.sent_adapter({})
+            # A site that has not trained yet has its factors from here, of which rounds send one.
+            model.adapter = model.adapter or adapter
         self._hold(model)
         return GlobalModel(adapter, model.base_delta, parts.dense)
 
@@ -263,8 +265,8 @@ class _Parts:
                 if beyond is not None:
                     factors = {factor: value, other: self._seeded(name, value, other, beyond)}
                 else:
-                    x = held.get(name)
-                    if not isinstance(x, LowRank):
+                    x, rank = held.get(name), value.shape[0 if factor == "A" else 1]
+                    if not isinstance(x, LowRank) or x.rank != rank:
                         raise LostModelError(f"a factor of {name} is not here; send all of it")
                     factors = {factor: value, other: getattr(x, other)}
             adapter[name] = self._delta(name, factors)
