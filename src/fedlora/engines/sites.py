@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from fedlora.engines.at_once import LATE, at_once
 from fedlora.engines.carrier import SiteError
+from fedlora.engines.known_site import Site, with_all_where_lost
 from fedlora.engines.late_joining import LateJoining
 from fedlora.engines.results import asked_modules, result_of
 from fedlora.engines.roster import Member
@@ -30,9 +30,7 @@ from fedlora.engines.site_progress import StepWatch
 from fedlora.errors import InputError
 from fedlora.federation.envelope import Header, Message, RefusedMessageError, encode
 from fedlora.federation.handshake import (
-    Counted,
     Evaluated,
-    Joined,
     Leave,
     leave_message,
     read_evaluated,
@@ -57,31 +55,7 @@ _DRIFTED = "its global model is not the server's any more; it is sent all of it 
 _LASTING = ("base", "data", "num_examples", "rank", "label_names", "shapes", "full_params")
 _GOODBYE = 10.0  # seconds
 
-NONE_COUNTS: Counted = (0, 0)
-T = TypeVar("T")
 _Trained = tuple[ClientUpdate, Sketch | None]  # with what the site holds
-
-
-@dataclass
-class Site:
-    """A site as the engine sees it.
-
-    Args:
-        joined: what it has told.
-        counted: its training that the last committed round counts.
-        trained: its training in the round that goes on; None: none yet.
-        holds: the round of the run whose global model it has confirmed last; None: none.
-    """
-
-    joined: Joined
-    counted: Counted = NONE_COUNTS
-    trained: Counted | None = None
-    holds: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        return self.joined.site
 
 
 class SitesEngine:
@@ -106,6 +80,7 @@ class SitesEngine:
         self._notices = notices
         self._leaving: dict[str, Member] = dict(opened.left)
         self._round, self._attempt, self._committed = 0, 0, 0
+        self._bytes_to_evaluate = list[int]()
         self._lacking = threading.Lock()  # several threads ask the server what their site lacks
 
     @property
@@ -218,7 +193,7 @@ class SitesEngine:
             recover = partial(self._come_back, site, broadcast.round - 1)
             return self.calls.ask(site.name, message, read, deadline, recover)
 
-        return _with_all_where_lost(ask, site.holds)
+        return with_all_where_lost(ask, site.holds)
 
     def _come_back(self, site: Site, committed: int) -> None:
         """Have a site join again whose worker was gone, and see whether it is the same.
@@ -287,6 +262,7 @@ class SitesEngine:
         evaluated = self._evaluated(state)
         if evaluated:
             out["client_evaluations"] = {str(k): x.metrics for k, x in evaluated.items()}
+            out["evaluation_bytes_down"] = sum(self._bytes_to_evaluate)
             out.setdefault("evaluation", mean_by_rows(evaluated))
         return out
 
@@ -295,6 +271,7 @@ class SitesEngine:
         asked = {k: site for k, site in self.sites.items() if site.joined.eval_rows}
         timeout = self.session.config.round_timeout
         deadline = None if timeout is None else time.monotonic() + timeout
+        self._bytes_to_evaluate = list[int]()
         rounds_held = {site.holds for site in asked.values()}
         lacking = {held: self.server.model_lacking(held) for held in rounds_held}
         asks = {
@@ -331,11 +308,12 @@ class SitesEngine:
 
         def ask(held: int | None) -> Evaluated:
             model = lacking[held] if held in lacking else self.server.model_lacking(held)
+            self._bytes_to_evaluate.append(model.nbytes)
             message = with_counted(model_message(self._header(state.round, 0), model), counted)
             recover = partial(self._come_back, site, state.round)
             return self.calls.ask(site.name, message, read_evaluated, deadline, recover)
 
-        return _with_all_where_lost(ask, site.holds)
+        return with_all_where_lost(ask, site.holds)
 
     def evaluate_client(
         self, client: int, model: Deltas, dense: Mapping[str, Tensor]
@@ -397,18 +375,3 @@ class SitesEngine:
 
     def _warn(self, message: str) -> None:
         self.report(Notice(event="warning", message=message))
-
-
-def _with_all_where_lost(ask: Callable[[int | None], T], held: int | None) -> T:
-    """Ask a site for something that rests on the model it holds, or, where that is lost, on none.
-
-    Args:
-        ask: asks, given the round whose model the site holds.
-        held: this round; None: it holds none.
-    """
-    try:
-        return ask(held)
-    except SiteError as error:
-        if error.kind != "lost" or held is None:
-            raise
-    return ask(None)

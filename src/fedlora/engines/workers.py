@@ -20,9 +20,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from fedlora.client.local_training import TrainFunction
 from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.engines.local import LocalEngine, make_worker
+from fedlora.engines.pool_process import Clients, PoolProcess, Task, end, ending
 from fedlora.engines.results import asked_modules, result_of
 from fedlora.engines.worker_process import (
     FAILED,
@@ -62,47 +63,8 @@ Outcome = ClientResult | Failure
 """What became of a client."""
 
 
-Clients = Sequence[Broadcast]
-"""Broadcasts of clients that train in one pass."""
-
-
 class WorkerError(RuntimeError):
     """The local training raised an error in a worker process; its trace is among the notes."""
-
-
-@dataclass(frozen=True)
-class _Task:
-    """Clients that a worker is asked to train.
-
-    Args:
-        clients: what they were sent.
-        attempt: how often they were asked before, counted from 0.
-    """
-
-    clients: Clients
-    attempt: int = 0
-
-
-@dataclass
-class _Process:
-    """A worker process as the pool sees it.
-
-    Args:
-        process: of the operating system.
-        connection: the pool's end.
-        round: of the groups that it holds.
-        known: names of these groups.
-        task: what it is at; None: nothing that is waited for.
-        stops_by: a moment of `time.monotonic()` after which it is replaced unless it has stopped
-            what it was at; None: it was not told to stop.
-    """
-
-    process: Any
-    connection: Connection
-    round: int = 0
-    known: frozenset[str] = frozenset()
-    task: _Task | None = None
-    stops_by: float | None = None
 
 
 class WorkersEngine:
@@ -139,13 +101,13 @@ class WorkersEngine:
         if self.method == "fork":
             session.base.share_merged()
             give_back_memory()  # or each worker would write to pages of it and hold them itself
-        self._pool: list[_Process] = []
+        self._pool: list[PoolProcess] = []
         for place in range(number):
             self._pool.append(self._start(place))
 
     # --- processes ---
 
-    def _start(self, place: int) -> _Process:
+    def _start(self, place: int) -> PoolProcess:
         """Start the worker in a place of the pool."""
         context: Any = multiprocessing.get_context(self.method)
         ours, theirs = context.Pipe()
@@ -165,11 +127,11 @@ class WorkersEngine:
         )
         process.start()
         theirs.close()
-        return _Process(process, ours)
+        return PoolProcess(process, ours)
 
-    def _replace(self, worker: _Process) -> None:
+    def _replace(self, worker: PoolProcess) -> None:
         """End a worker, and start another in its place."""
-        _end(worker, patience=0.0)
+        end(worker, patience=0.0)
         place = self._pool.index(worker)
         del self._pool[place]  # its connection is closed; the new process must not look for it
         self._pool.insert(place, self._start(place))
@@ -191,7 +153,7 @@ class WorkersEngine:
             worker.known = frozenset()
         self._merged = self._merge(broadcasts)
         names, sent = GroupNames(), {broadcast.client: broadcast for broadcast in broadcasts}
-        waiting = deque(map(_Task, self._grouped(broadcasts)))
+        waiting = deque(map(Task, self._grouped(broadcasts)))
         with self.local.undoing(broadcasts) as unheard:
             try:
                 while waiting or self._busy:
@@ -227,7 +189,7 @@ class WorkersEngine:
         return True
 
     @property
-    def _busy(self) -> list[_Process]:
+    def _busy(self) -> list[PoolProcess]:
         return [worker for worker in self._pool if worker.task]
 
     def _grouped(self, broadcasts: Clients) -> list[Clients]:
@@ -235,7 +197,7 @@ class WorkersEngine:
         size = self.local.cohorts.size if self.local.worker.joint else 1
         return [broadcasts[i : i + size] for i in range(0, len(broadcasts), size)]
 
-    def _hand_out(self, waiting: deque[_Task], names: GroupNames) -> None:
+    def _hand_out(self, waiting: deque[Task], names: GroupNames) -> None:
         """Give every idle worker something to do."""
         for worker in list(self._pool):
             if not waiting or worker.task:
@@ -247,7 +209,7 @@ class WorkersEngine:
                 waiting.appendleft(task)
                 self._replace(worker)
 
-    def _send(self, worker: _Process, task: _Task, names: GroupNames) -> None:
+    def _send(self, worker: PoolProcess, task: Task, names: GroupNames) -> None:
         number = task.clients[0].round
         if worker.round != number:
             worker.round, worker.known = number, frozenset()
@@ -266,7 +228,7 @@ class WorkersEngine:
                 self.report(event)
 
     def _hear(
-        self, worker: _Process, waiting: deque[_Task], sent: Mapping[int, Broadcast]
+        self, worker: PoolProcess, waiting: deque[Task], sent: Mapping[int, Broadcast]
     ) -> list[Outcome]:
         """Read one message of a worker, or find that it has died.
 
@@ -298,15 +260,15 @@ class WorkersEngine:
         self.local.states.update(states)
         return answers
 
-    def _died(self, worker: _Process, task: _Task, waiting: deque[_Task]) -> list[Outcome]:
+    def _died(self, worker: PoolProcess, task: Task, waiting: deque[Task]) -> list[Outcome]:
         """Replace a worker that has ended; its clients train again, a few times."""
         worker.process.join(5)
-        why = _ending(worker.process.exitcode)
+        why = ending(worker.process.exitcode)
         self._replace(worker)
         clients = [broadcast.client for broadcast in task.clients]
         names = ", ".join(map(str, clients))
         if task.attempt + 1 < MOST_ATTEMPTS:
-            waiting.appendleft(_Task(task.clients, task.attempt + 1))
+            waiting.appendleft(Task(task.clients, task.attempt + 1))
             self._warn(f"a worker process {why}; it is replaced, and trains anew: client {names}")
             return []
         return [
@@ -314,7 +276,7 @@ class WorkersEngine:
             for client in clients
         ]
 
-    def _failed(self, body: Mapping[str, Any], task: _Task, waiting: deque[_Task]) -> None:
+    def _failed(self, body: Mapping[str, Any], task: Task, waiting: deque[Task]) -> None:
         """Go on with fewer clients in a pass where memory ran out; else end the run.
 
         Raises:
@@ -327,7 +289,7 @@ class WorkersEngine:
                 self.local.cohorts.halve(number)
             again = [client for left in (task, *waiting) for client in left.clients]
             waiting.clear()
-            waiting.extend(map(_Task, self._grouped(again)))
+            waiting.extend(map(Task, self._grouped(again)))
             return
         if body["mistake"]:
             raise FedloraError(body["reason"])
@@ -387,7 +349,7 @@ class WorkersEngine:
     def close(self) -> None:
         """End all workers."""
         for worker in self._pool:
-            _end(worker, patience=0.0 if worker.task or worker.stops_by else 5.0)
+            end(worker, patience=0.0 if worker.task or worker.stops_by else 5.0)
         self._pool.clear()
 
     def _warn(self, message: str) -> None:
@@ -401,20 +363,3 @@ def _assembled(config: Config, train_function: TrainFunction, gpu: int | None) -
     session = assemble(config)
     torch.set_num_threads(1)
     return make_worker(session, train_function, {})
-
-
-def _end(worker: _Process, patience: float) -> None:
-    """Close a worker's connection, and end its process where it does not end by itself."""
-    worker.connection.close()
-    worker.process.join(patience)
-    if worker.process.is_alive():
-        worker.process.kill()
-        worker.process.join()
-
-
-def _ending(exitcode: int | None) -> str:
-    """How a process has ended, in words."""
-    if exitcode is not None and exitcode < 0:
-        memory = " (memory ran out?)" if exitcode == -9 else ""
-        return f"was killed by signal {-exitcode}{memory}"
-    return f"has ended with exit code {exitcode}"

@@ -172,11 +172,13 @@ class Evaluations(TypedDict, total=False):
             mean over the clients' models.
         client_evaluations: client -> on its own held-out rows.
         general_evaluation: on general text, whose loss shows what is forgotten.
+        evaluation_bytes_down: of the global model that sites were sent to evaluate it.
     """
 
     evaluation: Scores
     client_evaluations: Mapping[str, Scores]
     general_evaluation: Scores
+    evaluation_bytes_down: int
 
 
 class Start(Evaluations):

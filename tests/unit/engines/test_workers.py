@@ -1,20 +1,15 @@
-"""The pool's words; its processes are tested in tests/system/test_workers.py."""
+"""The pool is an engine; its processes are tested in tests/system/test_workers.py."""
 
 from __future__ import annotations
 
-import pytest
+import inspect
 
-from fedlora.engines.workers import _ending
+from fedlora.engines.workers import WorkersEngine
+from fedlora.runs.engine import Engine
 
 
-@pytest.mark.parametrize(
-    ("exitcode", "words"),
-    [
-        (-9, "was killed by signal 9 (memory ran out?)"),
-        (-11, "was killed by signal 11"),
-        (3, "has ended with exit code 3"),
-        (None, "has ended with exit code None"),
-    ],
-)
-def test_how_a_process_has_ended(exitcode: int | None, words: str) -> None:
-    assert _ending(exitcode) == words
+def test_it_is_an_engine() -> None:
+    for name, wanted in vars(Engine).items():
+        if not name.startswith("_"):
+            own = inspect.getattr_static(WorkersEngine, name)
+            assert isinstance(own, property) is isinstance(wanted, property)
