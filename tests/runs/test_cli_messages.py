@@ -100,7 +100,7 @@ RUN = "run my.yaml "
 BAD: list[tuple[str, list[str]]] = [
     # verbs and keys
     ("rn", ["rn: no such verb; did you mean run?"]),
-    ("zzz", ["zzz: no such verb; there are run, partition, data, aggregate, config, demo"]),
+    ("zzz", ["zzz: no such verb; there are run, partition, data, aggregate, export, config"]),
     (RUN + "--lora_rnk 4", ["lora_rnk: unknown configuration key; did you mean lora_r?"]),
     (RUN + "--seed 1 --seed 2", ["--seed is given twice"]),
     ("run 8 --seed 1", ["8: no such configuration file"]),

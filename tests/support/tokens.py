@@ -177,13 +177,13 @@ BARE = (
 """No end-of-turn token, and a prompt for generation that ends with a space."""
 
 
-_marking_once = cache(chat_trace._marking.__wrapped__)
+_marks_once = cache(chat_trace._with_marks.__wrapped__)
 
 
 @pytest.fixture
 def templates_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run has one chat template and keeps a few; these tests go through all of them often."""
-    monkeypatch.setattr(chat_trace, "_marking", _marking_once)
+    monkeypatch.setattr(chat_trace, "_with_marks", _marks_once)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from fedlora.lowrank.arithmetic import (
     norm,
     scale,
     scale_all,
-    scaling,
     subtract,
     total_norm,
 )
@@ -170,8 +169,3 @@ def test_balance_keeps_the_product_and_evens_the_factors(dtype: torch.dtype) -> 
     assert torch.equal(even.A[2], a[2])
     assert torch.equal(x.A, a)
     assert balance(LowRank(a[:0], b[:, :0])).rank == 0
-
-
-def test_scaling() -> None:
-    assert scaling(16, 8, False) == 2.0
-    assert scaling(16, 4, True) == 8.0

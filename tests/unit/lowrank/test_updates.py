@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.lowrank.updates import Delta, Dense, LowRank, nbytes, prefix, suffix, to_dense
+from fedlora.lowrank.updates import (
+    Delta,
+    Dense,
+    LowRank,
+    nbytes,
+    prefix,
+    scaling,
+    suffix,
+    to_dense,
+)
 from support.lowrank import (
     TOLERANCE,
     assert_close,
@@ -59,3 +68,8 @@ def test_shape_and_rank() -> None:
 def test_factors_that_do_not_fit_are_refused(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         LowRank(torch.zeros(a), torch.zeros(b))
+
+
+def test_scaling() -> None:
+    assert scaling(16, 8, False) == 2.0
+    assert scaling(16, 4, True) == 8.0

@@ -12,7 +12,7 @@ from fedlora.errors import InputError
 
 def test_nothing_but_a_run_asks_for_the_table() -> None:
     request = read_request(["out"])
-    assert request.loading.what == "out"
+    assert request.loading.name == "out"
     assert request.loading.dtype == "float32"
     assert (request.format, request.output, request.reader) == (None, None, "peft")
     assert (request.limit, request.held_out, request.private) == (LIMIT, True, True)
