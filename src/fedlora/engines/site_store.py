@@ -1,8 +1,8 @@
 """Keeps on a site's disk what a run needs to go on after the worker was killed.
 
-    RUN/run.json                   the run's id, and the round of its model that was confirmed last
+    RUN/run.json                   the run's id
     RUN/join.bin, agree.bin        the messages by which the site takes part
-    RUN/model.safetensors          that model
+    RUN/model.safetensors          the global model that the site holds, and its round
     RUN/answer-R-A.bin             what was answered to attempt A of round R
     RUN/state-R-A.safetensors      what the client keeps for itself after that training
     secret                         of the site, see `disguised`
@@ -65,7 +65,8 @@ class RunStore:
         try:
             store.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (store.path / "run.json").exists():
-                store.confirm(0)
+                text = json.dumps({"run": run}).encode()
+                store._write("run.json", lambda path: _write_bytes(path, text))
             os.utime(store.path)
         except OSError as error:
             raise FedloraError(f"{state_dir}: cannot be written to ({error.strerror})") from None
@@ -82,23 +83,12 @@ class RunStore:
         """Forget the run."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    # --- what was confirmed ---
-
-    @property
-    def confirmed(self) -> int:
-        """The round whose global model the site has confirmed last; 0: none."""
-        return _read_run(self.path)[1]
-
-    def confirm(self, round: int) -> None:
-        """Note that the site has the global model after this round."""
-        text = json.dumps({"run": self.run, "confirmed": round}).encode()
-        self._write("run.json", lambda path: _write_bytes(path, text))
+    # --- the global model ---
 
     def keep_model(self, model: HeldModel) -> None:
-        """Keep the global model that the site holds, and note its round."""
+        """Keep the global model that the site holds."""
         tensors, header = model.packed()
         self._write(_MODEL, lambda path: pack_file(path, tensors, header))
-        self.confirm(model.round or 0)
 
     def model(self, agreement: Agreement) -> HeldModel:
         """The global model that was kept; one that holds nothing where it is missing or damaged.
@@ -231,10 +221,9 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def _read_run(path: Path) -> tuple[str, int]:
-    """The run's id and the round that was confirmed."""
-    said = json.loads((path / "run.json").read_text())
-    return str(said["run"]), int(said["confirmed"])
+def _read_run(path: Path) -> str:
+    """The run's id."""
+    return str(json.loads((path / "run.json").read_text())["run"])
 
 
 def _stores(state_dir: Path) -> list[RunStore]:
@@ -243,7 +232,7 @@ def _stores(state_dir: Path) -> list[RunStore]:
     stores = []
     for path in sorted(paths, key=lambda path: path.parent.stat().st_mtime_ns):
         with suppress(OSError, ValueError, KeyError, TypeError):  # what is damaged is no run
-            stores.append(RunStore(path.parent, _read_run(path.parent)[0]))
+            stores.append(RunStore(path.parent, _read_run(path.parent)))
     return stores
 
 

@@ -10,7 +10,11 @@ import torch
 
 from fedlora.engines.site_store import MOST_RUNS, RunStore, disguised
 from fedlora.errors import CheckpointError, FedloraError
+from fedlora.federation.exchange import Agreement
+from fedlora.federation.held_model import HeldModel
 from fedlora.federation.messages import ClientState
+from fedlora.lowrank import Dense, LowRank
+from fedlora.methods import METHODS
 
 ODD = "../../etc/passwd"
 
@@ -25,7 +29,7 @@ def test_a_run_s_id_names_no_directory_elsewhere(tmp_path: Path) -> None:
     assert oct(store.path.stat().st_mode & 0o777) == "0o700"
     last = RunStore.last(tmp_path / "kept")
     assert last is not None
-    assert (last.run, last.confirmed) == (ODD, 0)
+    assert last.run == ODD
 
 
 def test_messages_and_answers_are_kept(tmp_path: Path) -> None:
@@ -33,15 +37,35 @@ def test_messages_and_answers_are_kept(tmp_path: Path) -> None:
     store.keep("join", b"join")
     store.keep_answer((1, 0), b"first")
     store.keep_answer((1, 1), b"second")
-    store.confirm(3)
     again = RunStore.of(tmp_path, "run")
-    assert (again.kept("join"), again.kept("agree"), again.confirmed) == (b"join", None, 3)
+    assert (again.kept("join"), again.kept("agree")) == (b"join", None)
     assert {turn: path.read_bytes() for turn, path in again.answers().items()} == {
         (1, 1): b"second"
     }
     again.forget("join")
     again.forget_answers()
     assert (store.kept("join"), store.answers()) == (None, {})
+
+
+def test_the_global_model_is_kept_to_the_bit(tmp_path: Path) -> None:
+    """One that is damaged, or of another agreement, is none: the server sends all of it."""
+    rule = METHODS["exact"]
+    agreement = Agreement(rule, rule.options(), {"layers/0.q": (4, 3), "v": (2, 2)}, 0)
+    other = Agreement(rule, rule.options(), agreement.shapes, 1)
+    q = LowRank(torch.randn(2, 3), torch.randn(4, 2))
+    adapter = {"layers/0.q": q, "v": Dense(torch.randn(2, 2))}
+    store = RunStore.of(tmp_path, "run")
+    assert store.model(agreement).round is None
+    store.keep_model(HeldModel(agreement, 3, adapter, {"layers/0.q": q}))
+    kept = RunStore.of(tmp_path, "run").model(agreement)
+    assert kept.round == 3
+    assert torch.equal(kept.adapter["layers/0.q"].A, q.A)
+    assert torch.equal(kept.leading["layers/0.q"].B, q.B)
+    assert torch.equal(kept.adapter["v"].W, adapter["v"].W)
+    assert store.model(other).round is None
+    path = store.path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.model(agreement).round is None
 
 
 def test_the_state_that_counts_stays(tmp_path: Path) -> None:
