@@ -6,12 +6,19 @@ beside:
 
     start_k + rest_k = S        S' = S + sum_k p_k (s_k B_k A_k - start_k)
 
-Exactness does not depend on the split. `start_fraction` 1 trains the leading r_k singular
-directions of S, 0 starts afresh as FLoRA does, between them some of each: always the leading ones
-can exhaust a small rank, always afresh loses what the directions have learnt in many short rounds.
-The leading directions are handed out balanced, `||A_i|| = ||B_i||`: with orthonormal A and all
-weight in B, Adam's steps on A are too large. Directions that S does not fill are fresh (A random,
-B = 0).
+Exactness does not depend on the split, so the split is chosen by how well clients learn from it.
+`start_fraction` 1 trains the leading r_k singular directions of S, 0 starts afresh as FLoRA does,
+between them some of each: always the leading ones can exhaust a small rank, always afresh loses
+what the directions have learnt in many short rounds. Directions that S does not fill are fresh (A
+random, B = 0).
+
+A leading direction i of S, `sigma_i u_i v_i^T`, starts at client k from
+
+    A_i = 3^-0.5 v_i^T (1, n)      B_i = 3^0.5 min(sigma_i, start_cap / r_k) u_i (m, 1)
+
+and what is above the cap lies frozen. Rows of A are as long as fresh ones, because Adam moves every
+number by about its learning rate: beside shorter rows a step in B moves the product less. A column
+of B is bounded, because beside a longer one a step in A moves the product too much.
 
 S is kept by appending and its leading directions are followed (`methods.tracking`), so that a round
 costs the same however many there were before, at the server and on the wire.
@@ -32,7 +39,6 @@ from fedlora.lowrank import (
     Deltas,
     LowRank,
     add,
-    balance,
     cheaper_form,
     drop_null_directions,
     norm,
@@ -44,7 +50,9 @@ from fedlora.lowrank import (
 from fedlora.methods.rule import Fresh, Rule, Shapes, bounded, check_bounds
 from fedlora.methods.shared import fill, product_change
 from fedlora.methods.tracking import (
+    FRESH_ROW,
     advanced,
+    as_starts,
     basis_size,
     choose_turn,
     divided,
@@ -64,10 +72,13 @@ class Options:
     Args:
         start_fraction: share of a client's rank that starts from the leading directions of the
             global update, in [0, 1]; the remaining directions start afresh.
+        start_cap: the most of a leading direction's singular value that a client trains, times the
+            client's rank; the rest of it lies frozen (none: all of it is trained).
         max_rank: send at most this rank of the global update (none: all of it).
     """
 
     start_fraction: float = bounded(0.75, training=True, ge=0, le=1)
+    start_cap: float | None = bounded(2 / 3, training=True, gt=0)
     max_rank: int | None = bounded(None, training=True, ge=1)
 
     def __post_init__(self) -> None:
@@ -137,10 +148,21 @@ def _client_init(
         if name not in adapter:
             trained[name] = fill(zeros(shape), fresh(name, rank))
             continue
-        continued = balance(prefix(leading[name], used))
+        continued = _capped(as_starts(prefix(leading[name], used)), rank, options)
         trained[name] = fill(continued, fresh(name, rank - continued.rank))
         private[name] = LowRank(continued.A, -continued.B)  # S less what is trained of it
     return Start(trained, private, adapter)
+
+
+def _capped(starts: LowRank, rank: int, options: Options) -> LowRank:
+    """These directions with columns of B shortened to what a client of this rank trains."""
+    if options.start_cap is None:
+        return starts
+    limit = options.start_cap / rank / FRESH_ROW
+    # Lengths are taken along contiguous rows: so the last digits of one do not depend on how many
+    # other directions there are.
+    lengths = starts.B.T.contiguous().norm(dim=1)  # (j,)
+    return LowRank(starts.A, starts.B * (limit / lengths.clamp_min(limit)))
 
 
 class _Module(NamedTuple):

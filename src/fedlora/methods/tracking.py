@@ -25,9 +25,12 @@ import torch
 from torch import Tensor
 
 from fedlora import lowrank
-from fedlora.lowrank import Delta, Dense, LowRank, balance, cheaper_form, concat, prefix, wide
+from fedlora.lowrank import Delta, Dense, LowRank, cheaper_form, concat, prefix, wide
 from fedlora.methods.values import Increment
 from fedlora.threads import one_thread
+
+FRESH_ROW = 3**-0.5
+"""The norm of a row of A as LoRA initialises it: n numbers, uniform between -n^-0.5 and n^-0.5."""
 
 _LEAST_SHARE = 1e-6
 """New rows that hold less than this share of the strongest one's square are left out."""
@@ -62,12 +65,24 @@ def leading_directions(whole: Delta, size: int) -> LowRank:
     return with_images(whole, _copy(lowrank.leading(whole, size).A))
 
 
+def as_starts(leading: LowRank) -> LowRank:
+    """The leading directions with rows of A as long as fresh ones: the same `B A`.
+
+    Starts are these directions, or a part of their weight. The rows of A are the same for clients
+    of every rank, to the bit, so that subtracting a start adds no row to S.
+
+    Args:
+        leading: directions whose rows of A are orthonormal.
+    """
+    return LowRank(leading.A * FRESH_ROW, leading.B / FRESH_ROW)
+
+
 def divided(learnt: LowRank, leading: LowRank) -> tuple[LowRank, Tensor]:
     """What a round learnt, as `B_new A_new` and the weights w of known directions.
 
-    Starts are cut from the balanced leading directions, so those of them that were subtracted are
-    known by their rows, to the bit. One whose column is no multiple of the direction's own stays in
-    the stack: a client has moved its B and not its A.
+    Starts share the rows of `as_starts(leading)`, so those of them that were subtracted are known
+    by their rows, to the bit. One whose column is no multiple of the direction's own stays in the
+    stack: a client has moved its B and not its A.
 
     Args:
         learnt: dS, as factors.
@@ -76,7 +91,7 @@ def divided(learnt: LowRank, leading: LowRank) -> tuple[LowRank, Tensor]:
     Returns:
         The stack, and w `(j,)` up to the last direction that has a weight.
     """
-    known = balance(leading)
+    known = as_starts(leading)
     places = {_ends(row): place for place, row in enumerate(known.A)}
     kept = list[int]()
     weights = learnt.B.new_zeros(known.rank)
