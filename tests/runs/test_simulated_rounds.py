@@ -94,6 +94,7 @@ participation = st.sampled_from([None, 1, 2, 0.3, 0.6, 1.0])
 exact_options = st.fixed_dictionaries(
     {
         "start_fraction": st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+        "start_cap": st.sampled_from([None, 0.1, 2 / 3]),
         "max_rank": st.sampled_from([None, 1, 3, 100]),
     }
 )
@@ -214,7 +215,8 @@ def test_exact_turns_dense_where_factors_are_larger_and_stays_right(dtype: torch
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("max_rank", [None, 3])
 def test_exact_starts_from_the_leading_directions(fraction: float, max_rank: int | None) -> None:
-    server = serve("exact", [4, 2, 6], options={"start_fraction": fraction, "max_rank": max_rank})
+    options = {"start_fraction": fraction, "start_cap": None, "max_rank": max_rank}
+    server = serve("exact", [4, 2, 6], options=options)
     for _ in range(3):
         play(server, 1, torch.float64)
     state = server.state
@@ -241,19 +243,21 @@ def test_exact_starts_from_the_leading_directions_of_a_given_adapter() -> None:
     adapter = random_adapter(6, 1, torch.float64)["wide"]
     ascending = torch.arange(1.0, 7.0, dtype=torch.float64) ** 2
     given = {"wide": LowRank(adapter.A, adapter.B * ascending)}
-    server = serve("exact", [2], given, options={"start_fraction": 0.5})
+    server = serve("exact", [2], given, options={"start_fraction": 0.5, "start_cap": None})
     start = start_of(server, server.plan()[0]).adapter["wide"]
     best = prefix(refactor(LowRank(adapter.A, adapter.B * ascending)), 1)
     assert torch.allclose(start.B @ start.A, best.B @ best.A, atol=1e-9)
 
 
-def test_starts_of_exact_are_nested() -> None:
-    server = serve("exact", [2, 4, 8], options={"start_fraction": 1.0})
+@pytest.mark.parametrize("cap", [None, 0.1])
+def test_starts_of_exact_are_nested(cap: float | None) -> None:
+    server = serve("exact", [2, 4, 8], options={"start_fraction": 1.0, "start_cap": cap})
     play(server, 1, torch.float64)
     starts = [start_of(server, b).adapter["wide"] for b in server.plan().values()]
     for small, large in pairwise(starts):
-        assert torch.equal(small.B, large.B[:, : small.rank])
         assert torch.equal(small.A, large.A[: small.rank])
+        # Columns are shorter the larger the rank is, where all of them reach the cap.
+        assert torch.allclose(small.B, large.B[:, : small.rank] * (1 if cap is None else 2))
 
 
 @pytest.mark.parametrize("method", METHODS)

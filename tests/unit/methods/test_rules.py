@@ -112,6 +112,12 @@ def directions(x: Matrix, begin: int, end: int) -> Matrix:
     return (u[:, begin:end] * s[begin:end]) @ vt[begin:end]
 
 
+def start_of_exact(x: Matrix, used: int, limit: float) -> Matrix:
+    """The first `used` singular directions, with at most `limit` of each singular value."""
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    return (u[:, :used] * np.minimum(s[:used], limit)) @ vt[:used]
+
+
 def same(found: Matrix, wanted: Matrix, tolerance: float = 1e-11) -> None:
     assert found.shape == wanted.shape
     assert np.linalg.norm(found - wanted) <= tolerance * (1 + np.linalg.norm(wanted))
@@ -705,22 +711,33 @@ def test_fedmomentum_trains_the_leading_directions_and_merges_the_others(
     assert np.linalg.norm(merged["wide"]) > 1
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.75, 1.0])
-def test_exact_adds_what_was_learnt_to_the_whole(fraction: float) -> None:
-    sim = simulate("exact", MIXED, 3, start_fraction=fraction)
+@pytest.mark.parametrize(
+    ("fraction", "cap"), [(0.0, 2 / 3), (0.75, 2 / 3), (1.0, 2 / 3), (0.75, None), (1.0, 0.1)]
+)
+def test_exact_adds_what_was_learnt_to_the_whole(fraction: float, cap: float | None) -> None:
+    sim = simulate("exact", MIXED, 3, start_fraction=fraction, start_cap=cap)
     whole = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     used = {2: round(2 * fraction), 3: round(3 * fraction), 5: round(5 * fraction)}
+    shortened = 0
     for turns in sim.rounds():
         for name in SHAPES:
             for t in turns:
-                leading = directions(whole[name], 0, used[t.rank])
-                same(product(t.start[name]), leading, 1e-9)
-                same(t.rest[name], whole[name] - leading, 1e-9)
-                assert t.start[name][0].shape[0] == t.rank
-                assert (np.linalg.norm(t.start[name][0], axis=1) > 0).all()
+                limit = float("inf") if cap is None else cap / t.rank
+                start = start_of_exact(whole[name], used[t.rank], limit)
+                same(product(t.start[name]), start, 1e-9)
+                same(t.rest[name], whole[name] - start, 1e-9)
+                shortened += not np.allclose(start, directions(whole[name], 0, used[t.rank]))
+                a, b = t.start[name]
+                assert a.shape[0] == t.rank
+                assert (np.linalg.norm(a, axis=1) > 0).all()
+                # Rows are as long as fresh ones are in the mean, and columns are bounded.
+                there = np.linalg.norm(b, axis=0) > 0
+                same(np.linalg.norm(a[there], axis=1), np.full(there.sum(), 3**-0.5), 1e-9)
+                assert (np.linalg.norm(b, axis=0) <= limit * 3**0.5 * (1 + 1e-12)).all()
             whole[name] = whole[name] + learnt(turns, name)
             same(sim.model()[name], whole[name])
         assert not sim.server.state.base_delta
+    assert bool(shortened) == (cap is not None and fraction > 0)
 
 
 @pytest.mark.parametrize("ranks", [EQUAL, MIXED])
@@ -1048,7 +1065,7 @@ def test_a_rule_cites_its_paper_and_says_when_it_is_exact(method: str) -> None:
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "exact": {"start_fraction": 0.75, "max_rank": None},
+    "exact": {"start_fraction": 0.75, "start_cap": 2 / 3, "max_rank": None},
     "hetlora": {"rank_penalty": 1e-3, "rank_decay": 0.99},
     "flora": {"scaling_factor": None},
     "florist": {"energy_threshold": 0.9},
@@ -1061,6 +1078,7 @@ NAN, INF = float("nan"), float("inf")
 
 IMPOSSIBLE = [
     ("exact", "start_fraction", (-0.1, 1.1, NAN)),
+    ("exact", "start_cap", (0.0, -1.0, NAN, INF)),
     ("exact", "max_rank", (0, -1)),
     ("hetlora", "rank_penalty", (-1e-9, -1.0, NAN, INF)),
     ("hetlora", "rank_decay", (0.0, -0.5, 1.01, NAN)),
@@ -1094,6 +1112,7 @@ def test_impossible_options_are_refused_by_name(method: str, key: str, value: fl
     ("method", "key", "value"),
     [
         ("exact", "start_fraction", 0.0),
+        ("exact", "start_cap", None),
         ("exact", "max_rank", 1),
         ("hetlora", "rank_penalty", 0.0),
         ("hetlora", "rank_decay", 1.0),
@@ -1102,7 +1121,7 @@ def test_impossible_options_are_refused_by_name(method: str, key: str, value: fl
         ("lora_fair", "correction_penalty", 0.0),
     ],
 )
-def test_the_ends_of_an_options_range_are_allowed(method: str, key: str, value: float) -> None:
+def test_the_ends_of_an_options_range_are_allowed(method: str, key: str, value: Any) -> None:
     assert getattr(Config(method=method, **{key: value}).rule_options(), key) == value
 
 
@@ -1299,18 +1318,19 @@ def test_exact_by_hand() -> None:
     server = hand("exact", (1, 1), (0, 0))
     hand_round(server, *ROUND_1)
     assert whole_of(server) == [[4, 0], [0, 2]]
-    # The leading direction of [4 0; 0 2] is [4 0; 0 0] = (2, 0)^T (2, 0), balanced (up to the sign
-    # of both); [0 0; 0 2] lies frozen beside it.
+    # The leading direction of [4 0; 0 2] is [4 0; 0 0]. A client of rank 1 trains 2/3 of it, with a
+    # row of length 3^-0.5 (up to the sign of both); the rest lies frozen beside it.
     sent = server.plan()[0]
     start = client_start(sent, server.agreement)
-    assert numbers(start.adapter["w"].A.abs()) == [[2, 0]]
-    assert numbers(start.adapter["w"].B.abs()) == [[2], [0]]
-    assert numbers(matrix(start.adapter["w"])) == [[4, 0], [0, 0]]
-    assert numbers(matrix(start.frozen["w"])) == [[0, 0], [0, 2]]
-    # M_1 = (2, 0)^T (2, 2) = [4 4; 0 0] has learnt [0 4; 0 0]. M_2 = (4, 2)^T (2, 0) = [8 0; 4 0]
-    # has learnt [4 0; 4 0]. The mean [2 2; 2 0] comes on top of [4 0; 0 2].
-    hand_round(server, column_times_row((2, 0), (2, 2)), column_times_row((4, 2), (2, 0)))
-    assert whole_of(server) == [[6, 2], [2, 2]]
+    root = 3**0.5
+    same(array(start.adapter["w"].A.abs()), np.array([[1 / root, 0]]))
+    same(array(start.adapter["w"].B.abs()), np.array([[2 / root], [0]]))
+    same(matrix(start.adapter["w"]), np.array([[2 / 3, 0], [0, 0]]))
+    same(matrix(start.frozen["w"]), np.array([[10 / 3, 0], [0, 2]]))
+    # M_1 = (2, 0)^T (4/3, 2) = [8/3 4; 0 0] has learnt [2 4; 0 0]. M_2 = (2, 6)^T (1/3, 0) =
+    # [2/3 0; 2 0] has learnt [0 0; 2 0]. The mean [1 2; 1 0] comes on top of [4 0; 0 2].
+    hand_round(server, column_times_row((2, 0), (4 / 3, 2)), column_times_row((2, 6), (1 / 3, 0)))
+    assert [[round(x, 6) for x in row] for row in whole_of(server)] == [[5, 2], [1, 2]]
 
 
 @pytest.mark.parametrize("method", METHODS)

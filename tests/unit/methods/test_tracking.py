@@ -8,9 +8,10 @@ from itertools import product
 import pytest
 import torch
 
-from fedlora.lowrank import Delta, Dense, LowRank, add, balance, concat, prefix, to_dense, zeros
+from fedlora.lowrank import Delta, Dense, LowRank, add, concat, prefix, to_dense, zeros
 from fedlora.methods.tracking import (
     advanced,
+    as_starts,
     basis_size,
     choose_turn,
     divided,
@@ -33,7 +34,7 @@ def random(*shape: int, seed: int, dtype: torch.dtype = F64) -> torch.Tensor:
 def learnt_from(leading: LowRank, used: int, rank: int, seed: int, scale: float = 0.3) -> LowRank:
     """What two clients learn that start from the first `used` directions and fresh ones."""
     m, n = leading.shape
-    start = balance(prefix(leading, used))
+    start = as_starts(prefix(leading, used))
     terms = []
     for client in range(2):
         a = scale * random(rank, n, seed=10 * seed + client) / n**0.5
@@ -119,7 +120,7 @@ def orthonormal(rank: int, n: int) -> torch.Tensor:
 
 def test_a_direction_whose_b_alone_was_trained_stays_in_the_stack() -> None:
     leading = with_images(LowRank(random(9, 30, seed=1), random(20, 9, seed=2)), orthonormal(5, 30))
-    known = balance(leading)
+    known = as_starts(leading)
     trained = LowRank(known.A[:2], torch.stack([known.B[:, 0] * 0.25, random(20, seed=4)], dim=1))
     stack, weights = divided(trained, leading)
     assert torch.equal(stack.A, known.A[1:2])
@@ -154,7 +155,7 @@ def test_directions_that_were_unlearnt_are_followed_no_longer() -> None:
     """What is left of them is rounding, and a start from it could not be trained."""
     whole = LowRank(random(3, 30, seed=1), random(20, 3, seed=2))
     leading = leading_directions(LowRank(orthonormal(3, 30), whole.B), 3)
-    learnt = balance(leading)
+    learnt = as_starts(leading)
     after, left, _ = advance(
         LowRank(orthonormal(3, 30), whole.B), leading, LowRank(learnt.A, -learnt.B), 3
     )
