@@ -78,7 +78,7 @@ class Options:
     """
 
     start_fraction: float = bounded(0.75, training=True, ge=0, le=1)
-    start_cap: float | None = bounded(2 / 3, training=True, gt=0)
+    start_cap: float | None = bounded(0.67, training=True, gt=0)
     max_rank: int | None = bounded(None, training=True, ge=1)
 
     def __post_init__(self) -> None:

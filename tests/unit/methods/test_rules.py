@@ -712,7 +712,7 @@ def test_fedmomentum_trains_the_leading_directions_and_merges_the_others(
 
 
 @pytest.mark.parametrize(
-    ("fraction", "cap"), [(0.0, 2 / 3), (0.75, 2 / 3), (1.0, 2 / 3), (0.75, None), (1.0, 0.1)]
+    ("fraction", "cap"), [(0.0, 0.67), (0.75, 0.67), (1.0, 0.67), (0.75, None), (1.0, 0.1)]
 )
 def test_exact_adds_what_was_learnt_to_the_whole(fraction: float, cap: float | None) -> None:
     sim = simulate("exact", MIXED, 3, start_fraction=fraction, start_cap=cap)
@@ -1065,7 +1065,7 @@ def test_a_rule_cites_its_paper_and_says_when_it_is_exact(method: str) -> None:
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "exact": {"start_fraction": 0.75, "start_cap": 2 / 3, "max_rank": None},
+    "exact": {"start_fraction": 0.75, "start_cap": 0.67, "max_rank": None},
     "hetlora": {"rank_penalty": 1e-3, "rank_decay": 0.99},
     "flora": {"scaling_factor": None},
     "florist": {"energy_threshold": 0.9},
@@ -1318,18 +1318,18 @@ def test_exact_by_hand() -> None:
     server = hand("exact", (1, 1), (0, 0))
     hand_round(server, *ROUND_1)
     assert whole_of(server) == [[4, 0], [0, 2]]
-    # The leading direction of [4 0; 0 2] is [4 0; 0 0]. A client of rank 1 trains 2/3 of it, with a
+    # The leading direction of [4 0; 0 2] is [4 0; 0 0]. A client of rank 1 trains .67 of it, with a
     # row of length 3^-0.5 (up to the sign of both); the rest lies frozen beside it.
     sent = server.plan()[0]
     start = client_start(sent, server.agreement)
     root = 3**0.5
     same(array(start.adapter["w"].A.abs()), np.array([[1 / root, 0]]))
-    same(array(start.adapter["w"].B.abs()), np.array([[2 / root], [0]]))
-    same(matrix(start.adapter["w"]), np.array([[2 / 3, 0], [0, 0]]))
-    same(matrix(start.frozen["w"]), np.array([[10 / 3, 0], [0, 2]]))
-    # M_1 = (2, 0)^T (4/3, 2) = [8/3 4; 0 0] has learnt [2 4; 0 0]. M_2 = (2, 6)^T (1/3, 0) =
-    # [2/3 0; 2 0] has learnt [0 0; 2 0]. The mean [1 2; 1 0] comes on top of [4 0; 0 2].
-    hand_round(server, column_times_row((2, 0), (4 / 3, 2)), column_times_row((2, 6), (1 / 3, 0)))
+    same(array(start.adapter["w"].B.abs()), np.array([[0.67 * root], [0]]))
+    same(matrix(start.adapter["w"]), np.array([[0.67, 0], [0, 0]]))
+    same(matrix(start.frozen["w"]), np.array([[3.33, 0], [0, 2]]))
+    # M_1 = (1, 0)^T (2.67, 4) = [2.67 4; 0 0] has learnt [2 4; 0 0]. M_2 = (.67, 2)^T (1, 0) =
+    # [.67 0; 2 0] has learnt [0 0; 2 0]. The mean [1 2; 1 0] comes on top of [4 0; 0 2].
+    hand_round(server, column_times_row((1, 0), (2.67, 4)), column_times_row((0.67, 2), (1, 0)))
     assert [[round(x, 6) for x in row] for row in whole_of(server)] == [[5, 2], [1, 2]]
 
 
