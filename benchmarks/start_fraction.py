@@ -75,7 +75,7 @@ class Way(NamedTuple):
 STARTS = {
     "default": Way(),
     "uncapped": Way(options={"start_cap": None}),
-    "balanced": Way(options={"start_cap": None}, balanced=True),  # the default until version 0.1
+    "balanced": Way(options={"start_cap": None}, balanced=True),
     "balanced, capped": Way(balanced=True),
     "cap 1/3": Way(options={"start_cap": 1 / 3}),
     "cap 4/3": Way(options={"start_cap": 4 / 3}),
