@@ -7,14 +7,14 @@ Every run that is done is a line of `results/starts.jsonl`, and is not made agai
 lines are written to `results/starts.md`; `--starts` without names writes them alone.
 
 Tasks:
-    long, short, low      the embedded default: mixed ranks in 5 rounds of 20 steps, or in 34 of 3; or
-                          rank 2 everywhere, less than the wanted update has, in 5 of 20
-    long-iid-mixed ...    the cells of `fedlora study rules`, at batches of 4: 4 rounds of 30 steps
-                          (long) or 40 of 3 (short), iid or dirichlet, mixed or equal ranks; and
-                          long-saturated, short-saturated: rank 2 everywhere
-    demo                  what `fedlora demo` runs
-    quad                  a quadratic whose solution has rank 24, four clients of rank 4, 12 rounds of
-                          100 steps: loss relative to the start; the smaller, the better
+    long, short, low    the embedded default: mixed ranks in 5 rounds of 20 steps, or in 34 of 3;
+                        or rank 2 everywhere, less than the wanted update has, in 5 of 20
+    long-iid-mixed ...  the cells of `fedlora study rules`, at batches of 4: 4 rounds of 30 steps
+                        (long) or 40 of 3 (short), iid or dirichlet, mixed or equal ranks; and
+                        long-saturated, short-saturated: rank 2 everywhere
+    demo                what `fedlora demo` runs
+    quad                a quadratic whose solution has rank 24, four clients of rank 4, 12 rounds
+                        of 100 steps: loss relative to the start; the smaller, the better
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
     out = [
         "# How a client of `exact` starts",
         "",
-        f"`benchmarks/start_fraction.py`, {machine()}. Exact match in %, after the last round; loss",
-        "on held-out rows after the last round (`quad`: relative to the start); training loss: mean",
+        f"`benchmarks/start_fraction.py`, {machine()}. Exact match in %, after the last round;",
+        "loss on held-out rows after it (`quad`: relative to the start); training loss: the mean",
         "over rounds. Mean ± standard deviation over seeds; differences to `default` are over the",
         "seeds that both have, with 95% intervals (Student's t). Points of exact match: more is",
         "better; losses: less is better.",

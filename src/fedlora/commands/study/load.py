@@ -93,6 +93,7 @@ def _laid_out(
         overrides: configuration keys over all others.
     """
     compare, reference = _comparison(part_in_file)
+    choose = _chosen_axis(part_in_file, compare)
     check_metric(part_in_file.called, str(part_in_file.settings["metric"]))
     grid = _kept(part_in_file.grid, where)
     if reference not in grid[compare]:  # --where left it out
@@ -111,6 +112,11 @@ def _laid_out(
             left_out[why] = None
             continue
         keys = _typed(part_in_file.called, labels, keys)
+        if choose and not keys.get("client_eval_fraction"):
+            raise InputError(
+                f"{part_in_file.called}: choose: {choose} is chosen on rows that clients hold out; "
+                "give client_eval_fraction"
+            )
         runs += [
             Planned(part_in_file.name, labels, seed, keys, alone, trainer)
             for seed in part_in_file.seeds
@@ -123,6 +129,7 @@ def _laid_out(
         reference=reference,
         metric=part_in_file.settings["metric"],
         left_out=tuple(left_out),
+        choose=choose,
     )
     return part, runs
 
@@ -142,6 +149,18 @@ def _comparison(part_in_file: PartAtSize) -> tuple[str, str]:
             + ", ".join(grid[compare])
         )
     return compare, reference
+
+
+def _chosen_axis(part_in_file: PartAtSize, compare: str) -> str:
+    """The axis of which the best value is chosen; "" where all values are shown."""
+    choose = str(part_in_file.settings.get("choose") or "")
+    possible = [axis for axis in part_in_file.grid if axis != compare]
+    if choose and choose not in possible:
+        raise InputError(
+            f"{part_in_file.called}: choose: {choose!r} is no axis beside {compare}; there are "
+            + (", ".join(possible) or "none")
+        )
+    return choose
 
 
 def _combinations(grid: Grid) -> Iterator[dict[str, str]]:

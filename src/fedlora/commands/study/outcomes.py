@@ -26,6 +26,8 @@ class Outcome:
         traffic: bytes up and down over those of full fine-tuning with the same participation, every
             parameter as float32 both ways; None where the run does not say how many there are.
         with_base: the same with the download of the base to every client counted.
+        validation: the metric at the end on the rows that the clients hold out
+            (`client_eval_fraction`), the mean over all of these; None where there are none.
     """
 
     value: float
@@ -36,6 +38,7 @@ class Outcome:
     seconds: float
     traffic: float | None = None
     with_base: float | None = None
+    validation: float | None = None
 
 
 def outcome(path: Path, metric: str) -> Outcome | str:
@@ -72,7 +75,27 @@ def outcome(path: Path, metric: str) -> Outcome | str:
         seconds=sum(x["seconds"]["train"] + x["seconds"]["aggregate"] for x in rounds),
         traffic=traffic,
         with_base=with_base,
+        validation=_validation(begin, lines, metric),
     )
+
+
+def _validation(
+    begin: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], metric: str
+) -> float | None:
+    """`Outcome.validation`: clients count by their number of held-out rows.
+
+    Args:
+        begin: the log's line of the run's beginning.
+        lines: all lines.
+        metric: a key of the evaluations.
+    """
+    by_client = [x["client_evaluations"] for x in lines if x.get("client_evaluations")]
+    if not by_client:
+        return None
+    rows = {str(x["client"]): x["eval_rows"] for x in begin["clients"]}
+    values = {k: x[metric] for k, x in by_client[-1].items() if x.get(metric) is not None}
+    count = sum(rows[k] for k in values)
+    return sum(rows[k] * value for k, value in values.items()) / count if count else None
 
 
 def _shares_of_full_fine_tuning(

@@ -25,6 +25,8 @@ class Part:
         reference: the value of it that differences are taken to.
         metric: the key of the last evaluation that is compared.
         left_out: what of the grid cannot be run, and why.
+        choose: the axis of which every row of the table has one value, the best one on validation
+            rows; "": none, all values are shown.
     """
 
     name: str
@@ -34,6 +36,12 @@ class Part:
     reference: str
     metric: str
     left_out: tuple[str, ...] = ()
+    choose: str = ""
+
+    @property
+    def of_cell(self) -> list[str]:
+        """The axes whose values make a cell: all but the compared and the chosen one."""
+        return [axis for axis in self.axes if axis not in (self.compare, self.choose)]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@
         title: one line
         compare: method            # the axis whose values are compared, with all else equal
         reference: exact           # differences are taken to this one
+        choose: learning_rate      # an axis of which each value of `compare` shows its best value
         grid:                      # every combination of one value of each axis
           ranks: {mixed: {client_ranks: [64, 4]}, equal: {client_ranks: 16}}
           method: {exact: {method: exact}, flora: {method: flora}}
@@ -18,6 +19,10 @@
 A value of an axis is configuration keys. Two more words may stand among them: `alone: K` trains
 client K by itself, `trainer: adalora` is another local training. `null` in the place of a whole
 value leaves it out at this size.
+
+What is chosen by `choose` is chosen on validation rows and reported on others. Validation rows are
+those that clients hold out (`client_eval_fraction`); the best value is the one whose mean over
+seeds is best there, in each cell.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ Keys = Mapping[str, Any]
 Grid = dict[str, dict[str, Keys]]
 """Axis -> name of a value -> what it sets."""
 _OF_STUDY = {"question", "metric", "seeds", "sizes", "parts"}
-_OF_PART = {"title", "compare", "reference", "grid", "keys", "metric", "seeds", "sizes"}
+_OF_PART = {"title", "compare", "reference", "choose", "grid", "keys", "metric", "seeds", "sizes"}
 _OF_SIZE = {"base", "keys", "grid", "seeds", "metric"}
 
 
@@ -97,7 +102,7 @@ class PartAtSize:
     Args:
         called: file and part, as a message names them.
         name: of the part.
-        settings: title, compare, reference and metric, where they are given.
+        settings: title, compare, reference, choose and metric, where they are given.
         grid: its axes.
         layers: configuration keys of all its runs; later layers go over earlier ones.
         seeds: of its runs.

@@ -22,12 +22,14 @@ class Row:
         label: the value of the compared axis.
         outcomes: seed -> outcome.
         difference: to the reference; None for the reference itself or without common seeds.
+        chosen: the value of the part's chosen axis; "" where it has none.
     """
 
     cell: tuple[str, ...]
     label: str
     outcomes: Mapping[int, Outcome]
     difference: Difference | None
+    chosen: str = ""
 
     @property
     def values(self) -> list[float]:
@@ -67,34 +69,64 @@ def tables(study: Study, runs: Path) -> list[Table]:
     ]
 
 
+_Found = dict[tuple[tuple[str, ...], str], dict[str, dict[int, Outcome]]]
+"""Cell and label -> value of the chosen axis ("" without one) -> seed -> outcome."""
+
+
 def _table(part: Part, planned: Sequence[Planned], runs: Path) -> Table:
     """A part's outcomes by cell and label, over seeds, with differences to the reference."""
-    outcomes: dict[tuple[tuple[str, ...], str], dict[int, Outcome]] = {}
-    missing: dict[str, str] = {}
-    other_axes = [axis for axis in part.axes if axis != part.compare]
-    for run in planned:
-        cell = tuple(run.labels[axis] for axis in other_axes)
-        by_seed = outcomes.setdefault((cell, run.labels[part.compare]), {})
-        result = outcome(runs / run.directory, part.metric)
-        if isinstance(result, str):
-            missing[", ".join([*run.labels.values(), f"seed {run.seed}"])] = result
-        elif run.alone is not None:  # a client that trains by itself sends nothing
-            by_seed[run.seed] = replace(
-                result, up=0, down=0, error=None, traffic=None, with_base=None
-            )
-        else:
-            by_seed[run.seed] = result
+    found, missing = _found(part, planned, runs)
+    best = {key: _best(by_value, part.metric) for key, by_value in found.items()}
     rows = []
-    for cell in itertools.product(*(part.axes[axis] for axis in other_axes)):
-        reference = _values(outcomes.get((cell, part.reference), {}))
+    for cell in itertools.product(*(part.axes[axis] for axis in part.of_cell)):
+        _, of_reference = best.get((cell, part.reference), ("", {}))
         for label in part.axes[part.compare]:
-            by_seed = outcomes.get((cell, label), {})
+            chosen, by_seed = best.get((cell, label), ("", {}))
             difference = None
             if label != part.reference:
-                difference = paired(_values(by_seed), reference)
+                difference = paired(_values(by_seed), _values(of_reference))
             if by_seed:
-                rows.append(Row(cell, label, by_seed, difference))
+                rows.append(Row(cell, label, by_seed, difference, chosen))
     return Table(part, tuple(rows), missing)
+
+
+def _found(part: Part, planned: Sequence[Planned], runs: Path) -> tuple[_Found, dict[str, str]]:
+    """The outcomes of a part's runs, and why others have none."""
+    found: _Found = {}
+    missing: dict[str, str] = {}
+    for run in planned:
+        result = outcome(runs / run.directory, part.metric)
+        if isinstance(result, Outcome) and part.choose and result.validation is None:
+            result = f"measures no {part.metric} on rows that clients hold out"
+        if isinstance(result, str):
+            missing[", ".join([*run.labels.values(), f"seed {run.seed}"])] = result
+            continue
+        if run.alone is not None:  # a client that trains by itself sends nothing
+            result = replace(result, up=0, down=0, error=None, traffic=None, with_base=None)
+        cell = tuple(run.labels[axis] for axis in part.of_cell)
+        by_value = found.setdefault((cell, run.labels[part.compare]), {})
+        by_value.setdefault(run.labels.get(part.choose, ""), {})[run.seed] = result
+    return found, missing
+
+
+def _best(
+    by_value: Mapping[str, Mapping[int, Outcome]], metric: str
+) -> tuple[str, Mapping[int, Outcome]]:
+    """The value of the chosen axis that is best on validation rows, and its outcomes by seed.
+
+    Values that lack a seed which another has are left out: their means are of other seeds.
+    """
+    if len(by_value) == 1:
+        return next(iter(by_value.items()))
+    most = max(len(by_seed) for by_seed in by_value.values())
+    sign = -1.0 if metric in LESS_IS_BETTER else 1.0
+
+    def quality(value: str) -> float:
+        found = [x.validation for x in by_value[value].values() if x.validation is not None]
+        return sign * sum(found) / len(found)
+
+    chosen = max((x for x, by_seed in by_value.items() if len(by_seed) == most), key=quality)
+    return chosen, by_value[chosen]
 
 
 def _values(outcomes: Mapping[int, Outcome]) -> dict[int, float]:
@@ -135,6 +167,7 @@ def table_record(table: Table) -> dict[str, Any]:
             {
                 "cell": list(row.cell),
                 part.compare: row.label,
+                **({"chosen": row.chosen} if part.choose else {}),
                 "mean": mean,
                 "sd": sd,
                 "values": {str(seed): row.outcomes[seed].value for seed in sorted(row.outcomes)},
@@ -148,6 +181,7 @@ def table_record(table: Table) -> dict[str, Any]:
         "metric": part.metric,
         "compare": part.compare,
         "reference": part.reference,
+        **({"choose": part.choose} if part.choose else {}),
         "rows": rows,
         "missing": dict(table.missing),
     }

@@ -37,7 +37,7 @@ def runs_csv(study: Study, runs: Path) -> str:
 def summary_csv(all_tables: Sequence[Table]) -> str:
     """A line per row of a table, with its interval."""
     head = ["part", "cell", "label", "metric", "seeds", "mean", "sd", "reference"]
-    head += ["difference", "low", "high", "verdict"]
+    head += ["difference", "low", "high", "verdict", "chosen"]
     rows: list[list[Any]] = []
     for table in all_tables:
         for row in table.rows:
@@ -48,7 +48,7 @@ def summary_csv(all_tables: Sequence[Table]) -> str:
             if difference:
                 verdict = difference.verdict(table.greater)
                 end = [difference.mean, difference.low, difference.high, verdict]
-            rows.append([*start, mean, sd, part.reference, *end])
+            rows.append([*start, mean, sd, part.reference, *end, row.chosen])
     return _csv(head, rows)
 
 

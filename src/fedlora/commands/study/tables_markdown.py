@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlora.commands.study.outcomes import LESS_IS_BETTER
-from fedlora.commands.study.plan import Study
+from fedlora.commands.study.plan import Part, Study
 from fedlora.commands.study.statistics import Difference, mean_and_sd
 from fedlora.commands.study.tables import Row, Table, over_cells
 
@@ -97,6 +97,7 @@ def _cell(table: Table, cell: tuple[str, ...]) -> list[str]:
     has_traffic = any(x.traffic is not None for row in rows for x in row.outcomes.values())
     head = [
         part.compare,
+        *([f"{part.choose}, best on validation rows"] if part.choose else []),
         part.metric + (f" ({unit})" if unit else ""),
         "seeds",
         f"difference to `{part.reference}`",
@@ -114,6 +115,7 @@ def _cell(table: Table, cell: tuple[str, ...]) -> list[str]:
         verdict = row.difference.verdict(table.greater) if row.difference else ""
         cells = [
             f"`{row.label}`",
+            *([_chosen(part, row.chosen)] if part.choose else []),
             _value(row, factor),
             str(len(outcomes)),
             _difference(row.difference, factor),
@@ -127,6 +129,12 @@ def _cell(table: Table, cell: tuple[str, ...]) -> list[str]:
             cells += [_share([x.with_base for x in outcomes])]
         lines.append(_line([*cells, f"{_mean([x.seconds for x in outcomes]):.0f}"]))
     return lines
+
+
+def _chosen(part: Part, value: str) -> str:
+    """The value that was chosen; at an end of the range a better one may lie beyond it."""
+    values = part.axes[part.choose]
+    return value + (" (an end of the range)" if value in (values[0], values[-1]) else "")
 
 
 def _share(values: Sequence[float | None]) -> str:

@@ -71,6 +71,21 @@ def test_what_does_not_fit(how: dict[str, Any], says: str, tmp_path: Path) -> No
             {"parts": {"t": {"compare": "rule", "grid": {"method": ["exact"]}}}},
             "compare: 'rule' is no axis; there are method",
         ),
+        (
+            {"parts": {"t": {"choose": "method", "grid": {"method": ["exact"]}}}},
+            "choose: 'method' is no axis beside method; there are none",
+        ),
+        (
+            {
+                "parts": {
+                    "t": {
+                        "choose": "learning_rate",
+                        "grid": {"learning_rate": [1e-3, 2e-3], "method": ["exact"]},
+                    }
+                }
+            },
+            "learning_rate is chosen on rows that clients hold out; give client_eval_fraction",
+        ),
     ],
 )
 def test_files_that_are_no_study(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -93,3 +108,12 @@ def test_equal_settings_are_one_run_whoever_asks(tmp_path: Path) -> None:
     assert len({run.directory for run in found.runs}) == 4
     typed = load_study(str(study(tmp_path, parts=twice)), overrides={"num_rounds": 2})
     assert [x.directory for x in found.runs] == [x.directory for x in typed.runs]
+
+
+def test_an_axis_may_be_chosen_on_held_out_rows(tmp_path: Path) -> None:
+    grid = {"learning_rate": [1e-3, 2e-3], "ranks": {"equal": {"client_ranks": 4}},
+            "method": ["exact", "flora"]}  # fmt: skip
+    keys = {"client_eval_fraction": 0.1}
+    parts = {"t": {"choose": "learning_rate", "grid": grid, "keys": keys}}
+    (part,) = load_study(str(study(tmp_path, parts=parts))).parts
+    assert (part.choose, part.of_cell) == ("learning_rate", ["ranks"])

@@ -27,3 +27,11 @@ def test_why_a_run_has_no_outcome(tmp_path: Path) -> None:
     assert outcome(tmp_path / "a", "exact_match") == "ended with a exact_match that is no number"
     finished_run(tmp_path / "b", 0.5)
     assert outcome(tmp_path / "b", "loss") == "measures no loss (there are exact_match)"
+
+
+def test_clients_count_by_the_rows_they_hold_out(tmp_path: Path) -> None:
+    finished_run(tmp_path / "a", 0.5, held_out=(0.2, 0.6))
+    finished_run(tmp_path / "b", 0.5)
+    found = [outcome(tmp_path / name, "exact_match") for name in ("a", "b")]
+    validations = [x.validation for x in found if isinstance(x, Outcome)]
+    assert validations == [pytest.approx((3 * 0.2 + 0.6) / 4), None]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fedlora.commands.study.tables import over_cells, table_record, tables
-from support.study_runs import study_with_runs
+from support.study_runs import finished_run, study_of_rates, study_with_runs
 
 
 def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
@@ -32,3 +33,36 @@ def test_a_program_reads_every_value_by_its_seed(tmp_path: Path) -> None:
     assert flora["difference"]["seeds"] == 2
     assert flora["difference"]["mean"] == pytest.approx(-0.25)
     assert (exact["difference"], exact["verdict"]) == (None, None)
+
+
+def test_a_rate_is_chosen_on_held_out_rows_and_reported_on_others(tmp_path: Path) -> None:
+    (table,) = tables(*study_of_rates(tmp_path))
+    assert [(row.cell, row.label, row.chosen) for row in table.rows] == [
+        ((), "exact", "low"),
+        ((), "flora", "high"),
+    ]
+    assert [row.values for row in table.rows] == [
+        pytest.approx([0.3, 0.3]),
+        pytest.approx([0.7, 0.7]),
+    ]
+    difference = table.rows[1].difference
+    assert difference is not None
+    assert difference.mean == pytest.approx(0.4)
+    record = table_record(table)
+    assert (record["choose"], record["rows"][0]["chosen"]) == ("rate", "low")
+
+
+def test_a_rate_that_lacks_a_seed_is_not_chosen(tmp_path: Path) -> None:
+    study, path = study_of_rates(tmp_path)
+    (path / "low-exact-1" / "final").rmdir()
+    (table,) = tables(study, path)
+    assert table.rows[0].chosen == "high"
+
+
+def test_what_was_not_measured_on_held_out_rows_is_missing(tmp_path: Path) -> None:
+    study, path = study_of_rates(tmp_path)
+    shutil.rmtree(path / "low-flora-0")
+    finished_run(path / "low-flora-0", 0.5)
+    (table,) = tables(study, path)
+    why = "measures no exact_match on rows that clients hold out"
+    assert dict(table.missing) == {"low, flora, seed 0": why}
