@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from fedlora.client.worker import local_training_of
 from fedlora.config.config import Config
 from fedlora.config.site_run import SERVER_KEYS
 from fedlora.federation import plain_values
+from fedlora.methods import METHODS
 from fedlora.runs.site_settings import site_settings
 
 CONFIG = Config(
@@ -36,7 +38,8 @@ def test_it_travels_as_plain_values_and_holds_no_path_of_the_server(tmp_path: Pa
     settings = site_settings(CONFIG, 0, 4)
     assert plain_values.settings(json.loads(json.dumps(settings))) == settings
     assert "/home" not in json.dumps(settings)
-    assert settings.keys() <= {*SERVER_KEYS, "start_fraction", "max_rank"}
+    options = {option.name for option in fields(METHODS["exact"].options)}
+    assert settings.keys() <= {*SERVER_KEYS, *options}
     assert settings["model_name_or_path"] == "an/encoder"
     here = CONFIG.model_copy(update={"model_name_or_path": str(tmp_path)})
     assert not {"model_name_or_path", "model_revision"} & site_settings(here, 0, 4).keys()

@@ -26,6 +26,7 @@ STUDY is a YAML file or the name of one that comes with the package:
   flora-paper         FLoRA's paper: its table, clients alone, traffic, scaling factors, AdaLoRA
   many-short-rounds   100 rounds of 10 steps, where rules that reset are known to fail
   rules               every rule, equal and mixed ranks, iid and Dirichlet, long and short rounds
+  tuned-rates         every rule at its own best learning rate, chosen on held-out rows
   heterogeneity       how uneven the data, the ranks and the participation are
 Each has the sizes `embedded` (minutes to hours on two cores, no network) and `gpu` (real models).
 
