@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.adapters.base_fingerprint import compare_bases
 from fedlora.adapters.base_weights import common_base_weights
 from fedlora.adapters.bases import check_bases
 from fedlora.adapters.combining import combine, method_with_options, used_weights
@@ -69,12 +70,14 @@ class Aggregated(SavedAdapter):
             the merge adds updates up; raw ones are as they were given.
         labels: of the rows of a classifier's head, in order; empty where no adapter names them.
         notes: what the user should know.
+        bases: how far the adapters' bases could be compared, in a sentence.
     """
 
     layers: Mapping[str, Layer]
     weights: tuple[float, ...]
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    bases: str = ""
 
 
 def aggregate(
@@ -114,7 +117,8 @@ def aggregate(
     how, own_options = method_with_options(method, options)
     used = used_weights(how, weights, len(adapters), raw_weights)
     _check_cut(rank, energy)
-    base_notes = check_bases([a.config for a in adapters], same_base)
+    bases, base_notes = compare_bases(adapters, same_base)
+    base_notes = [*check_bases([a.config for a in adapters], same_base), *base_notes]
     for note in base_notes:
         warnings.warn(note, stacklevel=2)
     adapters = with_common_names(adapters)
@@ -139,6 +143,7 @@ def aggregate(
         tuple(used),
         heads.labels,
         (*base_notes, *heads.notes, *weight_notes),
+        bases,
         base={name: value for name, value in base.items() if name not in heads.dense},
         embeddings=frozenset(name for a in adapters for name in a.embeddings),
         model_config=heads.model_config,

@@ -21,6 +21,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from fedlora.adapters.base_fingerprint import compare_bases
 from fedlora.adapters.bases import check_bases
 from fedlora.adapters.common import common_shapes, with_common_names
 from fedlora.adapters.saved_adapter import SavedAdapter
@@ -76,12 +77,14 @@ class Overlap:
         pairs: of every two adapters, over all modules.
         layers: target module -> its overlap.
         notes: what the user should know.
+        bases: how far the adapters' bases could be compared, in a sentence.
     """
 
     norms: tuple[float, ...]
     pairs: tuple[Pair, ...]
     layers: Mapping[str, LayerOverlap]
     notes: tuple[str, ...] = ()
+    bases: str = ""
 
 
 def overlap(adapters: Sequence[SavedAdapter], *, same_base: bool = False) -> Overlap:
@@ -96,7 +99,8 @@ def overlap(adapters: Sequence[SavedAdapter], *, same_base: bool = False) -> Ove
     """
     if len(adapters) < 2:
         raise InputError("overlap: needs at least two adapters")
-    notes = check_bases([a.config for a in adapters], same_base)
+    bases, notes = compare_bases(adapters, same_base)
+    notes = [*check_bases([a.config for a in adapters], same_base), *notes]
     adapters = with_common_names(adapters)
     shapes = common_shapes(adapters)
     layers = dict[str, LayerOverlap]()
@@ -123,6 +127,7 @@ def overlap(adapters: Sequence[SavedAdapter], *, same_base: bool = False) -> Ove
         tuple(total.pair(i, j, mean=True) for (i, j), total in sums.items()),
         layers,
         tuple(notes),
+        bases,
     )
 
 

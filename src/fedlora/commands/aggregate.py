@@ -139,7 +139,7 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
 
 def _loaded(paths: list[str]) -> list[SavedAdapter]:
     """The adapters, of whatever format."""
-    from fedlora.adapters.saved_adapter import load_adapter
+    from fedlora.adapters.any_format import load_adapter
 
     return [load_adapter(path) for path in paths]
 
@@ -216,6 +216,7 @@ def _result(merged: Aggregated, paths: list[str], output: str) -> dict[str, Any]
         "adapters": [{"path": path, "weight": weight} for path, weight in weighted],
         "layers": {name: asdict(layer) for name, layer in merged.layers.items()},
         "saved_whole": list(merged.dense),
+        "bases": merged.bases,
         "notes": list(merged.notes),
         "output": output,
     }

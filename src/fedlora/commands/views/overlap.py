@@ -35,6 +35,7 @@ def show_overlap(found: Overlap, names: Sequence[str], console: Console) -> None
         layers.add_row(Text(name), *norms, f"{mean_shared(most):.1%}", _name(most))
     console.print(layers)
     say(console, "shared: the mean of both shares of the pair that shares the most of the layer")
+    say(console, found.bases)
     for note in found.notes:
         console.print(Text(f"warning: {note}", style="yellow"))
 
@@ -72,5 +73,6 @@ def overlap_as_json(found: Overlap, names: Sequence[str]) -> dict[str, Any]:
         ],
         "pairs": [asdict(pair) for pair in found.pairs],
         "layers": {name: asdict(layer) for name, layer in found.layers.items()},
+        "bases": found.bases,
         "notes": list(found.notes),
     }
