@@ -15,7 +15,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fedlora.adapters.aggregate import aggregate, save_adapter
-    from fedlora.adapters.saved_adapter import SavedAdapter, load_adapter
+    from fedlora.adapters.any_format import load_adapter
+    from fedlora.adapters.saved_adapter import SavedAdapter
     from fedlora.client.local_training import Budget, LocalTraining
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
@@ -49,7 +50,7 @@ _HOMES = {
     "Server": "federation.server",
     "Worker": "client.worker",
     "aggregate": "adapters.aggregate",
-    "load_adapter": "adapters.saved_adapter",
+    "load_adapter": "adapters.any_format",
     "run": "engines.local",
     "save_adapter": "adapters.aggregate",
 }

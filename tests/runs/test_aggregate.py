@@ -33,9 +33,8 @@ from transformers import (
 
 import fedlora
 from fedlora import InputError, aggregate, load_adapter, save_adapter
-from fedlora.adapters.aggregate import ONE_SHOT
 from fedlora.adapters.saved_adapter import CONFIG_NAME, WEIGHTS_NAME
-from fedlora.methods import METHODS
+from fedlora.methods import METHODS, ONE_SHOT
 from support.merging import (
     add_to,
     causal,

@@ -166,7 +166,6 @@ def test_mistakes_and_what_is_there_already(
     run_itself = done["output_dir"]
     assert "holds what is exported" in export(run_itself, *words, run_itself, code=2)
     assert "holds no round-9" in export(run_itself, "--round", 9, code=2)
-    assert "is not here yet" in export(run_itself, "--format", "gguf", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

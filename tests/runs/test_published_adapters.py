@@ -164,11 +164,16 @@ def test_the_untrained_one_with_a_missing_head(material: Path, tmp_path: Path, c
 def test_the_original_layout_of_loralib(material: Path, tmp_path: Path, cli: Any) -> None:
     odd = material / "adapters" / "roberta-mnli-r8-not-peft"
     done = cli(odd, "--output", tmp_path / "out")
-    refused(done, r"holds no adapter_config\.json; expected a PEFT directory", tmp_path / "out")
-    # Nor with a configuration beside it.
+    refused(done, r"loralib's format, which does not say alpha; put an adapter_config\.json")
+    # With what it was trained with beside it, it is read; its head too.
     (tmp_path / "odd").mkdir()
-    shutil.copy(odd / "roberta_base_lora_mnli.bin", tmp_path / "odd" / "adapter_model.bin")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "task_type": "SEQ_CLS"}
+    shutil.copy(odd / "roberta_base_lora_mnli.bin", tmp_path / "odd")
+    config = {"r": 8, "lora_alpha": 16, "task_type": "SEQ_CLS"}
     (tmp_path / "odd" / CONFIG_NAME).write_text(json.dumps(config))
-    done = cli(tmp_path / "odd", "--output", tmp_path / "out")
-    refused(done, r"cannot use the tensor roberta\.encoder", tmp_path / "out")
+    assert cli(tmp_path / "odd", "--output", tmp_path / "out").code == 0
+    found = load_adapter(tmp_path / "out")
+    raw = torch.load(odd / "roberta_base_lora_mnli.bin", map_location="cpu", weights_only=True)
+    name = "roberta.encoder.layer.3.attention.self.value"
+    wanted = 2 * raw[f"{name}.lora_B"].double() @ raw[f"{name}.lora_A"].double()
+    torch.testing.assert_close(effect(found)[name], wanted, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found.dense["classifier.out_proj.weight"], raw["classifier.out_proj.weight"])

@@ -1,36 +1,37 @@
 """Combines adapters that were trained apart into one, for `fedlora aggregate` and in Python.
 
 Any rule that needs no shared start can be used, with the same `encode` and `finalize` as in a
-federation. Memory stays near the size of the adapters: no base model is loaded, and no m x n matrix
-is made unless the factors of the sum would be larger than it.
+federation, and merges beyond sums in the space that all updates span (`combining`). Memory stays
+near the size of the adapters: no base model is loaded, and no m x n matrix is made unless the
+factors of the sum would be larger than it.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedlora.adapters.base_fingerprint import compare_bases
 from fedlora.adapters.base_weights import common_base_weights
 from fedlora.adapters.bases import check_bases
+from fedlora.adapters.combining import combine, method_with_options, used_weights
 from fedlora.adapters.common import common_config, common_shapes, target_names, with_common_names
 from fedlora.adapters.contents import holds, modules_to_save, saved_whole
 from fedlora.adapters.heads import combine_heads
 from fedlora.adapters.saved_adapter import SavedAdapter, as_factors, load_adapter, write_adapter
 from fedlora.errors import CheckpointError, InputError
-from fedlora.federation.aggregators.mean import Mean
 from fedlora.lowrank import (
     Delta,
     Deltas,
     LowRank,
     add,
-    add_all,
     norm,
     prefix,
     refactor,
@@ -39,10 +40,6 @@ from fedlora.lowrank import (
     truncate,
     zeros,
 )
-from fedlora.methods import METHODS, ONE_SHOT
-from fedlora.methods.rule import Rule
-from fedlora.methods.shared import with_shift
-from fedlora.methods.values import RoundNumbers, ServerState, Start
 from fedlora.model.targets import Targets
 from fedlora.text import natural
 
@@ -54,8 +51,8 @@ class Layer:
     Args:
         ranks: its rank in each adapter; None in those that do not have it.
         rank: of the result.
-        error: `||dW - dW*||_F / ||dW*||_F` with the exact sum `dW* = sum_k p_k s_k B_k A_k`; 0
-            where this sum is zero.
+        error: `||dW - dW*||_F / ||dW*||_F` with the exact sum `dW* = sum_k p_k s_k B_k A_k` under
+            the weights that are used; 0 where this sum is zero.
     """
 
     ranks: tuple[int | None, ...]
@@ -69,15 +66,18 @@ class Aggregated(SavedAdapter):
 
     Args:
         layers: target module -> how it was combined.
-        weights: of the adapters; they sum to one.
+        weights: of the adapters as they were used. They sum to one; to the number of adapters where
+            the merge adds updates up; raw ones are as they were given.
         labels: of the rows of a classifier's head, in order; empty where no adapter names them.
         notes: what the user should know.
+        bases: how far the adapters' bases could be compared, in a sentence.
     """
 
     layers: Mapping[str, Layer]
     weights: tuple[float, ...]
     labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    bases: str = ""
 
 
 def aggregate(
@@ -85,6 +85,7 @@ def aggregate(
     weights: Sequence[float] | None = None,
     *,
     method: str = "exact",
+    raw_weights: bool = False,
     rank: int | None = None,
     energy: float | None = None,
     same_base: bool = False,
@@ -99,36 +100,38 @@ def aggregate(
     Args:
         adapters: from `load_adapter`, at least one.
         weights: positive, normalised here; None: all alike.
-        method: a rule that needs no shared start (`ONE_SHOT`).
+        method: a rule that needs no shared start (`methods.ONE_SHOT`), or a merge
+            (`methods.merges.MERGES`).
+        raw_weights: weights are taken as they are and may be negative, to take an adapter out of
+            a sum again; for `exact` and merges.
         rank: keep at most this many singular directions of each module.
         energy: keep the fewest whose squared singular values reach this share of their sum.
         same_base: bases that are named differently are the same; without it a warning is given,
             and stands in `notes`.
-        options: the rule's own.
+        options: the rule's or merge's own.
 
     Raises:
         InputError: adapters of different bases or of ranks the rule cannot combine, heads that do
             not fit each other, one module under two names, or impossible values.
     """
-    rule, rule_options = _rule(method, options)
-    shares = _shares(weights, len(adapters))
+    how, own_options = method_with_options(method, options)
+    used = used_weights(how, weights, len(adapters), raw_weights)
     _check_cut(rank, energy)
-    base_notes = check_bases([a.config for a in adapters], same_base)
+    bases, base_notes = compare_bases(adapters, same_base)
+    base_notes = [*check_bases([a.config for a in adapters], same_base), *base_notes]
     for note in base_notes:
         warnings.warn(note, stacklevel=2)
     adapters = with_common_names(adapters)
     shapes = common_shapes(adapters)
     config = common_config(adapters)
-    if not rule.mixed_ranks:
-        _check_equal(rule, adapters, shapes)
-    combined = _combined(rule, rule_options, adapters, shares, shapes)
+    combined = combine(how, own_options, adapters, used, shapes, raw_weights)
     deltas, layers = {}, {}
     for name in sorted(shapes, key=natural):
         updates = [a.deltas.get(name) for a in adapters]
         # If only adapters of weight zero have the module, nothing was combined.
         total = combined.get(name, zeros(shapes[name], 0))
-        deltas[name], layers[name] = _cut_module(total, updates, shares, rank, energy)
-    heads = combine_heads(adapters, shares)
+        deltas[name], layers[name] = _cut_module(total, updates, used, rank, energy)
+    heads = combine_heads(adapters, used)
     base, weight_notes = common_base_weights(adapters)
     _refuse_both_ways(deltas, heads.dense)
     config["modules_to_save"] = _names_to_save(config["modules_to_save"], heads.dense)
@@ -137,9 +140,10 @@ def aggregate(
         heads.dense,
         config,
         layers,
-        tuple(shares),
+        tuple(used),
         heads.labels,
         (*base_notes, *heads.notes, *weight_notes),
+        bases,
         base={name: value for name, value in base.items() if name not in heads.dense},
         embeddings=frozenset(name for a in adapters for name in a.embeddings),
         model_config=heads.model_config,
@@ -159,7 +163,7 @@ def _check_cut(rank: int | None, energy: float | None) -> None:
 def _cut_module(
     total: Delta,
     updates: Sequence[LowRank | None],
-    shares: Sequence[float],
+    weights: Sequence[float],
     rank: int | None,
     energy: float | None,
 ) -> tuple[LowRank, Layer]:
@@ -168,16 +172,16 @@ def _cut_module(
     Args:
         total: what the rule made of the module's updates.
         updates: of the module in each adapter; None in those that do not have it.
-        shares: of the adapters; they sum to one.
+        weights: of the adapters, as they are used.
         rank, energy: as `aggregate` takes them.
     """
-    terms = [(x, p) for x, p in zip(updates, shares, strict=True) if x is not None]
-    exact = add([scale(x, p) for x, p in terms])
+    terms = [(x, w) for x, w in zip(updates, weights, strict=True) if x is not None]
+    exact = add([scale(x, w) for x, w in terms])
     # No rule's result has more directions than the sum may have.
     most_directions = min(*total.shape, sum(x.rank for x, _ in terms))
     kept = _cut(total, most_directions, rank, energy)
     size = norm(exact)
-    if size <= 1e-6 * sum(p * norm(x) for x, p in terms):
+    if size <= 1e-6 * sum(abs(w) * norm(x) for x, w in terms):
         size = 0.0  # the terms cancel, and their sum is rounding
     lost = norm(subtract(kept, exact))
     ranks = tuple(None if x is None else x.rank for x in updates)
@@ -204,106 +208,6 @@ def _names_to_save(named: Sequence[str], dense: Mapping[str, Tensor]) -> list[st
     unnamed = [n for n in dense if not any(saved_whole(n, [module]) for module in names)]
     names += dict.fromkeys(parameter.rpartition(".")[0] for parameter in unnamed)
     return names or None
-
-
-def check_options(method: str, options: Iterable[str]) -> Rule:
-    """The rule of this name, which has to be one that `aggregate` can use, with these options.
-
-    Args:
-        method: name of the rule.
-        options: names of options.
-
-    Raises:
-        InputError: it is not, or has other options.
-    """
-    if method not in ONE_SHOT:
-        why = "needs a start that all clients share" if method in METHODS else "is unknown"
-        raise InputError(f"method: {method} {why}; there are {', '.join(ONE_SHOT)}")
-    rule = METHODS[method]
-    on_training = {f.name for f in fields(rule.options) if f.metadata.get("training")}
-    known = [f.name for f in fields(rule.options) if f.name not in on_training]
-    for name in options:
-        if name in on_training:
-            raise InputError(
-                f"{name}: acts on training, and these adapters are trained; to cut the result "
-                "there are rank and energy"
-            )
-        if name not in known:
-            has = f"its options: {', '.join(known)}" if known else "it has no options"
-            raise InputError(f"{name}: unknown to aggregate with the method {method}; {has}")
-    return rule
-
-
-def _rule(method: str, options: Mapping[str, Any]) -> tuple[Rule, Any]:
-    """The rule, and its options as its own dataclass."""
-    rule = check_options(method, options)
-    try:
-        return rule, rule.options(**options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"method {method}: {error}") from None
-
-
-def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
-    """The adapters' weights, so that they sum to one."""
-    if number == 0:
-        raise InputError("aggregate needs at least one adapter")
-    weights = [1.0] * number if weights is None else list(weights)
-    if len(weights) != number:
-        raise InputError(f"weights: {len(weights)} for {number} adapters; give one for each")
-    if min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise InputError(f"weights: {' '.join(map(str, weights))}: expected positive numbers")
-    return [weight / sum(weights) for weight in weights]
-
-
-def _check_equal(rule: Rule, adapters: Sequence[SavedAdapter], shapes: Mapping[str, Any]) -> None:
-    """Refuse adapters of different ranks for a rule that averages factors of one rank."""
-    for name in shapes:
-        ranks = [a.deltas[name].rank if name in a.deltas else 0 for a in adapters]
-        if len(set(ranks)) > 1:
-            able = ", ".join(n for n in ONE_SHOT if METHODS[n].mixed_ranks)
-            raise InputError(
-                f"method: {rule.name} needs one rank in all adapters, {name} has "
-                f"{' '.join(map(str, ranks))}; use {able}"
-            )
-
-
-def _combined(
-    rule: Rule,
-    options: Any,
-    adapters: Sequence[SavedAdapter],
-    shares: Sequence[float],
-    shapes: Mapping[str, tuple[int, int]],
-) -> dict[str, Delta]:
-    """Combine the adapters as one round of the rule, in which every client started from zero.
-
-    Each adapter's whole update is then what the client changed in the round. The shares are the
-    clients' weights, and adapters of weight zero take no part.
-
-    Returns:
-        Target module -> what the rule makes of it: its adapter and what it merges, together.
-    """
-    ranks = {name: [a.deltas[name].rank for a in adapters if name in a.deltas] for name in shapes}
-    levels = sorted({rank for of_module in ranks.values() for rank in of_module})
-    widths = {name: max(of_module) for name, of_module in ranks.items()}
-    # A rule that averages factors changes the adapter that clients started from; it is zero here.
-    averages_factors = "factors" in rule.secure_sum
-    adapter_before = (
-        {name: zeros(shapes[name], width) for name, width in widths.items()}
-        if averages_factors
-        else {}
-    )
-    state = ServerState(round=0, adapter=adapter_before, ranks=dict(enumerate(levels)))
-    numbers = RoundNumbers(widths, state.levels)
-    fixed = rule.fixed_weight(options)
-    total = Mean()
-    for adapter, share in zip(adapters, shares, strict=True):
-        if share > 0:
-            start = Start({name: zeros(x.shape, x.rank) for name, x in adapter.deltas.items()})
-            weight = share if fixed is None else fixed
-            encoded = rule.encode(adapter.deltas, start, numbers, options)
-            total.fold(with_shift(rule, encoded, state, options), weight)
-    result = rule.finalize(total.result(fixed is None), state, max(levels), options)
-    return add_all([result.adapter, result.merge])
 
 
 def _cut(total: Delta, most_directions: int, rank: int | None, energy: float | None) -> LowRank:

@@ -181,10 +181,10 @@ def _why_no_factor(text: str, key: Key, value: Tensor) -> str:
         return f"it is of a convolution or a grouped layer; {MERGE}"
     if value.ndim != 2:
         return f"a factor has two dimensions{_SHARDS}"
-    if key.adapter is None and PREFIX not in text:
+    # loralib's names have neither PEFT's prefix nor an end; other names without it are unknown.
+    if key.adapter is None and PREFIX not in text and not text.endswith((".lora_A", ".lora_B")):
         return (
-            f"a name without PEFT's {PREFIX} before it, as of loralib; save the adapter "
-            "by PEFT's save_pretrained"
+            f"a name without PEFT's {PREFIX} before it; save the adapter by PEFT's save_pretrained"
         )
     return ""
 

@@ -42,12 +42,14 @@ def combine_heads(adapters: Sequence[SavedAdapter], shares: Sequence[float]) -> 
 
     Args:
         adapters: with heads or without.
-        shares: of the adapters; those with 0 are left out.
+        shares: weights of the adapters; those with 0 are left out. They need not sum to one, and
+            a negative one takes a head out of a mean again.
 
     Raises:
-        InputError: only some name their labels, or heads of different shapes.
+        InputError: only some name their labels, heads of different shapes, or weights of those
+            that have a head whose sum is not positive.
     """
-    counted = [(a, p) for a, p in zip(adapters, shares, strict=True) if p > 0]
+    counted = [(a, p) for a, p in zip(adapters, shares, strict=True) if p != 0]
     with_heads = [(a, p) for a, p in counted if a.dense]
     classifiers = [a for a, _ in counted if classifies(a)]
     configs = [a.model_config or base_config(a.config) for a in classifiers]
@@ -132,6 +134,7 @@ def _mean(
                 "a config.json beside them (id2label)"
             )
         total = sum(p for _, _, p in parts)
+        _check_positive(name, total)
         mean = torch.stack([t.double() * (p / total) for _, t, p in parts]).sum(0)
         means[name] = mean.to(parts[0][1].dtype)
     return means
@@ -175,7 +178,17 @@ def _mean_rows(
     for tensor, targets, share in labels_first:
         total[targets] += share * tensor
         weight[targets] += share
+    _check_positive(name, float(weight.min()))
     mean = total / weight.reshape(-1, *[1] * (total.ndim - 1))
     (dim,) = dims
     assert dim is not None
     return mean.movedim(0, dim).to(parts[0][1].dtype).contiguous()
+
+
+def _check_positive(name: str, total: float) -> None:
+    """Refuse weights that cancel: a head is no update, and zero of it means nothing."""
+    if total <= 0:
+        raise InputError(
+            f"{name}: was trained whole and is averaged, and the weights of the adapters that have "
+            f"it sum to {total:g}; give weights with a positive sum"
+        )

@@ -19,6 +19,7 @@ from fedlora.errors import CheckpointError, InputError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 OLDER_NAME = "adapter_model.bin"
+_TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth")
 MODEL_CONFIG_NAME = "config.json"
 _POINTER = b"version https://git-lfs"
 _PLAIN_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,13 +79,26 @@ def read_model_config(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def weights_file(path: Path) -> Path | None:
+    """The file of a directory's weights: PEFT's names of it, or the only one that holds tensors."""
+    named = next((path / n for n in (WEIGHTS_NAME, OLDER_NAME) if (path / n).exists()), None)
+    if named is not None:
+        return named
+    others = [p for p in path.iterdir() if p.suffix in _TENSOR_FILES and p.is_file()]
+    return others[0] if len(others) == 1 else None
+
+
+def read_weights(path: Path, file: Path | None = None) -> dict[str, Tensor]:
     """Key -> tensor, of all tensors in a PEFT directory.
+
+    Args:
+        path: the directory.
+        file: of its weights; None: that of `weights_file`.
 
     Raises:
         InputError: no weights, or a file that cannot be read, and what to do.
     """
-    file = next((path / n for n in (WEIGHTS_NAME, OLDER_NAME) if (path / n).exists()), None)
+    file = file or weights_file(path)
     if file is None:
         files = sorted(p.name for p in path.iterdir() if p.is_file())[:8]
         raise InputError(
@@ -97,7 +111,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: its weights cannot be read: {error.strerror}") from None
     loaded: Any
     try:
-        if file.name == WEIGHTS_NAME:
+        if file.suffix == ".safetensors":
             loaded = load_file(file)
         else:
             with warnings.catch_warnings():

@@ -28,8 +28,8 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
   fedlora partition [CONFIG.yaml]   who holds what: a table and bars, a picture with --output
   fedlora data [CONFIG.yaml]        samples token by token, and which of them are learnt
   fedlora aggregate A/ B/ --output C/
-                                    PEFT adapters of any ranks become one
-  fedlora export RUN_OR_ADAPTER     take the model away: an adapter of one rank, or merged
+                                    adapters of any ranks become one, or their overlap
+  fedlora export RUN_OR_ADAPTER     take the model away: an adapter of one rank, merged, GGUF
   fedlora config [CONFIG.yaml] [--key value ...]
                                     every key, its value and one line on what it does
   fedlora watch DIR                 look at a run that goes on elsewhere

@@ -53,7 +53,8 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     from rich.console import Console
 
     from fedlora.commands.views.partition import divide, show_partition
-    from fedlora.commands.views.partition_picture import check_picture, draw_partition
+    from fedlora.commands.views.partition_picture import draw_partition
+    from fedlora.commands.views.picture import check_picture
     from fedlora.config.clients import check_overrides, client_ranks
     from fedlora.data.raw_data import load_rows
     from fedlora.runs.absolute_paths import resolve_paths

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedlora.methods import METHODS
+from fedlora.methods import MERGES, METHODS
 from fedlora.text import nearest
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ _LONGEST_NAME = 200  # of a site, as messages have it
 
 def check_method(config: Config) -> None:
     """The aggregation rule has to exist."""
+    if config.method in MERGES:
+        raise ValueError(
+            f"method: {config.method!r} merges adapters on disk (`fedlora aggregate`) and is no "
+            f"rule of a federation's rounds; of these there are {', '.join(METHODS)}"
+        )
     if config.method not in METHODS:
         raise ValueError(
             f"method: {config.method!r} is none of {', '.join(METHODS)}"

@@ -24,6 +24,7 @@ from fedlora.lowrank.arithmetic import (
     subtract,
     total_norm,
 )
+from fedlora.lowrank.common_space import CommonSpace, common_space
 from fedlora.lowrank.decomposition import (
     drop_null_directions,
     leading,
@@ -52,6 +53,7 @@ from fedlora.lowrank.updates import (
 
 __all__ = [
     "Adapter",
+    "CommonSpace",
     "Delta",
     "Deltas",
     "Dense",
@@ -60,6 +62,7 @@ __all__ = [
     "add_all",
     "balance",
     "cheaper_form",
+    "common_space",
     "concat",
     "drop_null_directions",
     "factor_bytes",

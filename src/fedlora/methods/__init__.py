@@ -1,6 +1,7 @@
 """Collects the aggregation rules, each of which is a file of its own.
 
-Adding one is a new file with a `RULE` and a line in this table.
+Adding one is a new file with a `RULE` and a line in this table. Merges of adapters on disk, which
+are no rules of rounds, have a table of their own (`merges`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedlora.methods import (
     rolora,
     zero_pad,
 )
+from fedlora.methods.merges import MERGES
 from fedlora.methods.rule import Rule
 
 METHODS: dict[str, Rule] = {
@@ -53,4 +55,4 @@ def rule_keys() -> set[str]:
     return {f.name for rule in METHODS.values() for f in fields(rule.options)}
 
 
-__all__ = ["METHODS", "ONE_SHOT", "Rule", "rule_keys"]
+__all__ = ["MERGES", "METHODS", "ONE_SHOT", "Rule", "rule_keys"]

@@ -221,5 +221,6 @@ RULE = Rule(
     encode=product_change,
     finalize=_finalize,
     followed=lambda options: options.max_rank is None,
+    plain_sum=True,
     options=Options,
 )

@@ -144,6 +144,8 @@ class Rule:
         server_momentum: whether a server momentum has a meaning: not where the factors that are
             trained, or the directions they belong to, are other ones in every round.
         one_shot: whether it can combine adapters that were trained apart, without a shared start.
+        plain_sum: of such adapters it makes `sum_k p_k dW_k` and nothing else, so that
+            `fedlora.aggregate` need not ask `finalize` for what only a next round needs.
         options: a frozen dataclass of the rule's own configuration keys, `bounded` where not every
             value is possible; its `__post_init__` is `check_bounds`.
     """
@@ -170,4 +172,5 @@ class Rule:
     server_optimiser: bool = True
     server_momentum: bool = True
     one_shot: bool = True
+    plain_sum: bool = False
     options: type[Any] = NoOptions

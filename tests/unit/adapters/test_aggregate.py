@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedlora import InputError, aggregate, load_adapter, save_adapter
-from fedlora.adapters.aggregate import ONE_SHOT
 from fedlora.adapters.saved_adapter import SavedAdapter
 from fedlora.lowrank import LowRank, to_dense
-from fedlora.methods import METHODS
+from fedlora.methods import METHODS, ONE_SHOT
+from fedlora.methods.merges import MERGES
 from support.merging import (
     effect,
     made,
@@ -221,10 +221,10 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("method", ONE_SHOT)
+@pytest.mark.parametrize("method", [*ONE_SHOT, *MERGES])
 def test_no_operation_makes_the_whole_matrix(method: str, tmp_path: Path) -> None:
     """Of 8192 x 8192, 256 MiB: the factors of both have a 700th of that."""
-    ranks = (4, 8) if METHODS[method].mixed_ranks else (6, 6)
+    ranks = (4, 8) if method in MERGES or METHODS[method].mixed_ranks else (6, 6)
     size = 8192
     parts = [made({"a": ((size, size), r)}, r) for r in ranks]
     for i, x in enumerate(parts):

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fedlora import aggregate
 from fedlora.adapters.saved_adapter import load_adapter, write_adapter
 from fedlora.commands.aggregate import number, verb
 from fedlora.errors import InputError
@@ -47,6 +49,10 @@ def test_the_result_is_written_and_told(tmp_path: Path) -> None:
         (["a", "--output", "out", "--rank"], "--rank: give a number"),
         (["a", "--output", "out", "--rank", "2.5"], "rank: 2.5 is no whole number"),
         (["a", "--output", "out", "--energy", "much"], "energy: 'much' is no number"),
+        (["a", "--output", "out", "--picture", "x.png"], "--picture: draws the overlap"),
+        (["a", "--overlap"], "--overlap: give two adapters or more"),
+        (["a", "b", "--overlap", "--rank", "3"], "--overlap: combines nothing; leave out --rank"),
+        (["a", "b", "--overlap", "--picture", "x.jpg"], "--picture x.jpg: a picture's name ends"),
         (["a", "--output", "out", "--method", "ffa"], "method: ffa needs a start that all clients"),
     ],
 )
@@ -63,3 +69,35 @@ def test_numbers_of_a_command_line() -> None:
     assert number("rank", "1e2") == 100.0
     with pytest.raises(InputError, match="rank: None is no number"):
         number("rank", None)
+
+
+def test_an_overlap_is_told_and_drawn(tmp_path: Path) -> None:
+    paths = [written(tmp_path / str(i), i) for i in range(2)]
+    told: list[Any] = []
+    picture = tmp_path / "overlap.svg"
+    assert verb([*paths, "--overlap", "--picture", str(picture)], told.append) == 0
+    (line,) = told
+    assert [adapter["path"] for adapter in line["adapters"]] == paths
+    assert 0 < line["pairs"][0]["shared"][0] < 1
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_a_negative_weight_takes_an_adapter_out(tmp_path: Path) -> None:
+    paths = [written(tmp_path / str(i), i) for i in range(2)]
+    told: list[Any] = []
+    words = ["--output", str(tmp_path / "out"), "--raw_weights", "--weights", "1", "-0.5"]
+    assert verb([*paths, *words], told.append) == 0
+    assert [adapter["weight"] for adapter in told[0]["adapters"]] == [1.0, -0.5]
+    one, other = (to_dense(random_lowrank((6, 5), 2, i)) for i in range(2))
+    combined = to_dense(load_adapter(tmp_path / "out").deltas["a.q"])
+    assert float((combined - one + 0.5 * other).abs().max()) < 1e-6
+
+
+def test_a_merge_and_its_options(tmp_path: Path) -> None:
+    paths = [written(tmp_path / str(i), i) for i in range(2)]
+    told: list[Any] = []
+    words = ["--output", str(tmp_path / "out"), "--method", "dare", "--seed", "3"]
+    assert verb([*paths, *words, "--density", "0.5"], told.append) == 0
+    found = load_adapter(tmp_path / "out").deltas["a.q"]
+    wanted = aggregate([load_adapter(p) for p in paths], method="dare", seed=3, density=0.5)
+    assert torch.equal(found.A, wanted.deltas["a.q"].A)

@@ -226,7 +226,7 @@ def _part(
     if change is None:
         return None if source is None else Part(_info(checkpoint.tensors[source], dtype), source)
     if change.whole is not None:
-        like = checkpoint.tensors[source].dtype if source else _usual_dtype(checkpoint)
+        like = checkpoint.tensors[source].dtype if source else usual_dtype(checkpoint)
         info = _info(TensorInfo(tuple(change.whole.shape), like), dtype)
         if source is not None and change.update is None:
             _check_resized(name, checkpoint.tensors[source], info)
@@ -263,7 +263,7 @@ def _info(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     return info if dtype is None or not info.dtype.is_floating_point else replace(info, dtype=dtype)
 
 
-def _usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def usual_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of most of the checkpoint's numbers."""
     totals: dict[torch.dtype, int] = {}
     for info in checkpoint.tensors.values():
@@ -333,14 +333,14 @@ def largest_difference(files: Sequence[Path], plan: MergePlan) -> float:
     if written.files.keys() != plan.parts.keys():
         return float("inf")
     return max(
-        _difference(written.read(key), plan, part)
+        weight_difference(written.read(key), plan, part)
         if written.tensors[key] == part.info
         else float("inf")
         for key, part in plan.parts.items()
     )
 
 
-def _difference(found: Tensor, plan: MergePlan, part: Part) -> float:
+def weight_difference(found: Tensor, plan: MergePlan, part: Part) -> float:
     """Of one tensor, in the units of `largest_difference`."""
     if not found.is_floating_point():
         return 0.0 if torch.equal(found, plan._value(part)) else float("inf")

@@ -71,7 +71,7 @@ def _key(name: str) -> str:
     return match[2] if match else name
 
 
-def read_mlx(path: Path, num_layers: int) -> dict[str, LowRank]:
+def read_mlx(path: Path, num_layers: int | None) -> dict[str, LowRank]:
     """The updates that MLX would compute with, `scale * (lora_a lora_b)^T`, by module.
 
     Modules that MLX would pass over are left out: those that `keys` does not name, and those before
@@ -79,7 +79,7 @@ def read_mlx(path: Path, num_layers: int) -> dict[str, LowRank]:
 
     Args:
         path: the directory.
-        num_layers: of the whole model.
+        num_layers: of the whole model; None: it is not known, and no layer is left out.
 
     Raises:
         InputError: no MLX adapter, or one whose tensors do not fit its configuration.
@@ -88,16 +88,23 @@ def read_mlx(path: Path, num_layers: int) -> dict[str, LowRank]:
         config: Mapping[str, Any] = read_json(path / CONFIG)
         tensors = load_file(path / WEIGHTS)
         parameters = config["lora_parameters"]
-        keys, scale, rank = parameters["keys"], float(parameters["scale"]), parameters["rank"]
-        first = num_layers - int(config["num_layers"])
+        keys, scale, rank = parameters.get("keys"), float(parameters["scale"]), parameters["rank"]
+        adapted = int(config["num_layers"])  # the last so many; -1: all
+        first = 0 if num_layers is None or adapted < 0 else num_layers - adapted
     except (OSError, KeyError, TypeError) as error:
         raise InputError(f"{path}: holds no MLX adapter ({error})") from None
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise InputError(
+            f"{path}: fine_tune_type is {kind!r}; only lora is a sum of products: fuse it into its "
+            "base by mlx_lm.fuse, or train it again with --fine-tune-type lora"
+        )
     out = {}
     for name in sorted({key.rpartition(".")[0] for key in tensors}):
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if a is None or b is None or a.shape[1] != rank or b.shape[0] != rank:
             raise InputError(f"{path}: the factors of {name} are incomplete or not of rank {rank}")
         match = _LAYER.match(name)
-        if _key(name) in keys and (match is None or int(match[1]) >= first):
+        if (keys is None or _key(name) in keys) and (match is None or int(match[1]) >= first):
             out[name] = LowRank(a.T, scale * b.T)
     return out

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,37 +76,51 @@ def check_reader(reader: str, adapter: SavedAdapter, base: Base) -> list[str]:
     """
     if reader == PEFT:
         return []
-    if adapter.dense:
-        some = ", ".join(sorted({name.rpartition(".")[0] for name in adapter.dense})[:3])
-        why = {
-            VLLM: "vLLM loads no adapter with modules trained whole (modules_to_save)",
-            MLX: "an MLX adapter holds factors alone",
-        }.get(reader, "llama.cpp's converter stops at a tensor that is no factor")
-        raise InputError(f"--for {reader}: {some}: trained whole; {why}. {MERGE}")
-    if adapter.base:
-        raise InputError(
-            f"--for {reader}: the adapter carries weights of its base ({', '.join(adapter.base)}), "
-            f"which would be ignored. {MERGE}"
-        )
-    if base.conv1d:
-        why = {
-            VLLM: "vLLM applies no adapters to such models",
-            MLX: "MLX names such models' modules differently, and would pass the adapter over",
-        }.get(reader, "llama.cpp's converter transposes their factors as if they were weights")
-        raise InputError(f"--for {reader}: the base has Conv1D layers (GPT-2): {why}. {MERGE}")
+    if why := why_no_adapter(reader, adapter, base):
+        raise InputError(f"--for {reader}: {why}. {MERGE}")
     if reader == MLX:
         _check_mlx_names(adapter)
-    if reader in (LLAMA_CPP, OLLAMA) and base.tied and _has_output_layer(adapter):
-        raise InputError(
-            f"--for {reader}: the adapter changes lm_head, which is the embedding too in this base "
-            f"(tied weights), so llama.cpp has no such tensor. {MERGE}"
-        )
     if reader == VLLM and (adapter.embeddings or _has_output_layer(adapter)):
         return [
             "the adapter changes embeddings or the output layer, which only some of vLLM's models "
             "and versions apply; see that its log names no ignored module"
         ]
     return []
+
+
+def why_no_adapter(reader: str, adapter: SavedAdapter, base: Base) -> str:
+    """Why a reader other than PEFT would refuse or misread the adapter; empty: it would not."""
+    if adapter.dense:
+        some = ", ".join(sorted({name.rpartition(".")[0] for name in adapter.dense})[:3])
+        why = {
+            VLLM: "vLLM loads no adapter with modules trained whole (modules_to_save)",
+            MLX: "an MLX adapter holds factors alone",
+        }.get(reader, "llama.cpp's converter stops at a tensor that is no factor")
+        return f"{some}: trained whole; {why}"
+    if adapter.base:
+        return (
+            f"the adapter carries weights of its base ({', '.join(adapter.base)}), which would be "
+            "ignored"
+        )
+    if base.conv1d:
+        why = {
+            VLLM: "vLLM applies no adapters to such models",
+            MLX: "MLX names such models' modules differently, and would pass the adapter over",
+        }.get(reader, "llama.cpp's converter transposes their factors as if they were weights")
+        return f"the base has Conv1D layers (GPT-2): {why}"
+    if reader not in (LLAMA_CPP, OLLAMA) or not base.tied:
+        return ""
+    if _has_output_layer(adapter):
+        return (
+            "the adapter changes lm_head, which is the embedding too in this base (tied weights), "
+            "so llama.cpp has no such tensor"
+        )
+    if adapter.embeddings:
+        return (
+            "the adapter changes the embedding, which is the output layer too in this base (tied "
+            "weights), and llama.cpp would change both"
+        )
+    return ""
 
 
 def _has_output_layer(adapter: SavedAdapter) -> bool:
@@ -135,6 +150,41 @@ def modelfile(merged: bool) -> str:
         "FROM ./base.gguf\n"
         "ADAPTER ./adapter.gguf\n"
     )
+
+
+def gguf_modelfile(merged: bool) -> str:
+    """Ollama's Modelfile of a GGUF export, with paths beside it."""
+    if merged:
+        return "FROM ./model.gguf\n"
+    return (
+        "# base.gguf is the base model; Ollama's own copy of it, as `FROM llama3.2`, can stand in\n"
+        "# its place.\n"
+        "FROM ./base.gguf\n"
+        "ADAPTER ./adapter.gguf\n"
+    )
+
+
+def gguf_commands(reader: str, where: Path, base: Base, files: Collection[str]) -> list[str]:
+    """What to type to use a GGUF export.
+
+    Args:
+        reader: llama.cpp or ollama.
+        where: the directory written.
+        base: the base model.
+        files: names of the files written.
+    """
+    place, model, name = (shlex.quote(str(x)) for x in (where, base.name, where.name))
+    if reader == OLLAMA:
+        return [f"ollama create {name} -f {place}/Modelfile"]
+    commands = []
+    if "model.gguf" in files:
+        commands.append(f"llama-cli -m {place}/model.gguf")
+    if "adapter.gguf" in files:
+        commands += [
+            f"python convert_hf_to_gguf.py {model} --outfile base.gguf",
+            f"llama-cli -m base.gguf --lora {place}/adapter.gguf",
+        ]
+    return commands
 
 
 def next_commands(

@@ -35,7 +35,7 @@ class Written:
     """What is said of the files themselves.
 
     Args:
-        format: peft, mlx or merged.
+        format: peft, mlx, merged or gguf.
         name: of the model: its repository, or its directory.
         facts: sentences on ranks, error, dtype and how it was compared.
     """
@@ -86,7 +86,7 @@ def _front_matter(
 ) -> dict[str, Any]:
     """The fields that the hub reads, in the order of TRL's cards."""
     adapter = written.format != "merged"
-    library = {"peft": "peft", "mlx": "mlx"}.get(written.format, "transformers")
+    library = {"peft": "peft", "mlx": "mlx", "gguf": "gguf"}.get(written.format, "transformers")
     tags = ["generated_from_trainer", "fedlora", "federated-learning", "lora"]
     if adapter and base:
         tags.insert(0, f"base_model:adapter:{base}")
@@ -114,6 +114,12 @@ def _quick_start(origin: Origin, written: Written, base: str) -> str:
     if written.format == "mlx":
         call = f"mlx_lm.generate --model {base} --adapter-path {written.name} --prompt 'Hello'"
         return f"```sh\n{call}\n```\n"
+    if written.format == "gguf":
+        return (
+            "`model.gguf` is a whole model, `adapter.gguf` an adapter for the base in GGUF:\n\n"
+            "```sh\nllama-cli -m model.gguf\n"
+            "llama-cli -m base.gguf --lora adapter.gguf\n```\n"
+        )
     if written.format == "merged":
         task = "text-classification" if origin.classifies else "text-generation"
         return (

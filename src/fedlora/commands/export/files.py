@@ -57,6 +57,7 @@ class Job:
         tokenizer: of the model; None: the base is not here.
         models: the base with the origin's adapter on it; None: weights alone are compared.
         logits: of the model that is exported, on `token_rows`.
+        parts: of GGUF files, which are written: `adapter`, `merged` or both.
     """
 
     origin: Origin
@@ -68,6 +69,7 @@ class Job:
     tokenizer: Any = None
     models: Models | None = None
     logits: Tensor | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def kept(self) -> dict[str, LowRank]:
@@ -97,7 +99,7 @@ def fill_adapter(job: Job, directory: Path) -> list[Check]:
         job.tokenizer.save_pretrained(directory)
     if job.request.reader == OLLAMA:
         (directory / "Modelfile").write_text(modelfile(merged=False))
-    checks = _checks_of_update(job, load_adapter(directory).deltas, kept)
+    checks = checks_of_update(job, load_adapter(directory).deltas, kept)
     if job.models is not None and job.logits is not None:
         checks += _checks_by_peft(job, job.models, job.logits, kept, directory)
     return checks
@@ -111,7 +113,7 @@ def _config(job: Job) -> Mapping[str, Any]:
     return config
 
 
-def _checks_of_update(
+def checks_of_update(
     job: Job, found: Mapping[str, LowRank], kept: Mapping[str, LowRank]
 ) -> list[Check]:
     """Whether the update read back is what was meant, and as far from the origin as stated."""
@@ -158,7 +160,7 @@ def _fill_mlx(job: Job, kept: Mapping[str, LowRank], directory: Path) -> list[Ch
     """MLX's own files, read back as MLX would read them."""
     layers = _num_layers(job)
     write_mlx(directory, kept, layers, job.origin.base_name)
-    return _checks_of_update(job, read_mlx(directory, layers), kept)
+    return checks_of_update(job, read_mlx(directory, layers), kept)
 
 
 def _num_layers(job: Job) -> int:

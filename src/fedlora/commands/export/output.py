@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedlora.adapters.export.gguf_adapter import ADAPTER
+from fedlora.adapters.export.gguf_model import MODEL
 from fedlora.adapters.peft_files import CONFIG_NAME, MODEL_CONFIG_NAME
 from fedlora.errors import InputError
 from fedlora.runs.file_names import CONFIG
@@ -34,7 +36,9 @@ def check_output(path: Path, overwrite: bool, sources: Sequence[Path]) -> None:
         raise InputError(
             f"--output: {path} is not empty; choose another directory, or --overwrite to replace it"
         )
-    is_export = any((path / name).is_file() for name in (CONFIG_NAME, MODEL_CONFIG_NAME))
+    is_export = any(
+        (path / name).is_file() for name in (CONFIG_NAME, MODEL_CONFIG_NAME, ADAPTER, MODEL)
+    )
     if not is_export or (path / CONFIG).exists() or any(x.is_dir() for x in path.iterdir()):
         raise InputError(
             f"--overwrite: {path} holds no export (or more than one); it is left as it is, choose "

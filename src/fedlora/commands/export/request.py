@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedlora.adapters.export.readers import MLX, PEFT, READERS
+from fedlora.adapters.export.readers import LLAMA_CPP, MLX, OLLAMA, PEFT, READERS
 from fedlora.commands.eval.options import LOADING, Given, Loading
 from fedlora.config.arguments import TRUTH, Option, Syntax
 from fedlora.errors import InputError
 from fedlora.text import nearest
 
-FORMATS = ("peft", "merged")
-LATER = ("gguf",)
+FORMATS = ("peft", "merged", "gguf")
+PARTS = ("both", "adapter", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHECKS = ("auto", "logits", "weights")
 LIMIT = 256
@@ -27,6 +27,7 @@ SYNTAX = Syntax(
         "rank": Option("singular directions of each module, at most"),
         "energy": Option("share of the squared singular values to keep"),
         "for": Option("which program reads it", values=READERS),
+        "parts": Option("of GGUF files, which to write", values=PARTS),
         "dtype": Option("of merged weights", values=DTYPES),
         "max_shard_size": Option("of a file of merged weights, as 5GB"),
         "eval_file": Option("rows to measure the loss on", path="file"),
@@ -51,10 +52,11 @@ class Request:
     Args:
         loading: the run or adapter and how to load it; its dtype is float32, in which exports are
             compared.
-        format: peft, merged, or None: the table alone.
+        format: peft, merged, gguf, or None: the table alone.
         output: the directory to be; None with no format.
         rank, energy: what the update is cut to; both None: it is not.
         reader: the program that is to read it.
+        parts: of GGUF files, which are written: adapter, merged or both.
         dtype: of merged weights; None: as in the base's checkpoint.
         max_shard_size: of merged weights, as text.
         eval_file: rows to measure losses on.
@@ -74,6 +76,7 @@ class Request:
     rank: int | None = None
     energy: float | None = None
     reader: str = PEFT
+    parts: str = "both"
     dtype: str | None = None
     max_shard_size: str = "5GB"
     eval_file: Path | None = None
@@ -100,11 +103,6 @@ def read_request(arguments: list[str]) -> Request:
         )
     given = Given("export", arguments, SYNTAX.options)
     kind, dtype = given.text("format"), _one_of(given, "dtype", DTYPES)
-    if kind in LATER:
-        raise InputError(
-            f"--format {kind}: is not here yet; --format peft --for llama.cpp writes what "
-            "llama.cpp's converter makes GGUF of, and --format merged a whole model for it"
-        )
     output, held_out, private = (
         given.text("output"),
         given.truth("held_out"),
@@ -116,7 +114,8 @@ def read_request(arguments: list[str]) -> Request:
         output=None if output is None else Path(output),
         rank=given.whole("rank"),
         energy=_share(given),
-        reader=_one_of(given, "for", READERS) or PEFT,
+        reader=_one_of(given, "for", READERS) or (LLAMA_CPP if kind == "gguf" else PEFT),
+        parts=_one_of(given, "parts", PARTS) or "both",
         dtype=None if dtype == "auto" else dtype,
         max_shard_size=given.text("max_shard_size") or "5GB",
         eval_file=given.file("eval_file"),
@@ -158,13 +157,12 @@ def _share(given: Given) -> float | None:
 def _check(request: Request, keys: list[str]) -> None:
     """Refuse options that do not go together."""
     if (request.format is None) != (request.output is None):
-        missing = "--format peft or merged" if request.format is None else "--output DIR"
+        missing = "--format peft, merged or gguf" if request.format is None else "--output DIR"
         raise InputError(f"export: give {missing} too; without both, the table of ranks is shown")
     if request.rank is not None and request.energy is not None:
         raise InputError("--rank and --energy exclude each other; give one of them")
-    of_merged = [key for key in ("dtype", "max_shard_size") if key in keys]
-    if of_merged and request.format != "merged":
-        raise InputError(f"--{of_merged[0]} belongs to --format merged; adapters are float32")
+    _check_merged(request, keys)
+    _check_gguf(request, keys)
     if request.format == "merged" and (request.rank or request.energy):
         raise InputError(
             "--rank and --energy belong to --format peft; a merged model takes the whole update, "
@@ -179,4 +177,34 @@ def _check(request: Request, keys: list[str]) -> None:
             if key in keys:
                 raise InputError(f"--{key} belongs to --push_to_hub OWNER/NAME")
     elif request.format is None:
-        raise InputError("--push_to_hub: say what to upload: --format peft or merged, --output DIR")
+        raise InputError("--push_to_hub: say what to upload: --format and --output DIR")
+
+
+def _check_merged(request: Request, keys: list[str]) -> None:
+    """Refuse options of merged weights where there are none."""
+    if "max_shard_size" in keys and request.format != "merged":
+        raise InputError("--max_shard_size belongs to --format merged; there is one file else")
+    merges = request.format == "merged" or (request.format == "gguf" and request.parts != "adapter")
+    if "dtype" in keys and not merges:
+        raise InputError(
+            "--dtype belongs to merged weights (--format merged or gguf); adapters are float32"
+        )
+
+
+def _check_gguf(request: Request, keys: list[str]) -> None:
+    """Refuse what does not go with GGUF files, or only with them."""
+    if request.format != "gguf":
+        if "parts" in keys:
+            raise InputError("--parts belongs to --format gguf")
+        return
+    if request.reader not in (LLAMA_CPP, OLLAMA):
+        raise InputError(
+            f"--for {request.reader}: does not read GGUF files; {LLAMA_CPP} and {OLLAMA} do"
+        )
+    if request.check == "logits":
+        raise InputError(
+            "--check logits: transformers does not compute with GGUF files; they are compared by "
+            "weights"
+        )
+    if request.parts == "merged" and (request.rank or request.energy):
+        raise InputError("--rank and --energy belong to the adapter; see --parts")

@@ -7,8 +7,8 @@ from fedlora.commands.json_lines import Emit
 
 HELP = """\
 fedlora export RUN_OR_ADAPTER [--round N] [--json]
-fedlora export RUN_OR_ADAPTER --format peft|merged --output DIR [--round N] [--key value ...]
-               [--json]
+fedlora export RUN_OR_ADAPTER --format peft|merged|gguf --output DIR [--round N]
+               [--key value ...] [--json]
 
 Takes a model away. RUN_OR_ADAPTER is a run's directory, its round-N/ or final/, or any PEFT
 directory (what fedlora aggregate writes, for example). First comes a table of what a smaller rank
@@ -25,6 +25,9 @@ compared with the model it came from before it counts as done.
   --format merged        a whole model: the update added to the base's weights in float32
     --dtype D              auto (the base's own), float32, bfloat16, float16
     --max_shard_size 5GB   of one file
+  --format gguf          for llama.cpp and what is built on it (Llama, Mistral, Qwen2, Qwen3):
+    --parts P              adapter (adapter.gguf, one rank), merged (model.gguf), or both
+    --rank, --energy       of the adapter; --dtype of the merged model; --for ollama a Modelfile
   --output DIR           a new directory; --overwrite replaces an earlier export
   --round N              a round of the run that is still there, instead of the final model
   --model client-K       a client's own model, where the run keeps them
@@ -44,6 +47,7 @@ Examples:
   fedlora export out                                          # the table alone
   fedlora export out --format peft --for vllm --rank 64 --output adapter
   fedlora export out --format merged --dtype bfloat16 --output model
+  fedlora export out --format gguf --dtype float16 --output gguf
   fedlora export out --format peft --energy 0.99 --output adapter --push_to_hub me/adapter --dry_run
 """
 

@@ -19,6 +19,7 @@ from fedlora.adapters.export.readers import (
     Base,
     base_facts,
     check_reader,
+    gguf_commands,
     next_commands,
     rank_for,
     wants_one_rank,
@@ -27,6 +28,7 @@ from fedlora.client.memory import memory_available
 from fedlora.commands.eval.models import Models, load_models, tokenizer_of
 from fedlora.commands.export.card import Written, model_card
 from fedlora.commands.export.files import Job, fill_adapter, fill_merged
+from fedlora.commands.export.gguf_files import fill_gguf, gguf_parts
 from fedlora.commands.export.hub import check_repo, files_to_push, push
 from fedlora.commands.export.origin import HeldOut, Origin, find_origin, held_out, with_adapters
 from fedlora.commands.export.output import check_output, write_whole
@@ -86,6 +88,9 @@ def export(request: Request, console: Console, emit: Emit | None = None) -> None
     base = base_facts(origin.base_name, skeleton, bool(origin.adapter.config.get("fan_in_fan_out")))
     notes = [*(origin.subject.notes if origin.subject else ()), *_check(request, origin, base)]
     job = _job(request, origin, skeleton)
+    if request.format == "gguf":
+        parts, more = gguf_parts(request, origin, base)
+        job, notes = replace(job, parts=parts), [*notes, *more]
     job, more = _measured(job, teller)
     notes += more
     for note in notes:
@@ -95,14 +100,7 @@ def export(request: Request, console: Console, emit: Emit | None = None) -> None
         return
     teller.begin("merging" if request.format == "merged" else "writing and reading back")
     checks = _write(job, request.output)
-    commands = next_commands(
-        request.reader,
-        request.output,
-        base,
-        job.rank if request.format == "peft" else None,
-        origin.classifies,
-    )
-    _tell_written(job, request.output, checks, commands, teller)
+    _tell_written(job, request.output, checks, _commands(job, request.output, base), teller)
     if request.repo is not None:
         _upload(request, request.output, request.repo, base, teller)
 
@@ -122,6 +120,11 @@ def _check(request: Request, origin: Origin, base: Base) -> list[str]:
     if request.format == "merged":
         subject = origin.needed()
         refuse_quantised(subject.source.config, subject.source.name)
+        return []
+    if request.format == "gguf":
+        subject = origin.needed()
+        if request.parts != "adapter":
+            refuse_quantised(subject.source.config, subject.source.name)
         return []
     if request.check == "logits" or request.eval_file is not None:
         origin.needed()
@@ -212,7 +215,7 @@ def _fits(job: Job) -> bool:
 
 def _compares_logits(job: Job) -> bool:
     """Whether the export is compared by logits, and not by its weights alone."""
-    if _files(job.request) == "mlx":  # MLX runs on Apple's machines alone
+    if _files(job.request) in ("mlx", "gguf"):  # other programs than transformers compute with them
         return False
     if job.request.check != "auto":
         return job.request.check == "logits"
@@ -246,7 +249,7 @@ def _tell_table(
     )
     if measured:
         teller.say(f"loss on {len(measured.rows)} of {measured.total} rows: {measured.where}")
-    chosen = job.cut if request.format == "peft" else None
+    chosen = job.cut if request.format == "peft" or "adapter" in job.parts else None
     show_table(costs, loss, chosen, teller.console)
 
 
@@ -261,6 +264,7 @@ def _what_next(job: Job) -> str:
     )
     lines.append(f"  fedlora export {name} --format peft --for vllm --output DIR")
     lines.append(f"  fedlora export {name} --format merged --dtype bfloat16 --output DIR")
+    lines.append(f"  fedlora export {name} --format gguf --output DIR")
     return "\n".join(lines)
 
 
@@ -271,7 +275,7 @@ def _write(job: Job, output: Path) -> list[Check]:
     """Write, read back and compare; the directory has its name only when all is well."""
     request, checks = job.request, list[Check]()
     gc.collect()  # models that were measured hold themselves in circles
-    fill = fill_merged if request.format == "merged" else fill_adapter
+    fill = {"merged": fill_merged, "gguf": fill_gguf}.get(str(request.format), fill_adapter)
 
     def write(partial: Path) -> None:
         checks.extend(fill(job, partial))
@@ -285,15 +289,15 @@ def _write(job: Job, output: Path) -> list[Check]:
 
 
 def _files(request: Request) -> str:
-    """Whose files are written: peft, mlx or merged."""
+    """Whose files are written: peft, mlx, merged or gguf."""
     return MLX if request.reader == MLX and request.format == "peft" else str(request.format)
 
 
 def _facts(job: Job) -> list[str]:
     """What is said of the files: rank and error, or dtype."""
-    if job.request.format == "merged":
-        dtype = job.request.dtype or "the base's own dtype"
-        return [f"the base with the update merged in float32, saved in {dtype}"]
+    merged = _fact_on_merged(job)
+    if merged and "adapter" not in job.parts:
+        return merged
     error = job.spectrum.error(job.cut)
     ranks = (
         f"rank {job.rank} in every module"
@@ -305,20 +309,40 @@ def _facts(job: Job) -> list[str]:
         f"{ranks}{padded}, lora_alpha = r, so scale 1",
         f"relative error against the global update (Frobenius norm): {error:.1e}, "
         f"{1.0 - error**2:.4%} of its energy",
+        *merged,
     ]
+
+
+def _fact_on_merged(job: Job) -> list[str]:
+    """What is said of merged weights; nothing where there are none."""
+    if job.request.format != "merged" and "merged" not in job.parts:
+        return []
+    dtype = job.request.dtype or "the base's own dtype"
+    file = "model.gguf: " if job.request.format == "gguf" else ""
+    return [f"{file}the base with the update merged in float32, saved in {dtype}"]
+
+
+def _commands(job: Job, output: Path, base: Base) -> list[str]:
+    """What to type to use what was written."""
+    reader = job.request.reader
+    if job.request.format == "gguf":
+        return gguf_commands(reader, output, base, [path.name for path in output.iterdir()])
+    rank = job.rank if job.request.format == "peft" else None
+    return next_commands(reader, output, base, rank, job.origin.classifies)
 
 
 def _tell_written(
     job: Job, output: Path, checks: list[Check], commands: list[str], teller: Teller
 ) -> None:
     files = files_to_push(output)
+    has_adapter = job.request.format == "peft" or "adapter" in job.parts
     teller.event(
         "export",
         format=job.request.format,
         reader=job.request.reader,
         output=str(output),
-        rank=job.rank if job.request.format == "peft" else None,
-        error=job.spectrum.error(job.cut) if job.request.format == "peft" else 0.0,
+        rank=job.rank if has_adapter else None,
+        error=job.spectrum.error(job.cut) if has_adapter else 0.0,
         checks=[{"what": x.what, "reached": x.reached, "tolerance": x.tolerance} for x in checks],
         compared_by="logits" if job.logits is not None else "weights",
         files=[{"path": path, "bytes": size} for path, size in files],

@@ -36,5 +36,6 @@ def show_layers(result: Aggregated, names: Sequence[str], console: Console) -> N
         say(console, f"saved whole and averaged: {', '.join(result.dense)} ({known})")
     if result.base:
         say(console, f"weights of the base carried along: {', '.join(result.base)}")
+    say(console, result.bases)
     for note in result.notes:
         console.print(Text(f"warning: {note}", style="yellow"))

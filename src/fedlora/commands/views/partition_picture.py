@@ -6,25 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.commands.views.partition import COLOURS, Division, brief
-from fedlora.errors import InputError
-
-PICTURES = (".png", ".svg", ".pdf")
-
-
-def check_picture(path: str) -> Path:
-    """A file that a picture can be written to.
-
-    Raises:
-        InputError: another ending, or no such directory.
-    """
-    file = Path(path)
-    if file.suffix not in PICTURES:
-        raise InputError(f"--output {path}: a picture's name ends in {', '.join(PICTURES)}")
-    if file.is_dir():
-        raise InputError(f"--output {path}: is a directory")
-    if not file.parent.is_dir():
-        raise InputError(f"--output {path}: there is no directory {file.parent}")
-    return file
+from fedlora.commands.views.picture import pyplot, save_picture
 
 
 def draw_partition(division: Division, path: Path) -> None:
@@ -33,24 +15,14 @@ def draw_partition(division: Division, path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    import warnings
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plot = pyplot()
     clients = len(division.counts)
-    figure, axes = pyplot.subplots(figsize=(8, max(2.5, 0.32 * clients + 1.2)))
+    figure, axes = plot.subplots(figsize=(8, max(2.5, 0.32 * clients + 1.2)))
     try:
         _draw_bars(division, axes)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure.savefig(path, bbox_inches="tight", dpi=150)
-    except OSError as error:
-        raise InputError(f"--output {path}: cannot be written: {error.strerror}") from None
+        save_picture(figure, path)
     finally:
-        pyplot.close(figure)
+        plot.close(figure)
 
 
 def _draw_bars(division: Division, axes: Any) -> None:

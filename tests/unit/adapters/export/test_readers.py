@@ -14,6 +14,8 @@ from fedlora.adapters.export.readers import (
     Base,
     base_facts,
     check_reader,
+    gguf_commands,
+    gguf_modelfile,
     modelfile,
     next_commands,
     rank_for,
@@ -78,6 +80,12 @@ def test_llama_cpp_refuses_the_output_layer_of_a_tied_base() -> None:
         with pytest.raises(InputError, match="lm_head, which is the embedding too"):
             check_reader(reader, adapter("lm_head"), BASE)
         assert check_reader(reader, adapter("lm_head"), replace(BASE, tied=False)) == []
+        embedding = replace(
+            adapter("model.embed_tokens"), embeddings=frozenset({"model.embed_tokens"})
+        )
+        with pytest.raises(InputError, match="would change both"):
+            check_reader(reader, embedding, BASE)
+        assert check_reader(reader, embedding, replace(BASE, tied=False)) == []
     (note,) = check_reader("vllm", adapter("lm_head"), BASE)
     assert "only some of vLLM's models" in note
 
@@ -105,6 +113,19 @@ def test_the_modelfile_names_files_beside_it() -> None:
     lines = [line for line in modelfile(False).splitlines() if not line.startswith("#")]
     assert lines == ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
     assert modelfile(True).splitlines()[-1] == "FROM ./model.gguf"
+
+
+def test_gguf_files_are_used_as_they_are() -> None:
+    where, files = Path("my adapters/x"), ["model.gguf", "adapter.gguf", "README.md"]
+    lines = gguf_commands("llama.cpp", where, BASE, files)
+    assert lines[0] == "llama-cli -m 'my adapters/x'/model.gguf"
+    assert lines[-1] == "llama-cli -m base.gguf --lora 'my adapters/x'/adapter.gguf"
+    assert len(gguf_commands("llama.cpp", where, BASE, files[:1])) == 1
+    assert gguf_commands("ollama", where, BASE, files) == [
+        "ollama create x -f 'my adapters/x'/Modelfile"
+    ]
+    assert gguf_modelfile(True) == "FROM ./model.gguf\n"
+    assert gguf_modelfile(False).splitlines()[-2:] == ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
 
 
 def test_facts_of_a_base_that_is_not_here() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.commands.views.partition import Division
-from fedlora.commands.views.partition_picture import PICTURES, check_picture, draw_partition
+from fedlora.commands.views.partition_picture import draw_partition
+from fedlora.commands.views.picture import PICTURES, check_picture
 from fedlora.errors import InputError
 
 DIVISION = Division(
