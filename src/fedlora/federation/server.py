@@ -27,6 +27,7 @@ from torch import Tensor
 from fedlora.federation.aggregators import Aggregator
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.checks import check_rule, check_server_step, check_shapes, not_finite
+from fedlora.federation.downlink import Rounded, as_it_arrives, rounded_changes
 from fedlora.federation.exchange import client_start, encode_update, server_view
 from fedlora.federation.increments import (
     Sketch,
@@ -113,7 +114,7 @@ class Server:
     def _close(self) -> None:
         """No round is open; of the one before nothing is left."""
         self._open = False
-        self._truncation_error = 0.0
+        self._truncation_error, self._rounding_error = 0.0, 0.0
         self._prepared: Prepared | None = None
         self._sketch: Sketch | None = None
         self._unreached: set[int] = set()
@@ -143,7 +144,7 @@ class Server:
 
         @cache
         def sent_to(rank: int) -> Prepared:
-            return laid_out_to_send(rule.for_rank(prepared, rank, options))
+            return laid_out_to_send(self._rounded(rule.for_rank(prepared, rank, options)))
 
         @cache
         def bytes_to(rank: int, held: int | None) -> int:
@@ -166,6 +167,12 @@ class Server:
             )
         self._buffer.open(self._broadcasts)
         return dict(self._broadcasts)
+
+    def _rounded(self, sent: Prepared) -> Prepared:
+        """What clients of a rank are sent, as it arrives; its error is noted."""
+        sent, error = as_it_arrives(sent, self.agreement, self.state.round + 1)
+        self._rounding_error = max(self._rounding_error, error)
+        return sent
 
     def lacking(self, client: int, held: int | None) -> Lacking:
         """What a client of this round has to be sent, for its site to have the broadcast.
@@ -193,6 +200,7 @@ class Server:
             agreement.options,
             agreement.shared_factors,
             held,
+            agreement.compression,
         )
 
     def model_lacking(self, held: int | None) -> Lacking:
@@ -205,7 +213,10 @@ class Server:
         agreement, state = self.agreement, self.state
         largest = max(self.federation.ranks)
         prepared = laid_out_to_send(agreement.rule.broadcast(state, largest, agreement.options))
-        return model_lacking(state, prepared, agreement.followed, held)
+        if not agreement.followed:
+            meant = Prepared(state.adapter, {})
+            state = replace(state, adapter=self._rounded(meant).adapter)
+        return model_lacking(state, prepared, agreement.followed, held, agreement.compression)
 
     def has_drifted(self, confirmation: Sketch) -> bool:
         """Whether a client's global model is not that of this round, but for rounding.
@@ -242,7 +253,7 @@ class Server:
         check_shapes(update, sent, self.agreement)
         for earlier in self._buffer.ready():
             self._fold(earlier)
-        self._answers[client] = answer_of(update)
+        self._answers[client] = answer_of(update, self.agreement.compression)
         if where := not_finite(update):
             reason = f"its training ended in NaN or Inf ({where})"
             self._rejected[client] = Rejection(reason)
@@ -317,10 +328,9 @@ class Server:
         clients = client_records(
             self.federation, self._broadcasts, self._answers, self._rejected, weight
         )
-        record = round_record(
-            self.federation, before, after, wanted, clients, self._truncation_error
-        )
-        self.state = replace(after, changes=worth_keeping(after))
+        errors = self._truncation_error, self._rounding_error
+        record = round_record(self.federation, before, after, wanted, clients, *errors)
+        self.state = replace(after, changes=worth_keeping(after, self.agreement.compression))
         self._close()
         return record
 
@@ -346,12 +356,19 @@ class Server:
         applied, velocity = step(
             total, before.momentum, federation.server_learning_rate, federation.server_momentum
         )
-        aggregate = agreement.rule.finalize(
-            applied, before, max(federation.ranks), agreement.options
-        )
-        merge = laid_out({name: cheaper_form(x) for name, x in aggregate.merge.items()})
+        rank, unsent = max(federation.ranks), before.unsent
+        if agreement.followed:
+            handed = self._handed_out(applied.products, unsent, before.leading)
+            applied, unsent = replace(applied, products=handed.deltas), handed.unsent
+        aggregate = agreement.rule.finalize(applied, before, rank, agreement.options)
+        merge: Deltas = {name: cheaper_form(x) for name, x in aggregate.merge.items()}
+        if not agreement.followed:
+            handed = self._handed_out(merge, unsent)
+            merge, unsent = handed.deltas, handed.unsent
+        merge = laid_out(merge)
         return replace(
             after,
+            unsent=unsent,
             adapter=aggregate.adapter,
             leading=aggregate.leading,
             changes={**before.changes, after.round: Change(merge, aggregate.increments)},
@@ -363,6 +380,12 @@ class Server:
                 for name, value in before.dense.items()
             },
         )
+
+    def _handed_out(self, changes: Deltas, unsent: Deltas, known: Adapter | None = None) -> Rounded:
+        """What clients are to keep of a round, as it arrives; its error is noted."""
+        handed = rounded_changes(changes, unsent, self.federation, known)
+        self._rounding_error = max(self._rounding_error, handed.error)
+        return handed
 
     def _rank(self, client: int) -> int:
         return self.state.ranks.get(client, self.federation.ranks[client])

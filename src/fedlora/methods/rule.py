@@ -143,6 +143,10 @@ class Rule:
             `finalize` divides by a sum of weights of its own.
         server_momentum: whether a server momentum has a meaning: not where the factors that are
             trained, or the directions they belong to, are other ones in every round.
+        feedback: where updates are compressed, how a client makes up for what rounding has lost:
+            it adds it to its next update as a product (`encode` reads of an update nothing but
+            `B A`, so that factors may be others of the same product), factor by factor (row i of A
+            means the same in the next round), or not at all (neither holds).
         one_shot: whether it can combine adapters that were trained apart, without a shared start.
         options: a frozen dataclass of the rule's own configuration keys, `bounded` where not every
             value is possible; its `__post_init__` is `check_bounds`.
@@ -169,5 +173,6 @@ class Rule:
     fixed_weight: Callable[[Any], float | None] = no_fixed_weight
     server_optimiser: bool = True
     server_momentum: bool = True
+    feedback: Literal["product", "factors", "none"] = "factors"
     one_shot: bool = True
     options: type[Any] = NoOptions

@@ -219,6 +219,8 @@ class SometimesInRound(Evaluations, total=False):
     personal_evaluations: Mapping[str, Scores]
     num_threads: int
     attempts: int
+    compression_error_up: float
+    compression_error_down: float
 
 
 class Round(SometimesInRound):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from fedlora.federation.records import RoundRecord
 from fedlora.runs.events import Evaluations, Round, Scores, Seconds
@@ -31,7 +31,7 @@ def round_line(
         Round,
         {
             "event": "round",
-            **dataclasses.asdict(record),
+            **_fields(record),
             "bytes_up": record.bytes_up,
             "bytes_down": record.bytes_down,
             **evaluations,
@@ -42,3 +42,12 @@ def round_line(
     line["attempts"] = attempts
     line["seconds"] = seconds
     return line
+
+
+def _fields(record: RoundRecord) -> dict[str, Any]:
+    """The fields of a record; how much rounding has lost stands there where anything is rounded."""
+    return {
+        key: value
+        for key, value in dataclasses.asdict(record).items()
+        if value is not None or not key.startswith("compression_error")
+    }

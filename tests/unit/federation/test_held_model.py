@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.codec import pack
+from fedlora.federation.compression import Compression, packed
 from fedlora.federation.envelope import Header, Message, RefusedMessageError, decode, encode
 from fedlora.federation.exchange import Agreement, client_start
 from fedlora.federation.held_model import HeldModel, LostModelError
@@ -37,11 +38,16 @@ MIXED, EQUAL = (8, 4, 2), (4, 4, 4)
 
 
 def serve(
-    method: str, *, given: bool = False, how: Mapping[str, Any] | None = None, **options: Any
+    method: str,
+    *,
+    given: bool = False,
+    how: Mapping[str, Any] | None = None,
+    compression: Compression = "none",
+    **options: Any,
 ) -> Server:
     rule = METHODS[method]
     ranks = MIXED if rule.mixed_ranks else EQUAL
-    agreement = Agreement(rule, rule.options(**options), SHAPES, 5)
+    agreement = Agreement(rule, rule.options(**options), SHAPES, 5, compression)
     federation = Federation(ranks, [10, 17, 24], agreement, **(how or {}))
     start = None
     if given:
@@ -70,7 +76,7 @@ class Sites:
     def message(self, client: int, broadcast: Broadcast) -> Message:
         lacking = self.server.lacking(client, self.confirmed[client])
         message = decode(encode(site_message(self.header(), broadcast, lacking)))
-        data = pack(lacking.tensors, {})
+        data = pack(packed(lacking.tensors, lacking.compression), {})
         assert len(data) - 8 - int.from_bytes(data[:8], "little") == lacking.nbytes
         return message
 
@@ -127,6 +133,17 @@ def test_a_site_has_the_servers_broadcasts_and_starts(method: str, given: bool) 
     sites = Sites(serve(method, given=given))
     for number in range(1, 7):
         if number == 5:  # a new disk
+            sites.models[2] = HeldModel(sites.server.agreement)
+            sites.confirmed[2] = None
+        sites.play(away=1 if number == 3 else None, settle=number % 2 == 0)
+
+
+@pytest.mark.parametrize("compression", ["bf16", "int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_site_decodes_what_the_server_reckons_with(method: str, compression: Compression) -> None:
+    sites = Sites(serve(method, given=True, compression=compression))
+    for number in range(1, 6):
+        if number == 4:
             sites.models[2] = HeldModel(sites.server.agreement)
             sites.confirmed[2] = None
         sites.play(away=1 if number == 3 else None, settle=number % 2 == 0)
