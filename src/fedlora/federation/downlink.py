@@ -9,15 +9,18 @@ An adapter that is sent anew in every round needs nothing of the kind. It is rou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 from fedlora.federation.compression import difference, rounded_prepared, rounded_update
 from fedlora.federation.exchange import Agreement
+from fedlora.federation.increments import laid_out
 from fedlora.federation.participants import Federation
 from fedlora.lowrank import (
     Adapter,
     Delta,
     Deltas,
+    Dense,
     LowRank,
     add,
     balance,
@@ -27,11 +30,49 @@ from fedlora.lowrank import (
     prefix,
     refactor,
 )
-from fedlora.methods.tracking import divided
-from fedlora.methods.values import Prepared
+from fedlora.methods.tracking import divided, with_images
+from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState
 from fedlora.threads import one_thread
 
 _NEGLIGIBLE = 1e-5  # relative; a stack of rounded updates is rounded again without further loss
+
+
+@dataclass(frozen=True)
+class HandedOut:
+    """What a round makes of the global model, as everybody has it.
+
+    Args:
+        aggregate: the rule's, of rounded changes; what is merged is laid out as it arrives.
+        unsent: what is missing of them, to be added to later ones.
+        error: `||missing||_F / ||meant||_F` over all modules.
+    """
+
+    aggregate: Aggregate
+    unsent: Deltas = field(default_factory=dict)
+    error: float = 0.0
+
+
+def handed_out(applied: Encoded, before: ServerState, federation: Federation) -> HandedOut:
+    """The outcome of the rule, with what clients keep of it rounded where messages are compressed.
+
+    Args:
+        applied: what the server's step applies.
+        before: the state before the round.
+        federation: who takes part, and by which agreement.
+    """
+    agreement, rank = federation.agreement, max(federation.ranks)
+    finalize, options = agreement.rule.finalize, agreement.options
+    if agreement.followed and agreement.compression != "none":
+        changes = rounded_changes(applied.products, before.unsent, federation, before.leading)
+        applied = replace(applied, products=changes.deltas)
+        aggregate, whole = _rounded_matrices(finalize(applied, before, rank, options), federation)
+        unsent = {**changes.unsent, **whole.unsent}
+        return HandedOut(aggregate, unsent, max(changes.error, whole.error))
+    aggregate = finalize(applied, before, rank, options)
+    merge = {name: cheaper_form(x) for name, x in aggregate.merge.items()}
+    changes = rounded_changes(merge, before.unsent, federation)
+    aggregate = replace(aggregate, merge=laid_out(changes.deltas))
+    return HandedOut(aggregate, changes.unsent, changes.error)
 
 
 @dataclass(frozen=True)
@@ -60,8 +101,9 @@ def rounded_changes(
         unsent: what was missing of earlier ones.
         federation: to what its messages are rounded, and whether what is missing is kept: of an
             update in factors as many directions as the largest client has, of a matrix all.
-        known: directions that everybody has. What a change says of them is a few numbers, which
-            are not rounded.
+        known: of an adapter that clients keep, the directions that everybody has. What a change
+            says of them is a few numbers, which are not rounded. A change that is a matrix is not
+            rounded either: the adapter becomes one, and is.
     """
     compression, rank = federation.agreement.compression, max(federation.ranks)
     if compression == "none":
@@ -69,6 +111,9 @@ def rounded_changes(
     deltas, missing, lost, meant = dict[str, Delta](), dict[str, Delta](), 0.0, 0.0
     for name in dict.fromkeys([*changes, *unsent]):
         x = cheaper_form(add([group[name] for group in (changes, unsent) if name in group]))
+        if known is not None and isinstance(x, Dense):
+            deltas[name] = x
+            continue
         beside, free = _apart(x, (known or {}).get(name))
         sent = rounded_update(free, compression)
         deltas[name] = sent if beside is None else _joined(beside, sent)
@@ -76,9 +121,36 @@ def rounded_changes(
         missed = norm(rest)
         lost, meant = lost + missed**2, meant + size**2
         if federation.compression_feedback and missed > _NEGLIGIBLE * size:
-            kept = prefix(refactor(rest), rank) if isinstance(rest, LowRank) else rest
-            missing[name] = kept
-    return Rounded(deltas, missing, (lost / meant) ** 0.5 if meant else 0.0)
+            missing[name] = prefix(refactor(rest), rank) if isinstance(rest, LowRank) else rest
+    return Rounded(deltas, missing, _share(lost, meant))
+
+
+@one_thread()
+def _rounded_matrices(aggregate: Aggregate, federation: Federation) -> tuple[Aggregate, Rounded]:
+    """An adapter that clients keep, rounded where it has become a matrix that is sent whole.
+
+    Returns:
+        The aggregate with the rounded matrices, and these with what is missing of them.
+    """
+    adapter, leading = dict(aggregate.adapter), dict(aggregate.leading)
+    matrices, missing, lost, meant = dict[str, Delta](), dict[str, Delta](), 0.0, 0.0
+    for name, x in aggregate.adapter.items():
+        if name in aggregate.increments or not isinstance(x, Dense):
+            continue
+        sent = rounded_update(x, federation.agreement.compression)
+        rest = difference(x, sent)
+        matrices[name] = adapter[name] = sent
+        leading[name] = with_images(sent, leading[name].A)
+        lost, meant = lost + norm(rest) ** 2, meant + norm(x) ** 2
+        if federation.compression_feedback:
+            missing[name] = rest
+    rounded = Rounded(matrices, missing, _share(lost, meant))
+    return replace(aggregate, adapter=adapter, leading=leading), rounded
+
+
+def _share(lost: float, meant: float) -> float:
+    """The ratio of two norms, from their squares."""
+    return math.sqrt(lost / meant) if meant else 0.0
 
 
 def _apart(x: Delta, known: LowRank | None) -> tuple[LowRank | None, Delta]:
@@ -113,4 +185,4 @@ def as_it_arrives(sent: Prepared, agreement: Agreement, round: int) -> tuple[Pre
     out = rounded_prepared(sent, agreement.compression, ever)
     lost = sum(norm(difference(x, out.adapter[name])) ** 2 for name, x in sent.adapter.items())
     meant = sum(norm(x) ** 2 for x in sent.adapter.values())
-    return out, float((lost / meant) ** 0.5) if meant else 0.0
+    return out, _share(lost, meant)

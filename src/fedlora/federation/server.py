@@ -27,7 +27,7 @@ from torch import Tensor
 from fedlora.federation.aggregators import Aggregator
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.checks import check_rule, check_server_step, check_shapes, not_finite
-from fedlora.federation.downlink import Rounded, as_it_arrives, rounded_changes
+from fedlora.federation.downlink import as_it_arrives, handed_out
 from fedlora.federation.exchange import client_start, encode_update, server_view
 from fedlora.federation.increments import (
     Sketch,
@@ -51,7 +51,7 @@ from fedlora.federation.records import Outcome, RoundRecord
 from fedlora.federation.server_step import step
 from fedlora.federation.spool import ReorderBuffer
 from fedlora.federation.traffic import lacking, model_lacking
-from fedlora.lowrank import Adapter, Deltas, cheaper_form, wide
+from fedlora.lowrank import Adapter, Deltas, wide
 from fedlora.methods.shared import change, with_shift
 from fedlora.methods.tracking import unchanged
 from fedlora.methods.values import DENSE, Change, Encoded, Prepared, RoundNumbers, ServerState
@@ -352,23 +352,16 @@ class Server:
 
     def _advance(self, before: ServerState, after: ServerState, total: Encoded) -> ServerState:
         """The next state by what the clients' updates came to."""
-        federation, agreement = self.federation, self.agreement
+        federation = self.federation
         applied, velocity = step(
             total, before.momentum, federation.server_learning_rate, federation.server_momentum
         )
-        rank, unsent = max(federation.ranks), before.unsent
-        if agreement.followed:
-            handed = self._handed_out(applied.products, unsent, before.leading)
-            applied, unsent = replace(applied, products=handed.deltas), handed.unsent
-        aggregate = agreement.rule.finalize(applied, before, rank, agreement.options)
-        merge: Deltas = {name: cheaper_form(x) for name, x in aggregate.merge.items()}
-        if not agreement.followed:
-            handed = self._handed_out(merge, unsent)
-            merge, unsent = handed.deltas, handed.unsent
-        merge = laid_out(merge)
+        handed = handed_out(applied, before, federation)
+        self._rounding_error = max(self._rounding_error, handed.error)
+        aggregate, merge = handed.aggregate, handed.aggregate.merge
         return replace(
             after,
-            unsent=unsent,
+            unsent=handed.unsent,
             adapter=aggregate.adapter,
             leading=aggregate.leading,
             changes={**before.changes, after.round: Change(merge, aggregate.increments)},
@@ -380,12 +373,6 @@ class Server:
                 for name, value in before.dense.items()
             },
         )
-
-    def _handed_out(self, changes: Deltas, unsent: Deltas, known: Adapter | None = None) -> Rounded:
-        """What clients are to keep of a round, as it arrives; its error is noted."""
-        handed = rounded_changes(changes, unsent, self.federation, known)
-        self._rounding_error = max(self._rounding_error, handed.error)
-        return handed
 
     def _rank(self, client: int) -> int:
         return self.state.ranks.get(client, self.federation.ranks[client])
