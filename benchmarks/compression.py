@@ -65,8 +65,8 @@ def main() -> None:
     lines = [
         f"# compression: the embedded default under exact, {runs}",
         "",
-        f"`benchmarks/compression.py`, {machine()}. Mean and standard deviation over the seeds; lost",
-        "is in % of what clients learnt (up) and of what was handed out (down) in the last round.",
+        f"`benchmarks/compression.py`, {machine()}. Mean and standard deviation over the seeds.",
+        "Lost: % of what clients learnt (up) or of what was handed out (down) in the last round.",
         "",
         "| compression | " + " | ".join(MEASURES) + " |",
         "|---" * (len(MEASURES) + 1) + "|",

@@ -10,9 +10,7 @@ so that what is lost in one round comes in later ones (error feedback; Seide et 
 
     product   T = B A. Of two factors of one product it is the product that the rule reads, so T may
               be given other factors: with what was lost before it has twice the rank, and its
-              leading r directions are sent. A is rounded first. B is then fitted to the rounded A',
-              `argmin_B ||T - B A'||_F`, and rounded too. Of what is lost the leading r directions
-              are kept.
+              leading r directions are sent, balanced. Of what is lost r directions are kept.
     factors   T is every factor that is sent, number by number.
     none      nothing is kept: a direction of the next round is another one.
 """
@@ -23,7 +21,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from fedlora.federation.compression import Compression, rounded, rounded_update
@@ -36,7 +33,6 @@ from fedlora.lowrank import (
     concat,
     prefix,
     refactor,
-    subtract,
     total_norm,
 )
 from fedlora.methods.shared import change
@@ -118,34 +114,12 @@ def _products(
             wanted = concat([x, LowRank(before[f"A/{name}"], before[f"B/{name}"])])
             x = balance(prefix(refactor(wanted), rank))
             x = LowRank(*(value.contiguous() for value in (x.A, x.B)))
-        sent[name] = fitted(wanted, x, compression)
-        missing = refactor(concat([wanted, LowRank(sent[name].A, -sent[name].B)]))
-        size[name], kept = missing, prefix(missing, rank)
+        arrived = rounded_update(x, compression)
+        assert isinstance(arrived, LowRank), "made of factors"
+        missing = refactor(concat([wanted, LowRank(arrived.A, -arrived.B)]))
+        sent[name], size[name], kept = arrived, missing, prefix(missing, rank)
         lost[f"A/{name}"], lost[f"B/{name}"] = kept.A.contiguous(), kept.B.contiguous()
     return sent, lost, total_norm(size)
-
-
-def fitted(wanted: LowRank, x: LowRank, compression: Compression) -> LowRank:
-    """Rounded factors of an update: those of `x`, or with B fitted to the rounded A.
-
-    The fit is the better one but for an A whose rows nearly depend on each other.
-
-    Args:
-        wanted: T `(m, n)`.
-        x: the factors to be rounded, whose product is T or its leading directions.
-        compression: to what.
-    """
-    plain = rounded_update(x, compression)
-    assert isinstance(plain, LowRank)
-    a = plain.A.double()
-    inverse = torch.linalg.pinv(a @ a.T, hermitian=True)  # (r, r)
-    b = wanted.B.double() @ (wanted.A.double() @ a.T) @ inverse
-    best = LowRank(plain.A, rounded(b.float(), compression, axis=1))
-    return min((best, plain), key=lambda y: _distance(wanted, y))
-
-
-def _distance(one: LowRank, other: LowRank) -> float:
-    return float(refactor(subtract(one, other)).B.norm())
 
 
 def _factors(
