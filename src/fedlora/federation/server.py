@@ -302,6 +302,18 @@ class Server:
             learnt = change(server_view(update, start), start.adapter)
             self._learnt.fold(Encoded(products=learnt), weight)
 
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that clients have sent, and were sent, since `plan` opened the round."""
+        down = sum(sent.nbytes for sent in self._broadcasts.values())
+        return sum(answer.nbytes for answer in self._answers.values()), down
+
+    def unconfirmed(self, client: int) -> None:
+        """Note that a client of this round has not confirmed its global model.
+
+        What has changed since the model that it confirmed last is kept for it.
+        """
+        self._unreached.add(client)
+
     @one_thread()
     def commit(self) -> RoundRecord:
         """Close the round: fold what is left in client order, aggregate, advance the state.

@@ -16,6 +16,7 @@ def round_line(
     personal: Mapping[int, Scores],
     *,
     attempts: int,
+    given_up: tuple[int, int] = (0, 0),
     seconds: Seconds,
 ) -> Round:
     """The line of a round.
@@ -25,6 +26,7 @@ def round_line(
         evaluations: of the global model.
         personal: client -> what its own model measures, where that is asked for.
         attempts: how often the round was tried.
+        given_up: bytes up and down of the attempts before the last.
         seconds: where the time went.
     """
     line = cast(
@@ -40,6 +42,8 @@ def round_line(
     if personal:  # by client, whatever the order in which they answered
         line["personal_evaluations"] = {str(k): personal[k] for k in sorted(personal)}
     line["attempts"] = attempts
+    if attempts > 1:
+        line["given_up_bytes_up"], line["given_up_bytes_down"] = given_up
     line["seconds"] = seconds
     return line
 

@@ -80,8 +80,8 @@ class Sites:
         assert len(data) - 8 - int.from_bytes(data[:8], "little") == lacking.nbytes
         return message
 
-    def play(self, away: int | None = None, settle: bool = True) -> None:
-        """One round; all that reach their site train, those that are away do not."""
+    def play(self, away: int | None = None, settle: bool = True, late: int | None = None) -> None:
+        """One round; those that are away do not train, and of who is late nothing comes."""
         server = self.server
         number, sent = server.state.round + 1, server.plan()
         self.bytes[number] = {}
@@ -93,6 +93,11 @@ class Sites:
             site = self.models[client]
             found = site.applied(message)
             assert_same(found, broadcast)
+            if client == late:
+                server.unconfirmed(client)
+                server.reject(client, "it was late", "late")
+                self.bytes[number][client] = found.nbytes
+                continue
             own = self.kept.get(client)
             starts = [client_start(x, server.agreement, own) for x in (found, broadcast)]
             assert same(vars(starts[0]), vars(starts[1]))
@@ -183,6 +188,19 @@ def test_a_round_without_an_update_that_counts(method: str) -> None:
             sites.server.commit()
         else:
             sites.play()
+
+
+@pytest.mark.parametrize("method", ["exact", "flora"])
+def test_who_was_late_is_sent_the_changes_since_the_round_it_confirmed(method: str) -> None:
+    """It has a later model, and takes of the changes what it lacks."""
+    sites = Sites(serve(method))
+    for number in range(1, 7):
+        sites.play(late=1 if number == 5 else None)
+        if number == 5:
+            assert (sites.confirmed[1], sites.models[1].round) == (3, 4)
+    sent, whole = sites.bytes[6], sites.server.model_lacking(None).nbytes
+    assert sent[0] < sent[1] < whole
+    assert sites.confirmed[1] == 5
 
 
 @pytest.mark.parametrize("method", ["exact", "flora"])
