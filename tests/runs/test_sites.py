@@ -16,11 +16,13 @@ from fedlora.runs.results import Result
 from support.conformance import (
     Callbacks,
     Keys,
+    Killing,
     check_goes_on,
     check_same_bytes,
     classifier,
     for_rule,
     in_memory,
+    lines_of,
     three_clients,
     with_settings_of_clients,
 )
@@ -54,6 +56,37 @@ def keys(small_run: Keys) -> Keys:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "fedsa"])
 def test_every_rule_gives_the_same_bytes(keys: Keys, tmp_path: Path, method: str) -> None:
     check_same_bytes(Sites(), for_rule(keys, method), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["exact", "flora", "fedit", "ffa"])
+def test_compressed_messages_give_the_same_bytes(keys: Keys, tmp_path: Path, method: str) -> None:
+    """What a site has lost stays there; the server's files are those of a run in one process."""
+    keys = {**for_rule(keys, method), "compression": "int8", "num_rounds": 3}
+    quiet = in_memory(keys, tmp_path / "memory")
+    result = Sites()(keys, tmp_path / "sites")
+    kept = "round-3/state/clients.safetensors"
+    one, other = (tensor_files(x.output_dir) for x in (quiet, result))
+    assert kept not in other
+    assert {name: x for name, x in one.items() if not name.endswith("clients.safetensors")} == other
+    assert lines_of(quiet) == lines_of(result)
+    last = lines_of(result)[-1]
+    assert 0 < last["compression_error_up"] < 0.1
+    assert 0 <= last["compression_error_down"] < 0.1
+    plain = lines_of(in_memory({**keys, "compression": "none"}, tmp_path / "plain"))[-1]
+    assert last["bytes_up"] < 0.4 * plain["bytes_up"]
+    assert last["bytes_down"] < 0.6 * plain["bytes_down"]
+
+
+def test_a_server_of_compressed_messages_goes_on(keys: Keys, tmp_path: Path) -> None:
+    """With what sites have lost, and what it has not handed out yet."""
+    carrier, keys = Sites(), {**keys, "compression": "int8", "num_rounds": 3}
+    quiet = in_memory(keys, tmp_path / "memory")
+    with pytest.raises(KeyboardInterrupt):
+        carrier(keys, tmp_path / "sites", Killing(13))
+    result = carrier.resume(tmp_path / "sites")
+    state = "round-3/state/server.safetensors"
+    one, other = (tensor_files(x.output_dir) for x in (quiet, result))
+    assert one[state] == other[state]
 
 
 def test_what_a_client_keeps_stays_at_its_site(keys: Keys, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlora.client.cohort import train_cohort
 from fedlora.client.local_training import LocalTraining, StepCallback, TrainFunction
@@ -19,6 +20,7 @@ from fedlora.config.config import Config
 from fedlora.data.datasets import ClientData
 from fedlora.federation.exchange import Agreement, client_start
 from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
+from fedlora.federation.uplink import compressed
 from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix, scaling
 from fedlora.methods.values import Start
 from fedlora.model.base import BaseModel
@@ -211,10 +213,9 @@ class Worker:
         ):
             rank = max(1, int(tail_from * broadcast.rank))
             adapter = {name: prefix(x, rank) for name, x in adapter.items()}
-        finite = all(x.A.isfinite().all() and x.B.isfinite().all() for x in adapter.values())
-        if rule_training.keeps and finite:  # the server refuses what is not finite, so it is lost
+        kept = {}
+        if rule_training.keeps:
             kept = {f"{name}.B": x.B.contiguous() for name, x in adapter.items()}
-            self.states[broadcast.client] = ClientState(kept)
         sends = rule_training.sent(broadcast.round)
         update = ClientUpdate(
             client=broadcast.client,
@@ -225,7 +226,37 @@ class Worker:
             dense=self.base.read_full_params(slot),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )
+        finite = all(x.A.isfinite().all() and x.B.isfinite().all() for x in adapter.values())
+        if finite:  # the server refuses what is not finite, so it is lost
+            update, adapter, kept = self._compressed(update, adapter, start, kept)
+            if kept:
+                self.states[broadcast.client] = ClientState(kept)
         return Trained(update, (broadcast.base_delta, start.shared, start.private, adapter))
+
+    def _compressed(
+        self,
+        update: ClientUpdate,
+        adapter: dict[str, LowRank],
+        start: Start,
+        kept: dict[str, Tensor],
+    ) -> tuple[ClientUpdate, dict[str, LowRank], dict[str, Tensor]]:
+        """The update as the server reads it, the adapter with what is sent of it, and what stays.
+
+        Where nothing is compressed all of them are as they were.
+        """
+        if self.agreement.compression == "none":
+            return update, adapter, kept
+        state, feedback = self.states.get(update.client), self.config.compression_feedback
+        sent = compressed(update, start, state, self.agreement, feedback=feedback)
+        sends = update.sends
+        as_sent = {
+            name: LowRank(
+                sent.update.adapter[name].A if "A" in sends else x.A,
+                sent.update.adapter[name].B if "B" in sends else x.B,
+            )
+            for name, x in adapter.items()
+        }
+        return sent.update, as_sent, {**kept, **sent.lost}
 
 
 def _share_what_is_frozen(turns: Sequence[_Turn]) -> bool:

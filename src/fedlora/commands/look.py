@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fedlora.commands.run_files import (
     Line,
     Run,
+    bytes_of,
     is_run,
     listed,
     mapping,
@@ -202,13 +203,13 @@ class Look:
 
     @property
     def bytes_up(self) -> int:
-        """All bytes that clients have sent."""
-        return sum(whole(line.get("bytes_up")) or 0 for line in self.rounds)
+        """All bytes that clients have sent, in attempts that were given up too."""
+        return sum(bytes_of(line)[0] for line in self.rounds)
 
     @property
     def bytes_down(self) -> int:
-        """All bytes that clients were sent."""
-        return sum(whole(line.get("bytes_down")) or 0 for line in self.rounds)
+        """All bytes that clients were sent, to evaluate and in attempts that were given up too."""
+        return sum(bytes_of(line)[1] for line in (self.run.start, *self.rounds))
 
 
 class Reader:

@@ -99,6 +99,13 @@ def whole(value: Any) -> int | None:
     return int(plain) if plain is not None and plain >= 0 and plain == int(plain) else None
 
 
+def bytes_of(line: Line) -> tuple[int, int]:
+    """All bytes up and down that a line tells of: its round, attempts given up, evaluations."""
+    up, down = ("bytes_up", "given_up_bytes_up"), ("bytes_down", "given_up_bytes_down")
+    together = [sum(whole(line.get(key)) or 0 for key in keys) for keys in (up, down)]
+    return together[0], together[1] + (whole(line.get("evaluation_bytes_down")) or 0)
+
+
 def mapping(value: Any) -> dict[str, Any]:
     """A mapping with text as keys, or an empty one."""
     return {str(k): x for k, x in value.items()} if isinstance(value, Mapping) else {}

@@ -238,6 +238,12 @@ class Config(BaseModel):
     )
     server_learning_rate: float = Field(1.0, gt=0, description="step on the global update")
     server_momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the global update")
+    compression: Annotated[Literal["none", "bf16", "int8"], Mark.OF_SITES, Mark.ALONE] = Field(
+        "none", description="what adapters are rounded to on their way, up and down"
+    )
+    compression_feedback: Annotated[bool, Mark.OF_SITES] = Field(
+        True, description="what rounding loses in one round is added to what is sent later"
+    )
     # --- local training ---
     per_device_train_batch_size: Annotated[int, Mark.OF_CLIENT] = Field(
         8, ge=1, description="samples of a micro-batch"

@@ -224,7 +224,8 @@ class SiteRun:
         self.store.keep_only(self._take_up(message))
         update = worker.handle(broadcast, lambda: on_step)
         confirmation = self.held.confirmation()
-        answer = encode(trained_message(message.header, [update], {}, confirmation))
+        compression = self.loaded.session.agreement.compression
+        answer = encode(trained_message(message.header, [update], {}, confirmation, compression))
         if client in worker.states:
             self.store.keep_state(turn, worker.states[client])
         self.store.keep_answer(turn, answer)

@@ -155,6 +155,8 @@ class SitesEngine:
                     del asks[client]
                     yield self._outcome(sent[client], outcome)
             except GeneratorExit:
+                for client in asks:
+                    self.server.unconfirmed(client)
                 missing = [self.sites[client].name for client in asks if client in self.sites]
                 self.calls.transport.cancel(missing)
                 raise
@@ -227,6 +229,7 @@ class SitesEngine:
             if drifted:
                 return Failure(client, _DRIFTED)
             return result_of(broadcast, update, self.session.federation.agreement)
+        self.server.unconfirmed(client)
         if isinstance(outcome, LeftError):
             if client in self.sites:
                 self._has_left(self.sites[client], outcome)

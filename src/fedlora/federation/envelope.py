@@ -22,9 +22,16 @@ from torch import Tensor
 
 from fedlora.errors import FedloraError
 from fedlora.federation.codec import DamagedError, pack, unpack
+from fedlora.federation.compression import Compression, packed, packing_of, unpacked
 
-VERSION = 1
-"""Of the format. It changes with the meaning of a message, never with what is added beside it."""
+VERSION = 2
+"""Of the format. It changes with the meaning of a message, never with what is added beside it.
+
+    1    all tensors are as they were given
+    2    some are packed in fewer bytes (`federation.compression`)
+
+A message says the lowest version that it can be read by, and all versions are read.
+"""
 
 DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"})
 """Types of numbers that a message may hold, as safetensors names them."""
@@ -64,11 +71,13 @@ class Message:
         header: what it says of itself.
         body: plain values that JSON can hold.
         tensors: by name, in an order that is kept.
+        compression: what some of them were rounded to, and are packed as.
     """
 
     header: Header
     body: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    compression: Compression = "none"
 
 
 @dataclass(frozen=True)
@@ -94,10 +103,10 @@ class Limits:
 
 def encode(message: Message) -> bytes:
     """The message as bytes; numbers keep their dtype, bfloat16 too."""
-    return pack(
-        message.tensors,
-        {"version": VERSION, **asdict(message.header), "body": dict(message.body)},
-    )
+    tensors, version = packed(message.tensors, message.compression), VERSION
+    if tensors.keys() == message.tensors.keys():
+        version = 1
+    return pack(tensors, {"version": version, **asdict(message.header), "body": dict(message.body)})
 
 
 def decode(data: bytes, limits: Limits | None = None) -> Message:
@@ -123,9 +132,12 @@ def decode(data: bytes, limits: Limits | None = None) -> Message:
         raise RefusedMessageError(f"values of its body lie more than {limits.depth} deep")
     try:
         tensors = unpack(data).tensors
-    except DamagedError as error:
+        compression = packing_of(tensors) if said["version"] > 1 else "none"
+        if compression != "none":
+            tensors = unpacked(tensors)
+    except (DamagedError, ValueError) as error:
         raise RefusedMessageError(str(error)) from None
-    return Message(header, body, tensors)
+    return Message(header, body, tensors, compression)
 
 
 def check_header(header: Header, expected: Header) -> None:
@@ -207,10 +219,10 @@ def _said(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_version(said: Mapping[str, Any]) -> None:
     version = said.get("version")
-    if version != VERSION:
+    if version not in range(1, VERSION + 1) or not isinstance(version, int):
         raise RefusedMessageError(
-            f"it has version {str(version)[:20]} of the format, and this fedlora reads version "
-            f"{VERSION}; install the same version of fedlora on both sides"
+            f"it has version {str(version)[:20]} of the format, and this fedlora reads versions 1 "
+            f"to {VERSION}; install the same version of fedlora on both sides"
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fedlora.federation.compression import Compression
 from fedlora.federation.messages import Broadcast, ClientState, ClientUpdate
 from fedlora.lowrank import Deltas, LowRank, add_all, concat, prefix, wide
 from fedlora.methods.rule import Fresh, Rule, Shapes
@@ -26,12 +27,14 @@ class Agreement:
         options: the rule's own options, an instance of `rule.options`.
         shapes: target module -> `(m, n)`.
         seed: of every draw.
+        compression: what numbers are rounded to on their way.
     """
 
     rule: Rule
     options: Any
     shapes: Shapes
     seed: int = 0
+    compression: Compression = "none"
 
     @property
     def training(self) -> Training:
@@ -67,12 +70,14 @@ class Agreement:
             key: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
             for key, value in asdict(self.options).items()
         }
-        agreed = {
+        agreed: dict[str, Any] = {
             "rule": self.rule.name,
             "options": options,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "seed": self.seed,
         }
+        if self.compression != "none":
+            agreed["compression"] = self.compression
         text = json.dumps(agreed, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

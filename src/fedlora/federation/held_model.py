@@ -132,7 +132,7 @@ class HeldModel:
     def _brought_up_to_date(self, lacking: Lacking, number: int) -> tuple[_Parts, HeldModel]:
         """The parts of a message, and the model of a round; `self` is not changed."""
         held = lacking.held
-        if held is not None and self.round not in (held, number):
+        if held is not None and (self.round is None or not held <= self.round <= number):
             here = "none" if self.round is None else f"that of round {self.round}"
             raise LostModelError(
                 f"it rests on the global model of round {held}, and here is {here}; "
@@ -143,9 +143,12 @@ class HeldModel:
             old = HeldModel(self.agreement) if held is None else self
             base_delta, adapter, leading = old.base_delta, old.adapter, old.leading
             if held is None or self.round != number:
-                base_delta = parts.advanced_base(base_delta)
+                # It may hold a later model than the server knows of: that of a round in which it
+                # was late. What it has of the rounds since is not applied again.
+                after = -1 if old.round is None else old.round
+                base_delta = parts.advanced_base(base_delta, after)
                 if self.agreement.followed:
-                    adapter, leading = parts.advanced_adapter(adapter, leading)
+                    adapter, leading = parts.advanced_adapter(adapter, leading, after)
         return parts, HeldModel(self.agreement, number, adapter, leading, base_delta)
 
     def _hold(self, model: HeldModel) -> None:
@@ -235,15 +238,20 @@ class _Parts:
             module, factor = rest.rsplit("/", 1)
             modules.setdefault(module, {})[factor] = value
 
-    def advanced_base(self, base_delta: Deltas) -> Deltas:
-        """What was merged, brought up to date."""
-        for _, factors in sorted(self._rounds["merge"].items()):
-            base_delta = merged(base_delta, self._deltas(factors))
+    def advanced_base(self, base_delta: Deltas, after: int) -> Deltas:
+        """What was merged, brought up to date from the round `after`."""
+        for number, factors in sorted(self._rounds["merge"].items()):
+            if number > after:
+                base_delta = merged(base_delta, self._deltas(factors))
         return {**base_delta, **self._deltas(self._groups.get("merged", {}))}
 
-    def advanced_adapter(self, adapter: Deltas, leading: Adapter) -> tuple[Deltas, Adapter]:
-        """An adapter that clients keep and its leading directions, brought up to date."""
-        for _, modules in sorted(self._rounds["increment"].items()):
+    def advanced_adapter(
+        self, adapter: Deltas, leading: Adapter, after: int
+    ) -> tuple[Deltas, Adapter]:
+        """An adapter that clients keep and its directions, brought up to date from a round."""
+        for number, modules in sorted(self._rounds["increment"].items()):
+            if number <= after:
+                continue
             increments = {name: self._increment(name, parts) for name, parts in modules.items()}
             adapter, leading = appended(adapter, leading, increments)
         whole, basis = dict[str, Delta](), dict[str, LowRank]()

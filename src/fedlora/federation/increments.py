@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlora.federation.codec import as_new
+from fedlora.federation.compression import BYTES, Compression
 from fedlora.lowrank import Adapter, Delta, Deltas, Dense, LowRank, add_all, nbytes, wide
 from fedlora.methods.tracking import advanced, none_like, turned
 from fedlora.methods.values import Change, Increments, Prepared, ServerState
@@ -84,35 +85,41 @@ def changes_since(state: ServerState, held: int | None) -> list[tuple[int, Chang
     return [(number, state.changes[number]) for number in rounds]
 
 
-def worth_keeping(state: ServerState) -> dict[int, Change]:
+def worth_keeping(state: ServerState, compression: Compression = "none") -> dict[int, Change]:
     """The changes by which a client may be brought up to date.
 
     Those since the oldest model that a client holds, as long as all of them together are smaller
     than the whole; the last round's in any case. A client holds the model it was last sent, which
     is that of the round before.
+
+    Args:
+        state: after a round.
+        compression: what changes were rounded to. The whole was not, which is a sum of many.
     """
+    share = BYTES[compression] / BYTES["none"]
     oldest = min(state.last_seen.values(), default=state.round)
     whole = nbytes(state.base_delta)
     if any(change.increments for change in state.changes.values()):
         whole += nbytes(state.adapter) + sum(x.A.nbytes for x in state.leading.values())
-    kept, total = dict[int, Change](), 0
+    kept, total = dict[int, Change](), 0.0
     for number in range(state.round, oldest - 1, -1):
         change = state.changes.get(number)
         if change is None:
             break
-        total += change.nbytes
+        total += change.nbytes * share
         if kept and total >= whole:
             break
-        kept[number] = Change(change.merge, _smaller_than_whole(change.increments, state))
+        kept[number] = Change(change.merge, _smaller_than_whole(change.increments, state, share))
     return dict(sorted(kept.items()))
 
 
-def _smaller_than_whole(increments: Increments, state: ServerState) -> Increments:
+def _smaller_than_whole(increments: Increments, state: ServerState, share: float) -> Increments:
     """The increments of those modules that are not smaller themselves, with their basis."""
     return {
         name: x
         for name, x in increments.items()
-        if x.turn is None or x.nbytes < state.adapter[name].nbytes + state.leading[name].A.nbytes
+        if x.turn is None
+        or x.nbytes * share < state.adapter[name].nbytes + state.leading[name].A.nbytes
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlora.federation.compression import Compression, packed_bytes
 from fedlora.lowrank import Adapter, Deltas, LowRank
 from fedlora.methods.rule import Shapes
 from fedlora.methods.values import RoundNumbers
@@ -55,16 +56,18 @@ class Lacking:
             `merged/module/factor`; and `dense/name`.
         places: of a factor that the seed gives but for some rows of A or columns of B,
             `beyond/module/factor`: which.
+        compression: what the tensors were rounded to, as far as they were.
     """
 
     held: int | None
     tensors: Mapping[str, Tensor]
     places: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    compression: Compression = "none"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(value.nbytes for value in self.tensors.values())
+        """Bytes of the tensors as they travel."""
+        return packed_bytes(self.tensors, self.compression)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class ClientState:
     """What outlives a round at a client, and never leaves it.
 
     Args:
-        factors: `module.B` -> the factor it goes on training, scale folded.
+        factors: `module.B` -> the factor it goes on training, scale folded; and `lost/A/module`,
+            `lost/B/module`: what compression has lost of its last update (`federation.uplink`).
     """
 
     factors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -113,7 +117,7 @@ class ClientUpdate:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that travel."""
+        """Bytes of the tensors that travel, where none of them is packed in fewer."""
         return sum(value.nbytes for value in self.tensors.values())
 
 

@@ -27,6 +27,7 @@ class Federation:
         modules: the target modules of clients that do not train all of them. What a client does
             not train stays as it is sent: it adds nothing to the sum, its weight counts in full
             (hetlora and raflora weigh module by module, over those who train it).
+        compression_feedback: whether what rounding leaves out of a round comes with a later one.
     """
 
     ranks: Sequence[int]
@@ -37,6 +38,7 @@ class Federation:
     server_learning_rate: float = 1.0
     server_momentum: float = 0.0
     modules: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    compression_feedback: bool = True
 
     @property
     def shapes(self) -> Shapes:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.federation.aggregation_error import Norms, measure_change
+from fedlora.federation.compression import Compression, packed_bytes
 from fedlora.federation.messages import Broadcast, ClientUpdate
 from fedlora.federation.participants import Federation
 from fedlora.federation.records import ClientRecord, LayerRecord, Outcome, RoundRecord
+from fedlora.federation.uplink import ERROR
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 
@@ -44,10 +46,16 @@ class Rejection:
     outcome: Outcome = "failed"
 
 
-def answer_of(update: ClientUpdate) -> Answer:
-    """What is remembered of an update."""
+def answer_of(update: ClientUpdate, compression: Compression = "none") -> Answer:
+    """What is remembered of an update.
+
+    Args:
+        update: of a client.
+        compression: what it was rounded to.
+    """
     rank = max((x.rank for x in update.adapter.values()), default=None)
-    return Answer(update.num_examples, rank, update.nbytes, dict(update.metrics))
+    nbytes = packed_bytes(update.tensors, compression)
+    return Answer(update.num_examples, rank, nbytes, dict(update.metrics))
 
 
 def client_records(
@@ -91,6 +99,14 @@ def client_records(
     return tuple(records)
 
 
+def _error_of_updates(clients: tuple[ClientRecord, ...]) -> float | None:
+    """The mean of `compression_error` over the clients that count, by their weights."""
+    told = [(c.weight, c.metrics.get(ERROR)) for c in clients if c.weight]
+    known = [(weight, error) for weight, error in told if isinstance(error, float)]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * error for weight, error in known) / total if total else None
+
+
 def round_record(
     federation: Federation,
     before: ServerState,
@@ -98,6 +114,7 @@ def round_record(
     wanted: Deltas,
     clients: tuple[ClientRecord, ...],
     truncation_error: float,
+    rounding_error: float = 0.0,
 ) -> RoundRecord:
     """The record of a round.
 
@@ -108,8 +125,10 @@ def round_record(
         wanted: `sum_k p_k (M_k - M_k_start)`.
         clients: their records.
         truncation_error: of what was sent.
+        rounding_error: of what was sent, where messages are compressed.
     """
     change = measure_change(before, after, wanted)
+    compressed = federation.agreement.compression != "none"
     plain = federation.server_learning_rate == 1.0 and not federation.server_momentum
 
     def error(norms: Norms) -> float | None:
@@ -124,6 +143,8 @@ def round_record(
         update_norm=change.total.size,
         global_rank=global_rank(after),
         layers={name: LayerRecord(error(x), x.size) for name, x in change.modules.items()},
+        compression_error_up=_error_of_updates(clients) if compressed else None,
+        compression_error_down=rounding_error if compressed else None,
     )
 
 

@@ -67,6 +67,9 @@ class RoundRecord:
         global_rank: the largest rank bound of a module of the global update.
         layers: target module -> its part; of modules with more than 256 directions the norms are
             estimates, within 10%.
+        compression_error_up: of the clients' updates, where they are compressed: the mean of
+            `||lost|| / ||learnt||`, by weight (`federation.uplink`).
+        compression_error_down: of what the server handed out: `||lost|| / ||meant||`.
     """
 
     round: int
@@ -76,6 +79,8 @@ class RoundRecord:
     update_norm: float
     global_rank: int
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
+    compression_error_up: float | None = None
+    compression_error_down: float | None = None
 
     @property
     def bytes_down(self) -> int:

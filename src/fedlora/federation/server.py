@@ -27,6 +27,7 @@ from torch import Tensor
 from fedlora.federation.aggregators import Aggregator
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.checks import check_rule, check_server_step, check_shapes, not_finite
+from fedlora.federation.downlink import as_it_arrives, handed_out
 from fedlora.federation.exchange import client_start, encode_update, server_view
 from fedlora.federation.increments import (
     Sketch,
@@ -50,7 +51,7 @@ from fedlora.federation.records import Outcome, RoundRecord
 from fedlora.federation.server_step import step
 from fedlora.federation.spool import ReorderBuffer
 from fedlora.federation.traffic import lacking, model_lacking
-from fedlora.lowrank import Adapter, Deltas, cheaper_form, wide
+from fedlora.lowrank import Adapter, Deltas, wide
 from fedlora.methods.shared import change, with_shift
 from fedlora.methods.tracking import unchanged
 from fedlora.methods.values import DENSE, Change, Encoded, Prepared, RoundNumbers, ServerState
@@ -113,7 +114,7 @@ class Server:
     def _close(self) -> None:
         """No round is open; of the one before nothing is left."""
         self._open = False
-        self._truncation_error = 0.0
+        self._truncation_error, self._rounding_error = 0.0, 0.0
         self._prepared: Prepared | None = None
         self._sketch: Sketch | None = None
         self._unreached: set[int] = set()
@@ -143,7 +144,7 @@ class Server:
 
         @cache
         def sent_to(rank: int) -> Prepared:
-            return laid_out_to_send(rule.for_rank(prepared, rank, options))
+            return laid_out_to_send(self._rounded(rule.for_rank(prepared, rank, options)))
 
         @cache
         def bytes_to(rank: int, held: int | None) -> int:
@@ -166,6 +167,12 @@ class Server:
             )
         self._buffer.open(self._broadcasts)
         return dict(self._broadcasts)
+
+    def _rounded(self, sent: Prepared) -> Prepared:
+        """What clients of a rank are sent, as it arrives; its error is noted."""
+        sent, error = as_it_arrives(sent, self.agreement, self.state.round + 1)
+        self._rounding_error = max(self._rounding_error, error)
+        return sent
 
     def lacking(self, client: int, held: int | None) -> Lacking:
         """What a client of this round has to be sent, for its site to have the broadcast.
@@ -193,6 +200,7 @@ class Server:
             agreement.options,
             agreement.shared_factors,
             held,
+            agreement.compression,
         )
 
     def model_lacking(self, held: int | None) -> Lacking:
@@ -205,7 +213,10 @@ class Server:
         agreement, state = self.agreement, self.state
         largest = max(self.federation.ranks)
         prepared = laid_out_to_send(agreement.rule.broadcast(state, largest, agreement.options))
-        return model_lacking(state, prepared, agreement.followed, held)
+        if not agreement.followed:
+            meant = Prepared(state.adapter, {})
+            state = replace(state, adapter=self._rounded(meant).adapter)
+        return model_lacking(state, prepared, agreement.followed, held, agreement.compression)
 
     def has_drifted(self, confirmation: Sketch) -> bool:
         """Whether a client's global model is not that of this round, but for rounding.
@@ -242,7 +253,7 @@ class Server:
         check_shapes(update, sent, self.agreement)
         for earlier in self._buffer.ready():
             self._fold(earlier)
-        self._answers[client] = answer_of(update)
+        self._answers[client] = answer_of(update, self.agreement.compression)
         if where := not_finite(update):
             reason = f"its training ended in NaN or Inf ({where})"
             self._rejected[client] = Rejection(reason)
@@ -291,6 +302,18 @@ class Server:
             learnt = change(server_view(update, start), start.adapter)
             self._learnt.fold(Encoded(products=learnt), weight)
 
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that clients have sent, and were sent, since `plan` opened the round."""
+        down = sum(sent.nbytes for sent in self._broadcasts.values())
+        return sum(answer.nbytes for answer in self._answers.values()), down
+
+    def unconfirmed(self, client: int) -> None:
+        """Note that a client of this round has not confirmed its global model.
+
+        What has changed since the model that it confirmed last is kept for it.
+        """
+        self._unreached.add(client)
+
     @one_thread()
     def commit(self) -> RoundRecord:
         """Close the round: fold what is left in client order, aggregate, advance the state.
@@ -317,10 +340,9 @@ class Server:
         clients = client_records(
             self.federation, self._broadcasts, self._answers, self._rejected, weight
         )
-        record = round_record(
-            self.federation, before, after, wanted, clients, self._truncation_error
-        )
-        self.state = replace(after, changes=worth_keeping(after))
+        errors = self._truncation_error, self._rounding_error
+        record = round_record(self.federation, before, after, wanted, clients, *errors)
+        self.state = replace(after, changes=worth_keeping(after, self.agreement.compression))
         self._close()
         return record
 
@@ -342,16 +364,16 @@ class Server:
 
     def _advance(self, before: ServerState, after: ServerState, total: Encoded) -> ServerState:
         """The next state by what the clients' updates came to."""
-        federation, agreement = self.federation, self.agreement
+        federation = self.federation
         applied, velocity = step(
             total, before.momentum, federation.server_learning_rate, federation.server_momentum
         )
-        aggregate = agreement.rule.finalize(
-            applied, before, max(federation.ranks), agreement.options
-        )
-        merge = laid_out({name: cheaper_form(x) for name, x in aggregate.merge.items()})
+        handed = handed_out(applied, before, federation)
+        self._rounding_error = max(self._rounding_error, handed.error)
+        aggregate, merge = handed.aggregate, handed.aggregate.merge
         return replace(
             after,
+            unsent=handed.unsent,
             adapter=aggregate.adapter,
             leading=aggregate.leading,
             changes={**before.changes, after.round: Change(merge, aggregate.increments)},

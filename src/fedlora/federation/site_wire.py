@@ -58,7 +58,7 @@ def site_message(header: Header, broadcast: Broadcast, lacking: Lacking) -> Mess
         "held": lacking.held,
         "places": {place: list(indices) for place, indices in lacking.places.items()},
     }
-    return Message(replace(header, kind=TRAIN), body, lacking.tensors)
+    return Message(replace(header, kind=TRAIN), body, lacking.tensors, lacking.compression)
 
 
 def read_site_message(message: Message) -> Asked:
@@ -73,6 +73,7 @@ def read_site_message(message: Message) -> Asked:
             None if held is None else whole_number(held),
             message.tensors,
             {str(k): [whole_number(index) for index in of] for k, of in body["places"].items()},
+            message.compression,
         )
         return Asked(
             client=whole_number(body["client"]),
@@ -91,7 +92,8 @@ def model_message(header: Header, lacking: Lacking) -> Message:
         header: its round is the one that was committed; its kind is set here.
         lacking: what the site lacks of the model (`Server.model_lacking`).
     """
-    return Message(replace(header, kind=EVALUATE), {"held": lacking.held}, lacking.tensors)
+    body = {"held": lacking.held}
+    return Message(replace(header, kind=EVALUATE), body, lacking.tensors, lacking.compression)
 
 
 def read_model_message(message: Message) -> Lacking:

@@ -6,10 +6,11 @@ was sent. All else counts in the round in which it is sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import Tensor
 
+from fedlora.federation.compression import Compression, packed_bytes
 from fedlora.federation.increments import changes_since
 from fedlora.federation.messages import Lacking
 from fedlora.lowrank import Delta, Deltas, LowRank
@@ -25,6 +26,7 @@ def lacking(
     options: object,
     fresh: Fresh,
     held: int | None,
+    compression: Compression = "none",
 ) -> Lacking:
     """What a client lacks of a broadcast.
 
@@ -39,12 +41,13 @@ def lacking(
         held: the round whose global model the client holds, as committed; None where it has never
             been sent anything, or has lost it. Of a factor that the rule never sends it then lacks
             what the seed does not give, as where the run goes on from an adapter.
+        compression: what is sent was rounded to.
     """
     tensors: dict[str, Tensor] = {}
     places: dict[str, list[int]] = {}
     if rule.followed(options):
         for name, x in prepared.adapter.items():
-            tensors |= _followed(state, name, x, prepared.leading[name], held)
+            tensors |= _followed(state, name, x, prepared.leading[name], held, compression)
     else:
         factors = rule.sent_down(state.round + 1, held is not None and held == state.round - 1)
         tensors |= _named("adapter", sent.adapter, factors)
@@ -53,11 +56,16 @@ def lacking(
                 tensors[place], places[place] = value, indices
         beside = {name: x for name, x in sent.leading.items() if x is not sent.adapter[name]}
         tensors |= _named("leading", beside)
-    return Lacking(held, tensors | _beside_the_adapter(state, held), places)
+    tensors |= _beside_the_adapter(state, held, compression)
+    return Lacking(held, tensors, places, compression)
 
 
 def model_lacking(
-    state: ServerState, prepared: Prepared, followed: bool, held: int | None
+    state: ServerState,
+    prepared: Prepared,
+    followed: bool,
+    held: int | None,
+    compression: Compression = "none",
 ) -> Lacking:
     """What a site lacks of the global model itself, to evaluate it.
 
@@ -66,24 +74,33 @@ def model_lacking(
         prepared: what the next round would broadcast.
         followed: whether clients keep the adapter.
         held: the round whose global model the site holds; None: none.
+        compression: what is sent was rounded to.
     """
     tensors = _named("adapter", {} if followed else state.adapter)
     if followed:
         for name, x in prepared.adapter.items():
-            tensors |= _followed(state, name, x, prepared.leading[name], held)
-    return Lacking(held, tensors | _beside_the_adapter(state, held))
+            tensors |= _followed(state, name, x, prepared.leading[name], held, compression)
+    tensors |= _beside_the_adapter(state, held, compression)
+    return Lacking(held, tensors, compression=compression)
 
 
-def _beside_the_adapter(state: ServerState, held: int | None) -> dict[str, Tensor]:
+def _beside_the_adapter(
+    state: ServerState, held: int | None, compression: Compression
+) -> dict[str, Tensor]:
     """What was merged, as far as it is lacking, and the parameters that are trained whole."""
     tensors: dict[str, Tensor] = {}
     for name, x in state.base_delta.items():
-        tensors |= _merged(state, name, x, held)
+        tensors |= _merged(state, name, x, held, compression)
     return tensors | {f"dense/{name}": value for name, value in state.dense.items()}
 
 
 def _followed(
-    state: ServerState, name: str, whole: Delta, leading: LowRank, held: int | None
+    state: ServerState,
+    name: str,
+    whole: Delta,
+    leading: LowRank,
+    held: int | None,
+    compression: Compression,
 ) -> dict[str, Tensor]:
     """One module of an adapter that clients keep: what has changed of it, or all of it."""
     everything = {**_named("whole", {name: whole}), f"whole/{name}/basis": leading.A}
@@ -95,10 +112,12 @@ def _followed(
         for number, change in changes
         for part, value in change.increments[name].tensors.items()
     }
-    return _smaller(changed, everything)
+    return _smaller(changed, everything, compression)
 
 
-def _merged(state: ServerState, name: str, whole: Delta, held: int | None) -> dict[str, Tensor]:
+def _merged(
+    state: ServerState, name: str, whole: Delta, held: int | None, compression: Compression
+) -> dict[str, Tensor]:
     """One module of what was merged: what the rounds have added since, or all of it."""
     everything = _named("merged", {name: whole})
     changes = changes_since(state, held)
@@ -108,15 +127,14 @@ def _merged(state: ServerState, name: str, whole: Delta, held: int | None) -> di
     for number, change in changes:
         if name in change.merge:
             changed |= _named(f"merge/{number}", {name: change.merge[name]})
-    return _smaller(changed, everything)
+    return _smaller(changed, everything, compression)
 
 
-def _smaller(changed: dict[str, Tensor], everything: dict[str, Tensor]) -> dict[str, Tensor]:
-    return changed if _bytes(changed) < _bytes(everything) else everything
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(value.nbytes for value in tensors.values())
+def _smaller(
+    changed: dict[str, Tensor], everything: dict[str, Tensor], compression: Compression
+) -> dict[str, Tensor]:
+    fewer = packed_bytes(changed, compression) < packed_bytes(everything, compression)
+    return changed if fewer else everything
 
 
 def _named(group: str, deltas: Deltas, factors: str = "AB") -> dict[str, Tensor]:

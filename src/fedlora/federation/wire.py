@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlora.federation.compression import Compression
 from fedlora.federation.envelope import Header, Message, RefusedMessageError
 from fedlora.federation.increments import Sketch
 from fedlora.federation.messages import (
@@ -189,6 +190,7 @@ def trained_message(
     updates: Sequence[ClientUpdate],
     states: Mapping[int, ClientState],
     confirmation: Sketch | None = None,
+    compression: Compression = "none",
 ) -> Message:
     """Brings what clients have trained.
 
@@ -198,6 +200,7 @@ def trained_message(
         states: client number -> what it goes on with; of a site that keeps its clients' states
             itself there are none.
         confirmation: of a site that keeps the global model: `HeldModel.confirmation`.
+        compression: what the updates were rounded to.
     """
     tensors = {
         f"{update.client}/{name}": value
@@ -221,7 +224,7 @@ def trained_message(
     body: dict[str, Any] = {"clients": clients}
     if confirmation is not None:
         body["confirmation"] = {name: [_finite(x) for x in of] for name, of in confirmation.items()}
-    return Message(replace(header, kind=TRAINED), body, tensors)
+    return Message(replace(header, kind=TRAINED), body, tensors, compression)
 
 
 def read_trained(

@@ -214,6 +214,7 @@ RULE = Rule(
     downlink="what changed in the round before",
     secure_sum="products",
     sums_learnt=True,
+    feedback="product",
     initial=_initial,
     broadcast=_broadcast,
     for_rank=_for_rank,

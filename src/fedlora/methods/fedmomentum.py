@@ -83,6 +83,7 @@ RULE = Rule(
     downlink="the leading directions, and what the round before merged",
     secure_sum="products",
     sums_learnt=True,
+    feedback="product",
     initial=_initial,
     broadcast=_broadcast,
     for_rank=whole,

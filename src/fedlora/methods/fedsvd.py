@@ -76,6 +76,7 @@ RULE = Rule(
     mixed_ranks=False,
     downlink="A and B",
     secure_sum="factors",
+    feedback="none",
     initial=_initial,
     broadcast=broadcast_factors,
     for_rank=whole,

@@ -63,6 +63,7 @@ RULE = Rule(
     downlink="the stack of the round before",
     secure_sum="products",
     sums_learnt=True,
+    feedback="product",
     initial=_initial,
     broadcast=_broadcast,
     for_rank=whole,

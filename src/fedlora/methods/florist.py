@@ -56,6 +56,7 @@ RULE = Rule(
     downlink="the directions kept of the round before",
     secure_sum="products",
     sums_learnt=True,
+    feedback="product",
     initial=flora.RULE.initial,
     broadcast=flora.RULE.broadcast,
     for_rank=whole,

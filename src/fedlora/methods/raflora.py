@@ -74,6 +74,7 @@ RULE = Rule(
     mixed_ranks=True,
     downlink="the leading r_k directions",
     secure_sum="products",
+    feedback="none",
     initial=global_sum,
     broadcast=leading_directions,
     for_rank=cut_to_rank,

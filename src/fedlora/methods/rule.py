@@ -143,6 +143,10 @@ class Rule:
             `finalize` divides by a sum of weights of its own.
         server_momentum: whether a server momentum has a meaning: not where the factors that are
             trained, or the directions they belong to, are other ones in every round.
+        feedback: where updates are compressed, how a client makes up for what rounding has lost:
+            it adds it to its next update as a product (`encode` reads of an update nothing but
+            `B A`, so that factors may be others of the same product), factor by factor (row i of A
+            means the same in the next round), or not at all (neither holds).
         one_shot: whether it can combine adapters that were trained apart, without a shared start.
         plain_sum: of such adapters it makes `sum_k p_k dW_k` and nothing else, so that
             `fedlora.aggregate` need not ask `finalize` for what only a next round needs.
@@ -171,6 +175,7 @@ class Rule:
     fixed_weight: Callable[[Any], float | None] = no_fixed_weight
     server_optimiser: bool = True
     server_momentum: bool = True
+    feedback: Literal["product", "factors", "none"] = "factors"
     one_shot: bool = True
     plain_sum: bool = False
     options: type[Any] = NoOptions

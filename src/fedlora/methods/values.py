@@ -196,6 +196,8 @@ class ServerState:
         leading: leading directions of the adapter, of a rule that follows them; a module may lack
             (a run that an earlier version began): its are found anew.
         changes: round -> what it has changed, of the last rounds, as far as clients may lack it.
+        unsent: what rounding has left out of what was handed out, where messages are compressed; it
+            comes with a later round.
     """
 
     round: int
@@ -208,6 +210,7 @@ class ServerState:
     ranks: Mapping[int, int] = field(default_factory=dict)
     leading: Adapter = field(default_factory=dict)
     changes: Mapping[int, Change] = field(default_factory=dict)
+    unsent: Deltas = field(default_factory=dict)
 
     @property
     def levels(self) -> tuple[int, ...]:

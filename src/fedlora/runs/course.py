@@ -205,6 +205,7 @@ class Course:
             evaluations,
             training.scores,
             attempts=training.attempts,
+            given_up=training.given_up,
             seconds=clock.seconds(),
         )
         if self.threads.number != self.config.num_threads:

@@ -214,11 +214,25 @@ class SometimesInRound(Evaluations, total=False):
         num_threads: torch's, where the run took another number than `num_threads` says.
         attempts: how often the round was tried; the record is of the last time. Lines of older
             versions have it not.
+        compression_error_up: see `RoundRecord`; where messages are compressed.
+        compression_error_down: the same of what was handed out.
+        given_up_bytes_up: received in attempts that were given up; `bytes_up` has them not.
+        given_up_bytes_down: sent in them.
+        compression_error_up: see `RoundRecord`; where messages are compressed.
+        compression_error_down: the same of what was handed out.
+        given_up_bytes_up: received in attempts that were given up; `bytes_up` has them not.
+        given_up_bytes_down: sent in them.
     """
 
     personal_evaluations: Mapping[str, Scores]
     num_threads: int
     attempts: int
+    compression_error_up: float
+    compression_error_down: float
+    given_up_bytes_up: int
+    given_up_bytes_down: int
+    given_up_bytes_up: int
+    given_up_bytes_down: int
 
 
 class Round(SometimesInRound):

@@ -292,7 +292,7 @@ def load_base(
 def make_agreement(config: Config, base: BaseModel) -> Agreement:
     """What the server and every site hold to: the rule, its options, the shapes and the seed."""
     rule, options = METHODS[config.method], config.rule_options()
-    return Agreement(rule, options, base.targets.shapes, config.seed)
+    return Agreement(rule, options, base.targets.shapes, config.seed, config.compression)
 
 
 def make_federation(
@@ -308,6 +308,7 @@ def make_federation(
         server_learning_rate=config.server_learning_rate,
         server_momentum=config.server_momentum,
         modules=client_modules(config, base.targets.shapes),
+        compression_feedback=config.compression_feedback,
     )
 
 
@@ -327,6 +328,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         update={
             "method": "fedit",  # with one client: go on training the same adapter
             "method_options": {},
+            "compression": "none",
             "num_clients": 1,
             "min_clients_per_round": None,
             "clients_needed_per_round": None,
@@ -344,7 +346,10 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
         federation=replace(
             spec,
             agreement=replace(
-                spec.agreement, rule=METHODS[config.method], options=config.rule_options()
+                spec.agreement,
+                rule=METHODS[config.method],
+                options=config.rule_options(),
+                compression=config.compression,
             ),
             ranks=[rank],
             num_examples=[spec.num_examples[client]],

@@ -52,6 +52,7 @@ def state_from_tensors(
         ),
         leading=_factor_pairs(tensors, "leading"),
         changes=_changes(tensors, round, last_merge),
+        unsent=_deltas(tensors, "unsent"),
     )
 
 
@@ -103,6 +104,7 @@ def _named(state: ServerState) -> Tensors:
         **{f"momentum_factors/{name}": value for name, value in state.momentum.factors.items()},
         **{f"dense/{name}": value for name, value in state.dense.items()},
         **_factors("leading", state.leading),
+        **_factors("unsent", state.unsent),
         **_named_changes(state),
     }
 

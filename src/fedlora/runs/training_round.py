@@ -46,6 +46,7 @@ class TrainingRound:
 
     Attributes:
         attempts: how often it was tried.
+        given_up: bytes up and down of the attempts that were given up.
         models: the models that clients ended with, where they are kept.
         scores: what these measure, where they are evaluated.
     """
@@ -66,7 +67,7 @@ class TrainingRound:
         self.evaluates = self.config.eval_personal and due and not personal
         self.keeps_models = self.config.save_client_models and not personal
         self.number = server.state.round + 1
-        self.attempts = 0
+        self.attempts, self.given_up = 0, (0, 0)
         self.models: Models = {}
         self.scores: dict[int, Scores] = {}
 
@@ -101,6 +102,8 @@ class TrainingRound:
             counted = self._exchange(broadcasts)
             if counted >= least:
                 return
+            up, down = self.server.traffic()
+            self.given_up = self.given_up[0] + up, self.given_up[1] + down
             self.engine.restore(EngineState(self.engine.state().facts, before.clients))
             if self.attempts < self.config.round_attempts:
                 self._warn(

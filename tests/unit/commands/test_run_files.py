@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from fedlora.commands.run_files import is_run, listed, mapping, number, outcome_of, read_run, whole
+from fedlora.commands.run_files import (
+    bytes_of,
+    is_run,
+    listed,
+    mapping,
+    number,
+    outcome_of,
+    read_run,
+    whole,
+)
 from support.report_runs import lines_of, write_run
 
 
@@ -28,6 +37,14 @@ from support.report_runs import lines_of, write_run
 def test_numbers_of_damaged_lines(value: Any, plain: Any, count: int | None) -> None:
     assert number(value) == plain
     assert whole(value) == count
+
+
+def test_bytes_of_attempts_and_evaluations_count() -> None:
+    line = {"bytes_up": 3, "bytes_down": 5, "evaluation_bytes_down": 7}
+    given_up = {"given_up_bytes_up": 11, "given_up_bytes_down": 13}
+    assert bytes_of(line) == (3, 12)
+    assert bytes_of(line | given_up) == (14, 25)
+    assert bytes_of({"bytes_up": "3"}) == (0, 0)
 
 
 def test_mappings_of_damaged_lines() -> None:

@@ -49,6 +49,10 @@ class Rounds:
 
     def __init__(self) -> None:
         self.held: dict[int, list[int | None]] = {0: [], 1: []}
+        self.lagging: list[int] = []
+
+    def unconfirmed(self, client: int) -> None:
+        self.lagging.append(client)
 
     def lacking(self, client: int, held: int | None) -> Lacking:
         self.held[client].append(held)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedlora.federation.codec import pack
+from fedlora.federation.compression import packed, rounded
 from fedlora.federation.envelope import (
     VERSION,
     Header,
@@ -36,6 +37,46 @@ def message() -> Message:
         "g2/rows/value": torch.tensor([-128, 127], dtype=torch.int8),
     }
     return Message(HEADER, {"clients": [{"client": 4, "loss": 0.1}], "groups": ["g0"]}, tensors)
+
+
+GOLDEN_PACKED = REPOSITORY / "tests" / "data" / "message-v2-int8.bin"
+
+
+def packed_message() -> Message:
+    """A tensor on the grid of eight bits by rows, one by columns, and one on none."""
+    rows = rounded(torch.arange(12, dtype=torch.float32).reshape(2, 6).sin(), "int8")
+    columns = rounded(torch.arange(12, dtype=torch.float32).reshape(6, 2).cos(), "int8", axis=1)
+    tensors = {"0/A/q": rows, "0/B/q": columns, "dense/score": torch.tensor([[0.1, 0.7]])}
+    return Message(HEADER, {"clients": []}, tensors, "int8")
+
+
+def test_what_was_rounded_travels_in_fewer_bytes_and_comes_back_bit_by_bit() -> None:
+    sent = packed_message()
+    assert encode(sent) == GOLDEN_PACKED.read_bytes()
+    back = decode(GOLDEN_PACKED.read_bytes())
+    assert (back.compression, list(back.tensors)) == ("int8", list(sent.tensors))
+    for name, value in sent.tensors.items():
+        assert torch.equal(back.tensors[name], value)
+        assert back.tensors[name].dtype == torch.float32
+    manifest, _ = said_of(encode(sent))
+    assert json.loads(manifest["__metadata__"]["fedlora"])["header"]["version"] == VERSION
+    assert manifest["0/A/q#int8"]["shape"] == [2, 6]
+    assert manifest["0/B/q#scale"]["shape"] == [1, 2]
+
+
+def test_where_nothing_is_packed_the_version_is_the_first() -> None:
+    """So that an older fedlora reads it, and its bytes are those of a message without."""
+    plain = message()
+    assert encode(replace(plain, compression="int8")) == encode(plain)
+
+
+@pytest.mark.parametrize("lost", ["0/A/q#int8", "0/A/q#scale"])
+def test_codes_without_scales_are_refused(lost: str) -> None:
+    parts = packed(packed_message().tensors, "int8")
+    del parts[lost]
+    header = {"version": VERSION, **HEADER.__dict__, "body": {}}
+    with pytest.raises(RefusedMessageError, match="scale"):
+        decode(pack(parts, header))
 
 
 def said_of(data: bytes) -> tuple[dict[str, Any], bytes]:

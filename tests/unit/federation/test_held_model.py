@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.codec import pack
+from fedlora.federation.compression import Compression, packed
 from fedlora.federation.envelope import Header, Message, RefusedMessageError, decode, encode
 from fedlora.federation.exchange import Agreement, client_start
 from fedlora.federation.held_model import HeldModel, LostModelError
@@ -37,11 +38,16 @@ MIXED, EQUAL = (8, 4, 2), (4, 4, 4)
 
 
 def serve(
-    method: str, *, given: bool = False, how: Mapping[str, Any] | None = None, **options: Any
+    method: str,
+    *,
+    given: bool = False,
+    how: Mapping[str, Any] | None = None,
+    compression: Compression = "none",
+    **options: Any,
 ) -> Server:
     rule = METHODS[method]
     ranks = MIXED if rule.mixed_ranks else EQUAL
-    agreement = Agreement(rule, rule.options(**options), SHAPES, 5)
+    agreement = Agreement(rule, rule.options(**options), SHAPES, 5, compression)
     federation = Federation(ranks, [10, 17, 24], agreement, **(how or {}))
     start = None
     if given:
@@ -70,12 +76,12 @@ class Sites:
     def message(self, client: int, broadcast: Broadcast) -> Message:
         lacking = self.server.lacking(client, self.confirmed[client])
         message = decode(encode(site_message(self.header(), broadcast, lacking)))
-        data = pack(lacking.tensors, {})
+        data = pack(packed(lacking.tensors, lacking.compression), {})
         assert len(data) - 8 - int.from_bytes(data[:8], "little") == lacking.nbytes
         return message
 
-    def play(self, away: int | None = None, settle: bool = True) -> None:
-        """One round; all that reach their site train, those that are away do not."""
+    def play(self, away: int | None = None, settle: bool = True, late: int | None = None) -> None:
+        """One round; those that are away do not train, and of who is late nothing comes."""
         server = self.server
         number, sent = server.state.round + 1, server.plan()
         self.bytes[number] = {}
@@ -87,6 +93,11 @@ class Sites:
             site = self.models[client]
             found = site.applied(message)
             assert_same(found, broadcast)
+            if client == late:
+                server.unconfirmed(client)
+                server.reject(client, "it was late", "late")
+                self.bytes[number][client] = found.nbytes
+                continue
             own = self.kept.get(client)
             starts = [client_start(x, server.agreement, own) for x in (found, broadcast)]
             assert same(vars(starts[0]), vars(starts[1]))
@@ -132,6 +143,17 @@ def test_a_site_has_the_servers_broadcasts_and_starts(method: str, given: bool) 
         sites.play(away=1 if number == 3 else None, settle=number % 2 == 0)
 
 
+@pytest.mark.parametrize("compression", ["bf16", "int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_site_decodes_what_the_server_reckons_with(method: str, compression: Compression) -> None:
+    sites = Sites(serve(method, given=True, compression=compression))
+    for number in range(1, 6):
+        if number == 4:
+            sites.models[2] = HeldModel(sites.server.agreement)
+            sites.confirmed[2] = None
+        sites.play(away=1 if number == 3 else None, settle=number % 2 == 0)
+
+
 @pytest.mark.parametrize("options", [{"max_rank": 6}, {"start_fraction": 0.0}])
 def test_exact_with_options(options: dict[str, Any]) -> None:
     sites = Sites(serve("exact", **options))
@@ -166,6 +188,19 @@ def test_a_round_without_an_update_that_counts(method: str) -> None:
             sites.server.commit()
         else:
             sites.play()
+
+
+@pytest.mark.parametrize("method", ["exact", "flora"])
+def test_who_was_late_is_sent_the_changes_since_the_round_it_confirmed(method: str) -> None:
+    """It has a later model, and takes of the changes what it lacks."""
+    sites = Sites(serve(method))
+    for number in range(1, 7):
+        sites.play(late=1 if number == 5 else None)
+        if number == 5:
+            assert (sites.confirmed[1], sites.models[1].round) == (3, 4)
+    sent, whole = sites.bytes[6], sites.server.model_lacking(None).nbytes
+    assert sent[0] < sent[1] < whole
+    assert sites.confirmed[1] == 5
 
 
 @pytest.mark.parametrize("method", ["exact", "flora"])

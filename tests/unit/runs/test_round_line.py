@@ -20,6 +20,20 @@ def test_a_round_becomes_a_line() -> None:
     assert (line["bytes_up"], line["bytes_down"]) == (80, 200)
     assert line["evaluation"] == {"loss": 2.0}
     assert "personal_evaluations" not in line
+    assert not any(key.startswith("compression_error") for key in line)
+
+
+def test_what_was_lost_and_given_up_stands_where_there_is_something() -> None:
+    record = RoundRecord(
+        1, (), None, 0.0, 0.0, 1, compression_error_up=0.01, compression_error_down=0.0
+    )
+    seconds = Seconds(train=0.0, aggregate=0.0, evaluate=0.0)
+    line = round_line(record, Evaluations(), {}, attempts=2, given_up=(30, 70), seconds=seconds)
+    assert (line["compression_error_up"], line["compression_error_down"]) == (0.01, 0.0)
+    assert (line["given_up_bytes_up"], line["given_up_bytes_down"]) == (30, 70)
+    assert line.keys() <= set(Round.__annotations__)
+    once = round_line(record, Evaluations(), {}, attempts=1, seconds=seconds)
+    assert "given_up_bytes_up" not in once
 
 
 def test_models_of_clients_come_in_their_order() -> None:

@@ -154,6 +154,9 @@ def test_a_round_below_its_quorum_is_tried_again() -> None:
     training, engine = round_of(server, answers, told, **keys)
     training.run()
     assert training.attempts == 2
+    up, down = server.traffic()
+    assert training.given_up == (up // 3, down)  # one client answered, and all were asked
+    assert up > 0
     assert engine.asked[0] == engine.asked[1]
     assert engine.restored == 1
     begins = [e["attempt"] for e in told if e["event"] == "round_begin"]

@@ -12,6 +12,7 @@ import yaml
 
 from fedlora import __version__
 from fedlora.commands.export.origin import Origin
+from fedlora.commands.run_files import bytes_of
 from fedlora.config.config import Config
 from fedlora.embedded import EMBEDDED
 from fedlora.runs.file_names import METRICS
@@ -140,9 +141,9 @@ def _procedure(config: Config, run: Path, last: int) -> list[str]:
     lines = read_metrics(run) if (run / METRICS).is_file() else []
     lines = [line for line in lines if line["round"] <= last]
     header = next((line for line in lines if line["event"] == "begin"), {})
-    rounds = [line for line in lines if line["event"] == "round"]
     clients = header.get("clients") or []
     ranks = [client["rank"] for client in clients]
+    sizes = [bytes_of(line) for line in lines if line["event"] in ("start", "round")]
     facts = [
         ("method", f"{config.method} (`fedlora`'s name of the aggregation rule)"),
         ("clients", str(len(clients)) if clients else "unknown"),
@@ -152,8 +153,8 @@ def _procedure(config: Config, run: Path, last: int) -> list[str]:
             f"{sum(client['rows'] for client in clients):,}" if clients else "-",
         ),
         ("rounds", str(last)),
-        ("bytes up, all rounds", human_bytes(sum(line.get("bytes_up", 0) for line in rounds))),
-        ("bytes down, all rounds", human_bytes(sum(line.get("bytes_down", 0) for line in rounds))),
+        ("bytes up, all rounds", human_bytes(sum(up for up, _ in sizes))),
+        ("bytes down, all rounds", human_bytes(sum(down for _, down in sizes))),
         ("learning rate", f"{config.learning_rate:g}"),
         ("seed", str(config.seed)),
     ]

@@ -11,7 +11,7 @@ from fedlora.commands.report.measures import KINDS, Panel, change, panels, title
 from fedlora.commands.report.reading import what_lacks
 from fedlora.commands.report.series import Series, differing, group
 from fedlora.commands.report.spectrum import Spectrum
-from fedlora.commands.run_files import Line, Run, listed, mapping, number, whole
+from fedlora.commands.run_files import Line, Run, bytes_of, listed, mapping, number, whole
 
 MOST_KINDS = 10
 """Different values shown in a client's bar; the rarest beyond them are summed up."""
@@ -70,6 +70,8 @@ class Traffic:
         down: from the server to clients.
         lower: of each client and round: its own trained factors, in float32.
         upper: of a client and round: the whole base, in float32.
+        total_up: of the run, with attempts that were given up.
+        total_down: the same, with what sites were sent to evaluate.
     """
 
     rounds: tuple[int, ...]
@@ -77,6 +79,8 @@ class Traffic:
     down: tuple[tuple[int | None, ...], ...]
     lower: tuple[int | None, ...]
     upper: int | None
+    total_up: int
+    total_down: int
 
 
 @dataclass(frozen=True)
@@ -353,6 +357,8 @@ def _traffic(
         tuple(down),
         tuple((rank * width + dense) * BYTES if rank and width else None for rank in clients.ranks),
         parameters * BYTES if parameters else None,
+        sum(bytes_of(line)[0] for line in run.rounds),
+        sum(bytes_of(line)[1] for line in (run.start, *run.rounds)),
     )
 
 

@@ -55,7 +55,7 @@ function header(main) {
     list.push(el("small", {}, [ends.length === 1 ? `after round ${ends[0]}` : "in the last round", bases.length === 1 ? `, base ${bases[0]}` : ""].join("")));
     facts.append(el("div", { class: lines.length > 1 ? "wide" : null }, el("dt", {}, `${panel.title}, held-out rows`), el("dd", { class: "outcomes" }, list, lines.length > 6 ? el("small", {}, `and ${lines.length - 6} more below`) : null)));
   }
-  const total = (way) => D.runs.map((x) => sum(x.traffic[way].flat()));
+  const total = (way) => D.runs.map((x) => x.traffic[`total_${way}`]);
   const between = (list, f) => { const a = Math.min(...list), b = Math.max(...list); return f(a) === f(b) ? f(a) : `${f(a)} to ${f(b)}`; };
   const time = D.runs.map((x) => sum(Object.values(x.seconds).flat()));
   if (D.runs.some((x) => x.traffic.rounds.length)) {
@@ -104,7 +104,7 @@ function runsSection() {
   const last = (run) => { const rows = run.quality.filter((x) => x[panel.kind] && isNumber(x[panel.kind][panel.measure])); return rows.length ? rows[rows.length - 1][panel.kind][panel.measure] : null; };
   node.append(scrolling("All runs", {
     head: ["run", "directory", "seed", "rounds", ...(panel ? [`${panel.measure}, last`] : []), "best round", "bytes up", "bytes down", "seconds", "state"],
-    rows: D.runs.map((run) => [run.label, run.name, run.seed, `${run.done}${run.planned ? ` of ${run.planned}` : ""}`, ...(panel ? [last(run)] : []), run.best, sum(run.traffic.up.flat()), sum(run.traffic.down.flat()), Number(sum(Object.values(run.seconds).flat()).toPrecision(D.digits)), run.finished ? "finished" : "not finished"]),
+    rows: D.runs.map((run) => [run.label, run.name, run.seed, `${run.done}${run.planned ? ` of ${run.planned}` : ""}`, ...(panel ? [last(run)] : []), run.best, run.traffic.total_up, run.traffic.total_down, Number(sum(Object.values(run.seconds).flat()).toPrecision(D.digits)), run.finished ? "finished" : "not finished"]),
   }));
 }
 function timeSection() {
