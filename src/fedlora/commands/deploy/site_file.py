@@ -13,7 +13,7 @@ FILL_IN = "FILL IN"
 
 _TEXT = """\
 # The site {name} of the federation {federation}: for fedlora worker, which ./start starts.
-# Relative paths count from the directory of this file. Lines with "{fill_in}" are for you to decide;
+# Relative paths count from the directory of this file. Lines with "{fill_in}" are yours to decide;
 # fedlora worker --example shows every key. Check with: fedlora doctor --site site.yaml
 
 name: {name}                       # as the server calls this site; leave it
@@ -95,7 +95,7 @@ def _bounds(site: FederationSite) -> str:
     granted = {k: v for k, v in site.bounds.model_dump().items() if v is not None}
     if not granted:
         return (
-            f"# bounds:                          # {FILL_IN}: without them a server may set what it "
-            "likes\n#   lora_r: 16\n#   max_steps: 500\n#   max_length: 1024\n"
+            f"# bounds:                          # {FILL_IN}: without them a server may set what "
+            "it likes\n#   lora_r: 16\n#   max_steps: 500\n#   max_length: 1024\n"
         )
     return _lines({"bounds": granted})
