@@ -28,6 +28,9 @@ CONTROLLER = "fedlora.engines.nvflare.controller.CourseController"
 EXECUTOR = "fedlora.engines.nvflare.executor.SiteExecutor"
 """What a job builds at a site; the site's `class_allow_list` has to name it."""
 
+TASK = "fedlora_message"
+"""Name of the task that brings a site a message, which a site's filters may be set for."""
+
 OWN_FILE = Path("local") / "fedlora.json"
 """What fedlora keeps in a kit."""
 
