@@ -61,9 +61,7 @@ def run_id(directory: Path) -> str | None:
     return hashlib.sha256(first).hexdigest()[:16]
 
 
-def write_job(
-    path: Path, order: Order, present: Sequence[str], saved: Path | None = None
-) -> None:
+def write_job(path: Path, order: Order, present: Sequence[str], saved: Path | None = None) -> None:
     """Write a job.
 
     Args:
