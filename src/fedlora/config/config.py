@@ -358,9 +358,9 @@ class Config(BaseModel):
     sites: Annotated[dict[str, str] | None, Mark.MACHINE, Mark.CARRIER, JsonSchema(ADDRESSES)] = (
         Field(None, description="name: address of every site, the path of its worker's socket")
     )
-    kit: Annotated[
-        str | None, Mark.DIRECTORY, Mark.ABSOLUTE, Mark.MACHINE, Mark.CARRIER
-    ] = Field(None, description="engine: nvflare: directory of the kit of the admin who submits")
+    kit: Annotated[str | None, Mark.DIRECTORY, Mark.ABSOLUTE, Mark.MACHINE, Mark.CARRIER] = Field(
+        None, description="engine: nvflare: directory of the kit of the admin who submits"
+    )
     num_workers: Annotated[SizeOfMachine, Mark.CARRIER] = Field(
         "auto", description="worker processes; auto: one for each core of the CPU, or for each GPU"
     )

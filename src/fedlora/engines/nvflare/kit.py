@@ -34,7 +34,11 @@ TASK = "fedlora_message"
 OWN_FILE = Path("local") / "fedlora.json"
 """What fedlora keeps in a kit."""
 
-_ROLES = {"fed_admin.json": "an admin", "fed_server.json": "the server", "fed_client.json": "a site"}
+_ROLES = {
+    "fed_admin.json": "an admin",
+    "fed_server.json": "the server",
+    "fed_client.json": "a site",
+}
 
 
 @dataclass(frozen=True)

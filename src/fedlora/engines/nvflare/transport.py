@@ -80,9 +80,7 @@ class NvflareTransport:
             for task in tasks.values():
                 self.controller.cancel_task(task)
 
-    def _send(
-        self, name: str, message: bytes, deadline: float | None, answers: _Answers
-    ) -> Task:
+    def _send(self, name: str, message: bytes, deadline: float | None, answers: _Answers) -> Task:
         seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
         task = Task(
             name=TASK,
