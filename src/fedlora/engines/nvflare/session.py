@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedlora.engines.nvflare.kit import AdminKit
+from fedlora.engines.nvflare.kit import ADMIN_RIGHT, AdminKit
 from fedlora.errors import FedloraError, InputError
 
 _CONNECT = 10.0  # seconds to reach the server and to log in
@@ -140,10 +140,7 @@ class FlareSession:
         ) as error:
             raise NotRunningError(str(error)) from None
         except api_spec.AuthorizationError as error:
-            raise InputError(
-                f"kit: {self.kit.user} may not do this in the federation ({error}); its "
-                "administrator gives you another role, or a kit of another role"
-            ) from None
+            raise InputError(self._unauthorized(str(error))) from None
         except (
             api_spec.NoConnection,
             api_spec.SessionClosed,
@@ -156,6 +153,17 @@ class FlareSession:
             raise UnreachableError(
                 f"the server at {self.kit.server} is not reached: {error}"
             ) from None
+
+    def _unauthorized(self, error: str) -> str:
+        if ADMIN_RIGHT in error:
+            return (
+                f"kit: {self.kit.user} may submit a run, but not follow it: the server's "
+                f'local/authorization.json has to give this role "{ADMIN_RIGHT}": "n:submitter"'
+            )
+        return (
+            f"kit: {self.kit.user} may not submit runs to this federation ({error}); its "
+            "administrator can make a kit of another role for you"
+        )
 
     def sites(self) -> Sequence[str]:
         """The sites whose heartbeat was heard lately."""
