@@ -19,20 +19,13 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedlora.config.config import Config
-from fedlora.engines.nvflare.feed import Feed, Outcome
-from fedlora.engines.nvflare.hosting import configuration, host, publish
+from fedlora.engines.nvflare.feed import FEED, Feed, Outcome, write_outcome
+from fedlora.engines.nvflare.hosting import RESULT, configuration, host, publish
 from fedlora.engines.nvflare.order import read_order, saved_in
 from fedlora.engines.nvflare.transport import NvflareTransport
 from fedlora.engines.site_calls import SiteCalls
 from fedlora.errors import FedloraError
 from fedlora.runs.events import Event
-from fedlora.text import first_line
-
-FEED = "fedlora_feed"
-"""Topic of the command by which an admin asks what is new."""
-
-RESULT = "fedlora"
-"""Directory of a job's result in which the run lies."""
 
 _PATIENCE = 10.0  # seconds for the admin to take the last of what was told
 _LOOK = 0.2  # seconds between two looks at whether the job is to end
@@ -65,18 +58,20 @@ class CourseController(Controller):  # type: ignore[misc]
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Run what the job orders, tell how it ended, and leave its files as the job's result."""
-        workspace, job = fl_ctx.get_engine().get_workspace(), fl_ctx.get_job_id()
-        run = list[Path]()
+        workspace = fl_ctx.get_engine().get_workspace()
+        result = Path(workspace.get_run_dir(fl_ctx.get_job_id()))
+        run, failure = list[Path](), None
         try:
             outcome = self._outcome(abort_signal, fl_ctx, run.append)
         except Exception as error:
-            self._feed.end(Outcome("failed", first_line(error)), _PATIENCE)
-            raise
-        finally:
-            self._over.set()
-            if run:
-                publish(run[0], Path(workspace.get_run_dir(job)) / RESULT)
+            outcome, failure = Outcome("failed", f"{type(error).__name__}: {error}"), error
+        self._over.set()
+        if run:
+            publish(run[0], result / RESULT)
+        write_outcome(result, outcome)
         self._feed.end(outcome, 0.0 if abort_signal.triggered else _PATIENCE)
+        if failure is not None:
+            raise failure
         if outcome.kind == "mistake":
             self.system_panic(outcome.message, fl_ctx)
 

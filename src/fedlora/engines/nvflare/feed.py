@@ -11,6 +11,7 @@ end how it ended. A question and its answer are objects of JSON:
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,10 @@ from typing import Any, Literal
 from fedlora.runs.events import Event
 from fedlora.runs.file_names import CONFIG, METRICS
 
+FEED = "fedlora_feed"
+"""Topic of the command by which an admin asks what is new."""
+
+_OUTCOME = "fedlora_outcome.json"
 _MOST_EVENTS = 500
 _MOST_BYTES = 1_000_000  # of metrics in one answer; a line may be longer
 
@@ -36,6 +41,19 @@ class Outcome:
 
     kind: Literal["ended", "stopped", "mistake", "failed"]
     message: str = ""
+
+
+def write_outcome(result: Path, outcome: Outcome) -> None:
+    """Leave how a job ended in its result, for an admin who was away then."""
+    (result / _OUTCOME).write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
+
+
+def read_outcome(result: Path) -> Outcome | None:
+    """How a job ended; None: it did not come to its end."""
+    try:
+        return Outcome(**json.loads((result / _OUTCOME).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 class Feed:

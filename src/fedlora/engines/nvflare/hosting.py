@@ -19,6 +19,9 @@ from fedlora.runs.events import Report
 from fedlora.runs.file_names import CONFIG, FINAL, LOCK, METRICS
 from fedlora.runs.progress import PROGRESS
 
+RESULT = "fedlora"
+"""Directory of a job's result in which the run lies."""
+
 _FORMER_JOB = 60.0  # seconds for the process of a former job to let go of the run
 _KEPT_HERE = (PROGRESS, LOCK)
 

@@ -28,6 +28,11 @@ CONTROLLER = "fedlora.engines.nvflare.controller.CourseController"
 EXECUTOR = "fedlora.engines.nvflare.executor.SiteExecutor"
 """What a job builds at a site; the site's `class_allow_list` has to name it."""
 
+ADMIN_RIGHT = "app_command"
+"""A right that FLARE's default policy gives to `project_admin` alone: to ask a running job what is
+new. The server's `local/authorization.json` gives it to every role that submits runs, as
+`"app_command": "n:submitter"` (of one's own jobs)."""
+
 TASK = "fedlora_message"
 """Name of the task that brings a site a message, which a site's filters may be set for."""
 

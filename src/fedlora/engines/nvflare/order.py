@@ -64,16 +64,18 @@ def run_id(directory: Path) -> str | None:
 def write_job(path: Path, order: Order, present: Sequence[str], saved: Path | None = None) -> None:
     """Write a job.
 
+    FLARE ends a job whose sites are fewer than `min_clients`, at any moment. The run itself decides
+    how many a round needs, and who must be there at its start.
+
     Args:
         path: the directory to make; its name is the job's.
         order: what is to be run.
-        present: the sites that it is deployed to; all of them have to take it.
+        present: the sites that it is deployed to.
         saved: directory of a run whose newest round goes with it.
     """
     meta = {
         "name": path.name,
-        "min_clients": len(present),
-        "mandatory_clients": list(present),
+        "min_clients": 1,
         "deploy_map": {_SERVER: ["server"], _SITE: list(present)},
         "resource_spec": {},
     }
