@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,13 +101,14 @@ class FlareSession:
             from nvflare.fuel.flare_api import api_spec, flare_api
 
             try:
-                self._session = flare_api.new_secure_session(
-                    self.kit.user,
-                    str(self.kit.path),
-                    timeout=_CONNECT,
-                    command_timeout=_COMMAND,
-                    auto_login_max_tries=1,
-                )
+                with redirect_stdout(io.StringIO()):  # FLARE greets whoever logs in
+                    self._session = flare_api.new_secure_session(
+                        self.kit.user,
+                        str(self.kit.path),
+                        timeout=_CONNECT,
+                        command_timeout=_COMMAND,
+                        auto_login_max_tries=1,
+                    )
             except (api_spec.AuthenticationError, api_spec.AuthorizationError) as error:
                 raise InputError(
                     f"kit: {self.kit.path}: the server at {self.kit.server} does not let "
@@ -132,6 +134,8 @@ class FlareSession:
         session = self._opened()
         try:
             yield session
+        except NotRunningError:
+            raise
         except (
             api_spec.JobNotRunning,
             api_spec.JobNotDone,
@@ -196,8 +200,13 @@ class FlareSession:
         """Ask a job; see `AdminSession.ask`."""
         from fedlora.engines.nvflare.feed import FEED
 
+        from nvflare.fuel.flare_api.api_spec import InternalError
+
         with self._asking() as session:
-            answer = session.do_app_command(job, FEED, dict(question))
+            try:
+                answer = session.do_app_command(job, FEED, dict(question))
+            except (InternalError, RuntimeError) as error:  # its process begins or ends just now
+                raise NotRunningError(str(error)) from None
         if not isinstance(answer, Mapping) or "events" not in answer:
             raise NotRunningError("the job does not answer")
         return answer
