@@ -15,6 +15,7 @@ file too.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def _own_path(kit: Path, key: str, what: str) -> Path:
     value = own_values(kit).get(key)
     if not isinstance(value, str) or not value:
         raise InputError(f'{kit / OWN_FILE}: give {what} in it, as {{"{key}": path}}')
-    return kit / value
+    return Path(os.path.normpath(kit / value))  # a socket's path has to be short
 
 
 def _role(kit: Path) -> str | None:
