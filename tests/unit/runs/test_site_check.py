@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedlora.errors import InputError
-from fedlora.runs.site_check import check_site
+from fedlora.runs.site_check import check_site, measure_site
 from support.one_site import made_site
 from support.rows import rows, write_jsonl
 

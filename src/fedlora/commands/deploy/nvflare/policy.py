@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlora.engines.nvflare.kit import CONTROLLER, EXECUTOR, OWN_FILE
+from fedlora.engines.nvflare.kit import ADMIN_RIGHT, CONTROLLER, EXECUTOR, OWN_FILE
 
 RESOURCES = Path("local") / "resources.json"
 AUTHORIZATION = Path("local") / "authorization.json"
@@ -28,8 +28,12 @@ _LEADS = {
     "operate": "none",
     "shell_commands": "none",
     "byoc": "none",
+    ADMIN_RIGHT: "n:submitter",
 }
-_ALL = {**_LEADS, "manage_job": "any", "download_job": "any", "operate": "any"}
+_ALL = {
+    **_LEADS,
+    **dict.fromkeys(("manage_job", "download_job", "operate", ADMIN_RIGHT), "any"),
+}
 
 PERMISSIONS = {"project_admin": _ALL, "org_admin": _LOOKS, "lead": _LEADS, "member": _LOOKS}
 """Role -> right -> whom it is granted. Nobody may bring code (`byoc`) or use a shell."""
