@@ -65,12 +65,14 @@ class AdminKit:
 
 
 def read_admin_kit(path: str | Path) -> AdminKit:
-    """The kit of an admin.
+    """The kit of an admin, given its directory or the folder of `fedlora deploy` that holds it.
 
     Raises:
         InputError: it is none, or is that of a server or a site.
     """
     path = Path(path)
+    if _role(path) is None and _role(path / "kit") is not None:
+        path = path / "kit"
     role = _role(path)
     if role is None:
         raise InputError(
