@@ -34,6 +34,7 @@ from fedlora.engines.nvflare.feed import FEED
 from fedlora.engines.nvflare.kit import OWN_FILE, AdminKit
 from fedlora.engines.nvflare.session import NotRunningError
 from fedlora.engines.nvflare.submit import Patience, resume_on_nvflare, run_on_nvflare
+from fedlora.engines.site_errors import told_to_server
 from fedlora.engines.site_listener import Listener
 from fedlora.runs.directory import RunDirectory
 from fedlora.runs.events import Report, ignore
@@ -161,7 +162,8 @@ class _Worker:
     site: SiteInMemory
 
     def handle(self, message: bytes, seconds: float | None) -> bytes:
-        return self.site.answer(message)
+        with told_to_server():
+            return self.site.answer(message)
 
     def status(self) -> dict[str, Any]:
         return self.site.service.status()

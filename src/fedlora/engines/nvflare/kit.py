@@ -15,6 +15,7 @@ file too.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,14 @@ class AdminKit:
 
 
 def read_admin_kit(path: str | Path) -> AdminKit:
-    """The kit of an admin.
+    """The kit of an admin, given its directory or the folder of `fedlora deploy` that holds it.
 
     Raises:
         InputError: it is none, or is that of a server or a site.
     """
     path = Path(path)
+    if _role(path) is None and _role(path / "kit") is not None:
+        path = path / "kit"
     role = _role(path)
     if role is None:
         raise InputError(
@@ -126,7 +129,7 @@ def _own_path(kit: Path, key: str, what: str) -> Path:
     value = own_values(kit).get(key)
     if not isinstance(value, str) or not value:
         raise InputError(f'{kit / OWN_FILE}: give {what} in it, as {{"{key}": path}}')
-    return kit / value
+    return Path(os.path.normpath(kit / value))  # a socket's path has to be short
 
 
 def _role(kit: Path) -> str | None:

@@ -71,7 +71,7 @@ def write_job(path: Path, order: Order, present: Sequence[str], saved: Path | No
         path: the directory to make; its name is the job's.
         order: what is to be run.
         present: the sites that it is deployed to.
-        saved: directory of a run whose newest round goes with it.
+        saved: directory of a run whose saved rounds go with it.
     """
     meta = {
         "name": path.name,
@@ -129,13 +129,16 @@ def saved_in(config: Path) -> Path | None:
 
 
 def copy_saved(run: Path, to: Path) -> None:
-    """Copy what a run goes on from: its configuration, its log and its newest round."""
+    """Copy what a run goes on from: its configuration, its log and its rounds.
+
+    Not the newest one alone: it may be damaged, and an earlier one may be the best.
+    """
     to.mkdir(parents=True)
     for name in (CONFIG, METRICS):
         if (run / name).is_file():
             shutil.copyfile(run / name, to / name)
-    if numbers := rounds_in(run):
-        shutil.copytree(run / f"round-{numbers[-1]}", to / f"round-{numbers[-1]}")
+    for number in rounds_in(run):
+        shutil.copytree(run / f"round-{number}", to / f"round-{number}")
 
 
 def rounds_in(run: Path) -> list[int]:

@@ -198,9 +198,9 @@ class FlareSession:
 
     def ask(self, job: str, question: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask a job; see `AdminSession.ask`."""
-        from fedlora.engines.nvflare.feed import FEED
-
         from nvflare.fuel.flare_api.api_spec import InternalError
+
+        from fedlora.engines.nvflare.feed import FEED
 
         with self._asking() as session:
             try:
