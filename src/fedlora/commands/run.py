@@ -144,7 +144,7 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
 
     quiet_libraries()
     config = Config(**settings(arguments, EMBEDDED))
-    if config.engine == "sites":
+    if config.trains_at_sites:
         raise InputError(
             "--dry_run looks at rows, which lie at the sites; check each of them there: fedlora "
             "worker --site SITE.yaml --check"

@@ -96,8 +96,8 @@ def check_round_under_failure(config: Config) -> None:
         )
     if config.round_timeout is not None and config.engine == "local":
         raise ValueError(
-            "round_timeout belongs to engine: workers or sites; clients that train in this process "
-            "cannot be stopped"
+            "round_timeout belongs to another engine than local; clients that train in this "
+            "process cannot be stopped"
         )
 
 
@@ -119,6 +119,16 @@ def check_sites(config: Config) -> None:
             raise ValueError(f"sites: {name} has no address")
     if len(set(sites.values())) < len(sites):
         raise ValueError("sites: two of them have the same address")
+
+
+def check_kit(config: Config) -> None:
+    """An admin's kit belongs to the engine that submits with it."""
+    if config.engine == "nvflare" and not config.kit:
+        raise ValueError(
+            "kit: engine: nvflare needs it, the directory of your admin's kit in the federation"
+        )
+    if config.kit is not None and config.engine != "nvflare":
+        raise ValueError(f"kit belongs to engine: nvflare, not to engine: {config.engine}")
 
 
 def check_local_training(config: Config) -> None:
@@ -195,6 +205,7 @@ CHECKS = (
     check_clients_per_round,
     check_round_under_failure,
     check_sites,
+    check_kit,
     check_local_training,
     check_partition,
     check_custom_template,

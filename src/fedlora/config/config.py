@@ -196,7 +196,7 @@ class Config(BaseModel):
         3, ge=1, description="of a round below min_clients_per_round, before the run stops"
     )
     round_timeout: float | None = Field(
-        None, gt=0, description="seconds after which nobody is waited for (engine: workers, sites)"
+        None, gt=0, description="seconds after which nobody is waited for; not with engine: local"
     )
     client_ranks: Annotated[
         int | list[int] | None,
@@ -300,7 +300,7 @@ class Config(BaseModel):
     eval_rounds: int = Field(1, ge=0, description="evaluate every so many rounds; 0: at the ends")
     server_evaluation: Annotated[bool, Mark.MACHINE, Mark.CARRIER] = Field(
         True,
-        description="engine: sites: evaluate at the server too, where it has rows (eval_file); "
+        description="with sites: evaluate at the server too, where it has rows (eval_file); "
         "false: it needs no weights of the base",
     )
     per_device_eval_batch_size: Annotated[int, Mark.OF_SITES] = Field(
@@ -354,13 +354,18 @@ class Config(BaseModel):
     seed: Annotated[int, Mark.REPETITION, Mark.OF_SITES] = Field(
         42, ge=0, description="of every random draw"
     )
-    engine: Annotated[Literal["local", "workers", "sites"], Mark.MACHINE, Mark.CARRIER] = Field(
+    engine: Annotated[
+        Literal["local", "workers", "sites", "nvflare"], Mark.MACHINE, Mark.CARRIER
+    ] = Field(
         "local",
         description="local: clients train in this process; workers: in processes of this machine; "
-        "sites: where their rows are, see sites",
+        "sites: where their rows are, see sites; nvflare: there too, over NVIDIA FLARE, see kit",
     )
     sites: Annotated[dict[str, str] | None, Mark.MACHINE, Mark.CARRIER, JsonSchema(ADDRESSES)] = (
         Field(None, description="name: address of every site, the path of its worker's socket")
+    )
+    kit: Annotated[str | None, Mark.DIRECTORY, Mark.ABSOLUTE, Mark.MACHINE, Mark.CARRIER] = Field(
+        None, description="engine: nvflare: directory of the kit of the admin who submits"
     )
     num_workers: Annotated[SizeOfMachine, Mark.CARRIER] = Field(
         "auto", description="worker processes; auto: one for each core of the CPU, or for each GPU"
@@ -416,6 +421,11 @@ class Config(BaseModel):
     def alpha(self, rank: int) -> float:
         """LoRA's alpha for a client of this rank."""
         return alpha_of(self.lora_alpha, rank)
+
+    @property
+    def trains_at_sites(self) -> bool:
+        """Whether the rows of the clients lie elsewhere, at sites that train by themselves."""
+        return self.engine in ("sites", "nvflare")
 
     @property
     def metric_is_better_when_greater(self) -> bool:

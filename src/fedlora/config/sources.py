@@ -12,18 +12,22 @@ from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.embedded import EMBEDDED
 from fedlora.methods import METHODS, rule_keys
 
+_ENGINE_OF = {"sites": "sites", "kit": "nvflare", "num_workers": "workers"}  # key -> its engine
+
 
 def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Later layers over earlier ones.
 
-    A later source of data replaces an earlier one, and a later method drops the options of an
-    earlier one that it does not have.
+    A later source of data replaces an earlier one, a later method drops the options of an earlier
+    one that it does not have, and a later engine drops what belongs to another.
     """
     out: dict[str, Any] = {}
     for layer in layers:
         if (rule := METHODS.get(str(layer.get("method")))) is not None:
             its = {f.name for f in dataclasses.fields(rule.options)}
             out = {key: x for key, x in out.items() if key not in rule_keys() - its}
+        if (engine := layer.get("engine")) is not None:
+            out = {key: x for key, x in out.items() if _ENGINE_OF.get(key, engine) == engine}
         for one, other in (("train_file", "dataset_name"), ("dataset_name", "train_file")):
             if layer.get(one) and other not in layer:
                 out.pop(other, None)

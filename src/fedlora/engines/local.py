@@ -18,6 +18,7 @@ from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.engines.run_sites import check_trains_itself, resume_with_sites, run_with_sites
+from fedlora.errors import InputError
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
@@ -63,9 +64,9 @@ def run(
         directory = RunDirectory.open(resume)
         try:
             began = as_it_began(directory.path, config)
-            if began.engine == "sites":
+            if began.trains_at_sites:
                 check_trains_itself(train_function)
-                return resume_with_sites(began, directory, callbacks, report)
+                return _resume_at_sites(began, directory, callbacks, report)
             session = assemble(began)
             initial = starting_state(session)
             with _course(session, directory, initial, train_function, callbacks, report) as course:
@@ -75,12 +76,30 @@ def run(
     if config is None:
         config = Config(**read_yaml(EMBEDDED_CONFIG))
     check_free(config.output_dir)
-    if config.engine == "sites":
+    if config.trains_at_sites:
         check_trains_itself(train_function)
-        return run_with_sites(config, callbacks, report)
+        return _run_at_sites(config, callbacks, report)
     return run_session(
         assemble(config), train_function=train_function, callbacks=callbacks, report=report
     )
+
+
+def _run_at_sites(config: Config, callbacks: Callbacks, report: Report) -> Result:
+    if config.engine == "nvflare":
+        from fedlora.engines.nvflare.submit import run_on_nvflare
+
+        return run_on_nvflare(config, callbacks, report)
+    return run_with_sites(config, callbacks, report)
+
+
+def _resume_at_sites(
+    config: Config, directory: RunDirectory, callbacks: Callbacks, report: Report
+) -> Result:
+    if config.engine == "nvflare":
+        from fedlora.engines.nvflare.submit import resume_on_nvflare
+
+        return resume_on_nvflare(config, directory, callbacks, report)
+    return resume_with_sites(config, directory, callbacks, report)
 
 
 def run_session(
@@ -240,10 +259,19 @@ class LocalEngine:
         return EngineState({"cohort_size": self.cohorts.size}, dict(self.states))
 
     def restore(self, state: EngineState) -> None:
-        """Go on from what was saved."""
+        """Go on from what was saved.
+
+        Raises:
+            InputError: what the clients keep lies at sites.
+        """
+        if "sites" in state.facts and has_personal_models(self.session):
+            raise InputError(
+                "engine: every site of this run keeps a model of its own, which is not here; go on "
+                "with the engine it began with"
+            )
         self.states.clear()  # it may be a round that is tried again, which leaves no trace
         self.states.update(state.clients)
-        self.cohorts.size = state.facts["cohort_size"]
+        self.cohorts.size = state.facts.get("cohort_size", self.cohorts.size)
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -49,12 +49,22 @@ def check_trains_itself(train_function: TrainFunction) -> None:
 
 
 def run_with_sites(
-    config: Config, callbacks: Callbacks, report: Report, make: MakeCalls = calls_on_sockets
+    config: Config,
+    callbacks: Callbacks,
+    report: Report,
+    make: MakeCalls = calls_on_sockets,
+    run: str = "",
 ) -> Result:
-    """Run a new federation; see `fedlora.engines.local.run`."""
+    """Run a new federation.
+
+    Args:
+        config, callbacks, report: see `fedlora.engines.local.run`.
+        make: makes what reaches the sites.
+        run: the run's id; "": any.
+    """
     notices = SimpleQueue[str]()
     with closing(make(config, notices.put)) as calls:
-        opened = open_federation(config, calls, Roster(), 0)
+        opened = open_federation(config, calls, Roster(run), 0)
         path = Path(opened.session.config.output_dir)
         directory = RunDirectory.create(path, config_file(opened.session))
         with closing(directory):
@@ -67,6 +77,7 @@ def resume_with_sites(
     callbacks: Callbacks,
     report: Report,
     make: MakeCalls = calls_on_sockets,
+    run: str = "",
 ) -> Result:
     """Go on with a federation after its last commit.
 
@@ -75,12 +86,14 @@ def resume_with_sites(
         directory: of the run; whoever opened it closes it.
         callbacks, report: see `fedlora.engines.local.run`.
         make: makes what reaches the sites.
+        run: the id of a run that has logged none; "": any.
     """
     notices = SimpleQueue[str]()
     saved, problems = directory.load_latest()
     number = saved.state.round if saved else 0
     lines = read_metrics(directory.path) if (directory.path / METRICS).is_file() else []
     roster = roster_of([line for line in lines if line["round"] <= number])
+    roster = replace(roster, run=roster.run or run)
     with closing(make(config, notices.put)) as calls:
         opened = open_federation(config, calls, roster, number)
         for problem in problems:

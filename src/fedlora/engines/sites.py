@@ -50,7 +50,6 @@ from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report
 from fedlora.runs.site_evaluation import mean_by_rows
 
-_ELSEWHERE = "of the sites"  # in the place of a fingerprint that only the sites have
 _DRIFTED = "its global model is not the server's any more; it is sent all of it next time"
 _LASTING = ("base", "data", "num_examples", "rank", "label_names", "shapes", "full_params")
 _GOODBYE = 10.0  # seconds
@@ -87,7 +86,7 @@ class SitesEngine:
     def identity(self) -> Mapping[str, str]:
         """The base's fingerprint; rows and local training are the sites' own (see `restore`)."""
         base = self.session.sites[0].base
-        return {"base": base, "data": _ELSEWHERE, "train_function": _ELSEWHERE}
+        return {"base": base, "data": seam.ELSEWHERE, "train_function": seam.ELSEWHERE}
 
     def serve(self, server: Server) -> None:
         """Say whose rounds are carried: the server knows what a site lacks of the global model."""
@@ -338,8 +337,13 @@ class SitesEngine:
         """Go on from what was saved.
 
         Raises:
-            InputError: a site's rows are not those it had.
+            InputError: a site's rows are not those it had, or what clients keep lies elsewhere.
         """
+        if state.clients:
+            raise InputError(
+                "engine: every client of this run keeps a model of its own, which the sites do not "
+                "have; go on with the engine it began with"
+            )
         saved = state.facts.get("sites", {})
         for site in self.sites.values():
             if site.name not in saved:

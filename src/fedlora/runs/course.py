@@ -21,7 +21,7 @@ from fedlora.methods import METHODS
 from fedlora.methods.values import ServerState
 from fedlora.runs.best_round import Best
 from fedlora.runs.directory import RunDirectory, Saved
-from fedlora.runs.engine import Engine, EngineState, Joined
+from fedlora.runs.engine import ELSEWHERE, Engine, EngineState, Joined
 from fedlora.runs.events import (
     End,
     EvaluateBegin,
@@ -158,7 +158,15 @@ class Course:
 
     def _check_same(self, saved: Saved) -> None:
         for key, ours in self.engine.identity.items():
-            if ours != saved.extra[key]:
+            theirs = saved.extra[key]
+            if ours == theirs:
+                continue
+            if ELSEWHERE in (ours, theirs):
+                self._warn(
+                    f"the run goes on with another engine, which cannot tell whether the "
+                    f"{key.replace('_', ' ')} is the one it began with"
+                )
+            else:
                 raise InputError(
                     f"--resume {self.directory.path}: the {key.replace('_', ' ')} differs from the "
                     "one the run began with; restore it, or start a new run"

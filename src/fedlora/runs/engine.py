@@ -19,6 +19,9 @@ from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
 from fedlora.runs.events import Evaluations
 
+ELSEWHERE = "of the sites"
+"""In the identity of an engine, in the place of what only its sites could tell."""
+
 
 @dataclass(frozen=True)
 class ClientResult:

@@ -10,6 +10,7 @@ from pathlib import Path
 from fedlora.config.clients import client_ranks, settled_overrides
 from fedlora.config.config import Config
 from fedlora.config.keys import Mark, keys_marked
+from fedlora.config.site import SITE_KEYS
 from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
@@ -28,7 +29,10 @@ def as_it_began(path: Path, config: Config | None) -> Config:
         return saved
     config = config.model_copy(update={"output_dir": str(path)})
     automatic, now = keys_marked(Config, Mark.AUTOMATIC), resolve_paths(config)
-    free = {key: getattr(now, key) for key in keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)}
+    names = [*keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)]
+    if saved.trains_at_sites != now.trains_at_sites:
+        names += SITE_KEYS  # what the sites had in their own files, or will have
+    free = {key: getattr(now, key) for key in names}
     saved = saved.model_copy(
         update={key: x for key, x in free.items() if not (key in automatic and x == "auto")}
     )

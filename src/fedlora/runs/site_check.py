@@ -1,15 +1,18 @@
-"""Checks before any run whether a site's rows and model can be used; no weight is read."""
+"""Checks before any run whether a site's rows and model can be used, and fit in its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedlora.client.memory import largest_need, memory_available
+from fedlora.config.config import Config
 from fedlora.config.site import Site
-from fedlora.config.site_run import check_settings
+from fedlora.config.site_run import check_settings, rank_at
 from fedlora.data.site_rows import load_site_rows
 from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.session import load_base, tokenized
+from fedlora.runs.site_session import assemble_site
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,12 @@ class SiteCheck:
 
 
 def check_site(site: Site) -> SiteCheck:
-    """Read a site's rows as a model would, and the model's shapes.
+    """Read a site's rows as a model would, and the model's shapes; no weight is read.
 
     Raises:
         InputError: what cannot be used, and what to do.
     """
-    config = resolve_paths(check_settings(site))
-    allowed = site.bounds.lora_target_modules or ["all-linear"]
-    config = config.model_copy(
-        update={
-            "num_clients": 1,
-            "max_length": site.bounds.max_length or config.max_length,
-            "lora_target_modules": "all-linear" if "all-linear" in allowed else allowed,
-        }
-    )
+    config = _largest_run(site)
     raw = load_site_rows(config, 0, 1)
     number = len(raw.clients[0]) + len(raw.eval)
     if config.model_name_or_path is None:
@@ -79,4 +74,60 @@ def check_site(site: Site) -> SiteCheck:
         parameters=sum(p.numel() for p in base.model.parameters()),
         modules=len(base.targets.shapes),
         notes=(*notes, *data.notes, *data.taken),
+    )
+
+
+@dataclass(frozen=True)
+class SiteNeed:
+    """What the largest run that a site lets a server ask for needs of its machine.
+
+    Args:
+        base: fingerprint of the base's weights, which is the same at all sites of a run.
+        dtype: that the weights are kept in; another one has another fingerprint.
+        rank: of the adapter.
+        batch_size: rows of a step.
+        memory: bytes that training takes beside the weights.
+        available: bytes that are free once the weights are loaded.
+    """
+
+    base: str
+    dtype: str
+    rank: int
+    batch_size: int
+    memory: int
+    available: int
+
+
+def measure_site(site: Site) -> SiteNeed:
+    """Load a site's model, and measure what its rows need at the largest rank that it grants.
+
+    Raises:
+        InputError: what cannot be used, and what to do.
+    """
+    config = _largest_run(site)
+    rank = rank_at(site, site.bounds.lora_r or config.lora_r)
+    session = assemble_site(config.model_copy(update={"client_ranks": [rank]}), 0)
+    size = session.config.per_device_train_batch_size
+    assert isinstance(size, int)
+    need = largest_need(session.base, [(session.data.train, size, rank)])
+    return SiteNeed(
+        base=session.base.fingerprint,
+        dtype=str(session.config.dtype),
+        rank=rank,
+        batch_size=size,
+        memory=need.nbytes,
+        available=memory_available(session.base.device),
+    )
+
+
+def _largest_run(site: Site) -> Config:
+    """The configuration of the largest run that a site lets a server ask for."""
+    config = resolve_paths(check_settings(site))
+    allowed = site.bounds.lora_target_modules or ["all-linear"]
+    return config.model_copy(
+        update={
+            "num_clients": 1,
+            "max_length": site.bounds.max_length or config.max_length,
+            "lora_target_modules": "all-linear" if "all-linear" in allowed else allowed,
+        }
     )

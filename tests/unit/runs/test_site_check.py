@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedlora.errors import InputError
-from fedlora.runs.site_check import check_site
+from fedlora.runs.site_check import check_site, measure_site
 from support.one_site import made_site
 from support.rows import rows, write_jsonl
 
@@ -64,3 +64,13 @@ def test_what_cannot_be_used_is_said(
     site = site.model_copy(update={"settings": {**site.settings, **keys}})
     with pytest.raises(InputError, match=said):
         check_site(site)
+
+
+def test_the_largest_run_that_a_site_grants_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    path = table(tmp_path, rows(12))
+    need = measure_site(made_site(tmp_path / "a", tiny_llama, path, bounds={"lora_r": 8}))
+    assert (need.rank, len(need.base)) == (8, 64)
+    assert need.available > need.memory
+    less = measure_site(made_site(tmp_path / "b", tiny_llama, path, rank=2, bounds={"lora_r": 8}))
+    assert (less.rank, less.base) == (2, need.base)
+    assert less.memory < need.memory

@@ -308,7 +308,13 @@ def _network(machine: Machine) -> Iterator[Check]:
         yield Check("hub", OK, "online" + (f" ({', '.join(given)})" if given else ""))
 
 
-EXTRAS = {"eval": "fedlora eval --tasks, and its judge", "trackers": "report_to"}
+EXTRAS = {
+    "eval": "fedlora eval --tasks, and its judge",
+    "trackers": "report_to",
+    "nvflare": "fedlora deploy nvflare, and runs with --engine nvflare",
+    "flower": "runs with --engine flower",
+    "gguf": "fedlora export --format gguf",
+}
 
 
 def _extras(machine: Machine) -> Iterator[Check]:

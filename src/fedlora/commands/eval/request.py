@@ -89,7 +89,7 @@ def check(subject: Subject, options: Options) -> None:
             f"{subject.name} is no run, so it has no held-out rows of its own; say what to "
             "measure: " + ", ".join(measures)
         )
-    if subject.of_a_run and options.own_rows and subject.config.engine == "sites":
+    if subject.of_a_run and options.own_rows and subject.config.trains_at_sites:
         _check_rows_here(subject)
     if options.mmlu_dev_file and not options.mmlu_file:
         raise InputError("--mmlu_dev_file belongs to --mmlu_file")

@@ -25,7 +25,7 @@ from fedlora.runs.session import tokenized
 def own_rows_of(subject: Subject) -> tuple[Any, FederatedData]:
     """The tokenizer and the rows of a run; where clients are sites, what its server evaluates."""
     config = resolve_paths(subject.config)
-    if config.engine != "sites":
+    if not config.trains_at_sites:
         _, tokenizer, data = tokenized(config)
         return tokenizer, data
     tokenizer = tokenizer_of(subject)
