@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedlora.client.local_training import Budget, LocalTraining
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
+    from fedlora.data.flwr_partitions import save_partitions
     from fedlora.engines.local import run
     from fedlora.errors import CheckpointError, FedloraError, InputError
     from fedlora.federation.messages import Broadcast, ClientUpdate
@@ -52,6 +53,7 @@ _HOMES = {
     "load_adapter": "adapters.saved_adapter",
     "run": "engines.local",
     "save_adapter": "adapters.aggregate",
+    "save_partitions": "data.flwr_partitions",
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "load_adapter",
     "run",
     "save_adapter",
+    "save_partitions",
 ]
 
 

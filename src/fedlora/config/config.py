@@ -29,6 +29,7 @@ from fedlora.config.as_meant import as_meant
 from fedlora.config.checks import CHECKS
 from fedlora.config.commented_yaml import commented_yaml
 from fedlora.config.errors_in_words import readable
+from fedlora.config.flower_partitioners import FLOWER_PARTITIONERS as PARTITIONERS
 from fedlora.config.keys import (
     ADDRESSES,
     ALPHA,
@@ -218,9 +219,10 @@ class Config(BaseModel):
     ] = Field(
         None, description="settings of single clients, {0: {lora_r: 4}}; or a pattern of files"
     )
-    partition: Literal["iid", "dirichlet", "column", "labels", "quantity"] = Field(
-        "iid", description="how one data set is divided among clients"
-    )
+    partition: Annotated[
+        Literal["iid", "dirichlet", "column", "labels", "quantity"],
+        JsonSchema({"enum": ["iid", "dirichlet", "column", "labels", "quantity", *PARTITIONERS]}),
+    ] = Field("iid", description="how one data set is divided among clients")
     partition_column: str | None = Field(
         None, description="what dirichlet, column and labels divide by; none: the label"
     )
