@@ -21,6 +21,7 @@ VERBS = {
     "generate": "fedlora.commands.generate",
     "study": "fedlora.commands.study.verb",
     "worker": "fedlora.commands.worker.verb",
+    "deploy": "fedlora.commands.deploy.verb",
     "doctor": "fedlora.commands.doctor.verb",
     "completion": "fedlora.commands.completion",
 }

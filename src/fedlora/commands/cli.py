@@ -39,6 +39,8 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
   fedlora generate MODEL_OR_RUN     answers of the global model, a client's and the base's
   fedlora study STUDY               a grid of runs, one table with intervals
   fedlora worker --site SITE.yaml   one site of a federation, whose rows stay where they are
+  fedlora deploy ENGINE FEDERATION.yaml
+                                    a folder for every participant, with keys and settings
   fedlora doctor                    is this machine ready: libraries, device, memory, disk
   fedlora completion SHELL          completion for bash, zsh and fish
   fedlora VERB --help               more on a verb; --json: any verb's output for programs

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from fedlora.config.as_meant import as_meant
-from fedlora.config.errors_in_words import readable
+from fedlora.config.table import STRICT, read_table, table
 from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.text import nearest
@@ -52,13 +51,10 @@ _LONGEST_NAME = 200  # characters, as in a message
 _LONGEST_SOCKET = 107  # bytes of a Unix socket's path on Linux
 
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
 class Bounds(BaseModel):
     """What a server may set at most; a key that is left out is not bounded."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     lora_r: int | None = Field(None, ge=1, description="rank of the adapter")
     max_steps: int | None = Field(None, ge=1, description="steps of a round, counted or of epochs")
@@ -76,7 +72,7 @@ class Bounds(BaseModel):
 class Site(BaseModel):
     """What a site is and has. `settings` holds those of `SITE_KEYS` that were given."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     name: str = Field(description="of the site, as the server calls it")
     socket: str = Field("", description="path of its socket; none: worker.sock in state_dir")
@@ -116,12 +112,26 @@ def read_site(path: str | Path) -> Site:
         raise InputError(said if said.startswith(str(path)) else f"{path}: {said}") from None
 
 
+def read_bounds(where: str, values: Any) -> Bounds:
+    """The table `bounds` of a file.
+
+    Args:
+        where: before every line of an error.
+        values: as they stand in the file.
+
+    Raises:
+        InputError: a line for every key that cannot be.
+    """
+    bounds: Bounds = read_table(Bounds, where, table(where.removesuffix(": "), values))
+    return bounds
+
+
 def _site(values: Mapping[str, Any], directory: Path) -> Site:
     for key in values:
         _refuse_unknown(key)
     own = {key: value for key, value in values.items() if key in OWN_KEYS}
-    own["bounds"] = _part(Bounds, "bounds: ", _table("bounds", own.get("bounds")))
-    site: Site = _part(Site, "", own)
+    own["bounds"] = read_bounds("bounds: ", own.get("bounds"))
+    site: Site = read_table(Site, "", own)
     if not site.name.strip() or len(site.name) > _LONGEST_NAME or not site.name.isprintable():
         raise InputError(f"name: {site.name[:40]!r}: expected a short name of the site")
     if site.rank and site.max_rank:
@@ -144,42 +154,6 @@ def _site(values: Mapping[str, Any], directory: Path) -> Site:
             },
         }
     )
-
-
-def _table(key: str, value: Any) -> Mapping[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"{key}: {value!r}: expected a table of keys and values")
-    return value or {}
-
-
-def _part(kind: type[Any], where: str, values: Mapping[str, Any]) -> Any:
-    """A table of the file, read.
-
-    Raises:
-        InputError: a line for every key that cannot be.
-    """
-    known = [key for key in kind.model_fields if key != "settings"]
-    for key in values:
-        if key not in known:
-            others = f"; there are {', '.join(known)}"
-            raise InputError(f"{where}{key}: unknown key" + nearest(str(key), known, others))
-    if missing := [k for k, x in kind.model_fields.items() if x.is_required() and k not in values]:
-        raise InputError(f"{where}{missing[0]}: is missing; give one")
-
-    def annotation(key: str) -> Any:
-        return kind.model_fields[key].annotation
-
-    try:
-        meant = {
-            key: value if key == "bounds" else as_meant(key, value, annotation(key))
-            for key, value in values.items()
-        }
-        return kind(**meant)
-    except ValidationError as error:
-        said = readable(error, values, annotation)
-        raise InputError("\n".join(where + line for line in said.splitlines())) from None
-    except ValueError as error:
-        raise InputError(where + str(error)) from None
 
 
 def _refuse_unknown(key: str) -> None:

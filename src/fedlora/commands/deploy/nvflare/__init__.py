@@ -1,0 +1,1 @@
+"""Makes the folders of a federation whose messages NVIDIA FLARE carries."""
