@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.engines.flower.failures import in_words
+from fedlora.engines.flower.grid_calls import replies
 from fedlora.engines.flower.peft_records import ADAPTER
 from fedlora.errors import InputError
 from fedlora.text import natural
@@ -69,14 +70,14 @@ def ask_nodes(
         Those that have answered, in the order of their names; and of the others why not.
     """
     messages = [
-        Message(
-            RecordDict(), node, MessageType.QUERY, ttl=seconds, group_id="0"
-        )
+        Message(RecordDict(), node, MessageType.QUERY, ttl=seconds, group_id="0")
         for node in sorted(ids)
     ]
     nodes, problems = list[Node](), dict.fromkeys(ids, "it did not answer in time")
-    for reply in grid.send_and_receive(messages, timeout=seconds):
-        id = reply.metadata.src_node_id
+    for message, reply in replies(grid, messages, time.monotonic() + seconds):
+        id = message.metadata.dst_node_id
+        if reply is None:
+            continue
         if reply.has_error():
             problems[id] = in_words(reply.error)
             continue
@@ -101,9 +102,9 @@ def _read(id: int, reply: Message) -> Node:
         node = Node(
             id,
             str(record.get("name", "")),
-            int(record["rank"]),  # type: ignore[arg-type]
-            float(record["scale"]),  # type: ignore[arg-type]
-            int(record["num-examples"]),  # type: ignore[arg-type]
+            int(record["rank"]),
+            float(record["scale"]),
+            int(record["num-examples"]),
         )
     except (KeyError, TypeError, ValueError):
         raise ValueError(
@@ -113,5 +114,3 @@ def _read(id: int, reply: Message) -> Node:
     if node.rank < 1 or not 0 < node.scale < float("inf") or node.num_examples < 0:
         raise ValueError("it tells a rank, scale or number of examples that cannot be")
     return node
-
-

@@ -1,16 +1,16 @@
 """Helps a ClientApp that trains a PEFT model of its own: says what it is, loads, replies.
 
-    app = ClientApp()
+app = ClientApp()
 
-    @app.query()
-    def query(message, context):
-        return Message(describe(lora_config, num_examples, name), reply_to=message)
+@app.query()
+def query(message, context):
+    return Message(describe(lora_config, num_examples, name), reply_to=message)
 
-    @app.train()
-    def train(message, context):
-        load(model, message, context)       # where this round starts, for this node's rank
-        metrics = ...                       # train the model: transformers, TRL, your own loop
-        return reply(model, message, context, num_examples, {"train_loss": ...})
+@app.train()
+def train(message, context):
+    load(model, message, context)       # where this round starts, for this node's rank
+    metrics = ...                       # train the model: transformers, TRL, your own loop
+    return reply(model, message, context, num_examples, {"train_loss": ...})
 """
 
 from __future__ import annotations

@@ -139,4 +139,3 @@ def save(
         write_adapter(Path(directory), updates, targets, state.whole)
     except OSError as error:
         raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
-
