@@ -55,7 +55,7 @@ def test_the_example_can_be_read(tmp_path: Path) -> None:
         ({"server": {"host": "h", "prot": 1}}, "server: prot: unknown key; did you mean port"),
         ({"sites": {}}, "sites: there is none"),
         ({"sites": ["a"]}, "sites: .*expected a table"),
-        ({"sites": {"a": {}, "A": {}}}, "sites: A: the name is taken"),
+        ({"sites": {"a": {}, "A": {}}}, "sites: a: the name is taken"),
         ({"sites": {"server": {}}}, "sites: server: the name is taken"),
         ({"sites": {"a/b": {}}}, "sites: a/b: 'a/b': expected letters"),
         ({"sites": {"a": {"lora_r": 3}}}, "sites: a: lora_r: is the server's to set; limit it"),

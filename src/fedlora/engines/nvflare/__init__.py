@@ -1,0 +1,1 @@
+"""Carries a federation over NVIDIA FLARE; only its modules import nvflare, and only when used."""
