@@ -1,0 +1,41 @@
+# Sourced by `start`: where the programs are, Flower's settings, and how processes are kept alive.
+# shellcheck shell=bash disable=SC2154
+
+# The Python that has fedlora: that of the active environment, or FEDLORA_PYTHON=/path/to/python.
+python="$(command -v "${FEDLORA_PYTHON:-python3}" || true)"
+if [ -z "$python" ] || ! "$python" -c 'import fedlora, flwr' 2>/dev/null; then
+    echo "start: ${python:-${FEDLORA_PYTHON:-python3}} has no fedlora[flower]: activate the" \
+        "environment that has it, or set FEDLORA_PYTHON" >&2
+    exit 2
+fi
+export PATH="$(dirname "$python"):$PATH:/usr/sbin"
+export FLWR_HOME="$here/state/flwr"
+export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+umask 077
+mkdir -p state/flwr logs
+
+# keep NAME COMMAND ...: runs a command, and runs it again whenever it ends.
+keep() {
+    local name=$1 child='' code
+    shift
+    trap 'kill $child 2>/dev/null; wait; exit 0' TERM
+    while true; do
+        "$@" >>"logs/$name.log" 2>&1 &
+        child=$!
+        code=0
+        wait "$child" || code=$?
+        echo "start: $name has ended with code $code and is started again; its last words:" >&2
+        tail -n 4 "logs/$name.log" | sed 's/^/    /' >&2
+        sleep 5 &
+        child=$!
+        wait "$child" || true
+    done
+}
+
+# stay: waits until this script is ended, and ends all that it began.
+stay() {
+    trap 'trap - EXIT; kill $(jobs -p) 2>/dev/null; wait' EXIT
+    trap 'exit 0' INT TERM HUP
+    while true; do wait; sleep 1; done
+}
