@@ -86,7 +86,7 @@ def _authority(federation: FederationFile, kept: Path) -> Pair:
 
 def _fill_server(folder: Path, federation: FederationFile, signer: Pair) -> None:
     server = federation.server
-    values = {
+    values: dict[str, str | int] = {
         "FEDERATION": federation.name,
         "HOST": server.host,
         "PORT": server.port,
@@ -108,7 +108,7 @@ def _fill_server(folder: Path, federation: FederationFile, signer: Pair) -> None
 
 def _fill_site(folder: Path, name: str, federation: FederationFile, ca: bytes) -> None:
     server = federation.server
-    values = {
+    values: dict[str, str | int] = {
         "FEDERATION": federation.name,
         "SITE": name,
         "HOST": server.host,
