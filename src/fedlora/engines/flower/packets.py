@@ -29,7 +29,7 @@ def call_content(message: bytes, seconds: float | None) -> RecordDict:
 def read_call(content: RecordDict) -> tuple[bytes, float | None]:
     """The message for the worker, and the seconds until its deadline."""
     seconds = content.config_records[_CALL].get("seconds")
-    return _unpacked(content), None if seconds is None else float(seconds)  # type: ignore[arg-type]
+    return _unpacked(content), None if seconds is None else float(seconds)
 
 
 def answer_content(answer: bytes | SiteError) -> RecordDict:
@@ -74,4 +74,4 @@ def _packed(data: bytes) -> ArrayRecord:
 
 
 def _unpacked(content: RecordDict) -> bytes:
-    return content.array_records[_PACKED]["bytes"].numpy().tobytes()
+    return bytes(content.array_records[_PACKED]["bytes"].numpy().tobytes())

@@ -118,10 +118,8 @@ def _log_event(event: Event) -> None:
     elif kind == "warning":
         log(WARNING, "%s", event["message"])
     elif kind == "begin":
-        ranks = json.dumps(event["ranks"])
-        log(
-            INFO, "%s over clients of ranks %s into %s", event["method"], ranks, event["output_dir"]
-        )
+        ranks = " ".join(map(str, event["ranks"]))
+        log(INFO, "%s, clients of ranks %s, into %s", event["method"], ranks, event["output_dir"])
     elif kind in ("start", "round"):
         scores = event.get("evaluation") or {}
         numbers = {key: round(x, 4) for key, x in scores.items() if isinstance(x, int | float)}
