@@ -144,7 +144,8 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
 
     quiet_libraries()
     config = Config(**settings(arguments, EMBEDDED))
-    if config.engine == "sites":
+    rows = config.train_file or config.dataset_name
+    if config.engine == "sites" or (config.engine == "flower" and not rows):
         raise InputError(
             "--dry_run looks at rows, which lie at the sites; check each of them there: fedlora "
             "worker --site SITE.yaml --check"

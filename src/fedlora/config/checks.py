@@ -91,8 +91,8 @@ def check_round_under_failure(config: Config) -> None:
         )
     if config.round_timeout is not None and config.engine == "local":
         raise ValueError(
-            "round_timeout belongs to engine: workers or sites; clients that train in this process "
-            "cannot be stopped"
+            "round_timeout belongs to engine: workers, sites or flower; clients that train in this "
+            "process cannot be stopped"
         )
 
 
@@ -122,7 +122,7 @@ def check_local_training(config: Config) -> None:
         raise ValueError(f"cohort_size: {config.cohort_size} must be at least 1")
     if config.num_workers != "auto" and config.num_workers < 1:
         raise ValueError(f"num_workers: {config.num_workers} must be at least 1")
-    if config.num_workers != "auto" and config.engine != "workers":
+    if config.num_workers != "auto" and config.engine not in ("workers", "flower"):
         raise ValueError(
             f"num_workers belongs to engine: workers; with engine: {config.engine} there are none"
         )

@@ -197,7 +197,7 @@ class Config(BaseModel):
         3, ge=1, description="of a round below min_clients_per_round, before the run stops"
     )
     round_timeout: float | None = Field(
-        None, gt=0, description="seconds after which nobody is waited for (engine: workers, sites)"
+        None, gt=0, description="seconds after which nobody is waited for (not with engine: local)"
     )
     client_ranks: Annotated[
         int | list[int] | None,
@@ -350,13 +350,21 @@ class Config(BaseModel):
     seed: Annotated[int, Mark.REPETITION, Mark.OF_SITES] = Field(
         42, ge=0, description="of every random draw"
     )
-    engine: Annotated[Literal["local", "workers", "sites"], Mark.MACHINE, Mark.CARRIER] = Field(
+    engine: Annotated[
+        Literal["local", "workers", "sites", "flower"], Mark.MACHINE, Mark.CARRIER
+    ] = Field(
         "local",
         description="local: clients train in this process; workers: in processes of this machine; "
-        "sites: where their rows are, see sites",
+        "sites: where their rows are, see sites; flower: as the nodes of a Flower federation",
     )
     sites: Annotated[dict[str, str] | None, Mark.MACHINE, Mark.CARRIER, JsonSchema(ADDRESSES)] = (
         Field(None, description="name: address of every site, the path of its worker's socket")
+    )
+    flower_superlink: Annotated[str | None, Mark.MACHINE, Mark.CARRIER] = Field(
+        None, description="name of the connection in Flower's config.toml; none: Flower's default"
+    )
+    node_timeout: Annotated[float, Mark.MACHINE, Mark.CARRIER] = Field(
+        600.0, gt=0, description="seconds in which the nodes have to connect (engine: flower)"
     )
     num_workers: Annotated[SizeOfMachine, Mark.CARRIER] = Field(
         "auto", description="worker processes; auto: one for each core of the CPU, or for each GPU"

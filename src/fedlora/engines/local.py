@@ -18,6 +18,7 @@ from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG as EMBEDDED_CONFIG
 from fedlora.engines.run_sites import check_trains_itself, resume_with_sites, run_with_sites
+from fedlora.errors import InputError
 from fedlora.federation.messages import Broadcast, ClientState
 from fedlora.lowrank import Deltas
 from fedlora.methods.values import ServerState
@@ -63,6 +64,9 @@ def run(
         directory = RunDirectory.open(resume)
         try:
             began = as_it_began(directory.path, config)
+            if began.engine == "flower":
+                directory.close()  # it is the ServerApp's to open
+                return _on_flower(began, train_function, callbacks, report, resume=True)
             if began.engine == "sites":
                 check_trains_itself(train_function)
                 return resume_with_sites(began, directory, callbacks, report)
@@ -75,12 +79,35 @@ def run(
     if config is None:
         config = Config(**read_yaml(EMBEDDED_CONFIG))
     check_free(config.output_dir)
+    if config.engine == "flower":
+        return _on_flower(config, train_function, callbacks, report, resume=False)
     if config.engine == "sites":
         check_trains_itself(train_function)
         return run_with_sites(config, callbacks, report)
     return run_session(
         assemble(config), train_function=train_function, callbacks=callbacks, report=report
     )
+
+
+def _on_flower(
+    config: Config,
+    train_function: TrainFunction,
+    callbacks: Callbacks,
+    report: Report,
+    *,
+    resume: bool,
+) -> Result:
+    """Run a federation, or go on with one, that a ServerApp of Flower serves.
+
+    Raises:
+        InputError: what is to be called lies in this process, and cannot travel there.
+    """
+    from fedlora.engines.flower.submit import submit
+
+    check_trains_itself(train_function)
+    if callbacks:
+        raise InputError("callbacks: with engine: flower the server is another process; leave them")
+    return submit(config, report, resume=resume)
 
 
 def run_session(

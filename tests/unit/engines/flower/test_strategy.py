@@ -22,7 +22,6 @@ NODES = [
 WEIGHTS = (0.1, 0.3, 0.6)
 
 
-
 def nodes_for(method: str) -> list[dict[str, Any]]:
     """Nodes of mixed ranks, or of one where the rule needs that."""
     same = {} if METHODS[method].mixed_ranks else {"rank": 3}
