@@ -63,7 +63,7 @@ def test_partitions_become_the_clients(tmp_path: Path) -> None:
 
 def test_a_split_among_several(tmp_path: Path) -> None:
     divided = Divided({"train": Partitioner([part(1)]), "test": Partitioner([part(2), part(3)])})
-    with pytest.raises(InputError, match="split: None is not divided.*there are train, test"):
+    with pytest.raises(InputError, match=r"split: None is not divided.*there are train, test"):
         save_partitions(divided, tmp_path)
     with pytest.raises(InputError, match="split: 'validation' is not divided"):
         save_partitions(divided, tmp_path, "validation")

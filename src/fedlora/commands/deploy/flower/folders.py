@@ -101,7 +101,9 @@ def _fill_server(folder: Path, federation: FederationFile, signer: Pair) -> None
     _write(folder / "nginx.conf", filled_in("nginx.conf", values))
     _write(folder / "start", filled_in("start-server", values), executable=True)
     _write(folder / "flwr", filled_in("flwr"), executable=True)
+    _write(folder / "run", filled_in("run"), executable=True)
     _write(folder / "README.md", server_readme(federation, __version__, metadata.version("flwr")))
+    _write(folder / "flower.sh", filled_in("flower.sh"))
     _write(folder / "supervise.sh", filled_in("supervise.sh"))
     _write(folder / unit_name("server"), unit("server", f"the server of {federation.name}"))
 
@@ -126,6 +128,7 @@ def _fill_site(folder: Path, name: str, federation: FederationFile, ca: bytes) -
         folder / "README.md", site_readme(name, federation, __version__, metadata.version("flwr"))
     )
     what = f"the site {name} of {federation.name}"
+    _write(folder / "flower.sh", filled_in("flower.sh"))
     _write(folder / "supervise.sh", filled_in("supervise.sh"))
     _write(folder / unit_name(name), unit(name, what))
     python = ".".join(platform.python_version_tuple()[:2])

@@ -84,11 +84,13 @@ and nginx, which is a package of the system (`apt-get install nginx`). Then
 {start} It lets in the sites whose keys lie in `sites`. A site that joins later: copy its
 `NAME.pub` there and call `./start --register`.
 
+    ./run server.yaml                   # a run of fedlora: progress, and the result in output_dir
     ./flwr supernode list deployment    # who is there
     ./flwr list deployment              # which runs there were
     ./flwr log RUN-ID deployment        # what one of them said
 
-`./flwr` is Flower's command line with this folder's connection, `deployment`. `state` holds the
+`./run` is `fedlora run --engine flower`, `./flwr` Flower's command line, both with this folder's
+connection, `deployment`. `state` holds the
 SuperLink's database: a SuperLink that ends is started again and goes on with the run.
 
 ## Keys

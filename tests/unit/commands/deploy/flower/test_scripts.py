@@ -28,4 +28,4 @@ def test_the_superlink_listens_on_the_loopback_alone() -> None:
 
 
 def test_flower_asks_nothing_of_the_outside() -> None:
-    assert "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1" in filled_in("supervise.sh")
+    assert "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1" in filled_in("flower.sh")
