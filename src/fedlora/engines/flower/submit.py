@@ -8,6 +8,7 @@ process. One that Flower has lost is submitted again, and goes on after its last
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,11 @@ def _follow(config: Config, report: Report, *, resume: bool) -> _Submitted:
         write_bundle(Path(app), config.flat(), resume=resume, events=True)
         command = ["run", app, *_connection(config), "--stream", *_simulation(config)]
         with subprocess.Popen(
-            _flwr(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            _flwr(*command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=_environment(),
         ) as process:
             assert process.stdout is not None
             try:
@@ -148,6 +153,12 @@ def _follow(config: Config, report: Report, *, resume: bool) -> _Submitted:
 def _flwr(*arguments: str) -> list[str]:
     """The command line of Flower's own tool, of the Python that runs this."""
     return [sys.executable, "-m", "flwr.cli.app", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    """This environment, in which Flower finds its own commands."""
+    path = os.environ.get("PATH", "")
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}"}
 
 
 def _connection(config: Config) -> list[str]:
@@ -176,7 +187,7 @@ def clients_of(config: Config) -> int:
 def _status(run: str, config: Config) -> str:
     """How a run has ended: its exit code does not tell, but Flower's list of runs does."""
     command = ["list", "--run-id", run, *_connection(config), "--format", "json"]
-    asked = subprocess.run(_flwr(*command), capture_output=True, text=True)
+    asked = subprocess.run(_flwr(*command), capture_output=True, text=True, env=_environment())
     with suppress(ValueError, KeyError, IndexError, TypeError):
         return str(json.loads(asked.stdout)["runs"][0]["status"])
     return "ended, and Flower does not tell how"
@@ -186,7 +197,7 @@ def _stop(end: _Submitted, config: Config) -> None:
     """Stop a run that nobody follows any more."""
     if end.run:
         command = _flwr("stop", end.run, *_connection(config))
-        subprocess.run(command, capture_output=True)
+        subprocess.run(command, capture_output=True, env=_environment())
 
 
 def _lost(end: _Submitted, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The strategy for ServerApps of one's own: every rule, nodes of mixed ranks and scales, failures."""
+"""The strategy for ServerApps of one's own: every rule, mixed ranks and scales, failures."""
 
 from __future__ import annotations
 
