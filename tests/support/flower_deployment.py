@@ -6,6 +6,7 @@ caller's. Every process is one that can be killed and started again.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -79,6 +80,12 @@ def write_certificates(directory: Path) -> None:
         subprocess.run(["openssl", *command], cwd=directory, check=True, capture_output=True)
 
 
+def _end_with_parent() -> None:
+    """End with the tests, however these end (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 @dataclass
 class Deployment:
     """A SuperLink and SuperNodes on loopback.
@@ -110,6 +117,7 @@ class Deployment:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         return self.processes[name]
 

@@ -25,7 +25,7 @@ def run_config(text: str) -> dict[str, Any]:
     [
         {},
         {"client_ranks": [8, 4, 2], "lora_target_modules": ["q_proj", "v_proj"]},
-        {"clients_per_round": 0.3, "save_total_limit": None, "prompt_template": 'a "b"\n{c}\\'},
+        {"clients_per_round": 0.3, "save_total_limit": None, "completion_template": 'a "b"\n{c}\\'},
         {"client_overrides": {1: {"lora_r": 4}}, "method": "exact", "start_fraction": 0.25},
         {"lora_alpha": 32.0, "use_rslora": True, "num_clients": 3},
     ],
