@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from fedlora.engines.flower import describe, load, reply
+from fedlora.engines.flower.peft_client import describe, load, reply
 from fedlora.engines.flower.peft_records import global_record, lora_record, read_lora
 from fedlora.errors import InputError
 from fedlora.lowrank import Adapter, LowRank, to_dense
