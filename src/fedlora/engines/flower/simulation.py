@@ -76,14 +76,14 @@ def simulated_workers(grid: Grid, context: Context, config: Config) -> Iterator[
                 f"num_clients: there are {number} clients and {nodes} simulated nodes; give flwr "
                 f"run --federation-config 'num-supernodes={number}'"
             )
-        yield _of_server(config), number
+        yield of_server(config), number
         shutil.rmtree(states, ignore_errors=True)  # the run is complete
     finally:
         _end(resident)
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _of_server(config: Config) -> Config:
+def of_server(config: Config) -> Config:
     """The server's configuration: without rows, and without weights unless it has text to read."""
     update = {"server_evaluation": config.general_file is not None}
     return config.model_copy(update=update)

@@ -8,10 +8,12 @@ process. One that Flower has lost is submitted again, and goes on after its last
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -36,6 +38,7 @@ MOST_FAILURES = 3
 
 _DEFAULT_CLIENTS = 10  # of a data set that is divided, as everywhere
 _TAIL = 5  # last lines of a log that are shown
+_PATIENCE = 120.0  # seconds in which a SuperLink that is started again has to answer
 
 
 def check_flower() -> None:
@@ -79,7 +82,7 @@ def submit(config: Config, report: Report, *, resume: bool) -> Result:
         if failures > MOST_FAILURES or not end.run:
             raise FedloraError(_lost(end, path))
         where = f"after round {saved}" if saved >= 0 else "from the start"
-        message = f"Flower's run {end.run} has {end.status}; it is submitted again, and goes on"
+        message = f"Flower's run {end.run} ended ({end.status}); it is submitted again, and goes on"
         report(Notice(event="warning", message=f"{message} {where}"))
 
 
@@ -93,18 +96,25 @@ class _Submitted:
         error: what the ServerApp says of a run that cannot go on; "": nothing.
         saved: the last round that was saved; -1: none.
         tail: the last lines of the log that are no events.
+        heard: the lines of events, which come again where the log is read anew.
     """
 
     run: str = ""
-    status: str = "not begun"
+    status: str = ""
     error: str = ""
     saved: int = -1
     tail: list[str] = field(default_factory=list)
+    heard: set[str] = field(default_factory=set)
 
     @property
     def completed(self) -> bool:
         """Whether the run has come to its end."""
         return self.status == "finished:completed"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether Flower still runs it."""
+        return self.status.partition(":")[0] in ("pending", "starting", "running")
 
     def hear(self, line: str, report: Report) -> None:
         """Take a line of Flower's log."""
@@ -115,6 +125,9 @@ class _Submitted:
             if line.strip():
                 self.tail = [*self.tail, line.strip()][-_TAIL:]
             return
+        if line in self.heard:
+            return
+        self.heard.add(line)
         if event["event"] == "error":
             self.error = str(event["message"])
             return
@@ -126,28 +139,74 @@ class _Submitted:
 def _follow(config: Config, report: Report, *, resume: bool) -> _Submitted:
     """Submit a run, and report what happens until it ends."""
     end = _Submitted()
-    with tempfile.TemporaryDirectory(prefix="fedlora-app-") as app:
-        write_bundle(Path(app), config.flat(), resume=resume, events=True)
-        command = ["run", app, *_connection(config), "--stream", *_simulation(config)]
-        with subprocess.Popen(
-            _flwr(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    end.hear(line, report)
-            except BaseException:
-                process.terminate()
-                _stop(end, config)
-                raise
-    if end.run:
-        end.status = _status(end.run, config)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedlora-app-") as app:
+            write_bundle(Path(app), config.flat(), resume=resume, events=True)
+            command = ["run", app, *_connection(config), "--stream", *_simulation(config)]
+            _listen(end, command, report)
+        while end.run:
+            end.status = _status(end.run, config)
+            if not end.goes_on:
+                break
+            # The log has broken off, perhaps because the SuperLink was started again.
+            _listen(end, ["log", end.run, *_connection(config), "--stream"], report)
+    except BaseException:
+        if end.run:
+            _ask(["stop", end.run, *_connection(config)])
+        raise
     return end
+
+
+def _listen(end: _Submitted, command: Sequence[str], report: Report) -> None:
+    """Run a command of Flower's that prints a run's log."""
+    with subprocess.Popen(
+        _flwr(*command),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=_environment(),
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                end.hear(line, report)
+        finally:
+            process.terminate()
+
+
+def _status(run: str, config: Config) -> str:
+    """How a run has ended: an exit code does not tell, but Flower's list of runs does.
+
+    Raises:
+        FedloraError: the SuperLink does not answer.
+    """
+    until = time.monotonic() + _PATIENCE
+    while True:
+        told = _ask(["list", "--run-id", run, *_connection(config), "--format", "json"])
+        with suppress(ValueError, KeyError, IndexError, TypeError):
+            return str(json.loads(told)["runs"][0]["status"])
+        if time.monotonic() > until:
+            raise FedloraError(
+                f"the SuperLink does not answer any more; run {run} may go on without this command"
+            )
+        time.sleep(1.0)
+
+
+def _ask(command: Sequence[str]) -> str:
+    """What a command of Flower's prints."""
+    asked = subprocess.run(_flwr(*command), capture_output=True, text=True, env=_environment())
+    return asked.stdout
 
 
 def _flwr(*arguments: str) -> list[str]:
     """The command line of Flower's own tool, of the Python that runs this."""
     return [sys.executable, "-m", "flwr.cli.app", *arguments]
+
+
+def _environment() -> dict[str, str]:
+    """This environment, in which Flower finds its own commands."""
+    path = os.environ.get("PATH", "")
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}"}
 
 
 def _connection(config: Config) -> list[str]:
@@ -173,29 +232,15 @@ def clients_of(config: Config) -> int:
     return _DEFAULT_CLIENTS
 
 
-def _status(run: str, config: Config) -> str:
-    """How a run has ended: its exit code does not tell, but Flower's list of runs does."""
-    command = ["list", "--run-id", run, *_connection(config), "--format", "json"]
-    asked = subprocess.run(_flwr(*command), capture_output=True, text=True)
-    with suppress(ValueError, KeyError, IndexError, TypeError):
-        return str(json.loads(asked.stdout)["runs"][0]["status"])
-    return "ended, and Flower does not tell how"
-
-
-def _stop(end: _Submitted, config: Config) -> None:
-    """Stop a run that nobody follows any more."""
-    if end.run:
-        command = _flwr("stop", end.run, *_connection(config))
-        subprocess.run(command, capture_output=True)
-
-
 def _lost(end: _Submitted, path: Path) -> str:
     """What to say of a run that Flower does not bring to its end."""
     if not end.run:
         return "Flower has not begun the run:\n" + "\n".join(f"  {line}" for line in end.tail)
     on = f"; go on with: fedlora run --resume {path}" if (path / CONFIG).is_file() else ""
     tail = "\n".join(f"  {line}" for line in end.tail)
-    return f"Flower's run {end.run} has {end.status}, {MOST_FAILURES} times{on}\n{tail}"
+    return (
+        f"Flower's run {end.run} ended ({end.status}), {MOST_FAILURES} times in a row{on}\n{tail}"
+    )
 
 
 def _result(path: Path) -> Result:

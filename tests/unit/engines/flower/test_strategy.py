@@ -1,4 +1,4 @@
-"""The strategy for ServerApps of one's own: every rule, nodes of mixed ranks and scales, failures."""
+"""The strategy for ServerApps of one's own: every rule, mixed ranks and scales, failures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from flwr.app import Message
 
-from fedlora.engines.flower import FedLora
+from fedlora.engines import flower
+from fedlora.engines.flower.strategy import FedLora
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from support.flower_clients import initial_arrays, moving_clients, product_of
@@ -122,3 +123,10 @@ def test_unknown_rules_and_options_are_told() -> None:
         FedLora("exactt")
     with pytest.raises(InputError, match="no such option"):
         FedLora("fedit", start_fraction=0.5)
+
+
+def test_the_package_gives_its_names_when_they_are_used() -> None:
+    assert flower.FedLora is FedLora
+    assert set(flower.__all__) <= set(dir(flower))
+    with pytest.raises(AttributeError, match="has no attribute 'fedlora'"):
+        _ = flower.fedlora
