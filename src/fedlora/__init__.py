@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedlora.client.local_training import Budget, LocalTraining
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
+    from fedlora.data.flwr_partitions import save_partitions
     from fedlora.engines.local import run
     from fedlora.errors import CheckpointError, FedloraError, InputError
     from fedlora.federation.messages import Broadcast, ClientUpdate
@@ -53,6 +54,7 @@ _HOMES = {
     "load_adapter": "adapters.any_format",
     "run": "engines.local",
     "save_adapter": "adapters.aggregate",
+    "save_partitions": "data.flwr_partitions",
 }
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "load_adapter",
     "run",
     "save_adapter",
+    "save_partitions",
 ]
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import fedlora
 from fedlora.commands.cli import main
 from fedlora.config.sources import layered
 from fedlora.config.yaml_file import read_yaml
+from support.methods_doc import from_file
 from support.paths import REPOSITORY
 from support.rows import write_jsonl
 
@@ -46,11 +48,14 @@ def minilm() -> str:
 
 def test_every_example_is_tested() -> None:
     found = {str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.yaml")}
-    assert found == {
+    tasks = {name for name in found if name.startswith("flowertune/tasks/")}
+    assert tasks == {f"flowertune/tasks/flowertune_{name}.yaml" for name in FINANCE}
+    assert found - tasks == {
         "stories260k-dolly.yaml",
         "minilm-trec.yaml",
         "minilm-sms.yaml",
         *(f"paper/{name}.yaml" for name in PAPER),
+        *(f"flowertune/{name}.yaml" for name in FLOWERTUNE),
     }
 
 
@@ -178,3 +183,88 @@ def test_the_papers_settings_pass_the_dry_run(
     assert UPLOAD[model] in out
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([model, "data.jsonl"])
     assert torch.get_num_threads() == 1
+
+
+FLOWERTUNE: dict[str, tuple[int, int, Callable[[int], dict[str, Any]]]] = {
+    "general_nlp": (20, 2, PAPER["alpaca"]),
+    "finance": (
+        50,
+        5,
+        lambda i: {"instruction": "What is it?", "input": f"Up {i}%", "output": "positive"},
+    ),
+    "medical": (20, 2, lambda i: {"instruction": "Answer", "input": f"What {i}?", "output": "It"}),
+    "code": (10, 2, lambda i: {"instruction": f"Add {i}", "input": "1", "output": "def f(): 1"}),
+}
+"""Challenge -> its clients, those of a round, and a row in the shape of its data set."""
+
+
+@pytest.mark.parametrize("name", list(FLOWERTUNE))
+def test_flowertunes_challenges_pass_the_dry_run(
+    name: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model is Mistral-7B's configuration alone, the data stand-in rows."""
+    from transformers import AutoTokenizer, MistralConfig
+
+    MistralConfig(
+        vocab_size=32768, architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2
+    ).save_pretrained(tmp_path / "Mistral-7B")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "Mistral-7B")
+    clients, in_round, row = FLOWERTUNE[name]
+    write_jsonl(tmp_path / "data.jsonl", [row(i) for i in range(200)])
+    monkeypatch.chdir(tmp_path)
+    values = read_yaml(EXAMPLES / "flowertune" / f"{name}.yaml")
+    del values["dataset_name"]
+    values |= {"model_name_or_path": "Mistral-7B", "train_file": "data.jsonl", "num_threads": 1}
+    Path("own.yaml").write_text(yaml.safe_dump(values))
+    assert main(["run", "own.yaml", "--dry_run"]) == 0
+    out, err = capsys.readouterr()
+    text = " ".join(out.split())
+    assert err == ""
+    assert "64 target modules: q_proj, v_proj" in text
+    assert f"method fedit, 200 rounds, {in_round} of {clients} clients in each" in text
+    assert "batches of 16 x 1, learning rate 5e-05" in text
+    # rank 32 x (4096 + 4096 + 4096 + 1024) x 32 layers x 4 bytes
+    assert len(re.findall(r"^ +\d+ +32 +2 .* 54\.5 MB *$", out, re.MULTILINE)) == clients
+    assert "template custom" in text
+
+
+FINANCE = {
+    "fpb": [{"text": "Profit rose", "label": 2}],
+    "fiqa": [{"sentence": "Shares fall", "sentiment_score": -0.4, "format": "post"}],
+    "tfns": [{"text": "$AB up", "label": 1}],
+}
+"""Task of the finance challenge -> a row of its data set."""
+
+
+def test_flowertunes_finance_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The tasks for the harness ask what FlowerTune's own script asks."""
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    names = [f"flowertune_{name}" for name in FINANCE]
+    tasks = TaskManager(include_path=str(EXAMPLES / "flowertune" / "tasks"))
+    assert tasks.match_tasks(names) == sorted(names)
+    utils = from_file("flowertune_utils", EXAMPLES / "flowertune" / "tasks" / "utils.py")
+
+    def load(path: str, split: str | None = None) -> Any:
+        rows = datasets.Dataset.from_list(FINANCE["fiqa" if "fiqa" in path else "tfns"] * 4)
+        return rows if split else dict.fromkeys(("train", "validation", "test"), rows)
+
+    monkeypatch.setattr(utils, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    Path(utils.FPB).write_bytes(
+        "Profit rose to 3 Mio. \xa3 @ home@positive\n".encode("latin-1") * 8
+    )
+    fpb, fiqa, tfns = (getattr(utils, name)()["test"] for name in FINANCE)
+    assert (len(fpb), len(fiqa), len(tfns)) == (2, 3, 4)
+    asked = "Please choose an answer from {negative/neutral/positive}."
+    assert fpb[0]["query"] == (
+        f"Instruction: What is the sentiment of this news? {asked}\n"
+        "Input: Profit rose to 3 Mio. \xa3 @ home\nAnswer:"
+    )
+    assert "of this tweet?" in fiqa[0]["query"]
+    assert [rows[0]["gold"] for rows in (fpb, fiqa, tfns)] == [2, 0, 2]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, get_origin
 
 from fedlora.config.errors_in_words import expected, members
+from fedlora.config.flower_partitioners import division_named
 
 
 def as_meant(key: str, value: Any, annotation: Any) -> Any:
@@ -33,6 +34,8 @@ def as_meant(key: str, value: Any, annotation: Any) -> Any:
         _check_table_of_clients(key, value)
     if key == "sites":
         return _table_of_sites(value)
+    if key == "partition":
+        return division_named(value)
     if key == "clients_per_round":
         return _number_or_share(value)
     return value

@@ -137,7 +137,7 @@ def check_local_training(config: Config) -> None:
         raise ValueError(f"cohort_size: {config.cohort_size} must be at least 1")
     if config.num_workers != "auto" and config.num_workers < 1:
         raise ValueError(f"num_workers: {config.num_workers} must be at least 1")
-    if config.num_workers != "auto" and config.engine != "workers":
+    if config.num_workers != "auto" and config.engine not in ("workers", "flower"):
         raise ValueError(
             f"num_workers belongs to engine: workers; with engine: {config.engine} there are none"
         )

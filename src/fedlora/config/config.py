@@ -29,6 +29,7 @@ from fedlora.config.as_meant import as_meant
 from fedlora.config.checks import CHECKS
 from fedlora.config.commented_yaml import commented_yaml
 from fedlora.config.errors_in_words import readable
+from fedlora.config.flower_partitioners import FLOWER_PARTITIONERS as PARTITIONERS
 from fedlora.config.keys import (
     ADDRESSES,
     ALPHA,
@@ -218,9 +219,10 @@ class Config(BaseModel):
     ] = Field(
         None, description="settings of single clients, {0: {lora_r: 4}}; or a pattern of files"
     )
-    partition: Literal["iid", "dirichlet", "column", "labels", "quantity"] = Field(
-        "iid", description="how one data set is divided among clients"
-    )
+    partition: Annotated[
+        Literal["iid", "dirichlet", "column", "labels", "quantity"],
+        JsonSchema({"enum": ["iid", "dirichlet", "column", "labels", "quantity", *PARTITIONERS]}),
+    ] = Field("iid", description="how one data set is divided among clients")
     partition_column: str | None = Field(
         None, description="what dirichlet, column and labels divide by; none: the label"
     )
@@ -355,17 +357,24 @@ class Config(BaseModel):
         42, ge=0, description="of every random draw"
     )
     engine: Annotated[
-        Literal["local", "workers", "sites", "nvflare"], Mark.MACHINE, Mark.CARRIER
+        Literal["local", "workers", "sites", "nvflare", "flower"], Mark.MACHINE, Mark.CARRIER
     ] = Field(
         "local",
         description="local: clients train in this process; workers: in processes of this machine; "
-        "sites: where their rows are, see sites; nvflare: there too, over NVIDIA FLARE, see kit",
+        "sites: where their rows are, see sites; nvflare, flower: there too, over NVIDIA FLARE "
+        "(see kit) or Flower",
     )
     sites: Annotated[dict[str, str] | None, Mark.MACHINE, Mark.CARRIER, JsonSchema(ADDRESSES)] = (
         Field(None, description="name: address of every site, the path of its worker's socket")
     )
     kit: Annotated[str | None, Mark.DIRECTORY, Mark.ABSOLUTE, Mark.MACHINE, Mark.CARRIER] = Field(
         None, description="engine: nvflare: directory of the kit of the admin who submits"
+    )
+    flower_superlink: Annotated[str | None, Mark.MACHINE, Mark.CARRIER] = Field(
+        None, description="name of the connection in Flower's config.toml; none: Flower's default"
+    )
+    node_timeout: Annotated[float, Mark.MACHINE, Mark.CARRIER] = Field(
+        600.0, gt=0, description="seconds in which the nodes have to connect (engine: flower)"
     )
     num_workers: Annotated[SizeOfMachine, Mark.CARRIER] = Field(
         "auto", description="worker processes; auto: one for each core of the CPU, or for each GPU"
@@ -425,6 +434,8 @@ class Config(BaseModel):
     @property
     def trains_at_sites(self) -> bool:
         """Whether the rows of the clients lie elsewhere, at sites that train by themselves."""
+        if self.engine == "flower":  # without rows of its own it is no simulation
+            return not (self.train_file or self.dataset_name)
         return self.engine in ("sites", "nvflare")
 
     @property

@@ -23,7 +23,7 @@ def read_hub(name: str, configuration: str | None, split: str) -> Rows:
     Raises:
         InputError: it cannot be loaded, or has no such split; the message lists those there are.
     """
-    from datasets import ClassLabel, get_dataset_split_names, load_dataset
+    from datasets import get_dataset_split_names, load_dataset
 
     saved = is_saved(Path(name))
     if saved and configuration is not None:
@@ -41,14 +41,24 @@ def read_hub(name: str, configuration: str | None, split: str) -> Rows:
             if splits and split.partition("[")[0] not in splits:
                 why = f"it has {', '.join(splits)}"
         raise InputError(f"dataset_name: {name}: split {split!r} cannot be loaded: {why}") from None
-    rows: Rows = loaded.to_list()
-    for column, feature in loaded.features.items():
+    if not (rows := rows_of(loaded)):
+        raise InputError(f"dataset_name: {name}: split {split!r} holds no rows")
+    return rows
+
+
+def rows_of(dataset: Any) -> Rows:
+    """The rows of a `datasets.Dataset`, with the names of classes in the place of their numbers.
+
+    NaN becomes None, and so does a class that is missing (None, or a negative number).
+    """
+    from datasets import ClassLabel
+
+    rows: Rows = dataset.to_list()
+    for column, feature in dataset.features.items():
         if isinstance(feature, ClassLabel):
             for row in rows:
                 value = row[column]
                 row[column] = None if value is None or value < 0 else feature.int2str(value)
-    if not rows:
-        raise InputError(f"dataset_name: {name}: split {split!r} holds no rows")
     return [without_nan(row) for row in rows]
 
 

@@ -64,6 +64,9 @@ def run(
         directory = RunDirectory.open(resume)
         try:
             began = as_it_began(directory.path, config)
+            if began.engine == "flower":
+                directory.close()  # it is the ServerApp's to open
+                return _on_flower(began, train_function, callbacks, report, resume=True)
             if began.trains_at_sites:
                 check_trains_itself(train_function)
                 return _resume_at_sites(began, directory, callbacks, report)
@@ -76,6 +79,8 @@ def run(
     if config is None:
         config = Config(**read_yaml(EMBEDDED_CONFIG))
     check_free(config.output_dir)
+    if config.engine == "flower":
+        return _on_flower(config, train_function, callbacks, report, resume=False)
     if config.trains_at_sites:
         check_trains_itself(train_function)
         return _run_at_sites(config, callbacks, report)
@@ -100,6 +105,27 @@ def _resume_at_sites(
 
         return resume_on_nvflare(config, directory, callbacks, report)
     return resume_with_sites(config, directory, callbacks, report)
+
+
+def _on_flower(
+    config: Config,
+    train_function: TrainFunction,
+    callbacks: Callbacks,
+    report: Report,
+    *,
+    resume: bool,
+) -> Result:
+    """Run a federation, or go on with one, that a ServerApp of Flower serves.
+
+    Raises:
+        InputError: what is to be called lies in this process, and cannot travel there.
+    """
+    from fedlora.engines.flower.submit import submit
+
+    check_trains_itself(train_function)
+    if callbacks:
+        raise InputError("callbacks: with engine: flower the server is another process; leave them")
+    return submit(config, report, resume=resume)
 
 
 def run_session(

@@ -20,6 +20,7 @@ from typing import Any
 from fedlora import __version__
 from fedlora.client.local_training import TrainFunction
 from fedlora.client.trainer import train
+from fedlora.config.config import Config
 from fedlora.config.site import Site
 from fedlora.config.site_run import run_config
 from fedlora.engines.carrier import SiteError
@@ -49,6 +50,9 @@ from fedlora.federation.wire import TRAIN
 Answer = Callable[[], bytes]
 """Makes an answer."""
 
+Load = Callable[[Site, Config, int, TrainFunction], Loaded]
+"""Loads what a site needs as client K of a run of this configuration."""
+
 _STATES = {JOIN: "loading", TRAIN: "training", EVALUATE: "evaluating"}
 
 
@@ -64,6 +68,7 @@ class SiteService:
         train_function: the local training.
         run_in: calls the function that makes an answer in the thread that torch is used in, and
             gives what it returns.
+        load: gives what the site holds in memory: its base and its rows.
     """
 
     def __init__(
@@ -71,8 +76,10 @@ class SiteService:
         site: Site,
         train_function: TrainFunction = train,
         run_in: Callable[[Answer], bytes] = _here,
+        load: Load = load,
     ) -> None:
         self.site, self.train_function, self.run_in = site, train_function, run_in
+        self.load = load
         self.bases_loaded = 0
         self._loaded: Loaded | None = None
         self._run: SiteRun | None = None
@@ -240,7 +247,7 @@ class SiteService:
         if loaded is None or (loaded.config, loaded.client) != (config, join.client):
             self._run = self._loaded = loaded = None
             gc.collect()  # the old base goes before the new one comes
-            loaded = self._loaded = load(self.site, config, join.client, self.train_function)
+            loaded = self._loaded = self.load(self.site, config, join.client, self.train_function)
             self.bases_loaded += 1
         loaded.worker.states.clear()
         before, agreement = self._run, loaded.session.agreement

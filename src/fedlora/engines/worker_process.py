@@ -68,7 +68,7 @@ def serve(
         close: what this process has inherited and must not keep open: the pool's ends of the
             connections, whose closing tells other workers that the pool is gone.
     """
-    _end_with_the_pool()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle; it closes us
     for inherited in close:
         inherited.close()
@@ -187,10 +187,10 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _end_with_the_pool() -> None:
-    """Ask Linux to end this process when the pool's is gone, however that ended.
+def end_with_parent() -> None:
+    """Ask Linux to end this process when the one that started it is gone, however that ended.
 
-    Elsewhere it ends when it next finds the connection closed: after the step it is in.
+    Elsewhere a worker ends when it next finds the connection closed: after the step it is in.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,12 @@ def test_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == told[0] == config_schema()
     with pytest.raises(InputError, match="--schema is the same for all; give it alone"):
         verb(["--schema", "my.yaml"])
+
+
+def test_the_app_for_flower(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--num_rounds", "7", "--engine", "flower", "--client_ranks", "8", "4"]
+    verb([*arguments, "--flower_app", str(tmp_path / "app")])
+    assert capsys.readouterr().out == f"flwr run {tmp_path / 'app'} --stream\n"
+    app = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    given = {key: value for key, value in app["config"].items() if value != ""}
+    assert given == {"num_rounds": 7, "client_ranks": "[8, 4]", "resume": False, "events": False}

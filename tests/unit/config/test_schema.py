@@ -24,7 +24,10 @@ from support.paths import REPOSITORY
 SCHEMA = config_schema()
 
 
-FILES = [*sorted((REPOSITORY / "examples").rglob("*.yaml")), CONFIG]
+FILES = [
+    *(p for p in sorted((REPOSITORY / "examples").rglob("*.yaml")) if p.parent.name != "tasks"),
+    CONFIG,
+]
 
 
 _TYPES: dict[str, Any] = {

@@ -54,7 +54,7 @@ class Trains:
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Trains, list[BaseException]]]:
     """The pool's end of a connection, what trains at the other, and what the thread ended with."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # only the main thread may
-    monkeypatch.setattr(worker_process, "_end_with_the_pool", lambda: None)
+    monkeypatch.setattr(worker_process, "end_with_parent", lambda: None)
     ours, theirs = Pipe()
     worker, ended = Trains(), list[BaseException]()
 

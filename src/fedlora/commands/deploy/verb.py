@@ -15,6 +15,7 @@ from fedlora.text import nearest
 
 HELP = """\
 fedlora deploy nvflare FEDERATION.yaml --output DIR [--json]
+fedlora deploy flower FEDERATION.yaml --output DIR [--json]
 fedlora deploy --example > FEDERATION.yaml
 
 Makes a folder in DIR for every participant of a federation (its server, its sites, its admins): its
@@ -25,6 +26,8 @@ DIR itself to yourself.
 
   nvflare          NVIDIA FLARE carries the messages: mutual TLS, roles, signed jobs
                    (pip install 'fedlora[nvflare]')
+  flower           Flower carries them: TLS, a key for each site, nginx before the SuperLink, no
+                   folders for admins, whom Flower does not know (pip install 'fedlora[flower]')
   --output DIR     where the folders are made; called again with one more site or admin in
                    FEDERATION.yaml, it adds their folders and leaves the others as they are
   --example        print a federation's file with a comment on every key
@@ -35,7 +38,10 @@ Example:
   fedlora deploy nvflare clinics.yaml --output clinics
   fedlora doctor --federation clinics.yaml
 """
-ENGINES = {"nvflare": "fedlora.commands.deploy.nvflare.folders"}
+ENGINES = {
+    "nvflare": "fedlora.commands.deploy.nvflare.folders",
+    "flower": "fedlora.commands.deploy.flower.folders",
+}
 """Engine -> its module, with `deploy(federation, output) -> Deployed`."""
 
 SYNTAX = Syntax(

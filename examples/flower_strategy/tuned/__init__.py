@@ -1,0 +1,1 @@
+"""FlowerTune's layout, with clients of mixed rank."""

@@ -1,0 +1,231 @@
+"""Deploys Flower on loopback: a SuperLink with TLS and authentication, its SuperExec, SuperNodes.
+
+Processes of Flower alone; the sites' workers, whose sockets the SuperNodes are told, are the
+caller's. Every process is one that can be killed and started again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TOOLS = Path(sys.executable).parent
+"""Where Flower's commands lie."""
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "OMP_NUM_THREADS": "1",
+}
+"""The environment of all Flower processes, beside FLWR_HOME."""
+
+CONNECTION = "tls"
+"""The name of the connection to the SuperLink in Flower's `config.toml`."""
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """The environment in which Flower's processes find each other's commands, and phone nobody."""
+    path = f"{TOOLS}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on just now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def wait_for(ready: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+    """What `ready` gives once it is true."""
+    until = time.monotonic() + seconds
+    while True:
+        if value := ready():
+            return value
+        assert time.monotonic() < until, f"{what} did not come within {seconds:g} s"
+        time.sleep(0.1)
+
+
+def write_certificates(directory: Path) -> None:
+    """An authority (`ca.crt`), and a certificate of 127.0.0.1 (`server.pem`, `server.key`)."""
+    (directory / "server.ext").write_text(
+        "subjectAltName=DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n"
+        "basicConstraints=CA:FALSE\n"
+    )
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    for command in (
+        ["req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=ca"],
+        ["req", *key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost"],
+        [
+            *("x509", "-req", "-in", "server.csr", "-CA", "ca.crt", "-CAkey", "ca.key"),
+            *("-CAcreateserial", "-out", "server.pem", "-days", "2", "-extfile", "server.ext"),
+        ],
+    ):
+        subprocess.run(["openssl", *command], cwd=directory, check=True, capture_output=True)
+
+
+def _end_with_parent() -> None:
+    """End with the tests, however these end (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+@dataclass
+class Deployment:
+    """A SuperLink and SuperNodes on loopback.
+
+    Args:
+        directory: of keys, certificates, logs and Flower's home.
+        sockets: site -> the socket of its worker; each gets a SuperNode.
+    """
+
+    directory: Path
+    sockets: Mapping[str, str]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.port = free_port()
+        self.node_ports = {name: free_port() for name in self.sockets}
+        self.environment = flower_environment(self.directory)
+
+    # --- processes ---
+
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        """Start a process, in a group of its own; what it says is in NAME.log."""
+        with open(self.directory / f"{name}.log", "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [str(TOOLS / command[0]), *command[1:]],
+                cwd=self.directory,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+        return self.processes[name]
+
+    def kill(self, name: str) -> None:
+        """Kill a process with all that it has started."""
+        process = self.processes.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def log(self, name: str) -> str:
+        """What a process has said."""
+        return (self.directory / f"{name}.log").read_text(errors="replace")
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, and wait until it listens."""
+        self.start(
+            "superlink",
+            *("flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem"),
+            *("--ssl-keyfile", "server.key", "--enable-supernode-auth"),
+            *("--database", "state.db", "--isolation", "process"),
+        )
+        wait_for(self._listens, "the SuperLink")
+
+    def _listens(self) -> bool:
+        context = ssl.create_default_context(cafile=str(self.directory / "ca.crt"))
+        try:
+            url = f"https://127.0.0.1:{self.port}/health"
+            with urllib.request.urlopen(url, context=context, timeout=5):
+                return True
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def start_superexec(self) -> None:
+        """Start what runs ServerApps; it outlives the SuperLink."""
+        address = f"127.0.0.1:{self.port}"
+        self.start(
+            "superexec",
+            *("flower-superexec", "--runtime-api-address", address),
+            *("--root-certificates", "ca.crt"),
+        )
+
+    def start_supernode(self, name: str) -> None:
+        """Start the SuperNode of a site."""
+        self.start(
+            name,
+            *("flower-supernode", "--superlink", f"127.0.0.1:{self.port}"),
+            *("--root-certificates", "ca.crt", "--auth-supernode-private-key", f"{name}.key"),
+            *("--host", "127.0.0.1", "--port", str(self.node_ports.setdefault(name, free_port()))),
+            *("--node-config", f'socket="{self.sockets.get(name, "")}"'),
+        )
+
+    def server_app(self) -> int | None:
+        """The process of the ServerApp that runs; None: there is none."""
+        for status in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                text = status.read_bytes().decode(errors="replace")
+                if "flwr-serverapp" in text and f"127.0.0.1:{self.port}" in text:
+                    return int(status.parent.name)
+        return None
+
+    # --- keys and commands ---
+
+    def flwr(self, *arguments: str) -> str:
+        """What Flower's command line tool prints."""
+        done = subprocess.run(
+            [str(TOOLS / "flwr"), *arguments],
+            cwd=self.directory,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def make_key(self, name: str) -> None:
+        """A key pair, NAME.key and NAME.key.pub."""
+        key = str(self.directory / f"{name}.key")
+        command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", "", "-f", key]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def prepare(self) -> None:
+        """Certificates, keys, and the connection in Flower's configuration."""
+        write_certificates(self.directory)
+        for name in self.sockets:
+            self.make_key(name)
+        (self.directory / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{self.directory / "ca.crt"}"\n'
+        )
+
+    def up(self) -> None:
+        """Start everything, and wait for nothing but the SuperLink."""
+        self.prepare()
+        self.start_superlink()
+        self.start_superexec()
+        for name in self.sockets:
+            self.flwr("supernode", "register", f"{name}.key.pub", CONNECTION)
+            self.start_supernode(name)
+
+
+@contextmanager
+def deployed(directory: Path, sockets: Mapping[str, str]) -> Iterator[Deployment]:
+    """A deployment whose processes all end with it."""
+    deployment = Deployment(directory, sockets)
+    with ExitStack() as stack:
+        stack.callback(lambda: [deployment.kill(name) for name in list(deployment.processes)])
+        deployment.up()
+        yield deployment
