@@ -36,14 +36,7 @@ from fedlora.engines.site_listener import Listener
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))
 
-from support.flower_deployment import (  # noqa: E402
-    CONNECTION,
-    TOOLS,
-    deployed,
-    flower_environment,
-    free_port,
-    wait_for,
-)
+from support.flower_deployment import CONNECTION, TOOLS, deployed, simulating  # noqa: E402
 
 SIZES = [[0, 5], [50, 2], [200, 1]]
 """Megabytes each way, and how often."""
@@ -173,22 +166,9 @@ def simulation(model: str) -> None:
 
 def simulated(directory: Path, app: str) -> dict[str, Any]:
     """Seconds to the first round, and the largest memory seen."""
-    port, home = free_port(), directory / f"home of {app}"
+    home = directory / f"home of {app}"
     home.mkdir()
-    environment = flower_environment(home)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "sim"\n[superlink.sim]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n"
-    )
-    link = subprocess.Popen(
-        [TOOLS / "flower-superlink", "--insecure", "--simulation", "--port", str(port)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for(lambda: _listens(port), "the SuperLink")
+    with simulating(home) as (environment, link):
         most, over = [0.0], threading.Event()
 
         def watch() -> None:
@@ -199,7 +179,7 @@ def simulated(directory: Path, app: str) -> dict[str, Any]:
         began, first = time.perf_counter(), 0.0
         options = ["--stream", "--federation-config", f"num-supernodes={CLIENTS}"]
         with subprocess.Popen(
-            [TOOLS / "flwr", "run", directory / app, "sim", *options],
+            [TOOLS / "flwr", "run", directory / app, *options],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -211,15 +191,7 @@ def simulated(directory: Path, app: str) -> dict[str, Any]:
                 if not first and event.get("round") == 1:
                     first = time.perf_counter() - began
         over.set()
-        return {"first round after seconds": round(first, 1), "MiB": round(most[0])}
-    finally:
-        os.killpg(link.pid, 9)
-        link.wait()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+    return {"first round after seconds": round(first, 1), "MiB": round(most[0])}
 
 
 def main() -> None:
