@@ -20,6 +20,7 @@ from transformers import (
 
 import fedlora
 from fedlora import Config
+from fedlora.adapters.any_format import load_adapter as load_any
 from fedlora.adapters.export.mlx import read_mlx
 from fedlora.adapters.export.ranks import relative_distance
 from fedlora.adapters.saved_adapter import load_adapter
@@ -75,6 +76,29 @@ def logits(model: Any, number: int = 100) -> torch.Tensor:
     with torch.no_grad():
         out: torch.Tensor = model(input_ids=token_ids(number)).logits
     return out
+
+
+def test_gguf_files_of_a_run(done: dict[str, Any], export: Call, tmp_path: Path) -> None:
+    """The adapter alone: the tiny base has a tokenizer that llama.cpp does not know."""
+    words = ["--format", "gguf", "--held_out", "false", "--output"]
+    out = tmp_path / "g"
+    said = export(done["output_dir"], *words, out, "--parts", "merged", code=2)
+    assert "known here is BPE" in said
+    assert "--parts adapter" in said
+    assert not list(tmp_path.iterdir())
+    lines = export(done["output_dir"], *words, out, "--rank", 4)
+    assert lines["note"]["message"].startswith("no model.gguf: its tokenizer")
+    written = lines["export"]
+    assert (written["format"], written["reader"], written["rank"]) == ("gguf", "llama.cpp", 4)
+    assert written["commands"][-1].endswith(f"--lora {out}/adapter.gguf")
+    assert [file["path"] for file in written["files"]] == ["README.md", "adapter.gguf"]
+    assert all(check["reached"] <= check["tolerance"] for check in written["checks"])
+    whole = load_adapter(Path(done["output_dir"]) / "final").deltas
+    found = load_any(out)
+    assert {x.rank for x in found.deltas.values()} == {4}
+    assert relative_distance(found.deltas, whole) == pytest.approx(written["error"], abs=1e-5)
+    assert "library_name: gguf" in (out / "README.md").read_text()
+    export(done["output_dir"], *words, out, "--parts", "adapter", "--overwrite")
 
 
 def beside(base: Path | str, adapter: Path) -> torch.Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedlora import InputError, aggregate, load_adapter, save_adapter
+from fedlora import InputError, load_adapter
+from fedlora.adapters.aggregate import aggregate, save_adapter
 from fedlora.adapters.saved_adapter import SavedAdapter
 from fedlora.lowrank import LowRank, to_dense
 from fedlora.methods import METHODS, ONE_SHOT

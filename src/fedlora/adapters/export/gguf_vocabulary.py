@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.errors import InputError
@@ -101,23 +101,25 @@ def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
         )
     pairs = [x if isinstance(x, list) else x.split(" ") for x in model["merges"]]
     tokens, kinds = _tokens(facts, vocab_size)
-    common = {
-        "tokens": tokens,
-        "kinds": kinds,
-        "special": _special(tokenizer),
-        "adds": _added(tokenizer),
-        "chat_template": _template(tokenizer),
-    }
-    if model.get("byte_fallback"):
-        places = {a + b: -float(i) for i, (a, b) in reversed(list(enumerate(pairs)))}
-        return Vocabulary(
-            "llama",
-            "default",
-            scores=[places.get(token, 0.0) for token in tokens],
-            space_prefix=_prepends_space(facts),
-            **common,
-        )
-    return Vocabulary("gpt2", _cut(facts), merges=[f"{a} {b}" for a, b in pairs], **common)
+    common = Vocabulary(
+        "gpt2",
+        "",
+        tokens,
+        kinds,
+        special=_special(tokenizer),
+        adds=_added(tokenizer),
+        chat_template=_template(tokenizer),
+    )
+    if not model.get("byte_fallback"):
+        return replace(common, pre=_cut(facts), merges=[f"{a} {b}" for a, b in pairs])
+    places = {a + b: -float(i) for i, (a, b) in reversed(list(enumerate(pairs)))}
+    return replace(
+        common,
+        model="llama",
+        pre="default",
+        scores=[places.get(token, 0.0) for token in tokens],
+        space_prefix=_prepends_space(facts),
+    )
 
 
 def _tokens(facts: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

@@ -10,35 +10,58 @@ import torch
 from fedlora.adapters.export.checkpoint import open_checkpoint
 from fedlora.adapters.export.gguf_adapter import ADAPTER, read_gguf_adapter, write_gguf_adapter
 from fedlora.adapters.export.gguf_layout import Layout, layout_of
-from fedlora.adapters.export.gguf_model import MODEL, largest_gguf_difference, write_gguf_model
+from fedlora.adapters.export.gguf_model import (
+    MODEL,
+    largest_gguf_difference,
+    rope_factors,
+    write_gguf_model,
+)
 from fedlora.adapters.export.gguf_vocabulary import vocabulary_of
-from fedlora.adapters.export.merged import DTYPES, MergePlan, plan_merge, usual_dtype
+from fedlora.adapters.export.merged import DTYPES, plan_merge, refuse_quantised, usual_dtype
 from fedlora.adapters.export.readers import OLLAMA, Base, gguf_modelfile, why_no_adapter
 from fedlora.commands.export.files import Job, checks_of_update
-from fedlora.commands.export.origin import Origin
 from fedlora.commands.export.readback import ROUNDING, Check
-from fedlora.commands.export.request import Request
 from fedlora.errors import InputError
 
 ADAPTER_PART, MODEL_PART = "adapter", "merged"
 
 
-def gguf_parts(request: Request, origin: Origin, base: Base) -> tuple[tuple[str, ...], list[str]]:
+def gguf_parts(job: Job, base: Base) -> tuple[tuple[str, ...], list[str]]:
     """Which files are written, and what the user should know.
 
-    Where both are asked for, an adapter that llama.cpp cannot hold is left out.
+    Where both are asked for, one that cannot be written is left out with the reason.
+
+    Args:
+        job: what is exported; the base is here.
+        base: what readers need to know of it.
 
     Raises:
-        InputError: what is asked for cannot be written.
+        InputError: nothing of what is asked for can be written.
     """
-    layout_of(origin.needed().source.config)
-    wanted = (ADAPTER_PART, MODEL_PART) if request.parts == "both" else (request.parts,)
-    why = why_no_adapter(request.reader, origin.adapter, base)
-    if why and wanted == (ADAPTER_PART,):
-        raise InputError(f"{why}. --parts merged gives a whole model")
-    if why and ADAPTER_PART in wanted:
-        return (MODEL_PART,), [f"no {ADAPTER}: {why}"]
-    return wanted, []
+    layout_of(job.origin.needed().source.config)
+    parts = job.request.parts
+    wanted = (ADAPTER_PART, MODEL_PART) if parts == "both" else (parts,)
+    reasons = {
+        ADAPTER_PART: why_no_adapter(job.request.reader, job.origin.adapter, base),
+        MODEL_PART: _why_no_model(job),
+    }
+    possible = tuple(part for part in wanted if not reasons[part])
+    if not possible:
+        raise InputError("--format gguf: " + "; ".join(reasons[part] for part in wanted))
+    files = {ADAPTER_PART: ADAPTER, MODEL_PART: MODEL}
+    return possible, [f"no {files[x]}: {reasons[x]}" for x in wanted if reasons[x]]
+
+
+def _why_no_model(job: Job) -> str:
+    """Why the merged model cannot be a GGUF file; empty: it can."""
+    config, source = job.skeleton.config.get_text_config(), job.origin.needed().source
+    try:
+        refuse_quantised(source.config, source.name)
+        rope_factors(config)
+        vocabulary_of(job.tokenizer, int(config.vocab_size))
+    except InputError as error:
+        return str(error).removeprefix("--format gguf: ")
+    return ""
 
 
 def fill_gguf(job: Job, directory: Path) -> list[Check]:
@@ -71,7 +94,7 @@ def _fill_model(job: Job, layout: Layout, file: Path) -> list[Check]:
     subject, config = job.origin.needed(), job.skeleton.config.get_text_config()
     checkpoint = open_checkpoint(subject.source)
     adapter = job.origin.adapter
-    plan: MergePlan = plan_merge(job.skeleton, checkpoint, adapter, adapter.deltas, torch.float32)
+    plan = plan_merge(job.skeleton, checkpoint, adapter, adapter.deltas, torch.float32)
     dtype = DTYPES[job.request.dtype] if job.request.dtype else usual_dtype(checkpoint)
     vocabulary = vocabulary_of(job.tokenizer, int(config.vocab_size))
     write_gguf_model(file, plan, layout, config, vocabulary, dtype, subject.source.name)

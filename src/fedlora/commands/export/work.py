@@ -89,7 +89,7 @@ def export(request: Request, console: Console, emit: Emit | None = None) -> None
     notes = [*(origin.subject.notes if origin.subject else ()), *_check(request, origin, base)]
     job = _job(request, origin, skeleton)
     if request.format == "gguf":
-        parts, more = gguf_parts(request, origin, base)
+        parts, more = gguf_parts(job, base)
         job, notes = replace(job, parts=parts), [*notes, *more]
     job, more = _measured(job, teller)
     notes += more
@@ -121,10 +121,8 @@ def _check(request: Request, origin: Origin, base: Base) -> list[str]:
         subject = origin.needed()
         refuse_quantised(subject.source.config, subject.source.name)
         return []
-    if request.format == "gguf":
-        subject = origin.needed()
-        if request.parts != "adapter":
-            refuse_quantised(subject.source.config, subject.source.name)
+    if request.format == "gguf":  # gguf_parts knows what else cannot be done
+        origin.needed()
         return []
     if request.check == "logits" or request.eval_file is not None:
         origin.needed()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fedlora.adapters.export.gguf_adapter import read_gguf_adapter
 from fedlora.adapters.export.ranks import relative_distance, spectrum
@@ -60,16 +62,39 @@ def test_an_adapter_alone_has_one_rank_and_passes(tmp_path: Path) -> None:
     assert "ADAPTER ./adapter.gguf" in (tmp_path / "Modelfile").read_text()
 
 
-def test_what_llama_cpp_cannot_hold_is_left_out_of_both() -> None:
-    both = read_request(["x", "--format", "gguf", "--output", "y"])
-    assert gguf_parts(both, origin(), Base("base")) == (("adapter", "merged"), [])
-    whole = origin(replace(ADAPTER, dense={"model.norm.weight": torch.ones(16)}))
-    parts, (note,) = gguf_parts(both, whole, Base("base"))
+def job(parts: str, adapter: Any = ADAPTER, tokenizer: Any = None) -> Job:
+    request = read_request(["x", "--format", "gguf", "--output", "y", "--parts", parts])
+    skeleton = type("Skeleton", (), {"config": LLAMA})()
+    return Job(origin(adapter), request, spectrum(adapter.deltas), 3, 3, skeleton, tokenizer)
+
+
+def known_tokenizer() -> Any:
+    """Byte-level BPE as GPT-2 has it."""
+    core = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def test_what_cannot_be_written_is_left_out_of_both() -> None:
+    known = known_tokenizer()
+    assert gguf_parts(job("both", tokenizer=known), Base("base")) == (("adapter", "merged"), [])
+    whole = replace(ADAPTER, dense={"model.norm.weight": torch.ones(16)})
+    parts, (note,) = gguf_parts(job("both", whole, known), Base("base"))
     assert parts == ("merged",)
     assert note.startswith("no adapter.gguf: model.norm: trained whole")
-    alone = read_request(["x", "--format", "gguf", "--parts", "adapter", "--output", "y"])
-    with pytest.raises(InputError, match=r"trained whole.*--parts merged gives a whole model"):
-        gguf_parts(alone, whole, Base("base"))
-    table = origin(replace(ADAPTER, embeddings=frozenset({"model.embed_tokens"})))
+    parts, (note,) = gguf_parts(job("both"), Base("base"))
+    assert parts == ("adapter",)
+    assert note.startswith("no model.gguf: its tokenizer is not a fast one")
+
+
+def test_nothing_that_can_be_written_is_an_error() -> None:
+    whole = replace(ADAPTER, dense={"model.norm.weight": torch.ones(16)})
+    with pytest.raises(InputError, match=r"^--format gguf: model\.norm: trained whole"):
+        gguf_parts(job("adapter", whole), Base("base"))
+    with pytest.raises(InputError, match=r"^--format gguf: model\.norm.*; its tokenizer"):
+        gguf_parts(job("both", whole), Base("base"))
+    with pytest.raises(InputError, match=r"tokenizer is not a fast one.*--parts adapter"):
+        gguf_parts(job("merged"), Base("base"))
+    table = replace(ADAPTER, embeddings=frozenset({"model.embed_tokens"}))
     with pytest.raises(InputError, match=r"llama\.cpp would change both"):
-        gguf_parts(alone, table, Base("base", tied=True))
+        gguf_parts(job("adapter", table), Base("base", tied=True))
