@@ -52,7 +52,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def wait_for(ready: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+def wait_for(ready: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
     """What `ready` gives once it is true."""
     until = time.monotonic() + seconds
     while True:

@@ -1,4 +1,4 @@
-"""Says in words what Flower's error codes mean. Imports nothing but the standard library."""
+"""Says in words what Flower's error codes mean, and what kind of a failed call each of them is."""
 
 from __future__ import annotations
 

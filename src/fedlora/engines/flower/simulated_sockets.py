@@ -1,5 +1,7 @@
-"""Tells where the workers of a simulated run are called: a directory of sockets in this machine's
-directory for temporary files. Standard library alone."""
+"""Tells where the workers of a simulated run are called: in a directory for temporary files.
+
+Standard library alone.
+"""
 
 from __future__ import annotations
 
