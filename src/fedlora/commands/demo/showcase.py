@@ -199,18 +199,18 @@ def _plan(values: Mapping[str, Any], seeds: Sequence[int]) -> list[Planned]:
 
 def _read(runs: Sequence[Planned], where: Path, seconds: float) -> Shown:
     """What the runs' logs say, put together for the table and the picture."""
-    rounds: list[int] = []
+    evaluated: list[int] = []
     curves: dict[str, dict[int, list[float]]] = {}
     alone: dict[int, float] = {}
     sizes: dict[str, list[tuple[int, int]]] = {}
     for run in runs:
         lines = read_metrics(where / run.directory)
-        evaluated = [x for x in lines if x.get("evaluation")]
-        scores = [x["evaluation"][METRIC] for x in evaluated]
+        evaluations = [x for x in lines if x.get("evaluation")]
+        scores = [x["evaluation"][METRIC] for x in evaluations]
         if run.alone is not None:
             alone[run.alone] = scores[-1]
             continue
-        rounds = [x["round"] for x in evaluated]
+        evaluated = [x["round"] for x in evaluations]
         method = run.labels["method"]
         curves.setdefault(method, {})[run.seed] = scores
         rounds = [x for x in lines if x["event"] == "round"]
@@ -220,7 +220,7 @@ def _read(runs: Sequence[Planned], where: Path, seconds: float) -> Shown:
         method: (sum(up for up, _ in x) / len(x), sum(down for _, down in x) / len(x))
         for method, x in sizes.items()
     }
-    return Shown(rounds, curves, alone, means, seconds, where)
+    return Shown(evaluated, curves, alone, means, seconds, where)
 
 
 # --- what a person sees ---
