@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def test_demo_ends_with_a_table_a_picture_and_what_to_type_next(
     assert "exact and flora on seeds 3 5, and every client of seed 3 alone:" in out
     assert "6 runs, several at a time, into fedlora-demo-2/" in out
     assert "client 1 alone, r=4 seed 3" in out
+    assert re.search(r"method +0 +1 +up +down", out)
     assert out.index("held-out exact match (%)") < out.index("exact match (%) by round")
     assert "fedlora run --help" in out
     named = {"exact-seed-3", "exact-seed-5", "flora-seed-3", "flora-seed-5", "alone-0", "alone-1"}

@@ -193,7 +193,7 @@ def test_demo(told: Told, here: Path) -> None:
     short += " --num_clients 2 --client_ranks 8 4 --num_threads 1 --processes 1"
     (last,) = told(f"demo {short} --seeds 4")
     assert last["event"] == "demo"
-    assert last["seeds"] == [4]
+    assert (last["seeds"], last["rounds"]) == ([4], [0, 1])
     for method in ("exact", "flora"):
         lines = read_metrics(here / last["output_dir"] / f"{method}-seed-4")
         rounds = [e["evaluation"]["exact_match"] for e in lines if e.get("evaluation")]

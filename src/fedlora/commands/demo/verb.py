@@ -9,9 +9,9 @@ from fedlora.config.arguments import Option, Syntax, parse_overrides
 HELP = """\
 fedlora demo [--output_dir DIR] [--seeds 0 1 2] [--processes N] [--key value ...] [--json]
 
-Runs exact and flora on ten clients of ranks 64 32 16 16 8 8 4 4 4 4 in four rounds, three seeds
-each, and every client of the first seed alone; ends with a table and a picture of exact match by
-round, means over the seeds, and with what the differences are worth. Keys go to every run.
+Runs exact and flora on ten clients of ranks 64 32 16 16 8 8 4 4 4 4 in six rounds of 8 steps,
+three seeds each, and every client of the first seed alone; ends with a table and a picture of exact
+match by round, means over the seeds, and with what the differences are worth. Keys go to every run.
 
   --seeds 0 1 2   other seeds, or more or fewer of them (--seed S: three from S on)
   --processes N   runs at a time; without it as many as there are cores, with one thread each

@@ -18,7 +18,8 @@ def made(
     curves: dict[str, dict[int, list[float]]], alone: dict[int, float] | None = None
 ) -> showcase.Shown:
     sizes = dict.fromkeys(curves, (31.4e6, 250.1e6))
-    return showcase.Shown(curves, alone or {}, sizes, 200.0, Path("fedlora-demo"))
+    rounds = [0, 2, 4]
+    return showcase.Shown(rounds, curves, alone or {}, sizes, 200.0, Path("fedlora-demo"))
 
 
 def printed(shown: showcase.Shown) -> str:
@@ -36,6 +37,7 @@ CURVES = {
 def test_the_table_has_means_over_seeds_and_says_what_differences_are_worth() -> None:
     text = printed(made(CURVES, {0: 0.2, 1: 0.3, 2: 0.4}))
     assert "mean ± standard deviation over 3 seeds" in " ".join(text.split())
+    assert re.search(r"method +0 +2 +4 +up +down", text)
     assert re.search(r"exact +0\.0 +30\.0 +65\.0 ± 5\.0 +31\.4 MB +250\.1 MB", text)
     assert re.search(r"flora +0\.0 +31\.0 +64\.0 ± 2\.6 ", text)
     assert re.search(r"alone, mean +30\.0 ", text)
