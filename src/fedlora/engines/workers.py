@@ -13,6 +13,7 @@ one thread with the same `cohort_size`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import secrets
@@ -105,6 +106,10 @@ class WorkersEngine:
         if self.method == "fork":
             session.base.share_merged()
             give_back_memory()  # or each worker would write to pages of it and hold them itself
+            # Python's collector of cycles writes to every object it looks at. What there is now is
+            # left out, or every process would come to hold its own copy of all libraries' objects.
+            gc.collect()
+            gc.freeze()
         self._pool: list[PoolProcess] = []
         for place in range(number):
             self._pool.append(self._start(place))
@@ -367,6 +372,8 @@ class WorkersEngine:
         for worker in self._pool:
             end(worker, patience=0.0 if worker.task or worker.stops_by else 5.0)
         self._pool.clear()
+        if self.method == "fork":
+            gc.unfreeze()
 
     def _warn(self, message: str) -> None:
         self.report(Notice(event="warning", message=message))
