@@ -31,20 +31,20 @@ from fedlora.runs.engine import ClientResult, Failure
 from fedlora.runs.events import Event
 from fedlora.runs.session import assemble, starting_state
 from fedlora.threads import cores
+from support.conformance import (
+    Callbacks,
+    Keys,
+    assert_same,
+    check_goes_on,
+    check_same_bytes,
+    classifier,
+    for_rule,
+    in_memory,
+    three_clients,
+)
 from support.courses import take_course, tensor_files
 
-Keys = dict[str, Any]
 POOL = {"engine": "workers", "num_workers": 2}
-
-
-def rounds(result: fedlora.Result) -> list[Any]:
-    """The lines of rounds without seconds, as JSON has them."""
-    out = []
-    for line in result.metrics:
-        if line["event"] == "round":
-            clients = [{**c, "metrics": c["metrics"]["loss"]} for c in line["clients"]]
-            out.append({**line, "clients": clients, "seconds": None})
-    return json.loads(json.dumps(out))  # type: ignore[no-any-return]
 
 
 def take(keys: Keys, out: Path, **more: Any) -> fedlora.Result:
@@ -57,9 +57,11 @@ def workers() -> list[Any]:
     return sorted(multiprocessing.active_children(), key=lambda process: process.name)
 
 
-def assert_same(one: fedlora.Result, other: fedlora.Result) -> None:
-    assert tensor_files(one.output_dir) == tensor_files(other.output_dir)
-    assert rounds(one) == rounds(other)
+def pool(
+    keys: Keys, out: Path, events: list[Event] | None = None, callbacks: Callbacks = ()
+) -> fedlora.Result:
+    """Carries a run to two worker processes."""
+    return in_memory({**keys, **POOL}, out, events, callbacks)
 
 
 @pytest.fixture
@@ -76,12 +78,30 @@ def _nobody_is_left() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_rule_gives_the_same_bytes(keys: Keys, tmp_path: Path, method: str) -> None:
+def test_every_rule_gives_the_same_bytes(small_run: Keys, tmp_path: Path, method: str) -> None:
     """Also where a client keeps something, and where S is dense (`exact`, after some rounds)."""
-    keys |= {"method": method, "num_rounds": 5 if method == "exact" else 3}
-    if not METHODS[method].mixed_ranks:
-        keys["client_ranks"] = [4, 4, 4]
-    assert_same(take(keys, tmp_path / "local"), take(keys, tmp_path / "pool", **POOL))
+    check_same_bytes(pool, for_rule(three_clients(small_run), method), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["exact", "fedit"])
+def test_compressed_updates_give_the_same_bytes(
+    small_run: Keys, tmp_path: Path, method: str
+) -> None:
+    """What a client has lost goes with it from worker to worker."""
+    keys = {**for_rule(three_clients(small_run), method), "compression": "int8"}
+    check_same_bytes(pool, keys, tmp_path)
+
+
+def test_a_classifier_whose_clients_know_some_labels_alone(small_run: Keys, tmp_path: Path) -> None:
+    check_same_bytes(pool, classifier(three_clients(small_run), tmp_path / "labelled"), tmp_path)
+
+
+def test_a_server_that_is_killed_goes_on(small_run: Keys, tmp_path: Path) -> None:
+    def resume(out: Path) -> fedlora.Result:
+        return fedlora.run(resume=out)
+
+    keys = {**three_clients(small_run), "num_rounds": 3}
+    check_goes_on(pool, resume, keys, tmp_path, stops=(13,))
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -166,7 +166,7 @@ def _plan(session: Session) -> dict[str, Any]:
     clients = []
     for plan in client_plans(session):
         own = (session.config.client_overrides or {}).get(plan.client)  # type: ignore[union-attr]
-        clients.append({**asdict(plan), "bytes_up": plan.bytes_up, "settings": own or {}})
+        clients.append({**asdict(plan), "settings": own or {}})
     return {
         "event": "plan",
         "config": session.config.flat(),

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from fedlora.federation.messages import Broadcast
+from fedlora.lowrank import Deltas
 
 Clients = Sequence[Broadcast]
 """Broadcasts of clients that train in one pass."""
+
+
+def with_stand_ins(broadcast: Broadcast, merged: Deltas, *, shared: bool) -> Broadcast:
+    """A broadcast without the numbers of what the pool has merged for all workers.
+
+    A worker needs of these updates no more than that they are the same as for other clients.
+
+    Args:
+        broadcast: of a client.
+        merged: module -> what stands in the place of its updates, the same for all clients.
+        shared: whether the adapter lies frozen under all clients and was merged too.
+    """
+    base_delta = {name: merged.get(name, x) for name, x in broadcast.base_delta.items()}
+    if not shared:
+        return replace(broadcast, base_delta=base_delta)
+    adapter = {
+        name: x if x is broadcast.leading.get(name) else merged.get(name, x)
+        for name, x in broadcast.adapter.items()
+    }
+    return replace(broadcast, base_delta=base_delta, adapter=adapter)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ one thread with the same `cohort_size`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import secrets
@@ -29,10 +30,11 @@ import torch
 from torch import Tensor
 
 from fedlora.client.local_training import TrainFunction
+from fedlora.client.trainer import train
 from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.engines.local import LocalEngine, make_worker
-from fedlora.engines.pool_process import Clients, PoolProcess, Task, end, ending
+from fedlora.engines.pool_process import Clients, PoolProcess, Task, end, ending, with_stand_ins
 from fedlora.engines.results import asked_modules, result_of
 from fedlora.engines.worker_process import (
     FAILED,
@@ -48,7 +50,8 @@ from fedlora.errors import FedloraError
 from fedlora.federation.envelope import Header, Message, check_header, decode, encode
 from fedlora.federation.messages import Broadcast
 from fedlora.federation.wire import GroupNames, read_trained, train_message
-from fedlora.lowrank import Deltas
+from fedlora.lowrank import Deltas, LowRank
+from fedlora.methods.tracking import none_like
 from fedlora.methods.values import ServerState
 from fedlora.runs.engine import ClientResult, EngineState, Exchange, Failure, Joined, Left
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step
@@ -98,9 +101,15 @@ class WorkersEngine:
             secrets.token_hex(8), 0, 0, "", session.fingerprints["base"], agreement.digest
         )
         self._begun, self._merged = set[int](), False
+        self._stand_ins: dict[str, LowRank] = {}
+        self._adapter_merged = False
         if self.method == "fork":
             session.base.share_merged()
             give_back_memory()  # or each worker would write to pages of it and hold them itself
+            # Python's collector of cycles writes to every object it looks at. What there is now is
+            # left out, or every process would come to hold its own copy of all libraries' objects.
+            gc.collect()
+            gc.freeze()
         self._pool: list[PoolProcess] = []
         for place in range(number):
             self._pool.append(self._start(place))
@@ -182,10 +191,18 @@ class WorkersEngine:
             Whether that was done: not where clients were sent different things, nor in processes
             that were not forked.
         """
+        self._stand_ins, self._adapter_merged = {}, False
         frozen = frozen_for_all(broadcasts, self.session.federation.agreement)
         if self.method != "fork" or not any(frozen):
             return False
-        self.session.base.merge_for_others(frozen)
+        base = self.session.base
+        base.merge_for_others(frozen)
+        if self.train_function is train:  # a user's own merges for itself, and needs the numbers
+            base_delta, shared = frozen
+            updates = {**base_delta, **shared}
+            names = base.merged_elsewhere & updates.keys()
+            self._stand_ins = {name: none_like(updates[name]) for name in sorted(names)}
+            self._adapter_merged = bool(shared)
         return True
 
     @property
@@ -215,7 +232,11 @@ class WorkersEngine:
             worker.round, worker.known = number, frozenset()
         header = replace(self.header, round=number, attempt=task.attempt)
         states = self.local.states
-        message, known = train_message(header, task.clients, states, names, worker.known)
+        clients = [
+            with_stand_ins(sent, self._stand_ins, shared=self._adapter_merged)
+            for sent in task.clients
+        ]
+        message, known = train_message(header, clients, states, names, worker.known)
         message = replace(message, body={**message.body, MERGED: self._merged})
         worker.connection.send_bytes(encode(message))
         worker.known, worker.task = known, task
@@ -351,6 +372,8 @@ class WorkersEngine:
         for worker in self._pool:
             end(worker, patience=0.0 if worker.task or worker.stops_by else 5.0)
         self._pool.clear()
+        if self.method == "fork":
+            gc.unfreeze()
 
     def _warn(self, message: str) -> None:
         self.report(Notice(event="warning", message=message))

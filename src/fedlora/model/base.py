@@ -21,6 +21,7 @@ from fedlora.model.fingerprint import weights_fingerprint
 from fedlora.model.full_modules import FullModule, make_float32
 from fedlora.model.layers import replace_module
 from fedlora.model.lora_layer import AdapterLayer, ClientAdapter, ClientTerm
+from fedlora.model.shared_memory import unmap_pages
 from fedlora.model.targets import Targets
 
 
@@ -112,6 +113,12 @@ class BaseModel:
         self.load_clients([], [])
         for name, layer in self.layers.items():
             layer.merge_for_others([deltas[name] for deltas in frozen if name in deltas])
+        self._unmap_merged()
+
+    @property
+    def merged_elsewhere(self) -> frozenset[str]:
+        """The modules whose merged weight comes from another process, without its parts."""
+        return frozenset(name for name, x in self.layers.items() if x.place is not None)
 
     def adopt_merged(self, frozen: Sequence[Deltas]) -> None:
         """Set what lies frozen beside the base, which another process has merged.
@@ -122,6 +129,11 @@ class BaseModel:
         """
         for name, layer in self.layers.items():
             layer.adopt([deltas[name] for deltas in frozen if name in deltas])
+        self._unmap_merged()
+
+    def _unmap_merged(self) -> None:
+        """Give back the pages of weights that are used with something merged into them."""
+        unmap_pages(layer.weight for layer in self.layers.values() if layer.place is not None)
 
     def _set_full_params(self, values: Mapping[str, Tensor]) -> None:
         """Set the model's own parameters of modules trained whole."""

@@ -218,10 +218,6 @@ class SometimesInRound(Evaluations, total=False):
         compression_error_down: the same of what was handed out.
         given_up_bytes_up: received in attempts that were given up; `bytes_up` has them not.
         given_up_bytes_down: sent in them.
-        compression_error_up: see `RoundRecord`; where messages are compressed.
-        compression_error_down: the same of what was handed out.
-        given_up_bytes_up: received in attempts that were given up; `bytes_up` has them not.
-        given_up_bytes_down: sent in them.
     """
 
     personal_evaluations: Mapping[str, Scores]
@@ -229,8 +225,6 @@ class SometimesInRound(Evaluations, total=False):
     attempts: int
     compression_error_up: float
     compression_error_down: float
-    given_up_bytes_up: int
-    given_up_bytes_down: int
     given_up_bytes_up: int
     given_up_bytes_down: int
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fedlora.federation.messages import ClientState
@@ -38,6 +40,17 @@ def test_names_say_where_a_tensor_belongs() -> None:
         *(f"increments/0/b.up/{part}" for part in ("A", "B", "weights")),
         *(f"increments/1/b.up/{part}" for part in ("A", "B", "weights", "turn")),
     }
+
+
+def test_what_compression_has_left_out_is_saved_too() -> None:
+    state = replace(a_state(), unsent={"a.down": a_state().adapter["a.down"]})
+    tensors = state_to_tensors(state)
+    assert "unsent/a.down/W" in tensors
+    assert_same(state_from_copies(tensors, 1, state.last_seen, state.ranks), settled(state))
+    lost = {3: ClientState({"lost/A/b/up": torch.ones(2, 3), "b.up.B": torch.ones(4, 2)})}
+    back = clients_from_tensors(clients_to_tensors(lost))
+    assert back.keys() == lost.keys()
+    assert back[3].factors.keys() == lost[3].factors.keys()
 
 
 def test_a_settled_state_is_laid_out_as_one_that_was_saved_and_loaded() -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fedlora.client.worker import local_training_of
 from fedlora.commands.views.sentences import say
+from fedlora.federation.compression import BYTES
 from fedlora.lowrank import scaling
 from fedlora.runs.session import Session
 from fedlora.text import human_bytes
@@ -26,7 +27,8 @@ class ClientPlan:
         scale: of the adapter, `alpha / r` or `alpha / sqrt(r)`.
         rows, tokens: to train on.
         steps: of a round.
-        parameters: trained, and sent as float32.
+        parameters: trained, and sent.
+        bytes_up: of a round, to the server.
     """
 
     client: int
@@ -36,21 +38,20 @@ class ClientPlan:
     tokens: int
     steps: int
     parameters: int
-
-    @property
-    def bytes_up(self) -> int:
-        """Of a round, to the server."""
-        return 4 * self.parameters
+    bytes_up: int
 
 
 def client_plans(session: Session) -> list[ClientPlan]:
     """What every client would do, from the shapes of the model and the tokenised data."""
     spec, plans = session.federation, []
     dense = sum(p.numel() for p in session.base.full_params.values())
+    compression = spec.agreement.compression
     for client, part in enumerate(session.data.clients):
         own, rank = session.config.of_client(client), spec.ranks[client]
         trained = spec.trained_by(client)
         shapes = [s for n, s in spec.shapes.items() if trained is None or n in trained]
+        numbers = sum(rank * (m + n) for m, n in shapes)
+        scales = 2 * rank * len(shapes) if compression == "int8" else 0
         plans.append(
             ClientPlan(
                 client,
@@ -59,7 +60,8 @@ def client_plans(session: Session) -> list[ClientPlan]:
                 len(part.train),
                 sum(len(row["input_ids"]) for row in part.train),
                 local_training_of(own).steps(len(part.train)) if part.train else 0,
-                sum(rank * (m + n) for m, n in shapes) + dense,
+                numbers + dense,
+                BYTES[compression] * numbers + 4 * (dense + scales),
             )
         )
     return plans
