@@ -74,9 +74,7 @@ def test_paths_count_from_the_kit_and_are_short(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_missing_is_said(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match='give the socket of the site.s worker in it, as {"socket"'
-    ):
+    with pytest.raises(InputError, match="give the socket of the site's worker in it"):
         socket_of(kit_of(tmp_path))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,12 @@ class Server:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Iterator[Config]:
+def config(tmp_path: Path) -> Config:
     kit = tmp_path / "kit"
     (kit / "startup").mkdir(parents=True)
     admin = {"username": "ada", "host": "hub", "port": 8003}
     (kit / "startup" / "fed_admin.json").write_text(json.dumps({"admin": admin}))
-    yield Config(engine="nvflare", kit=str(kit), output_dir=str(tmp_path / "out"))
+    return Config(engine="nvflare", kit=str(kit), output_dir=str(tmp_path / "out"))
 
 
 def run(server: Server, config: Config) -> list[str]:
