@@ -25,6 +25,7 @@ from fedlora.embedded import instructions
 from fedlora.engines.nvflare.kit import read_admin_kit
 from fedlora.engines.nvflare.session import UnreachableError, connect
 from fedlora.errors import FedloraError
+from support.namespaces import Network
 from support.paths import REPOSITORY
 from support.rows import write_jsonl
 
@@ -56,10 +57,12 @@ class Deployed:
 
     Args:
         directory: for all of it.
+        network: the machines that the participants are; None: all are this one.
     """
 
     directory: Path
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    network: Network | None = None
 
     @property
     def folders(self) -> Path:
@@ -71,11 +74,11 @@ class Deployed:
     def deploy(self, bounds: dict[str, Any]) -> None:
         """Lay out the folders, and give every site its rows."""
         port, admin_port = free_ports(2)
-        own = {"train_file": "rows.jsonl", "client_eval_fraction": 0.25}
-        own |= {"model_name_or_path": "embedded", "use_cpu": True}
+        host = self.network.address("server") if self.network else "localhost"
+        own = {"model_name_or_path": "embedded", "use_cpu": True, "client_eval_fraction": 0.25}
         federation = {
             "name": "clinics",
-            "server": {"host": "localhost", "port": port, "admin_port": admin_port},
+            "server": {"host": host, "port": port, "admin_port": admin_port},
             "sites": {
                 name: {"bounds": bounds, "train_file": "rows.jsonl", **own} for name in SITES
             },
@@ -92,7 +95,7 @@ class Deployed:
         """Start participants, and wait until all sites are connected."""
         for name in names:
             self.running[name] = subprocess.Popen(
-                ["bash", "start"],
+                [*(self.network.within(name) if self.network else ()), "bash", "start"],
                 cwd=self.folders / name,
                 env={
                     **os.environ,

@@ -1,0 +1,278 @@
+"""The guide across organisations as it is written, and who is refused, at both ends."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+
+import fedlora
+from fedlora.commands.doctor.certificates import credentials_of
+from fedlora.commands.doctor.checks import OK, PROBLEM
+from fedlora.commands.doctor.connection import server_checks
+from fedlora.config.config import Config
+from fedlora.config.federation_file import read_federation
+from fedlora.config.yaml_file import read_yaml
+from fedlora.errors import InputError
+from support.courses import tensor_files
+from support.deployed import Deployed, free_ports, in_one_process, until
+from support.paths import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+GUIDE = REPOSITORY / "docs" / "guides" / "organisations.md"
+
+
+class Guided:
+    """The guide's directory, in which its lines are typed into one shell after the other.
+
+    Args:
+        directory: in which the guide begins.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.folders = directory, directory / "federation" / "folders"
+        self.blocks = re.findall(r"^```sh\n(.*?)^```$", GUIDE.read_text(), re.M | re.S)
+        self.port, self.admin_port = free_ports(2)
+        commands = directory / "bin"
+        commands.mkdir()
+        nvflare = Path(sys.executable).parent / "nvflare"
+        for name, code in (
+            ("fedlora", f"{sys.executable} -m fedlora"),
+            ("python", sys.executable),
+            ("python3", sys.executable),
+            ("nvflare", f"{sys.executable} {nvflare}"),
+        ):
+            (commands / name).write_text(f'#!/bin/sh\nexec {code} "$@"\n')
+            (commands / name).chmod(0o755)
+        self.environment = {
+            **os.environ,
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY / "src"),
+            "HOME": str(directory),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def shell(self, script: str) -> str:
+        """Run lines of the guide; its ports are replaced by free ones."""
+        script = script.replace("8002", str(self.port)).replace("8003", str(self.admin_port))
+        output = self.directory / "shell.out"
+        with output.open("wb") as out:
+            done = subprocess.run(
+                ["bash", "-e", "-c", script],
+                cwd=self.folders if self.folders.exists() else self.directory,
+                env=self.environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=550,
+            )
+        assert done.returncode == 0, output.read_text()
+        return output.read_text()
+
+    def end(self) -> None:
+        """Kill whatever was started from these folders."""
+        for path in Path("/proc").iterdir():
+            try:
+                words = (path / "cmdline").read_bytes().decode(errors="replace")
+                at = os.readlink(path / "cwd")
+            except OSError:
+                continue
+            ours = str(self.folders)
+            if (ours in words or at.startswith(ours)) and int(path.name) != os.getpid():
+                os.kill(int(path.name), 9)
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guided]:
+    """The guide up to where its federation runs."""
+    guide = Guided(Path(tmp_path_factory.mktemp("g")))
+    make, rows, start, *_ = guide.blocks
+    try:
+        assert "site    gamma" in guide.shell(make)
+        assert "bounds:" in guide.shell(rows.replace("cd folders\n", ""))
+        guide.shell(start)
+        yield guide
+    finally:
+        guide.end()
+
+
+@pytest.fixture(scope="module")
+def ran(guided: Guided) -> Path:
+    """The output directory of the guide's run."""
+    assert "ended after round 2" in guided.shell(guided.blocks[4])
+    return guided.folders / "out"
+
+
+def keys_of(guided: Guided, out: Path, **changed: Any) -> dict[str, Any]:
+    """The guide's run, with a kit and an output directory from here."""
+    keys = read_yaml(guided.folders / "server.yaml")
+    kit = str(guided.folders / "ada@example.org" / "kit")
+    return {**keys, "kit": kit, "num_threads": 1, "output_dir": str(out), **changed}
+
+
+def said_of(guided: Guided, kit: Path) -> tuple[str, str]:
+    """What the line of the server says of a kit's certificate, and its state."""
+    (check,) = server_checks("localhost", guided.port, credentials_of(kit))
+    return check.state, check.found
+
+
+def test_everybody_is_told_that_all_is_ready(guided: Guided) -> None:
+    told = guided.shell(guided.blocks[3])
+    assert told.count("takes your certificate") == 3
+    assert "72 to train on" in told
+    assert "problem" not in told
+
+
+def test_the_guide_s_run_has_the_bytes_of_one_process(
+    guided: Guided, ran: Path, tmp_path: Path
+) -> None:
+    keys = keys_of(guided, tmp_path / "out")
+    quiet = in_one_process(keys, guided.folders, tmp_path / "rows" / "out")
+    assert tensor_files(quiet) == tensor_files(ran)
+
+
+def test_no_certificate_and_one_of_another_federation(guided: Guided, tmp_path: Path) -> None:
+    """The kit of the real site is taken; the others end in the handshake."""
+    kit = guided.folders / "alpha" / "kit"
+    assert said_of(guided, kit)[0] == OK
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(credentials_of(kit).root)
+    bare = subprocess.run(
+        [sys.executable, "-c", _BARE, str(guided.port), str(credentials_of(kit).root)],
+        capture_output=True,
+        text=True,
+    )
+    assert "certificate required" in bare.stdout.lower().replace("_", " ")
+    other = Deployed(tmp_path)
+    other.deploy({})
+    theirs = other.folders / "alpha" / "kit" / "startup"
+    state, found = said_of(guided, theirs.parent)
+    assert (state, "verify failed" in found or "certificate" in found) == (PROBLEM, True)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(kit, mixed)
+    for name in ("client.crt", "client.key"):
+        shutil.copy(theirs / name, mixed / "startup" / name)
+    state, found = said_of(guided, mixed)
+    assert (state, "refuses your certificate" in found) == (PROBLEM, True)
+
+
+_BARE = """
+import socket, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[2])
+context.set_alpn_protocols(["h2"])
+try:
+    with socket.create_connection(("localhost", int(sys.argv[1]))) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost") as secured:
+            secured.sendall(b"PRI * HTTP/2.0")
+            print("answer", secured.recv(9))
+except OSError as error:
+    print(error)
+"""
+"""Calls a server without a certificate, and says how that ends."""
+
+
+def test_a_certificate_that_has_ended(guided: Guided, tmp_path: Path) -> None:
+    """Signed by the federation itself, for a day that is over."""
+    kit = tmp_path / "kit"
+    shutil.copytree(guided.folders / "alpha" / "kit", kit)
+    state = guided.folders / ".federation" / "workspace" / "clinics" / "state" / "cert.json"
+    kept = json.loads(state.read_text())
+    signing = serialization.load_pem_private_key(kept["root_pri_key"].encode(), None)
+    own = credentials_of(kit)
+    before = x509.load_pem_x509_certificate(own.certificate.read_bytes())
+    end = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    made = x509.CertificateBuilder(
+        before.issuer,
+        before.subject,
+        before.public_key(),
+        x509.random_serial_number(),
+        end - datetime.timedelta(days=9),
+        end,
+        list(before.extensions),
+    ).sign(signing, hashes.SHA256())  # type: ignore[arg-type]
+    own.certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    found = said_of(guided, kit)
+    assert (found[0], "refuses your certificate" in found[1]) == (PROBLEM, True)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fedlora", "doctor", "--json", "--kit", str(kit)),
+            *("--site", str(guided.folders / "alpha" / "site.yaml")),
+        ],
+        env=guided.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    lines = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert f"ended on {end:%Y-%m-%d}" in lines["certificate"]["found"]
+    assert lines["server"]["state"] == PROBLEM
+
+
+def test_a_member_may_not_submit(guided: Guided, ran: Path, tmp_path: Path) -> None:
+    kit = str(guided.folders / "bob@example.org" / "kit")
+    with pytest.raises(InputError, match=r"bob@example\.org may not submit"):
+        fedlora.run(Config(**keys_of(guided, tmp_path / "out", kit=kit)))
+    assert "bob@example.org" in (guided.folders / "server" / "server.log").read_text()
+
+
+def test_more_than_a_site_grants(guided: Guided, ran: Path, tmp_path: Path) -> None:
+    keys = keys_of(guided, tmp_path / "out", client_ranks=[8, 4, 32])
+    with pytest.raises(InputError, match=r"gamma: lora_r: 32 is asked for, .* at most 16"):
+        fedlora.run(Config(**keys))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_more_site_with_another_base(guided: Guided, ran: Path, tmp_path: Path) -> None:
+    """The guide's fourth site; its base has the same shapes and other weights."""
+    before = (guided.folders / "alpha" / "kit" / "startup" / "client.key").read_bytes()
+    kit = tmp_path / "kit"
+    told = guided.shell(guided.blocks[5])
+    assert re.search(r"site +delta .*\(made\)", told)
+    assert re.search(r"site +alpha .*\(as it was\)", told)
+    assert (guided.folders / "alpha" / "kit" / "startup" / "client.key").read_bytes() == before
+    shutil.copytree(guided.folders / "ada@example.org" / "kit", kit)
+    delta = guided.folders / "delta"
+    shutil.copy(guided.folders / "alpha" / "rows.jsonl", delta / "rows.jsonl")
+    other_base(delta / "base")
+    text = (delta / "site.yaml").read_text()
+    (delta / "site.yaml").write_text(text.replace(": embedded", ": base"))
+    guided.shell(guided.blocks[2].replace("server alpha beta gamma", "delta").replace(
+        "alpha beta gamma", "delta"))  # fmt: skip
+    keys = keys_of(guided, tmp_path / "out", kit=str(kit), client_ranks=[8, 4, 2, 2])
+    with pytest.raises(InputError, match="delta") as refused:
+        fedlora.run(Config(**keys))
+    assert "base" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def other_base(path: Path) -> None:
+    """The embedded base with one weight changed."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedlora.embedded import BASE_DIR
+
+    model = AutoModelForCausalLM.from_pretrained(BASE_DIR)
+    next(model.parameters()).data.add_(0.5)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(path)
+
+
+def test_the_federation_ends_as_the_guide_ends_it(guided: Guided) -> None:
+    """The last test of this file: the sites' folders end with their server's."""
+    assert read_federation(guided.folders.parent / "federation.yaml").name == "clinics"
+    guided.shell(guided.blocks[6])
+    for name in ("alpha", "beta", "gamma"):
+        path = guided.folders / name / "worker.sock"
+        until(lambda path=path: not path.exists(), f"{name} has ended")  # type: ignore[misc]
