@@ -16,6 +16,7 @@ from fedlora.engines.nvflare.kit import AdminKit
 from fedlora.engines.nvflare.session import (
     AdminSession,
     NotRunningError,
+    SilentError,
     UnreachableError,
     connect,
     has_ended,
@@ -129,7 +130,7 @@ def test_jobs_are_submitted_found_and_aborted(opening: list[Flare], tmp_path: Pa
         (api_spec.AuthorizationError("app_command"), InputError, '"app_command": "n:submitter"'),
         (api_spec.AuthorizationError("submit_job"), InputError, "may not submit runs to this"),
         (api_spec.JobNotRunning("ended"), NotRunningError, "ended"),
-        (api_spec.InternalError("no app command func"), NotRunningError, "no app command func"),
+        (api_spec.InternalError("no app command func"), SilentError, "no app command func"),
     ],
 )
 def test_what_a_job_does_not_answer_is_told(

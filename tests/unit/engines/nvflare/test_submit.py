@@ -146,7 +146,7 @@ def test_a_job_that_is_silent_is_lost(config: Config) -> None:
     server = Server([[told()], [told("ended")]], status_after="RUNNING")
     server.status = lambda job: "RUNNING" if job == "0" and not server.aborted else "FINISHED"  # type: ignore[method-assign]
     (text,) = run(server, config)
-    assert "the job is RUNNING and does not answer" in text
+    assert "the job does not answer; it is RUNNING" in text
     assert server.aborted == ["0"]
 
 
