@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/engines.py nvflare
 
 `measures(quick, sites)` deploys a federation with `fedlora deploy nvflare` on loopback; workers
-that send back what they get stand for those of the sites. "To the workers" is what a run does: a message
-is one buffer, and goes on over the worker's socket. "FLARE alone" sends arrays of numpy to the
-sites' job processes and back.
+that send back what they get stand for those of the sites. "To the workers" is what a run does: a
+message is one buffer, and goes on over the worker's socket. "FLARE alone" sends arrays of numpy to
+the sites' job processes and back.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from fedlora.engines.nvflare.controller import CourseController
 from fedlora.engines.nvflare.feed import FEED, Outcome, read_outcome
 from fedlora.engines.nvflare.kit import OWN_FILE
 from fedlora.engines.nvflare.order import Order, write_job
-from fedlora.errors import InputError
+from fedlora.errors import FedloraError, InputError
 from support.flare import Engine, Workspace
 
 ORDER = Order("0123456789abcdef", {}, ["alpha"])
@@ -63,6 +63,16 @@ def test_a_mistake_is_said_at_both_ends(engine: Engine, monkeypatch: pytest.Monk
     outcome, panics = end_of(engine, monkeypatch, host)
     assert outcome == Outcome("mistake", "sites: alpha: no rows")
     assert panics == ["sites: alpha: no rows"]
+
+
+def test_a_run_that_cannot_go_on_has_failed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def host(*_: Any) -> None:
+        raise FedloraError("no space is left")
+
+    outcome, panics = end_of(engine, monkeypatch, host)
+    assert (outcome, panics) == (Outcome("failed", "no space is left"), ["no space is left"])
 
 
 def test_an_aborted_job_stops_at_its_next_event(

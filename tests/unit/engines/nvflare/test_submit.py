@@ -142,6 +142,17 @@ def test_a_lost_job_is_submitted_again_as_one_that_goes_on(config: Config) -> No
     assert (first["run"], second["resumes"]) == (second["run"], True)
 
 
+def test_a_job_that_flare_ends_is_lost_and_one_that_an_admin_ends_is_not(config: Config) -> None:
+    stopped = told("stopped", "the job was aborted")
+    server = Server([[stopped], [told("ended")]])
+    (text,) = run(server, config)
+    assert "it is submitted again" in text
+    server = Server([[stopped]], status_after="FINISHED:ABORTED")
+    config = config.model_copy(update={"output_dir": f"{config.output_dir}-2"})
+    with pytest.raises(FedloraError, match="stopped at the server: the job was aborted"):
+        run(server, config)
+
+
 def test_a_job_that_is_silent_is_lost(config: Config) -> None:
     server = Server([[told()], [told("ended")]], status_after="RUNNING")
     server.status = lambda job: "RUNNING" if job == "0" and not server.aborted else "FINISHED"  # type: ignore[method-assign]
