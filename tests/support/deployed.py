@@ -1,11 +1,10 @@
-"""A federation of NVIDIA FLARE on loopback, as `fedlora deploy nvflare` lays it out: real processes.
+"""A federation of NVIDIA FLARE on loopback, as `fedlora deploy nvflare` lays it out.
 
 Server, clients and workers are started by their folders' own `start`, each in a process group.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def until(holds: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < end, what
-        time.sleep(0.2)
+        time.sleep(1.0)
 
 
 @dataclass
@@ -133,14 +133,10 @@ class Deployed:
         for process in self.running.values():
             os.killpg(process.pid, signal.SIGTERM)
         for name in list(self.running):
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.running[name].wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-            try:
+            with suppress(ProcessLookupError):
                 self.kill(name)
-            except ProcessLookupError:
-                continue
 
     def job_process(self, name: str) -> int:
         """The process in which a participant runs its part of a job."""
@@ -168,8 +164,3 @@ def in_one_process(keys: dict[str, Any], folders: Path, out: Path) -> Path:
     own = {"train_file": str(out.parent / "[0-2].jsonl"), "client_eval_fraction": 0.25}
     beside = {"cohort_size": 1, "use_cpu": True, "output_dir": str(out)}
     return fedlora.run(fedlora.Config(**{**plain, **own, **beside})).output_dir
-
-
-def events_of(out: str) -> list[dict[str, Any]]:
-    """The lines that `--json` has printed."""
-    return [json.loads(line) for line in out.splitlines()]
