@@ -50,7 +50,7 @@ def test_rows_are_told_anew_where_they_lie_elsewhere_from_now_on(tmp_path: Path)
     (tmp_path / "config.yaml").write_text(resumed.to_yaml())
     sites = {"engine": "sites", "sites": {"a": "/a"}}
     assert as_it_began(tmp_path, Config(**own, **sites)).engine == "sites"
-    with pytest.raises(InputError, match="client_eval_fraction: 0.0 when it began, 0.5 now"):
+    with pytest.raises(InputError, match=r"client_eval_fraction: 0\.0 when it began, 0\.5 now"):
         as_it_began(tmp_path, Config(**own, **sites, client_eval_fraction=0.5))
 
 
