@@ -22,7 +22,7 @@ from support.courses import tensor_files
 from support.deployed import SITES, Deployed, in_one_process, until
 from support.namespaces import Network, why_not
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KEYS: dict[str, Any] = {
     "engine": "nvflare",

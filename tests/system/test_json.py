@@ -230,6 +230,7 @@ def test_completion_and_version(told: Told, capfd: pytest.CaptureFixture[str]) -
         ("generate", "generate: name a run's directory"),
         ("study nothing", "nothing: no such study"),
         ("worker", "worker: give the site's file, as --site SITE.yaml"),
+        ("deploy pigeons", "pigeons: deploy knows no such engine"),
         ("doctor now", "now: doctor has no such option"),
         ("completion tcsh", "completion: tcsh: expected one of bash, zsh, fish"),
         ("rn", "rn: no such verb; did you mean run?"),

@@ -18,7 +18,7 @@ from fedlora.runs.events import Event
 from support.courses import tensor_files
 from support.deployed import MEMBER, Deployed, in_one_process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 KEYS: dict[str, Any] = {
     "engine": "nvflare",

@@ -57,6 +57,7 @@ Examples:
       --eval_file held_out.jsonl --lora_target_modules q_proj v_proj --learning_rate 3e-4
   fedlora run --model_name_or_path an/encoder --train_file all.csv --label_column_name label \\
       --partition dirichlet --partition_alpha 0.5 --num_clients 10    # a classifier
+  fedlora run server.yaml --engine nvflare --kit ADMIN_KIT   # rows at sites, over NVIDIA FLARE
 
 In DIR: config.yaml, metrics.jsonl, round-N/ and final/, which PeftModel.from_pretrained loads.
 
@@ -145,9 +146,11 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
     quiet_libraries()
     config = Config(**settings(arguments, EMBEDDED))
     if config.trains_at_sites:
+        check = "fedlora worker --site SITE.yaml --check"
+        if config.engine == "nvflare":
+            check = "fedlora doctor --site SITE.yaml"
         raise InputError(
-            "--dry_run looks at rows, which lie at the sites; check each of them there: fedlora "
-            "worker --site SITE.yaml --check"
+            f"--dry_run looks at rows, which lie at the sites; check each of them there: {check}"
         )
     check_free(config.output_dir)
     session = assemble(config, weights=False)

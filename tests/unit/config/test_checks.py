@@ -70,6 +70,8 @@ def unchecked(**values: Any) -> Config:
             {"engine": "sites", "sites": {"a": "x", "b": "x"}},
             "have the same address",
         ),
+        (checks.check_kit, {"engine": "nvflare"}, "kit: engine: nvflare needs it"),
+        (checks.check_kit, {"kit": "a"}, "belongs to engine: nvflare, not to engine: local"),
         (checks.check_local_training, {"cohort_size": 0}, "cohort_size: 0 must be at least 1"),
         (checks.check_local_training, {"max_steps": 0}, "max_steps: 0 trains nothing"),
         (checks.check_partition, {"partition": "labels"}, "labels needs partition_column"),

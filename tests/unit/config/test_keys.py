@@ -38,6 +38,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key needs beside it
     "num_workers": {"engine": "workers"},
     "round_timeout": {"engine": "workers"},
     "sites": {"engine": "sites", "sites": {"a": "one"}},
+    "kit": {"engine": "nvflare", "kit": "one"},
 }
 
 

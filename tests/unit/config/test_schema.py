@@ -249,6 +249,7 @@ BESIDE = {  # what a key needs beside it
     "num_workers": {"engine": "workers"},
     "round_timeout": {"engine": "workers"},
     "sites": {"engine": "sites"},
+    "kit": {"engine": "nvflare"},
 }
 
 
@@ -261,6 +262,7 @@ BETWEEN_KEYS = (  # what the schema leaves to the configuration
     "is given twice",
     "has no such option",  # in method_options
     "engine: sites needs them",
+    "engine: nvflare needs it",
     "have the same address",
     "is no share",  # 2.0 is a whole number to JSON Schema, and a share to YAML
 )

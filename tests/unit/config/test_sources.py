@@ -22,6 +22,12 @@ def file(directory: Path, text: str) -> Path:
         ([{"seed": 1, "name": "a"}, {"seed": 2}], {"seed": 2, "name": "a"}),
         ([{"train_file": "a"}, {"dataset_name": "b"}], {"dataset_name": "b"}),
         ([{"dataset_name": "b"}, {"train_file": "a"}], {"train_file": "a"}),
+        ([{"engine": "nvflare", "kit": "k"}, {"engine": "local"}], {"engine": "local"}),
+        (
+            [{"engine": "sites", "sites": {"a": "b"}}, {"engine": "nvflare", "kit": "k"}],
+            {"engine": "nvflare", "kit": "k"},
+        ),
+        ([{"kit": "k"}, {"engine": "nvflare"}], {"kit": "k", "engine": "nvflare"}),
         (
             [{"dataset_name": "b"}, {"train_file": "a", "dataset_name": None}],
             {"train_file": "a", "dataset_name": None},

@@ -40,6 +40,20 @@ def test_automatic_keys_may_stay_open_and_reports_may_change(tmp_path: Path) -> 
     assert resumed.report_to == ["tensorboard"]
 
 
+def test_rows_are_told_anew_where_they_lie_elsewhere_from_now_on(tmp_path: Path) -> None:
+    """And not where only the carrier between server and sites changes."""
+    began(tmp_path, train_file="/rows/*.jsonl", client_eval_fraction=0.5)
+    own = {"num_clients": 3, "client_ranks": [4, 4, 2], "num_rounds": 5}
+    now = Config(**own, engine="nvflare", kit="/kit")
+    resumed = as_it_began(tmp_path, now)
+    assert (resumed.train_file, resumed.engine, resumed.kit) == (None, "nvflare", "/kit")
+    (tmp_path / "config.yaml").write_text(resumed.to_yaml())
+    sites = {"engine": "sites", "sites": {"a": "/a"}}
+    assert as_it_began(tmp_path, Config(**own, **sites)).engine == "sites"
+    with pytest.raises(InputError, match=r"client_eval_fraction: 0\.0 when it began, 0\.5 now"):
+        as_it_began(tmp_path, Config(**own, **sites, client_eval_fraction=0.5))
+
+
 def test_other_values_are_listed_key_by_key(tmp_path: Path) -> None:
     began(tmp_path)
     now = Config(num_clients=3, client_ranks=[4, 4, 4], num_rounds=7, learning_rate=0.5)

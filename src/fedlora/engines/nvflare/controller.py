@@ -24,7 +24,7 @@ from fedlora.engines.nvflare.hosting import RESULT, configuration, host, publish
 from fedlora.engines.nvflare.order import read_order, saved_in
 from fedlora.engines.nvflare.transport import NvflareTransport
 from fedlora.engines.site_calls import SiteCalls
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, InputError
 from fedlora.runs.events import Event
 
 _PATIENCE = 10.0  # seconds for the admin to take the last of what was told
@@ -72,7 +72,7 @@ class CourseController(Controller):  # type: ignore[misc]
         self._feed.end(outcome, 0.0 if abort_signal.triggered else _PATIENCE)
         if failure is not None:
             raise failure
-        if outcome.kind == "mistake":
+        if outcome.kind in ("mistake", "failed"):
             self.system_panic(outcome.message, fl_ctx)
 
     def _outcome(
@@ -101,7 +101,7 @@ class CourseController(Controller):  # type: ignore[misc]
         except FedloraError as error:
             if abort_signal.triggered:  # sites that nobody asks any more seem to be absent
                 return Outcome("stopped", "the job was aborted")
-            return Outcome("mistake", str(error))
+            return Outcome("mistake" if isinstance(error, InputError) else "failed", str(error))
         return Outcome("ended")
 
     def _making(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -23,6 +24,10 @@ class UnreachableError(FedloraError):
 
 class NotRunningError(FedloraError):
     """The job does not run: it has not begun, or has ended, or was lost."""
+
+
+class SilentError(NotRunningError):
+    """The job's process is there and does not answer: it begins, ends, or is busy."""
 
 
 class AdminSession(Protocol):
@@ -81,6 +86,8 @@ def connect(kit: AdminKit) -> AdminSession:
         raise InputError(
             "engine: nvflare needs NVIDIA FLARE; install it with: pip install 'fedlora[nvflare]'"
         ) from None
+    # What goes wrong is raised and told; what FLARE logs beside it would tear our output apart.
+    logging.getLogger("nvflare").setLevel(logging.CRITICAL)
     return FlareSession(kit)
 
 
@@ -140,7 +147,6 @@ class FlareSession:
             api_spec.JobNotRunning,
             api_spec.JobNotDone,
             api_spec.JobNotFound,
-            api_spec.NoReply,
         ) as error:
             raise NotRunningError(str(error)) from None
         except api_spec.AuthorizationError as error:
@@ -198,17 +204,17 @@ class FlareSession:
 
     def ask(self, job: str, question: Mapping[str, Any]) -> Mapping[str, Any]:
         """Ask a job; see `AdminSession.ask`."""
-        from nvflare.fuel.flare_api.api_spec import InternalError
+        from nvflare.fuel.flare_api.api_spec import InternalError, NoReply
 
         from fedlora.engines.nvflare.feed import FEED
 
         with self._asking() as session:
             try:
                 answer = session.do_app_command(job, FEED, dict(question))
-            except (InternalError, RuntimeError) as error:  # its process begins or ends just now
-                raise NotRunningError(str(error)) from None
+            except (InternalError, NoReply, RuntimeError) as error:
+                raise SilentError(str(error)) from None
         if not isinstance(answer, Mapping) or "events" not in answer:
-            raise NotRunningError("the job does not answer")
+            raise SilentError("the job does not answer")
         return answer
 
     def abort(self, job: str) -> None:

@@ -26,6 +26,7 @@ from fedlora.engines.nvflare.session import (
     AdminSession,
     Connect,
     NotRunningError,
+    SilentError,
     UnreachableError,
     connect,
     has_ended,
@@ -39,6 +40,8 @@ from fedlora.runs.file_names import FINAL, METRICS
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.results import Callbacks, Result
 
+_ABORTED = "FINISHED:ABORTED"  # by an admin
+
 MOST_LOST = 3
 """Jobs that may be lost, one after the other, without a round between them."""
 
@@ -49,15 +52,15 @@ class Patience:
 
     Args:
         poll: between two questions to the server.
-        start: for a job to begin.
-        silence: for a job to answer that is said to run, before it counts as lost.
+        start: for a job to begin, to end, and to answer while its process is there.
+        silence: for a job that is said to run and has no process, before it counts as lost.
         server: for a server to come back.
         abort: for a job to end that was aborted.
         sites: for sites to come back, before a lost job is submitted again.
     """
 
     poll: float = 0.5
-    start: float = 180.0
+    start: float = 300.0
     silence: float = 20.0
     server: float = 600.0
     abort: float = 30.0
@@ -237,9 +240,11 @@ class _Submission:
         except BaseException:
             self._give_up(job)
             raise
-        if outcome is None and fetched is None:
-            raise _LostError(f"the job ended as {self._status(job)}")
-        return outcome or fetched or Outcome("failed")
+        outcome, status = outcome or fetched, self._status(job)
+        # FLARE also ends a job whose site's process is gone; that nobody has asked for.
+        if outcome is None or (outcome.kind == "stopped" and status != _ABORTED):
+            raise _LostError(f"the job ended as {status}")
+        return outcome
 
     def _outcome(self, job: str) -> Outcome | None:
         """How a job has told that it ended; None: it has ended, and told nobody."""
@@ -248,30 +253,35 @@ class _Submission:
             time.sleep(self.patience.poll)
             try:
                 answer = self.session.ask(job, self.mirror.question())
-            except NotRunningError:
+            except NotRunningError as error:
                 if has_ended(status := self._status(job)):
                     return None
-                self._check_silence(heard, status)
+                there = isinstance(error, SilentError) or not self.mirror.heard
+                self._check_silence(heard, status, there)
             except UnreachableError as error:
                 if self._waited_for_server(error):
                     heard = time.monotonic()
-                self._check_silence(heard, "not reached")
+                self._check_silence(heard, "not reached", True)
             else:
                 heard = time.monotonic()
                 if (outcome := self.mirror.take(answer)) is not None:
                     return outcome
 
-    def _check_silence(self, heard: float, status: str) -> None:
+    def _check_silence(self, heard: float, status: str, there: bool) -> None:
         """Give up a job that was heard last at this moment, if that is too long ago.
+
+        Args:
+            heard: on the clock of `time.monotonic`.
+            status: of the job.
+            there: whether it may have a process.
 
         Raises:
             _LostError: it is.
         """
-        silence = time.monotonic() - heard
-        if self.mirror.heard and silence > self.patience.silence:
-            raise _LostError(f"the job is {status} and does not answer")
-        if not self.mirror.heard and silence > self.patience.start:
-            raise _LostError(f"the job does not begin; it is {status}")
+        limit = self.patience.start if there else self.patience.silence
+        if time.monotonic() - heard > limit:
+            what = "does not answer" if self.mirror.heard else "does not begin"
+            raise _LostError(f"the job {what}; it is {status}")
 
     def _status(self, job: str) -> str:
         try:
