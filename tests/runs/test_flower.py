@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from flwr.app import Message
 
 from fedlora.methods import METHODS
 from support.conformance import (
@@ -49,3 +51,32 @@ def test_a_server_app_that_is_killed_goes_on_when_it_is_submitted_again(
     carrier = OverFlower()
     keys = {**for_rule(keys, method), "num_rounds": 3}
     check_goes_on(carrier, carrier.resume, keys, tmp_path, stops)
+
+
+@pytest.mark.parametrize("code", [3, 5, 8])
+def test_a_message_that_flower_loses_is_sent_again_or_its_site_left_out(
+    keys: Keys, tmp_path: Path, code: int
+) -> None:
+    """The ClientApp's process ends (8), the SuperNode is gone (5), the message is too old (3)."""
+    messages = itertools.count()
+
+    def errors(message: Message) -> int | None:
+        asked = message.metadata.message_type == "train"
+        return code if asked and next(messages) == 7 else None  # after three joins and agreements
+
+    keys = {**keys, "num_rounds": 2}
+    result = OverFlower(errors)(keys, tmp_path / "flower")
+    lost = [
+        client
+        for line in result.metrics
+        if line["event"] == "round"
+        for client in line["clients"]
+        if client["outcome"] != "counted"
+    ]
+    if code == 3:
+        assert [client["outcome"] for client in lost] == ["late"]
+        assert len(lost) == 1
+    else:
+        quiet = in_memory(keys, tmp_path / "memory")
+        assert tensor_files(quiet.output_dir) == tensor_files(result.output_dir)
+        assert lost == []

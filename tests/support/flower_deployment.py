@@ -229,3 +229,43 @@ def deployed(directory: Path, sockets: Mapping[str, str]) -> Iterator[Deployment
         stack.callback(lambda: [deployment.kill(name) for name in list(deployment.processes)])
         deployment.up()
         yield deployment
+
+
+@contextmanager
+def simulating(directory: Path) -> Iterator[tuple[dict[str, str], subprocess.Popen[bytes]]]:
+    """A SuperLink that simulates nodes, its connection being Flower's default.
+
+    Args:
+        directory: becomes Flower's home.
+
+    Yields:
+        The environment of Flower's commands, and the SuperLink's process.
+    """
+    port, environment = free_port(), flower_environment(directory)
+    (directory / "config.toml").write_text(
+        f'[superlink]\ndefault = "simulation"\n\n[superlink.simulation]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    with open(directory / "superlink.log", "ab") as log:
+        link = subprocess.Popen(
+            [TOOLS / "flower-superlink", "--insecure", "--simulation", "--port", str(port)],
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    try:
+        wait_for(lambda: _is_open(port), "the SuperLink")
+        yield environment, link
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(link.pid, signal.SIGKILL)
+        link.wait()
+
+
+def _is_open(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

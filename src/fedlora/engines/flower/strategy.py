@@ -20,7 +20,7 @@ Each node trains a LoRA adapter of its own rank, in a ClientApp that uses `descr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from logging import INFO, WARNING
 from typing import Any, Literal
@@ -29,32 +29,33 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
 
 from fedlora.adapters.saved_adapter import as_factors
 from fedlora.config.rule_options import read_options
 from fedlora.engines.flower.failures import in_words
 from fedlora.engines.flower.grid_calls import StreamingGrid, answering_node
+from fedlora.engines.flower.node_messages import (
+    content_for,
+    read_update,
+    round_config,
+    weighted_means,
+)
 from fedlora.engines.flower.nodes import Node, ask_nodes, wait_for_nodes
 from fedlora.engines.flower.peft_records import (
-    ARRAYS,
-    CONFIG,
-    FROZEN,
     METRICS,
     LoraState,
     global_record,
-    lora_record,
     read_lora,
 )
 from fedlora.errors import InputError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.checks import check_rule
 from fedlora.federation.exchange import Agreement, client_start, global_delta
-from fedlora.federation.messages import Broadcast, ClientUpdate, adapter_of
+from fedlora.federation.messages import Broadcast
 from fedlora.federation.participants import Federation
 from fedlora.federation.records import RoundRecord
 from fedlora.federation.server import Server, initial_state
-from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix, zeros
+from fedlora.lowrank import add_all, prefix, zeros
 from fedlora.methods import METHODS
 from fedlora.runs.membership import with_all_ranks
 from fedlora.text import nearest
@@ -169,8 +170,10 @@ class FedLora(Strategy):  # type: ignore[misc]
         for client, broadcast in self._asked.items():
             start = client_start(broadcast, server.agreement)
             frozen = add_all([broadcast.base_delta, start.frozen])
-            told = {**config, **self._round_config(broadcast.round), "server-round": server_round}
-            content = self._content(client, start.adapter, frozen, broadcast.dense, told)
+            asked = round_config(self.rule.training(self.options), broadcast.round)
+            told = {**config, **asked, "server-round": server_round}
+            scale = self.nodes[client].scale
+            content = content_for(scale, start.adapter, frozen, broadcast.dense, told)
             messages.append(self._message(client, content, MessageType.TRAIN, server_round))
         log(INFO, "configure_train: %d of %d nodes", len(messages), len(self.nodes))
         return messages
@@ -237,42 +240,6 @@ class FedLora(Strategy):  # type: ignore[misc]
             raise RuntimeError("configure_train makes the first round; call it, or start")
         return self._server
 
-    def _round_config(self, number: int) -> dict[str, Any]:
-        """What the rule asks of the local training in a round."""
-        training = self.rule.training(self.options)
-        return {
-            "trained-factors": training.trained(number),
-            "sent-factors": training.sent(number),
-            "tail-penalty": training.tail_penalty,
-            "tail-from": training.tail_from,
-        }
-
-    def _content(
-        self,
-        client: int,
-        trained: Adapter,
-        frozen: Deltas,
-        whole: Mapping[str, Tensor],
-        config: Mapping[str, Any],
-    ) -> RecordDict:
-        """The content of a message to a node.
-
-        Args:
-            client: the node's number.
-            trained: what it trains, or starts from.
-            frozen: what is added to the base and not trained.
-            whole: parameters trained whole.
-            config: what it is told beside them.
-        """
-        frozen = {name: x for name, x in frozen.items() if x.rank}
-        return RecordDict(
-            {
-                ARRAYS: lora_record(trained, self.nodes[client].scale, whole),
-                FROZEN: global_record(frozen, {}),
-                CONFIG: ConfigRecord(dict(config)),
-            }
-        )
-
     def _message(self, client: int, content: RecordDict, kind: str, number: int) -> Message:
         node = self.nodes[client].id
         return Message(content, node, kind, ttl=self._timeout, group_id=str(number))
@@ -296,7 +263,9 @@ class FedLora(Strategy):  # type: ignore[misc]
             if client not in missing:
                 continue
             try:
-                update, metrics[client] = self._read_update(client, reply)
+                update, metrics[client] = read_update(
+                    reply, self._asked[client], self.nodes[client].scale, server.agreement
+                )
                 refused = server.accept(update)
             except ValueError as error:
                 missing[client] = str(error)
@@ -312,7 +281,7 @@ class FedLora(Strategy):  # type: ignore[misc]
         weights = {c.client: c.weight for c in record.clients if c.weight}
         if not weights:
             return None, None
-        means = _weighted({client: metrics[client] for client in weights}, weights)
+        means = weighted_means({client: metrics[client] for client in weights}, weights)
         if record.aggregation_error is not None:
             means["aggregation-error"] = record.aggregation_error
         state = server.state
@@ -326,49 +295,6 @@ class FedLora(Strategy):  # type: ignore[misc]
         """
         numbers = {node.id: client for client, node in enumerate(self.nodes)}
         return numbers.get(answering_node(self._grid, reply), -1)
-
-    def _read_update(self, client: int, reply: Message) -> tuple[ClientUpdate, MetricRecord]:
-        """The update in a reply.
-
-        Raises:
-            ValueError: it holds none; why.
-        """
-        if reply.has_error():
-            raise ValueError(in_words(reply.error))
-        sent = self._asked[client]
-        told = reply.content.metric_records.get(METRICS, MetricRecord())
-        rows = told.get("num-examples")
-        arrays = reply.content.array_records.get(ARRAYS)
-        if arrays is None or not isinstance(rows, int) or rows < 0:
-            raise ValueError(
-                f"its reply needs an ArrayRecord {ARRAYS} and a MetricRecord {METRICS} with "
-                "num-examples"
-            )
-        try:
-            lora = read_lora(arrays)
-            adapter = self._received(lora, sent, self.nodes[client].scale)
-        except (InputError, KeyError, AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"its arrays are no adapter like the one it was sent: {error}"
-            ) from None
-        whole = {
-            name: x.to(sent.dense[name].dtype)
-            for name, x in lora.whole.items()
-            if name in sent.dense
-        }
-        means = {key: value for key, value in told.items() if isinstance(value, int | float)}
-        sends = self.rule.training(self.options).sent(sent.round)
-        update = ClientUpdate(client, sent.round, adapter, rows, whole, means, sends)
-        return update, told
-
-    def _received(self, lora: LoraState, sent: Broadcast, scale: float) -> dict[str, LowRank]:
-        """The adapter in a reply, its scale folded; zeros in the place of a factor not sent."""
-        sends = self.rule.training(self.options).sent(sent.round)
-        tensors = {
-            **{f"A/{name}": x.float() for name, x in lora.a.items() if "A" in sends},
-            **{f"B/{name}": x.float() * scale for name, x in lora.b.items() if "B" in sends},
-        }
-        return adapter_of(tensors, self._started.agreement.shapes)
 
     # --- evaluation ---
 
@@ -391,7 +317,7 @@ class FedLora(Strategy):  # type: ignore[misc]
             else:
                 trained = {n: zeros(s, node.rank) for n, s in server.agreement.shapes.items()}
                 frozen = global_delta(state)
-            content = self._content(client, trained, frozen, state.dense, told)
+            content = content_for(node.scale, trained, frozen, state.dense, told)
             messages.append(self._message(client, content, MessageType.EVALUATE, server_round))
         return messages
 
@@ -411,7 +337,7 @@ class FedLora(Strategy):  # type: ignore[misc]
             rows = told.get("num-examples", 0)
             if isinstance(rows, int) and rows > 0:
                 metrics[client], weights[client] = told, float(rows)
-        return _weighted(metrics, weights) if weights else None
+        return weighted_means(metrics, weights) if weights else None
 
     def summary(self) -> None:
         """Log what the strategy does."""
@@ -419,20 +345,3 @@ class FedLora(Strategy):  # type: ignore[misc]
         log(INFO, "\t├──> Options: %s", self.options)
         log(INFO, "\t├──> Nodes of a round: %s", self.clients_per_round or "all")
         log(INFO, "\t└──> Weights: %s", self.client_weights)
-
-
-def _weighted(metrics: Mapping[int, MetricRecord], weights: Mapping[int, float]) -> MetricRecord:
-    """Means of the numbers that all nodes report.
-
-    Args:
-        metrics: of each node.
-        weights: of each node, not normalised.
-    """
-    total = sum(weights.values())
-    names = set.intersection(*(set(record) for record in metrics.values())) - {"num-examples"}
-    means = MetricRecord()
-    for name in sorted(names):
-        values = {client: record[name] for client, record in metrics.items()}
-        if all(isinstance(value, int | float) for value in values.values()):
-            means[name] = sum(weights[k] * x for k, x in values.items()) / total
-    return means

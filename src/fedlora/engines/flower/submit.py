@@ -32,11 +32,11 @@ from fedlora.runs.file_names import CONFIG, FINAL
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.results import Result
 from fedlora.runs.resume import as_it_began
+from fedlora.runs.session import assemble
 
 MOST_FAILURES = 3
 """How often in a row a run is submitted again that has saved no further round."""
 
-_DEFAULT_CLIENTS = 10  # of a data set that is divided, as everywhere
 _TAIL = 5  # last lines of a log that are shown
 _PATIENCE = 120.0  # seconds in which a SuperLink that is started again has to answer
 
@@ -70,9 +70,10 @@ def submit(config: Config, report: Report, *, resume: bool) -> Result:
         config = as_it_began(path, config)
     else:
         check_free(config.output_dir)
+    clients = check_simulation(config)
     failures, saved, end = 0, -1, _Submitted()
     while True:
-        end = _follow(config, report, resume=resume or failures > 0)
+        end = _follow(config, clients, report, resume=resume or failures > 0)
         if end.error:
             raise FedloraError(end.error)
         if end.completed:
@@ -136,13 +137,20 @@ class _Submitted:
         report(event)
 
 
-def _follow(config: Config, report: Report, *, resume: bool) -> _Submitted:
-    """Submit a run, and report what happens until it ends."""
+def _follow(config: Config, clients: int | None, report: Report, *, resume: bool) -> _Submitted:
+    """Submit a run, and report what happens until it ends.
+
+    Args:
+        config: of the run.
+        clients: of a simulation; None: it is a deployment.
+        report: told about everything that happens.
+        resume: go on with the run in `output_dir`.
+    """
     end = _Submitted()
     try:
         with tempfile.TemporaryDirectory(prefix="fedlora-app-") as app:
             write_bundle(Path(app), config.flat(), resume=resume, events=True)
-            command = ["run", app, *_connection(config), "--stream", *_simulation(config)]
+            command = ["run", app, *_connection(config), "--stream", *_nodes(clients)]
             _listen(end, command, report)
         while end.run:
             end.status = _status(end.run, config)
@@ -213,23 +221,25 @@ def _connection(config: Config) -> list[str]:
     return [config.flower_superlink] if config.flower_superlink else []
 
 
-def _simulation(config: Config) -> list[str]:
-    """What a simulation has to be told: it has a node for every client of the data."""
+def check_simulation(config: Config) -> int | None:
+    """Check what a simulation will load, before Flower is started for it.
+
+    Returns:
+        How many clients there are, each of which needs a node; None: it is a deployment, whose
+        rows lie elsewhere.
+
+    Raises:
+        InputError: what cannot be used, and what to do.
+    """
     if not (config.train_file or config.dataset_name):
-        return []
-    return ["--federation-config", f"num-supernodes={clients_of(config)}"]
+        return None
+    session = assemble(config.model_copy(update={"engine": "workers"}), weights=False)
+    return len(session.federation.ranks)
 
 
-def clients_of(config: Config) -> int:
-    """How many clients a configuration with data has, as far as it says so."""
-    if config.num_clients is not None:
-        return config.num_clients
-    if isinstance(config.client_ranks, list):
-        return len(config.client_ranks)
-    pattern = Path(config.train_file or "")
-    if set(pattern.name) & set("*?["):
-        return len(list(pattern.parent.glob(pattern.name)))
-    return _DEFAULT_CLIENTS
+def _nodes(clients: int | None) -> list[str]:
+    """What Flower has to be told of a simulation: how many nodes there are."""
+    return [] if clients is None else ["--federation-config", f"num-supernodes={clients}"]
 
 
 def _lost(end: _Submitted, path: Path) -> str:

@@ -119,10 +119,8 @@ def test_flower_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -
         submit.check_flower()
 
 
-def test_a_simulation_has_a_node_for_every_client(tmp_path: Path) -> None:
-    for name in "abc":
-        (tmp_path / f"{name}.jsonl").write_text("")
-    assert submit.clients_of(Config(train_file=str(tmp_path / "*.jsonl"))) == 3
-    assert submit.clients_of(Config(train_file="x", client_ranks=[8, 4])) == 2
-    assert submit.clients_of(Config(train_file="x", num_clients=7)) == 7
-    assert submit.clients_of(Config(dataset_name="x")) == 10
+def test_a_simulation_is_checked_before_flower_is_started(config: Config, tmp_path: Path) -> None:
+    keys = {"model_name_or_path": "embedded", "train_file": str(tmp_path / "missing.jsonl")}
+    with pytest.raises(InputError, match=r"missing\.jsonl"):
+        submit.submit(config.model_copy(update=keys), lambda event: None, resume=False)
+    assert submit.check_simulation(config) is None, "it is a deployment"
