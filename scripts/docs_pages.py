@@ -266,8 +266,7 @@ def python() -> str:
 def examples() -> str:
     """Every example configuration as it stands."""
     out = []
-    paths = [path for path in (ROOT / "examples").rglob("*.yaml") if path.parent.name != "tasks"]
-    for path in sorted(paths, key=lambda p: (len(p.parts), p)):
+    for path in sorted((ROOT / "examples").rglob("*.yaml"), key=lambda p: (len(p.parts), p)):
         name = path.relative_to(ROOT).as_posix()
         text = path.read_text(encoding="utf-8")
         out.append(f'\n## {name} {{ id="{_slug(name)}" }}\n\n```yaml\n{text}```\n')

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,7 +295,7 @@ def test_the_guide_to_python_runs_as_written(
     run_python(merging[0].text, names)
     assert fedlora.load_adapter("both").deltas.keys() == names["result"].adapter.keys()
 
-    loading = blocks(DOCS / "guides" / "simulate.md", "python")
+    loading = blocks(DOCS / "guides" / "simulate.md", "python")[1:]  # behind Flower Datasets
     run_python(loading[0].text, names, path__or__hub_name=tiny_llama)
     assert names["model"].peft_config["default"].base_model_name_or_path == str(tiny_llama)
 
@@ -331,9 +332,34 @@ def test_a_classifier_is_loaded_as_written(three_sites: Path, tiny_llama: Path) 
     }
     fedlora.run(Config(**keys))
     names: dict[str, Any] = {}
-    block = blocks(DOCS / "guides" / "simulate.md", "python")[1]
+    block = blocks(DOCS / "guides" / "simulate.md", "python")[2]
     run_python(block.text, names, path__or__hub_name=tiny_llama)
     assert names["model"].config.id2label == {0: "no", 1: "yes"}
+
+
+def test_partitions_of_flower_datasets_are_taken_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package stands for itself by its names alone: it wants older libraries than these."""
+    from datasets import Dataset
+
+    class FederatedDataset:
+        def __init__(self, dataset: str, partitioners: dict[str, Any]) -> None:
+            self.partitioners = partitioners
+
+        def load_partition(self, partition_id: int, split: str | None = None) -> Dataset:
+            return Dataset.from_dict({"text": [f"word {partition_id}"] * 2, "label": [0, 1]})
+
+    package, partitioner = ModuleType("flwr_datasets"), ModuleType("flwr_datasets.partitioner")
+    package.FederatedDataset = FederatedDataset  # type: ignore[attr-defined]
+    partitioner.ShardPartitioner = SimpleNamespace  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flwr_datasets", package)
+    monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", partitioner)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    run_python(blocks(DOCS / "guides" / "simulate.md", "python")[0].text, names)
+    assert names["config"].train_file == "parts/client-*.parquet"
+    assert len(list(Path("parts").iterdir())) == 10
 
 
 @pytest.mark.slow
