@@ -2,8 +2,9 @@
 
 A layer is taken only if its class is one of `KNOWN`, everything in it but adapters is frozen and in
 float32, and nothing asks for what `decoder_pass` does not do: dropout on attention, activations
-computed again, a compiled layer. What it computes is then compared with the model's own result
-(`passes.PackedRunner`), because transformers may change a class under its name.
+computed again, a layer that is compiled, hooked or patched. What it computes is then compared with
+the model's own result (`passes.PackedRunner`), because transformers may change a class under its
+name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fedlora.model.client_rows import ClientRows, spans_of
 from fedlora.model.decoder_pass import DecoderPass, LayerCall, RotaryGroup, Shapes
+from fedlora.model.layers import is_conv1d, is_plain
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.lora_product import LinearCall
 from fedlora.model.packed_attention import LONGEST_PRODUCT, running_samples, sample_mask_of
@@ -51,7 +53,7 @@ def _is_plain(layer: Any) -> bool:
     parameters = [norm.weight for norm in norms]
     for linear in linears:
         base = linear.base if isinstance(linear, AdapterLayer) else linear
-        if type(base) is not nn.Linear:
+        if not is_plain(base) or is_conv1d(base):
             return False
         parameters += list(base.parameters())
     return (
@@ -59,8 +61,20 @@ def _is_plain(layer: Any) -> bool:
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
         and not attention.attention_dropout
-        and all(module.__dict__.get("_compiled_call_impl") is None for module in layer.modules())
+        and all(_is_untouched(module) for module in layer.modules())
     )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether a module is neither compiled, nor hooked, nor patched."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    compiled = vars(module).get("_compiled_call_impl") is not None
+    return not any(hooks) and not compiled and "forward" not in vars(module)
 
 
 @dataclass

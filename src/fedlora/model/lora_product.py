@@ -50,8 +50,7 @@ def product(call: LinearCall, x: Tensor, out: Tensor | None = None) -> tuple[Ten
         out: `(rows, m)`, where the output is written; None: a new tensor.
 
     Returns:
-        The output, and `L_k = (x o D_k) A_k^T` of every client that trains, followed by `x o D_k`
-        where there is dropout.
+        The output, and what `_add_term` gave of every client: `L_k = (x o D_k) A_k^T` first.
     """
     transposed = call.weight.T
     if call.bias is None:
@@ -64,19 +63,33 @@ def product(call: LinearCall, x: Tensor, out: Tensor | None = None) -> tuple[Ten
         out.addmm_(x, call.shared.W.T)
     kept = list[Tensor]()
     for term in call.terms:
-        rows, into = x[term.begin : term.end], out[term.begin : term.end]
-        if term.private is not None:
-            into.addmm_(rows @ term.private.A.T, term.private.B.T)
-        if term.A is None or term.B is None:
-            continue
-        if term.keep is not None:
-            rows = rows * (term.keep.to(x.dtype) / (1 - term.dropout))
-        low = rows @ term.A.T  # (rows, r)
-        into.addmm_(low, term.B.T, alpha=term.scale)
-        kept.append(low)
-        if term.keep is not None:
-            kept.append(rows)
+        kept += _add_term(term, x[term.begin : term.end], out[term.begin : term.end])
     return out, kept
+
+
+def _add_term(term: Term, x: Tensor, out: Tensor) -> list[Tensor]:
+    """Add a client's terms to its rows of the output, and give what its backward pass needs.
+
+    Without dropout, the trained factors and the private ones are multiplied side by side: two
+    products of twice the rank take less time than four.
+    """
+    if term.A is None or term.B is None:
+        if term.private is not None:
+            out.addmm_(x @ term.private.A.T, term.private.B.T)
+        return []
+    if term.keep is None and term.private is not None:
+        below = torch.cat([term.A, term.private.A])  # (r + r_p, n)
+        above = torch.cat([term.B * term.scale, term.private.B], 1)  # (m, r + r_p)
+        low = x @ below.T
+        out.addmm_(low, above.T)
+        return [low, below, above]
+    if term.private is not None:
+        out.addmm_(x @ term.private.A.T, term.private.B.T)
+    if term.keep is not None:
+        x = x * (term.keep.to(x.dtype) / (1 - term.dropout))
+    low = x @ term.A.T  # (rows, r)
+    out.addmm_(low, term.B.T, alpha=term.scale)
+    return [low] if term.keep is None else [low, x]
 
 
 def product_backward(
@@ -115,11 +128,18 @@ def product_backward(
     for term in call.terms:
         span = slice(term.begin, term.end)
         own = None if dx is None else dx[span]
-        if own is not None and term.private is not None:
-            own.addmm_(g[span] @ term.private.B, term.private.A)
-        if term.A is not None and term.B is not None:
-            low = next(saved)
-            _term_backward(term, g[span], x[span] if term.keep is None else next(saved), low, own)
+        if term.A is None or term.B is None or term.keep is not None:
+            if own is not None and term.private is not None:
+                own.addmm_(g[span] @ term.private.B, term.private.A)
+            if term.A is None or term.B is None:
+                continue
+        low = next(saved)
+        if term.keep is not None:
+            _term_backward(term, g[span], next(saved), low, own)
+        elif term.private is not None:
+            _joint_backward(term, g[span], x[span], (low, next(saved), next(saved)), own)
+        else:
+            _term_backward(term, g[span], x[span], low, own)
     return dx
 
 
@@ -128,9 +148,7 @@ def _term_backward(term: Term, g: Tensor, x: Tensor, low: Tensor, dx: Tensor | N
     a, b = term.A, term.B
     assert a is not None
     assert b is not None
-    if b.requires_grad:
-        # The long side last: a product with few columns is several times slower than its transpose.
-        _gradient(b).T.add_(low.T @ g, alpha=term.scale)
+    _add_to_b(term, g, low)
     if not a.requires_grad and dx is None:
         return
     high = g @ b  # (rows, r)
@@ -143,6 +161,29 @@ def _term_backward(term: Term, g: Tensor, x: Tensor, low: Tensor, dx: Tensor | N
     else:
         factors = term.keep.to(g.dtype) / (1 - term.dropout)
         dx.addcmul_(high @ a, factors, value=term.scale)
+
+
+def _joint_backward(
+    term: Term, g: Tensor, x: Tensor, kept: tuple[Tensor, Tensor, Tensor], dx: Tensor | None
+) -> None:
+    """As `_term_backward`, with the private factors beside the trained ones."""
+    low, below, above = kept
+    a = term.A
+    assert a is not None
+    rank = len(a)
+    _add_to_b(term, g, low[:, :rank])
+    high = g @ above  # (rows, r + r_p), the scale in it
+    if a.requires_grad:
+        _gradient(a).addmm_(high[:, :rank].T, x)
+    if dx is not None:
+        dx.addmm_(high, below)
+
+
+def _add_to_b(term: Term, g: Tensor, low: Tensor) -> None:
+    """Add the gradient of B; `low (rows, r)` is what B was multiplied with."""
+    if term.B is not None and term.B.requires_grad:
+        # The long side last: a product with few columns is several times slower than its transpose.
+        _gradient(term.B).T.add_(low.T @ g, alpha=term.scale)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

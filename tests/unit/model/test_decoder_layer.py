@@ -76,5 +76,8 @@ def test_layers_that_do_more_are_left_to_the_model() -> None:
     assert not known(LlamaConfig(**GROUPED, hidden_act="gelu"))
     assert not known(LlamaConfig(**GROUPED), torch.bfloat16)
     assert not known(Qwen3Config(**GROUPED))  # norms of queries and keys
+    hooked = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED)).requires_grad_(False)
+    hooked.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert not decoder_layers(hooked.model)
     trained = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED))
     assert not decoder_layers(trained.model)  # its weights need gradients

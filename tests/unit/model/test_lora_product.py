@@ -20,13 +20,14 @@ def tensor(*shape: int, seed: int) -> Tensor:
 
 
 def terms_of(factors: list[Tensor]) -> list[Term]:
-    """Two clients that train, one with dropout and a private part; row 8 is nobody's."""
+    """Clients with dropout, with a private part, with both and with neither."""
     keep = tensor(3, N, seed=6) > 0
     private = random_lowrank((M, N), 1, 7)
     return [
         Term(0, 3, factors[0], factors[1], 2.0, private, keep, 0.25),
         Term(3, 5, None, None, 1.0, private, None, 0.0),
         Term(5, 8, factors[2], factors[3], 0.5, None, None, 0.0),
+        Term(8, 9, factors[4], factors[5], 2.0, private, None, 0.0),
     ]
 
 
@@ -35,7 +36,7 @@ def terms_of(factors: list[Tensor]) -> list[Term]:
 def test_outputs_and_gradients_are_those_of_autograd(shared: str, bias: bool) -> None:
     low = random_lowrank((M, N), 2, 5)
     branch: Delta | None = {"none": None, "factors": low, "dense": Dense(low.B @ low.A)}[shared]
-    shapes = [(2, N), (M, 2), (3, N), (M, 3)]
+    shapes = [(2, N), (M, 2), (3, N), (M, 3), (1, N), (M, 1)]
     factors = [tensor(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
     x, g, weight = (tensor(*s, seed=9 + i) for i, s in enumerate(((ROWS, N), (ROWS, M), (M, N))))
     offset = tensor(M, seed=12) if bias else None
