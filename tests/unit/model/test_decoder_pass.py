@@ -64,8 +64,8 @@ def test_output_and_gradients(wanted: list[int] | None, input_trains: bool) -> N
     sizes.append((WIDTH, INNER))
     factors, calls = list[Tensor](), list[LinearCall]()
     for i, (m, n) in enumerate(sizes):
-        pair = [0.3 * tensor(2, n, seed=i).requires_grad_() for _ in range(1)]
-        a, b = pair[0].detach().requires_grad_(), tensor(m, 2, seed=50 + i).requires_grad_()
+        a = (0.3 * tensor(2, n, seed=i)).requires_grad_()
+        b = tensor(m, 2, seed=50 + i).requires_grad_()
         factors += [a, b]
         rows = TOKENS if wanted is None or i < 3 else len(wanted)
         term = Term(0, rows, a, b, 0.5, None, None, 0.0)
@@ -78,17 +78,19 @@ def test_output_and_gradients(wanted: list[int] | None, input_trains: bool) -> N
     assert len(groups) > 1  # of them, one with padding
     at = None if wanted is None else torch.tensor(wanted)
     norms = 1 + 0.1 * tensor(WIDTH, seed=90), 1 + 0.1 * tensor(WIDTH, seed=91)
-    call = LayerCall(SHAPES, norms, (1e-6, 1e-5), tuple(calls[:3]), tuple(calls[3:]), groups, at)
+    inputs, others = (calls[0], calls[1], calls[2]), (calls[3], calls[4], calls[5], calls[6])
+    call = LayerCall(SHAPES, norms, (1e-6, 1e-5), inputs, others, groups, at)
     x = tensor(TOKENS, WIDTH, seed=99).requires_grad_(input_trains)
     theirs = by_hand(x, call, cos, sin)
     theirs = theirs if at is None else theirs[at]
     g = tensor(*theirs.shape, seed=98)
-    inputs = [x, *factors] if input_trains else factors
-    gradients = list(torch.autograd.grad(theirs, inputs, g))
-    ours = DecoderPass.apply(x, torch.zeros(0, requires_grad=True), call)
+    leaves = [x, *factors] if input_trains else factors
+    gradients = list(torch.autograd.grad(theirs, leaves, g))
+    anchor = torch.zeros(0, requires_grad=True)
+    ours = DecoderPass.apply(x, anchor, call)  # type: ignore[no-untyped-call]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     ours.backward(g)
-    for value, gradient in zip(inputs, gradients, strict=True):
+    for value, gradient in zip(leaves, gradients, strict=True):
         torch.testing.assert_close(value.grad, gradient, rtol=1e-3, atol=1e-4)
 
 
@@ -102,8 +104,8 @@ def test_nothing_runs_backwards_where_nothing_trains() -> None:
     factors = torch.ones(1, 3, D)
     groups = [RotaryGroup(group, factors, factors, None)]
     ones = torch.ones(WIDTH)
-    call = LayerCall(
-        SHAPES, (ones, ones), (1e-6, 1e-6), tuple(plain[:3]), tuple(plain[3:]), groups, None
-    )
+    inputs, others = (plain[0], plain[1], plain[2]), (plain[3], plain[4], plain[5], plain[6])
+    call = LayerCall(SHAPES, (ones, ones), (1e-6, 1e-6), inputs, others, groups, None)
     assert not call.trains
-    assert not DecoderPass.apply(tensor(3, WIDTH, seed=3), None, call).requires_grad
+    y = DecoderPass.apply(tensor(3, WIDTH, seed=3), None, call)  # type: ignore[no-untyped-call]
+    assert not y.requires_grad
