@@ -3,6 +3,7 @@
     python benchmarks/savings.py            # about four minutes on two cores
     python benchmarks/savings.py --compiled # torch_compile too: several minutes more
     python benchmarks/savings.py --threads 1
+    python benchmarks/savings.py --embedded # of the embedded default, in CPU seconds on one thread
 
 Each line is a fresh process: ten clients of ranks 64 to 4 take two steps on Dolly's real lengths
 with a Llama shape of 22 M parameters (random weights), float32 unless said otherwise, after one
@@ -26,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "everything on, one client at a time": {},
     "ten clients in one pass": {"cohort": 10},
     "padding and the head on all tokens, as transformers runs it": {"padded": True},
+    "decoder layers through autograd, operation by operation": {"layers": False},
     "attention through torch's kernel, not products": {"kernel": True},
     "the frozen update added for every client, not once a round": {"refreeze": True},
     "recomputed activations (gradient_checkpointing)": {"checkpointing": True},
@@ -34,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16, attention through torch's kernel": {"dtype": "bfloat16", "kernel": True},
     "bfloat16, padded": {"dtype": "bfloat16", "padded": True},
 }
+EMBEDDED = ("everything on", "last layer on all tokens", "decoder layers through autograd")
 COMPILED = {"torch_compile": {"compile": True}}
 
 
@@ -44,27 +47,29 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(threads)
-    import fedlora.attention
-    import fedlora.passes
     from transformers.utils import logging
 
     from fedlora.client.cohort import train_cohort
     from fedlora.client.local_training import LocalTraining
     from fedlora.config.config import Config
     from fedlora.lowrank import LowRank
+    from fedlora.model import packed_attention
     from fedlora.model.acceleration import accelerate
     from fedlora.model.lora_layer import ClientAdapter
+    from fedlora.model.passes import runner_of
     from fedlora.runs.session import assemble
     from fedlora.seeds import Purpose, fresh_factors
 
     logging.set_verbosity_error()
     if case.get("kernel"):
-        fedlora.model.packed_attention.LONGEST_PRODUCT = 0
+        packed_attention.LONGEST_PRODUCT = 0
     keys = json.loads(spec.read_text())["config"]
     keys |= {"dtype": case.get("dtype", "float32"), "cohort_size": 1, "num_threads": threads}
     session = assemble(Config(**keys))
     base, ranks = session.base, session.federation.ranks
-    passes = fedlora.model.passes.runner_of(base.model)
+    passes = runner_of(base.model)
+    if not case.get("layers", not case.get("kernel")):
+        passes.packed_forward.decoder_layers = []  # they hold attention as products
     if case.get("padded"):
         passes.packed = passes.joint = False
     accelerate(
@@ -107,10 +112,63 @@ def measure(case: dict[str, Any], spec: Path, threads: int) -> dict[str, float]:
     return {"seconds": seconds, "tokens": tokens, "gib": peak}
 
 
+def measure_embedded(rounds: int = 8, steps: int = 2) -> dict[str, float]:
+    """CPU seconds of a step of the embedded default's ten clients, on one thread.
+
+    The cases take turns in one process, so that whatever else runs on the machine slows all of them
+    down; of each the fastest turn counts. A turn is a round of `steps` steps, with what a round
+    costs a client besides them.
+    """
+    import tempfile
+
+    import torch
+
+    torch.set_num_threads(1)
+    from fedlora import Config
+    from fedlora.client.trainer import train
+    from fedlora.config.sources import layered
+    from fedlora.config.yaml_file import read_yaml
+    from fedlora.embedded import CONFIG
+    from fedlora.engines.local import make_worker
+    from fedlora.model.packed_forward import PackedForward
+    from fedlora.model.passes import runner_of
+    from fedlora.runs.course import make_server
+    from fedlora.runs.session import assemble, starting_state
+
+    config = Config(**layered(read_yaml(CONFIG), {"num_threads": 1, "max_steps": steps}))
+    session = assemble(config)
+    worker, forward = make_worker(session, train, {}), runner_of(session.base.model).packed_forward
+    layers, own_output = forward.decoder_layers, PackedForward.trunk_output
+    size = session.config.cohort_size
+    assert isinstance(size, int)
+
+    def output_of_all(self: Any, ids: Any, wanted: Any = None, counts: Any = ()) -> Any:
+        out = own_output(self, ids)
+        if wanted is not None:
+            out["last_hidden_state"] = out.last_hidden_state[:, wanted]
+        return out
+
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        sent = list(make_server(session, starting_state(session), Path(scratch)).plan().values())
+        for number in range(rounds + 1):
+            for name in EMBEDDED:
+                forward.decoder_layers = [] if name == EMBEDDED[2] else layers
+                PackedForward.trunk_output = output_of_all if name == EMBEDDED[1] else own_output
+                began = time.process_time()
+                for begin in range(0, len(sent), size):
+                    worker.handle_together(sent[begin : begin + size])
+                seconds = (time.process_time() - began) / steps
+                if number:  # the first turn warms up
+                    found[name] = min(found.get(name, seconds), seconds)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compiled", action="store_true", help="torch_compile too")
+    parser.add_argument("--embedded", action="store_true", help="of the embedded default instead")
     parser.add_argument("--case")
     parser.add_argument("--spec", type=Path)
     options = parser.parse_args()
@@ -118,6 +176,21 @@ def main() -> None:
         print(
             json.dumps(measure({**CASES, **COMPILED}[options.case], options.spec, options.threads))
         )
+        return
+    if options.embedded:
+        of_cases = measure_embedded()
+        lines = [
+            "# What each saving brings in the embedded default",
+            "",
+            f"{machine()}; CPU seconds of a step of all ten clients, one thread, the fastest of",
+            "eight turns.",
+            "",
+            "| | CPU s a step | to the first line |",
+            "|---|---|---|",
+        ]
+        for name, x in of_cases.items():
+            lines.append(f"| {name} | {x:.3f} | {x / of_cases[EMBEDDED[0]]:.2f} |")
+        write("savings_embedded.md", "\n".join(lines) + "\n")
         return
     import tempfile
 

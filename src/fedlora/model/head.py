@@ -79,7 +79,7 @@ def head_backward(
     model: Any,
     trunk: Any,
     trunk_output: Any,
-    labels: tuple[Tensor, Tensor],
+    labels: Tensor,
     weights: Tensor,
     spans: Sequence[ClientSpan],
     client_rows: ClientRows,
@@ -92,20 +92,19 @@ def head_backward(
     Args:
         model: of transformers; the gradients of what its head trains are added to.
         trunk: its part without the head.
-        trunk_output: what the trunk gave for all tokens.
-        labels: where the labelled tokens are predicted `(n,)`, and their labels `(n,)`.
+        trunk_output: what the trunk gave, with the hidden states before labelled tokens alone.
+        labels: `(n,)`, of these tokens.
         weights: `(n,)`, of each token's loss, float32.
         spans: which of the n tokens belong to which client.
         client_rows: of the model.
     """
-    predicted_at, wanted = labels
-    hidden = hidden_states(trunk_output)[predicted_at]
+    hidden = hidden_states(trunk_output)
     cut_off = hidden.detach().requires_grad_(hidden.requires_grad)
     losses = []
-    for at in chunks(model, len(predicted_at)):
+    for at in chunks(model, len(labels)):
         with client_rows.divided(chunked=True, tokens=spans_within(spans, at)):
             logits = head_logits(model, trunk, trunk_output, cut_off[at])
-            loss: Tensor = CrossEntropy.apply(logits, wanted[at], weights[at])  # type: ignore[no-untyped-call]
+            loss: Tensor = CrossEntropy.apply(logits, labels[at], weights[at])  # type: ignore[no-untyped-call]
             loss.sum().backward()
         losses.append(loss.detach())
         del logits, loss  # before the next chunk's are computed

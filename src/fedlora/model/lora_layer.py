@@ -14,6 +14,7 @@ from fedlora.lowrank import Adapter, Delta, LowRank, add, fold, to_dense, unfold
 from fedlora.model.client_rows import ClientRows, RowLayout
 from fedlora.model.layers import is_conv1d, is_plain, shape_of
 from fedlora.model.lora_linear import Term, adapted
+from fedlora.model.lora_product import LinearCall
 from fedlora.model.shared_memory import shared_like
 
 
@@ -243,6 +244,17 @@ class AdapterLayer(nn.Module):
         if not terms and self.branch is None:
             return F.linear(x, flat, self.bias)
         return adapted(x, None, flat, self.bias, self.branch, terms)
+
+    def call_of(self, x: Tensor) -> LinearCall:
+        """The layer as `lora_product` computes it, on as many rows as x has.
+
+        Args:
+            x: `(1, rows, any width)`, the rows in their order; only its shape is read.
+        """
+        rows = x[..., :1].expand(*x.shape[:-1], self.in_features)
+        weight = self.merged if self.merged is not None else self.weight
+        terms = self._terms(rows, self.layouts.get(x.ndim))
+        return LinearCall(weight, self.bias, self.branch, terms)
 
     def _terms(self, x: Tensor, layout: RowLayout | None) -> list[Term]:
         """The clients' terms, each with the rows of `x` that it acts on."""

@@ -207,7 +207,8 @@ def _term_gradients(
         return [None, None]
     high = g @ (b * term.scale).to(g.dtype)  # (rows, r)
     da = _product(high.T, x if masked is None else masked, a.dtype) if needs[0] else None
-    db = _product(g.T, low, b.dtype).mul_(term.scale) if needs[1] else None
+    # The long side last: a product with few columns is several times slower than its transpose.
+    db = _product(low.T, g, b.dtype).mul_(term.scale).T if needs[1] else None
     if dx is not None:
         if term.keep is None:
             dx.addmm_(high, a.to(g.dtype))

@@ -247,7 +247,7 @@ def packed_attention(
     if running is None or unknown:
         raise PackingError(f"attention with {', '.join(unknown) or 'no samples'}")
     samples, client_rows = running
-    mask = _sample_mask_of(attention_mask, sliding_window, samples.groups[0].length)
+    mask = sample_mask_of(attention_mask, sliding_window, samples.groups[0].length)
     client_rows.mixing |= client_rows.running_full_modules > 0
     if query.shape[0] != 1 or {query.shape[2], key.shape[2]} != {sum(samples.lengths)}:
         raise PackingError(f"attention over {tuple(query.shape)}")
@@ -268,7 +268,7 @@ def packed_attention(
     return out[None], None
 
 
-def _sample_mask_of(
+def sample_mask_of(
     attention_mask: Tensor | None, sliding_window: int | None, longest: int
 ) -> Tensor | None:
     """The mask `(longest, longest)` that `sample_mask` made for the model; None: there is none.

@@ -18,6 +18,7 @@ from fedlora.model import packed_attention as attention
 from fedlora.model.batches import collate, flatten_rows
 from fedlora.model.client_dropout import client_dropout
 from fedlora.model.client_rows import ClientRows, RowLayout, spans_of
+from fedlora.model.decoder_layer import LayerPasses
 from fedlora.model.device import device_of
 from fedlora.model.head import head_logits, hidden_states
 from fedlora.model.packed_attention import attending, running_samples
@@ -41,6 +42,7 @@ class PackedForward:
         classifier: the model gives logits for samples, not for tokens.
         offset: position of a sample's first token.
         dropouts: the model's own dropout layers.
+        decoder_layers: the trunk's, where they run as one operation each (`decoder_layer`).
         dropout_layouts: of each of these, where the clients' rows lie in its input, by the input's
             number of axes.
     """
@@ -54,6 +56,7 @@ class PackedForward:
         self.classifier = type(model).__name__.endswith("ForSequenceClassification")
         self.offset = 0
         self.dropouts = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        self.decoder_layers: list[Any] = []
         self.dropout_layouts: list[dict[int, RowLayout]] = [{} for _ in self.dropouts]
 
     @contextlib.contextmanager
@@ -93,17 +96,45 @@ class PackedForward:
         steps = [torch.arange(n, device=device) for n in running_samples().lengths]
         return torch.cat(steps)[None] + self.offset
 
-    def trunk_output(self, ids: Tensor) -> Any:
-        """What the trunk makes of all token ids `(tokens,)`, within `running`."""
+    @contextlib.contextmanager
+    def _fast_layers(
+        self, wanted: Tensor | None = None, counts: Sequence[int] = ()
+    ) -> Iterator[None]:
+        """Run decoder layers as one operation each, where they are known.
+
+        Args:
+            wanted: `(n,)`, the rows that are wanted of the last layer's output; None: all.
+            counts: how many of these each client has.
+        """
+        passes = LayerPasses(self.decoder_layers, self.client_rows, wanted, counts)
+        with contextlib.ExitStack() as stack:
+            for layer in self.decoder_layers:
+                stack.enter_context(replaced_forward(layer, passes.forward_of(layer)))
+            yield
+
+    def trunk_output(
+        self, ids: Tensor, wanted: Tensor | None = None, counts: Sequence[int] = ()
+    ) -> Any:
+        """What the trunk makes of all token ids `(tokens,)`, within `running`.
+
+        Args:
+            ids: of all samples.
+            wanted: `(n,)`, the tokens whose last hidden states are wanted; None: all.
+            counts: how many of these each client has.
+        """
         assert self.trunk is not None, "only a model with a trunk is packed"
         positions = self._positions(ids.device)
-        return self.trunk(input_ids=ids[None], position_ids=positions, use_cache=False)
+        with self._fast_layers(wanted, counts):
+            out = self.trunk(input_ids=ids[None], position_ids=positions, use_cache=False)
+        if wanted is not None and not self.decoder_layers:
+            out["last_hidden_state"] = out.last_hidden_state[:, wanted]
+        return out
 
     def classifier_logits(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
         """A classifier's logits `(rows, classes)`, its trunk run without padding in `running`."""
         batch = collate(rows, device_of(model), self.padding)
         del batch["labels"]
-        with unpadded_trunk(self.trunk, self._positions):
+        with self._fast_layers(), unpadded_trunk(self.trunk, self._positions):
             return cast(Tensor, model(**batch).logits)
 
     def logits(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
@@ -113,8 +144,8 @@ class PackedForward:
             if self.classifier:
                 return self.classifier_logits(model, rows).float()
             ids, predicted_at, _ = flatten_rows(rows, device)
-            out = self.trunk_output(ids)
-            return head_logits(model, self.trunk, out, hidden_states(out)[predicted_at])
+            out = self.trunk_output(ids, predicted_at, [len(predicted_at)])
+            return head_logits(model, self.trunk, out, hidden_states(out))
 
     def all_logits(self, model: Any, rows: Sequence[Tokens]) -> Tensor:
         """A language model's logits of all tokens `(tokens, vocabulary)`, in float32."""

@@ -25,6 +25,7 @@ from fedlora.model import packing
 from fedlora.model.batches import collate, count_labelled, flatten_rows
 from fedlora.model.client_rows import ClientRows, mix_seed, spans_of
 from fedlora.model.config_lengths import UNBOUNDED
+from fedlora.model.decoder_layer import decoder_layers
 from fedlora.model.device import device_of
 from fedlora.model.head import (
     HeadPass,
@@ -44,7 +45,7 @@ from fedlora.model.plans import PassKind, PlannedPass, consecutive_passes, plan_
 from fedlora.model.rotary_factors import RotaryFactors
 from fedlora.model.torch_generator import borrowed_generator
 from fedlora.model.trial_rows import random_rows
-from fedlora.model.wide import ForwardState
+from fedlora.model.wide import ForwardState, nearly_equal
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class PackedRunner:
                 if self.joint:
                     run = partial(self._try_pass, model)
                     self.joint = locate_rows(model, self.packed_forward, run)
+            if self.packed:
+                self._try_decoder_layers(model)
 
     # --- training and evaluation ---
 
@@ -227,9 +230,9 @@ class PackedRunner:
         try:
             with self.packed_forward.running([rows], device):
                 ids, predicted_at, labels = flatten_rows(rows, device)
-                out = self.packed_forward.trunk_output(ids)
+                out = self.packed_forward.trunk_output(ids, predicted_at, [len(predicted_at)])
                 for chunk in chunks(model, len(predicted_at)):
-                    hidden = hidden_states(out)[predicted_at[chunk]]
+                    hidden = hidden_states(out)[chunk]
                     logits = head_logits(model, self.packed_forward.trunk, out, hidden)
                     yield logits, labels[chunk]
         except PackingError:  # before anything was given
@@ -265,13 +268,14 @@ class PackedRunner:
     ) -> Tensor:
         """Weighted cross-entropies `(labelled tokens,)`, detached, after the backward pass."""
         trunk = self.packed_forward.trunk
-        ids, *labels = flatten_rows([row for part in parts for row in part], weights.device)
-        out = self.packed_forward.trunk_output(ids)
+        rows = [row for part in parts for row in part]
+        ids, predicted_at, labels = flatten_rows(rows, weights.device)
+        out = self.packed_forward.trunk_output(ids, predicted_at, counts)
         head = head_backward(
             model,
             trunk,
             out,
-            (labels[0], labels[1]),
+            labels,
             weights,
             spans_of(counts),
             self.client_rows,
@@ -321,6 +325,22 @@ class PackedRunner:
             self.forward(model, rows)
         else:
             self.packed_forward.all_logits(model, rows)
+
+    def _try_decoder_layers(self, model: Any) -> None:
+        """Run decoder layers as one operation each, if that gives what the model's own give."""
+        forward, training = self.packed_forward, model.training
+        layers = decoder_layers(forward.trunk)
+        rows = random_rows(model, self.padding, forward.classifier)
+        model.eval()
+        try:
+            with self.client_rows.without_clients(), torch.no_grad():
+                own = forward.logits(model, rows)
+                forward.decoder_layers = layers
+                if layers and not nearly_equal(forward.logits(model, rows), own, torch.float32):
+                    forward.decoder_layers = []
+        finally:
+            self._forward_state.restore()
+            model.train(training)
 
     def _examine(self, model: Any) -> None:
         """Compare the model's passes with its own pass of each row alone, and keep the verdict."""

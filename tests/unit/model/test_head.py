@@ -48,8 +48,9 @@ def test_losses_and_gradients_are_those_of_the_whole(monkeypatch: pytest.MonkeyP
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     out = model.model(input_ids=IDS)
-    rows = (at, labels)
-    result = head_backward(model, model.model, out, rows, weights, spans_of([2, 3]), ClientRows())
+    out["last_hidden_state"] = out.last_hidden_state[:, at]
+    spans = spans_of([2, 3])
+    result = head_backward(model, model.model, out, labels, weights, spans, ClientRows())
     assert result.gradient is not None
     result.hidden.backward(result.gradient)
     torch.testing.assert_close(result.losses, whole.detach())
