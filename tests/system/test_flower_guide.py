@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -46,7 +47,18 @@ def blocks() -> list[str]:
 @pytest.fixture(scope="module")
 def federation(blocks: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The guide's directory while all of its processes run, on ports that are free."""
-    directory = Path(tmp_path_factory.mktemp("f"))  # a socket's path has to be short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORA_PYTHON", sys.executable)  # the environment that a user activates
+        yield from running(blocks, Path(tmp_path_factory.mktemp("f")))
+
+
+def running(blocks: list[str], directory: Path) -> Iterator[Path]:
+    """The guide's directory; all processes end, whatever happens.
+
+    Args:
+        blocks: of the guide.
+        directory: of this test; a socket's path has to be short.
+    """
     ports = free_ports(5)
     make, fill_in, start, *_, end = blocks
     example, deploy = make.rsplit("fedlora deploy flower", 1)
@@ -61,7 +73,7 @@ def federation(blocks: list[str], tmp_path_factory: pytest.TempPathFactory) -> I
         script.write_text(re.sub(r"(FEDLORA_PORT:-)\d+", rf"\g<1>{port}", script.read_text()))
     shell(fill_in, directory)
     try:
-        # In sessions of their own, so that all of them end with this fixture, whatever happens.
+        # In sessions of their own, so that all of them can be ended.
         shell(start.replace("    clinics/", "    setsid clinics/"), directory)
         yield inside
         shell(end, directory)
