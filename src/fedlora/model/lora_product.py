@@ -120,10 +120,11 @@ def product_backward(
         dx = g @ call.weight
     else:
         dx.addmm_(g, call.weight)
-    if dx is not None and isinstance(call.shared, LowRank):
-        dx.addmm_(g @ call.shared.B, call.shared.A)
-    elif dx is not None and call.shared is not None:
-        dx.addmm_(g, call.shared.W)
+    if dx is not None:
+        if isinstance(call.shared, LowRank):
+            dx.addmm_(g @ call.shared.B, call.shared.A)
+        elif call.shared is not None:
+            dx.addmm_(g, call.shared.W)
     saved = iter(kept)
     for term in call.terms:
         span = slice(term.begin, term.end)
