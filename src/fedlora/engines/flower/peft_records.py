@@ -127,6 +127,10 @@ def save(
     """
     state = read_lora(arrays)
     updates = state.updates(1.0)
+    if not updates:
+        raise InputError(
+            f"{directory}: there is no adapter to write; was a reply aggregated in any round?"
+        )
     targets = Targets(
         shapes={name: update.shape for name, update in updates.items()},
         names=sorted(updates),

@@ -43,7 +43,7 @@ def present_sites(
         advice = "" if members or least else ", or set min_clients_per_round to begin without it"
         raise InputError(
             f"sites: {', '.join(missing)}: not connected to the server at {kit.server}; start it "
-            f"there with startup/start.sh of its kit{advice}"
+            f"there with ./start in its folder (without one: startup/start.sh of its kit){advice}"
         )
     wanted = _wanted(config)
     if not members and not kit.sites and wanted is not None and len(names) < wanted:

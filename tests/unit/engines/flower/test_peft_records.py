@@ -67,3 +67,9 @@ def test_a_result_is_saved_as_a_directory_of_peft(tmp_path: Path) -> None:
     assert saved.config["base_model_name_or_path"] == "some/model"
     for name, x in two.items():
         torch.testing.assert_close(to_dense(saved.deltas[name]), to_dense(x))
+
+
+def test_a_result_of_no_round_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no adapter to write"):
+        save(record_of({}), tmp_path / "final", "some/model")
+    assert not (tmp_path / "final").exists()
