@@ -6,8 +6,10 @@ own end; a task whose answer nobody waits for any more is cancelled.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -26,6 +28,8 @@ from fedlora.engines.transport import Answer
 _GRACE = 1.0  # seconds after a deadline in which a site may say itself that it has passed
 _LOOK = 0.2  # seconds between two looks at whether the job is aborted
 _QUICK = 5.0  # seconds for what needs no training
+_PULSE = 15.0  # seconds between two looks at whether a site that has not answered is there
+_SILENT = 4  # looks in a row that find nothing of a site, before it counts as gone
 
 _Answers = SimpleQueue[tuple[str, Answer]]
 
@@ -51,6 +55,7 @@ class NvflareTransport:
     ) -> None:
         self.controller, self.engine, self.aborted = controller, engine, aborted
         self._names, self.present = sorted(names), frozenset(present)
+        self._gone = set[str]()
 
     def names(self) -> Sequence[str]:
         """The sites of the run in the order of their names."""
@@ -62,11 +67,18 @@ class NvflareTransport:
         """Send a task to every site; see `Transport.send`."""
         answers = _Answers()
         tasks = dict[str, Task]()
+        self._gone -= set(self._there([name for name in messages if name in self._gone]))
         for name, message in messages.items():
-            if name in self.present:
-                tasks[name] = self._send(name, message, deadline, answers)
-            else:
+            if name not in self.present:
                 yield name, SiteError("absent", "it takes no part in this job; it was not there")
+            elif name in self._gone:
+                yield name, SiteError("absent", "it has no part in this job any more")
+            else:
+                tasks[name] = self._send(name, message, deadline, answers)
+        over = threading.Event()
+        threading.Thread(
+            target=self._watch, args=(tasks, answers, over), name="pulse", daemon=True
+        ).start()
         try:
             while tasks:
                 answer = self._next(answers, deadline)
@@ -77,8 +89,35 @@ class NvflareTransport:
             for name in sorted(tasks):
                 yield name, self._why_nothing_came()
         finally:
+            over.set()
             for task in tasks.values():
                 self.controller.cancel_task(task)
+
+    def _watch(self, tasks: Mapping[str, Task], answers: _Answers, over: threading.Event) -> None:
+        """Answer for sites of which nothing is left in the job.
+
+        FLARE does not miss a site that was restarted at once: it has registered again, but no
+        process of it takes part in the job, and its task is never fetched.
+        """
+        silent = Counter[str]()
+        while not over.wait(_PULSE):
+            waited_for = sorted(tasks)
+            there = self._there(waited_for)
+            for name in waited_for:
+                silent[name] = 0 if name in there else silent[name] + 1
+                if silent[name] == _SILENT:
+                    self._gone.add(name)
+                    reason = "nothing is left of it in this job; was the site restarted?"
+                    answers.put((name, SiteError("died", reason)))
+
+    def _there(self, names: Sequence[str]) -> Collection[str]:
+        """Those of the sites whose job process answers."""
+        replies = self._ask_aside(list(names), STATUS)
+        return {
+            name
+            for name, reply in replies.items()
+            if isinstance(reply, Shareable) and reply.get_return_code() == ReturnCode.OK
+        }
 
     def _send(self, name: str, message: bytes, deadline: float | None, answers: _Answers) -> Task:
         seconds = None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -98,6 +98,29 @@ def test_a_site_that_flare_has_lost_has_died(engine: Engine) -> None:
     assert answer.kind == "died"  # type: ignore[union-attr]
 
 
+def test_a_site_of_which_nothing_is_left_in_the_job_has_died(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedlora.engines.nvflare.transport._PULSE", 0.0)
+    there = {"alpha": make_reply(ReturnCode.OK), "beta": make_reply(ReturnCode.TIMEOUT)}
+
+    def send_aux_request(targets: Any, topic: str, **_: Any) -> dict[str, Shareable]:
+        return {name: there[name] for name in targets}
+
+    monkeypatch.setattr(engine, "send_aux_request", send_aux_request)
+    transport, controller = transport_of(engine, {})
+    coming = transport.send({"alpha": b"1", "beta": b"2"}, None)
+    name, answer = next(coming)
+    assert (name, answer.kind) == ("beta", "died")  # type: ignore[union-attr]
+    coming.close()  # type: ignore[attr-defined]
+    assert controller.cancelled == ["alpha"]  # it is there, and trains
+    ((_, answer),) = transport.send({"beta": b"3"}, None)
+    assert answer.kind == "absent"  # type: ignore[union-attr]
+    there["beta"] = make_reply(ReturnCode.OK)
+    controller.answers = {"beta": pack(b"back")}
+    assert dict(transport.send({"beta": b"3"}, None)) == {"beta": b"back"}
+
+
 def test_sites_are_asked_aside(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[tuple[Any, str]]()
     reply = make_reply(ReturnCode.OK)
