@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from fedlora.config.errors_in_words import expected, members
 from fedlora.config.flower_partitioners import division_named
@@ -24,6 +24,8 @@ def as_meant(key: str, value: Any, annotation: Any) -> Any:
     union = members(annotation)
     if type(None) in union and isinstance(value, str) and value.lower() in ("none", "null"):
         return None
+    if value is None and "none" in get_args(annotation):  # what a command line makes of the word
+        return "none"
     takes_list = any(get_origin(member) is list for member in union)
     # `[x] or none` can only be meant by x; in `x or [x]` the two are different things.
     if takes_list and value is not None and not isinstance(value, list) and len(union) == 2:

@@ -23,14 +23,13 @@ from fedlora.lowrank import (
     Dense,
     LowRank,
     add,
-    balance,
     cheaper_form,
     concat,
     norm,
     prefix,
     refactor,
 )
-from fedlora.methods.tracking import divided, with_images
+from fedlora.methods.tracking import as_starts, divided, with_images
 from fedlora.methods.values import Aggregate, Encoded, Prepared, ServerState
 from fedlora.threads import one_thread
 
@@ -158,7 +157,7 @@ def _apart(x: Delta, known: LowRank | None) -> tuple[LowRank | None, Delta]:
     if known is None or not isinstance(x, LowRank):
         return None, x
     stack, weights = divided(x, known)
-    directions = prefix(balance(known), len(weights))
+    directions = prefix(as_starts(known), len(weights))
     used = weights != 0
     return LowRank(directions.A[used], (directions.B * weights)[:, used]), stack
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -25,6 +25,8 @@ LIST = list[str] | None
         (None, LIST, None),
         (4, ONE_OR_LIST, 4),  # one rank for all is not a list of one rank
         ("none", LIST, None),
+        (None, Literal["none", "int8"], "none"),  # a command line's word for nothing
+        (None, str | None, None),
     ],
 )
 def test_what_is_unmistakable_is_taken(value: Any, annotation: Any, meant: Any) -> None:

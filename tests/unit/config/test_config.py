@@ -284,7 +284,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_rank": "1.5"}, "max_rank: '1.5': expected a whole number or none"),
     ({"method_options": 3}, "method_options: 3: expected the rule's keys and values"),
     ({"method_options": "x"}, "method_options: 'x': expected the rule's keys and values"),
-    ({"method_options": {"x": 1}}, "x: method exact has no such option; it has start_fraction, m"),
+    ({"method_options": {"x": 1}}, "x: method exact has no such option; it has start_fraction, s"),
     ({"lora_r": 0}, "lora_r: 0 must be at least 1"),
     ({"lora_r": "many"}, f"lora_r: 'many': {WHOLE}"),
     ({"lora_r": 1.5}, f"lora_r: 1.5: {WHOLE}"),

@@ -45,7 +45,7 @@ BESIDE: dict[str, dict[str, Any]] = {  # what a key needs beside it
 VALUES: list[Any] = [
     {0: {"max_steps": 2}}, {"a": "/other"}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7],
     ["a"], "flora", "cosine", "quantity", "custom",
-    "uniform", "federation", "workers", "float32", "CAUSAL_LM", "text", "other",
+    "uniform", "federation", "workers", "float32", "CAUSAL_LM", "text", "int8", "other",
 ]  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def test_a_client_alone_differs_from_its_federation_in_the_keys_that_say_so(
         method="exact", start_fraction=0.5, num_clients=2, min_clients_per_round=2,
         clients_needed_per_round=2,
         client_ranks=[4, 8], client_overrides={0: {"max_steps": 3}}, save_total_limit=None,
+        compression="int8",
     )  # fmt: skip
     session = Session(
         config,

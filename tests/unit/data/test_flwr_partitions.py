@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from fedlora import Config, InputError, save_partitions
+from fedlora import Config, InputError
+from fedlora.data.flwr_partitions import save_partitions
 from fedlora.data.raw_data import load_rows
 
 TOPICS = ClassLabel(names=["sea", "sky"])

@@ -12,9 +12,9 @@ from fedlora.federation.compression import Compression, packed_bytes, rounded_up
 from fedlora.federation.downlink import as_it_arrives, rounded_changes
 from fedlora.federation.exchange import Agreement
 from fedlora.federation.participants import Federation
-from fedlora.lowrank import Delta, Dense, LowRank, balance, concat, to_dense
+from fedlora.lowrank import Delta, Dense, LowRank, concat, to_dense
 from fedlora.methods import METHODS
-from fedlora.methods.tracking import divided
+from fedlora.methods.tracking import as_starts, divided
 from fedlora.methods.values import Prepared
 
 M, N = 30, 40
@@ -82,7 +82,7 @@ def test_directions_that_everybody_has_are_not_rounded() -> None:
     """`exact` says of them by how much of itself each changes."""
     rows = torch.linalg.qr(drawn(1, 3).A.T).Q.T.contiguous()
     known = LowRank(rows, drawn(2, 3).B)
-    start = balance(known)
+    start = as_starts(known)
     learnt = concat([drawn(3, 4), LowRank(start.A, -0.5 * start.B)])
     out = rounded_changes({"m": learnt}, {}, federation("exact"), {"m": known})
     handed = out.deltas["m"]
