@@ -46,6 +46,7 @@ from fedlora import (
     load_adapter,
     run,
     save_adapter,
+    save_partitions,
 )
 
 
@@ -82,6 +83,10 @@ def federation(where: str) -> Result:
     assert_type(result.evaluations, dict[int, dict[str, Any]])
     result = fedlora.run(config, train_function=my_training)
     return run(resume=Path(where))
+
+
+def partitions(federated_dataset: Any) -> Config:
+    return Config(train_file=save_partitions(federated_dataset, Path("parts"), split="train"))
 
 
 def adapters(one: str, other: Path) -> None:
