@@ -163,7 +163,7 @@ def test_answers_that_nobody_asked_for_end_no_run(keys: dict[str, Any], tmp_path
         ({"clients_needed_per_round": 5}, "a round asks 4 clients; lower it"),
         ({"clients_needed_per_round": 2}, "3 are more than clients_needed_per_round 2"),
         ({"clients_per_round": 2}, "min_clients_per_round: 3 are more than clients_per_round 2"),
-        ({"round_timeout": 9.0}, "round_timeout belongs to engine: workers"),
+        ({"round_timeout": 9.0}, "round_timeout belongs to another engine than local"),
         ({"round_attempts": 0}, "round_attempts: 0 must be"),
     ],
 )

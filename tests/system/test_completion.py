@@ -150,8 +150,8 @@ def test_every_word_offered_for_a_key_is_accepted_by_it(script: Path, here: Path
             assert word in offered
             if (key, word) != ("template", "custom") and key == "template":
                 continue
-            sites = {"sites": {"a": "a.sock"}} if word == "sites" else {}
-            Config(**{**beside.get(key, {}), **sites, key: word})
+            with_it = {"sites": {"sites": {"a": "a.sock"}}, "nvflare": {"kit": "kit"}}
+            Config(**{**beside.get(key, {}), **with_it.get(word, {}), key: word})
             checked += 1
     assert checked > 50
 

@@ -350,7 +350,10 @@ def alive(pid: int) -> bool:
     [
         (["--num_workers", "2"], "num_workers belongs to engine: workers"),
         (["--engine", "workers", "--num_workers", "0"], "num_workers: 0 must be at least 1"),
-        (["--engine", "worker"], "engine: 'worker': expected local, workers or sites"),
+        (
+            ["--engine", "worker"],
+            "engine: 'worker': expected local, workers, sites, nvflare or flower",
+        ),
     ],
 )
 def test_mistakes(given: Sequence[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,11 @@ def _is_plain(layer: Any) -> bool:
     )
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module is the same for all clients."""
+    return _is_untouched(module) and not any(p.requires_grad for p in module.parameters())
+
+
 def _is_untouched(module: nn.Module) -> bool:
     """Whether a module is neither compiled, nor hooked, nor patched."""
     hooks = (

@@ -18,7 +18,7 @@ from fedlora.model import packed_attention as attention
 from fedlora.model.batches import collate, flatten_rows
 from fedlora.model.client_dropout import client_dropout
 from fedlora.model.client_rows import ClientRows, RowLayout, spans_of
-from fedlora.model.decoder_layer import LayerPasses
+from fedlora.model.decoder_layer import LayerPasses, is_frozen
 from fedlora.model.device import device_of
 from fedlora.model.head import head_logits, hidden_states
 from fedlora.model.packed_attention import attending, running_samples
@@ -124,9 +124,11 @@ class PackedForward:
         """
         assert self.trunk is not None, "only a model with a trunk is packed"
         positions = self._positions(ids.device)
-        with self._fast_layers(wanted, counts):
+        # What is trained whole after the layers knows which row is whose only while all are there.
+        early = bool(self.decoder_layers) and is_frozen(self.trunk.norm)
+        with self._fast_layers(wanted if early else None, counts):
             out = self.trunk(input_ids=ids[None], position_ids=positions, use_cache=False)
-        if wanted is not None and not self.decoder_layers:
+        if wanted is not None and not early:
             out["last_hidden_state"] = out.last_hidden_state[:, wanted]
         return out
 
