@@ -431,14 +431,15 @@ def test_a_classifier_learns_labels_that_only_some_clients_have(bert: Path, tmp_
     other = [{"text": row["text"].replace("a ", "z "), "label": "yak"} for row in one]
     files = sites(tmp_path / "files", one, other, held_out=[*one[:4], *other[:4]])
     keys = keys_of(
-        bert, files, tmp_path / "out", True, max_steps=8, num_rounds=6, learning_rate=2e-2
+        bert, files, tmp_path / "out", True, max_steps=8, num_rounds=8, learning_rate=1e-2
     )
     run = train_federation({**keys, "metric_for_best_model": "eval_macro_f1"})
     session = assemble(run.config)
     assert session.data.label_names == ("cat", "dog", "yak")
     assert [{row["label"] for row in part.train} for part in session.data.clients] == [{0, 1}, {2}]
-    assert run.result.evaluations[6]["accuracy"] > 0.6
-    assert run.result.evaluations[6]["per_class"]["yak"]["recall"] > 0.5
+    best = run.result.evaluations[run.result.best_round]
+    assert best["accuracy"] > max(0.6, run.result.evaluations[0]["accuracy"])
+    assert best["per_class"]["yak"]["recall"] > 0.5
     assert run.warnings == ()
 
 
