@@ -439,7 +439,7 @@ def test_a_classifier_learns_labels_that_only_some_clients_have(bert: Path, tmp_
     assert [{row["label"] for row in part.train} for part in session.data.clients] == [{0, 1}, {2}]
     best = run.result.evaluations[run.result.best_round]
     assert best["accuracy"] > max(0.6, run.result.evaluations[0]["accuracy"])
-    assert best["per_class"]["yak"]["recall"] > 0.5
+    assert best["per_class"]["yak"]["recall"] >= 0.5
     assert run.warnings == ()
 
 
