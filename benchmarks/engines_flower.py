@@ -1,37 +1,33 @@
-"""Flower as the engine: a round of messages, 50 MB and 200 MB, a simulation's start and memory.
+"""Flower as the engine: rounds of messages, a simulation's start and memory.
 
-    .venv/bin/python benchmarks/engines_flower.py messages      # three SuperNodes
-    .venv/bin/python benchmarks/engines_flower.py simulation --model DIRECTORY
+    .venv/bin/python benchmarks/engines.py flower
 
-`messages` deploys Flower on loopback over TLS, with the sites' workers replaced by sockets that
-send back what they get: what is measured is what Flower and the ClientApp cost. `simulation` runs
-ten clients on Ray twice, as fedlora does (resident processes on one base) and with a base in every
-actor, and prints the seconds to the first round and the proportional memory of all processes. One
-JSON object a line. Two to five minutes on a quiet machine.
+`measures(quick, sites)` deploys Flower on loopback over TLS; workers that send back what they get
+stand for those of the sites, so that what is measured is what Flower and the ClientApp cost. Then
+ten clients are simulated on Ray twice, as fedlora does (resident processes on one base) and with a
+base in every actor: the seconds to the first round, and the proportional memory of all processes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import engines_flower_app as apps
+from engines_echo import echoes
 
-from fedlora.embedded import instructions
+from fedlora.embedded import BASE_DIR, instructions
 from fedlora.engines.flower.event_lines import read_event
 from fedlora.engines.flower.run_config import bundle_text, write_bundle
-from fedlora.engines.site_listener import Listener
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))
@@ -43,39 +39,10 @@ SIZES = [[0, 5], [50, 2], [200, 1]]
 CLIENTS = 10
 
 
-class Echo:
-    """A worker that sends back what it gets."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def handle(self, message: bytes, seconds: float | None) -> bytes:
-        """The message."""
-        return message
-
-    def status(self) -> dict[str, Any]:
-        """Its name."""
-        return {"site": self.name}
-
-    def cancel(self) -> None:
-        """Nothing."""
-
-    def stop(self) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def echoes(directory: Path, number: int) -> Iterator[dict[str, str]]:
-    """Workers that send back what they get, behind sockets: name -> path."""
-    with ExitStack() as stack:
-        addresses = {}
-        for name in (f"site-{k}" for k in range(number)):
-            server = stack.enter_context(socket.socket(socket.AF_UNIX))
-            addresses[name] = str(directory / f"{name}.sock")
-            server.bind(addresses[name])
-            server.listen()
-            Listener(server, Echo(name), token=None).start()
-        yield addresses
+def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
+    """Cases and figures."""
+    yield from messages(SIZES[:2] if quick else SIZES, sites)
+    yield from simulation()
 
 
 def write_app(directory: Path, server: str, client: str, **config: str) -> None:
@@ -97,19 +64,26 @@ def measured(line: str) -> dict[str, Any] | None:
     return json.loads(text) if mark else None
 
 
-def messages(sizes: list[list[int]]) -> None:
-    """Seconds of rounds with three nodes."""
+def messages(sizes: list[list[int]], sites: int) -> Iterator[tuple[str, str]]:
+    """Seconds of rounds of one exchange, the fastest of each size."""
+    fastest: dict[int, float] = {}
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fl")))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-        sockets = stack.enter_context(echoes(directory, 3))
+        sockets = stack.enter_context(echoes(directory, sites))
         deployment = stack.enter_context(deployed(directory, sockets))
         app = directory / "app"
         client = "fedlora.engines.flower.client_app:app"
-        write_app(app, "engines_flower_app:echo", client, sizes=json.dumps(sizes))
+        write_app(app, "engines_flower_app:echo", client, sizes=json.dumps(sizes), nodes=str(sites))
         for line in deployment.flwr("run", str(app), CONNECTION, "--stream").splitlines():
             if told := measured(line):
-                print(json.dumps({"case": "round of three nodes", **told}), flush=True)
+                size, seconds = told["megabytes"], told["seconds"]
+                fastest[size] = min(seconds, fastest.get(size, seconds))
+    for megabytes, seconds in fastest.items():
+        what = "trivial round"
+        if megabytes:
+            what = f"round of {megabytes} MB down and up, to the workers"
+        yield f"{what}, {sites} sites, s", f"{seconds:.2f}"
 
 
 def proportional_memory(root: int) -> float:
@@ -133,7 +107,7 @@ def proportional_memory(root: int) -> float:
     return total
 
 
-def simulation(model: str) -> None:
+def simulation() -> Iterator[tuple[str, str]]:
     """Seconds to the first round, and memory, of ten simulated clients; both ways."""
     with tempfile.TemporaryDirectory(prefix="fl") as scratch:
         directory = Path(scratch)
@@ -141,7 +115,7 @@ def simulation(model: str) -> None:
         rows = [json.dumps(row) + "\n" for row in instructions(20 * CLIENTS, 0, "train")]
         (directory / "rows.jsonl").write_text("".join(rows))
         keys = {
-            "model_name_or_path": model,
+            "model_name_or_path": str(BASE_DIR),
             "train_file": str(directory / "rows.jsonl"),
             "num_clients": CLIENTS,
             "num_rounds": 2,
@@ -156,15 +130,16 @@ def simulation(model: str) -> None:
             directory / "theirs",
             "engines_flower_app:rounds",
             "engines_flower_app:heavy",
-            model=model,
+            model=str(BASE_DIR),
         )
-        for app in ("ours", "theirs"):
-            print(
-                json.dumps({"case": f"simulation, {app}", **simulated(directory, app)}), flush=True
-            )
+        whose = {"ours": "resident processes on one base", "theirs": "a base in every actor"}
+        for app, how in whose.items():
+            first, most = simulated(directory, app)
+            yield f"simulation of {CLIENTS}, {how}: to the first round, s", f"{first:.1f}"
+            yield f"simulation of {CLIENTS}, {how}: MiB", f"{most:.0f}"
 
 
-def simulated(directory: Path, app: str) -> dict[str, Any]:
+def simulated(directory: Path, app: str) -> tuple[float, float]:
     """Seconds to the first round, and the largest memory seen."""
     home = directory / f"home of {app}"
     home.mkdir()
@@ -191,21 +166,4 @@ def simulated(directory: Path, app: str) -> dict[str, Any]:
                 if not first and event.get("round") == 1:
                     first = time.perf_counter() - began
         over.set()
-    return {"first round after seconds": round(first, 1), "MiB": round(most[0])}
-
-
-def main() -> None:
-    """Measure what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["messages", "simulation"])
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--sizes", type=json.loads, default=SIZES)
-    asked = parser.parse_args()
-    if asked.what == "messages":
-        messages(asked.sizes)
-    else:
-        simulation(asked.model)
-
-
-if __name__ == "__main__":
-    main()
+    return first, most[0]

@@ -1,6 +1,6 @@
 """The ServerApp and ClientApps that `benchmarks/engines_flower.py` measures, as Flower loads them.
 
-`echo` measures messages: rounds of one exchange, to three nodes, of some sizes. `heavy` is the
+`echo` measures messages: rounds of one exchange, to all nodes, of some sizes. `heavy` is the
 client that FlowerTune's template makes: each actor imports torch, transformers and PEFT, and holds
 a base of its own.
 """
@@ -22,10 +22,10 @@ echo, heavy, rounds = ServerApp(), ClientApp(), ServerApp()
 
 @echo.main()
 def measure_messages(grid: Grid, context: Context) -> None:
-    """Seconds of a round of one exchange with three nodes, by the megabytes sent each way."""
+    """Seconds of a round of one exchange with all nodes, by the megabytes sent each way."""
     from fedlora.engines.flower.grid_transport import GridTransport
 
-    transport = GridTransport(grid, 3, 120.0)
+    transport = GridTransport(grid, int(str(context.run_config["nodes"])), 120.0)
     for megabytes, times in json.loads(str(context.run_config["sizes"])):
         data = bytes(int(1e6 * megabytes) + 1)
         for _ in range(times):

@@ -24,13 +24,13 @@ from typing import Any
 
 import engines_nvflare_job as job
 import yaml
+from engines_echo import echoes
 
 from fedlora.commands.deploy.nvflare.folders import deploy
 from fedlora.config.federation_file import read_federation
 from fedlora.engines.nvflare.kit import EXECUTOR, OWN_FILE, TASK, read_admin_kit
 from fedlora.engines.nvflare.order import POLL
 from fedlora.engines.nvflare.session import UnreachableError, connect, has_ended
-from fedlora.engines.site_listener import Listener
 
 HERE = Path(__file__).resolve().parent
 ADMIN = "ada@example.org"
@@ -40,24 +40,6 @@ SMALL = [[0, 20, 0], [50, 2, 0], [50, 2, 1], [50, 2, MANY]]
 LARGE = [[200, 2, 0], [200, 2, 1], [200, 2, MANY]]
 
 
-class Worker:
-    """A worker that sends back what it gets."""
-
-    def handle(self, message: bytes, seconds: float | None) -> bytes:
-        """The message."""
-        return message
-
-    def status(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def cancel(self) -> None:
-        """Nothing."""
-
-    def stop(self) -> None:
-        """Nothing."""
-
-
 def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
     """Cases and figures."""
     cases = SMALL if quick else SMALL + LARGE
@@ -65,11 +47,7 @@ def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nv")))
         names = [f"site-{k}" for k in range(sites)]
         folders = _deployed(directory, names)
-        for name in names:
-            listening = stack.enter_context(socket.socket(socket.AF_UNIX))
-            listening.bind(str(directory / f"{name}.sock"))
-            listening.listen()
-            Listener(listening, Worker(), token=None).start()
+        stack.enter_context(echoes(directory, sites))
         began = time.perf_counter()
         for name in ("server", *names):
             stack.callback(_end, _started(folders / name))
