@@ -298,6 +298,11 @@ class Config(BaseModel):
     use_liger_kernel: bool = Field(
         False, description="fused kernels on CUDA, from the package liger-kernel"
     )
+    train_function: str | None = Field(
+        None,
+        description="local training of your own, module:function or FILE.py:function; none: "
+        "fedlora's (sites name theirs in their own files)",
+    )
     # --- evaluation ---
     eval_rounds: int = Field(1, ge=0, description="evaluate every so many rounds; 0: at the ends")
     server_evaluation: Annotated[bool, Mark.MACHINE, Mark.CARRIER] = Field(
