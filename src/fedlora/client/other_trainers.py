@@ -63,7 +63,9 @@ def trainer_arguments(model: Any, training: LocalTraining) -> dict[str, Any]:
         "seed": (training.seed * 1_000_003 + training.round * 1_009 + training.client) % 2**32,
         "use_cpu": model.device.type == "cpu",
         "bf16": False,
-        "gradient_checkpointing": bool(getattr(model, "is_gradient_checkpointing", False)),
+        "gradient_checkpointing": any(
+            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        ),
         "output_dir": os.path.join(tempfile.gettempdir(), f"fedlora-trainer-{os.getuid()}"),
         "save_strategy": "no",
         "logging_strategy": "steps",

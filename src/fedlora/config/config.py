@@ -146,7 +146,16 @@ class Config(BaseModel):
     )
     strict_clients: bool = Field(False, description="refuse clients without a usable row")
     template: Annotated[
-        Literal["auto", "alpaca", "chat", "prompt_completion", "text", "classification", "custom"],
+        Literal[
+            "auto",
+            "alpaca",
+            "preference",
+            "chat",
+            "prompt_completion",
+            "text",
+            "classification",
+            "custom",
+        ],
         Mark.AUTOMATIC,
     ] = Field("auto", description="how a row becomes text; auto: by its columns")
     prompt_template: str | None = Field(

@@ -44,5 +44,23 @@ class Turns:
     pairs: tuple[tuple[str, str], ...]
 
 
-Rendered = tuple[str, str] | Turns | Chat | Classified
-"""`(prompt, completion)`, several of them, a conversation, or a text with its label."""
+Answered = tuple[str, str] | Chat
+"""A prompt with one answer: `(prompt, completion)`, or a conversation that says where it ends."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One prompt with two answers, of which the first was preferred."""
+
+    chosen: Answered
+    rejected: Answered
+
+
+Rendered = tuple[str, str] | Turns | Chat | Classified | Preference
+"""`(prompt, completion)`, several of them, a conversation, a text with its label, or a prompt with
+two answers."""
+
+
+def learnt_part(row: Rendered | str) -> tuple[str, str] | Turns | Chat | Classified | str:
+    """What fedlora's own training learns of a row: of two answers the one that was chosen."""
+    return row.chosen if isinstance(row, Preference) else row

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.conversations import conversation
-from fedlora.data.rendered import Chat, Classified, Rendered, Turns
+from fedlora.data.rendered import Chat, Classified, Rendered, Turns, learnt_part
 from fedlora.data.rows import Row
 from fedlora.data.spans import TextSpan, common_prefix, within
 from fedlora.data.templates import Template
@@ -137,6 +137,7 @@ def _tokens(
     label_names: Sequence[str],
 ) -> Tokens:
     """The tokens of a rendered row, by its kind, cut to `max_length`."""
+    row = learnt_part(row)
     if isinstance(row, Classified):
         return _classified(row, tokenizer, max_length, label_names)
     if isinstance(row, Chat):
