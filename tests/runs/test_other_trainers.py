@@ -51,7 +51,7 @@ def test_an_example_learns(name: str, tmp_path: Path) -> None:
         (client, step, 2) for _ in range(2) for client in range(2) for step in (1, 2)
     ]
     assert all(event["tokens"] > 0 for event in steps)
-    clients = [c for line in result.metrics if "clients" in line for c in line["clients"]]
+    clients = [event for event in events if event["event"] == "client_end"]
     assert {c["metrics"]["steps"] for c in clients} == {2}
     losses = {number: figures["loss"] for number, figures in result.evaluations.items()}
     if name == "dpo":
