@@ -1,8 +1,8 @@
-"""The examples of other people's trainers, in process: they learn, and leave the model as it was."""
+"""The examples of other people's trainers, in process: they learn, and as we do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ SHORT = {"num_clients": 2, "client_ranks": [8, 4], "num_rounds": 2, "max_steps":
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths in the examples count from the repository's root."""
     monkeypatch.chdir(REPOSITORY)
-    yield
 
 
 def example(name: str, where: Path, **more: Any) -> fedlora.Config:

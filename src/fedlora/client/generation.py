@@ -165,7 +165,7 @@ class _Streamer:
             return
         self._ids += tokens.flatten().tolist()
         text = text_of(self._ids, self.ends, self.tokenizer)
-        # The last characters may be the beginning of one character of several tokens, or of the end.
+        # The last characters may begin a character of several tokens, or what ends the answer.
         self._tell(text[: max(0, len(text) - len(self.ends.text))].rstrip("\ufffd"))
 
     def end(self) -> None:

@@ -125,7 +125,7 @@ def _tell_steps(training: LocalTraining, losses: list[float]) -> Any:
     """
     from transformers import TrainerCallback
 
-    class TellSteps(TrainerCallback):
+    class TellSteps(TrainerCallback):  # type: ignore[misc]
         """Notes and tells every step."""
 
         seen = 0

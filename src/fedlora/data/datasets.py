@@ -171,7 +171,7 @@ def _outcomes(
         _rendered(f"{eval_name}, row {i + 1}", raw.eval[i], template) for i in subsets.eval
     ]
     tokens = tokens_of(
-        [learnt_part(row) for row in rendered],
+        [row if isinstance(row, str) else learnt_part(row) for row in rendered],
         tokenizer,
         config.max_length,
         config.completion_only_loss,

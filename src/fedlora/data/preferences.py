@@ -6,7 +6,6 @@ user's own, such as TRL's DPOTrainer, also finds both answers in its rows, in TR
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from fedlora.data.cells import extra_of, text_of
 from fedlora.data.chat_messages import UnusableRowError, messages_of
 from fedlora.data.rendered import Answered, Chat, Preference, Rendered
 from fedlora.data.rows import Row, is_null
+from fedlora.data.spans import common_prefix
 from fedlora.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def preference_of(row: Row) -> Preference:
 def _of_texts(row: Row) -> Preference:
     prompt, chosen, rejected = (text_of(row, key) for key in ("prompt", "chosen", "rejected"))
     if not prompt:
-        prompt = os.path.commonprefix([chosen, rejected])
+        prompt = chosen[: common_prefix(chosen, rejected)]
         if not prompt.strip():
             raise InputError(_NO_PROMPT)
         prompt = prompt.removesuffix(" ")  # the blank before a word belongs to the word

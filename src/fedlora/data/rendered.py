@@ -56,11 +56,11 @@ class Preference:
     rejected: Answered
 
 
-Rendered = tuple[str, str] | Turns | Chat | Classified | Preference
-"""`(prompt, completion)`, several of them, a conversation, a text with its label, or a prompt with
-two answers."""
+OneAnswer = tuple[str, str] | Turns | Chat | Classified
+"""`(prompt, completion)`, several of them, a conversation, or a text with its label."""
+Rendered = OneAnswer | Preference
 
 
-def learnt_part(row: Rendered | str) -> tuple[str, str] | Turns | Chat | Classified | str:
+def learnt_part(row: Rendered) -> OneAnswer:
     """What fedlora's own training learns of a row: of two answers the one that was chosen."""
     return row.chosen if isinstance(row, Preference) else row

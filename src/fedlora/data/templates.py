@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
 from fedlora.data.cells import extra_of, numbers_of, text_of
 from fedlora.data.chat_messages import UnusableRowError, json_of, messages_of, says
@@ -217,7 +216,9 @@ def _parse(key: str, text: str) -> list[tuple[str, str | None]]:
 
 def _fill(pieces: Sequence[tuple[str, str | None]], row: Row) -> str:
     """The text with a row's values in the place of its columns."""
-    return "".join(literal + ("" if name is None else text_of(row, name)) for literal, name in pieces)
+    return "".join(
+        literal + ("" if name is None else text_of(row, name)) for literal, name in pieces
+    )
 
 
 TEXT_COLUMNS = (

@@ -137,15 +137,15 @@ def _tokens(
     label_names: Sequence[str],
 ) -> Tokens:
     """The tokens of a rendered row, by its kind, cut to `max_length`."""
-    row = learnt_part(row)
-    if isinstance(row, Classified):
-        return _classified(row, tokenizer, max_length, label_names)
-    if isinstance(row, Chat):
-        ids, learnt = conversation(row, tokenizer, completion_only)
-    elif isinstance(row, Turns):
-        ids, learnt = _turns(row, tokenizer, completion_only)
+    part = learnt_part(row)
+    if isinstance(part, Classified):
+        return _classified(part, tokenizer, max_length, label_names)
+    if isinstance(part, Chat):
+        ids, learnt = conversation(part, tokenizer, completion_only)
+    elif isinstance(part, Turns):
+        ids, learnt = _turns(part, tokenizer, completion_only)
     else:
-        ids, learnt = _text(*row, encode, tokenizer.eos_token_id, completion_only)
+        ids, learnt = _text(*part, encode, tokenizer.eos_token_id, completion_only)
     return _cut(ids, learnt, max_length)
 
 

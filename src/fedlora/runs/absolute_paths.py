@@ -19,9 +19,7 @@ def resolve_paths(config: Config) -> Config:
     paths = {key: _absolute(getattr(config, key)) for key in keys_marked(Config, Mark.ABSOLUTE)}
     sockets = {name: str(Path(x).absolute()) for name, x in (config.sites or {}).items()}
     function = config.train_function and placed(config.train_function, Path.cwd())
-    return config.model_copy(
-        update={**paths, "sites": sockets or None, "train_function": function}
-    )
+    return config.model_copy(update={**paths, "sites": sockets or None, "train_function": function})
 
 
 def _absolute(name: str | None) -> str | None:

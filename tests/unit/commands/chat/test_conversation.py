@@ -138,10 +138,10 @@ def test_the_earliest_turns_make_room(model: Any, tokenizer: Any) -> None:
     conversation = talk(model, tokenizer, system="be kind")
     conversation.style = Style(tokens, "letters")
     conversation.turns = [
-        {"role": ("user", "assistant")[i % 2], "content": letter * 20}
+        {"role": ("user", "assistant")[i % 2], "content": letter * 15}
         for i, letter in enumerate("abcd")
     ]
-    conversation.answer("e" * 20, lambda piece: None)
+    conversation.answer("e" * 15, lambda piece: None)
     assert seen == [6, 4], "the system's and the user's stay, the first two are left out"
     assert conversation.forgotten == 2
     assert [turn["content"][:1] for turn in conversation.turns[:3]] == ["c", "d", "e"]
