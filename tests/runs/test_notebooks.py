@@ -54,7 +54,7 @@ def test_first_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_your_data(capsys: pytest.CaptureFixture[str]) -> None:
     names = run_notebook(NOTEBOOKS / "your_data.ipynb")
-    assert names["last"]["exact_match"] >= 0.6
+    assert names["last"]["exact_match"] >= 0.4
     said = capsys.readouterr().out
     assert "greetings that are right to the letter: " in said
     assert "hello eve" in said
@@ -64,7 +64,7 @@ def test_merge_adapters(capsys: pytest.CaptureFixture[str]) -> None:
     names = run_notebook(NOTEBOOKS / "merge_adapters.ipynb")
     assert max(layer.error for layer in names["merged"].layers.values()) < 1e-5
     assert 0.01 < max(layer.error for layer in names["small"].layers.values()) < 1
-    assert "hello" in capsys.readouterr().out
+    assert "hello ada" in capsys.readouterr().out
 
 
 def test_read_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
