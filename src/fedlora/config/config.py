@@ -39,6 +39,7 @@ from fedlora.config.keys import (
     NUMBER_OR_SHARE,
     RANK_OR_RANKS,
     TRACKERS,
+    TRAIN_FUNCTION,
     JsonSchema,
     Mark,
     Schedule,
@@ -307,7 +308,7 @@ class Config(BaseModel):
     use_liger_kernel: bool = Field(
         False, description="fused kernels on CUDA, from the package liger-kernel"
     )
-    train_function: str | None = Field(
+    train_function: Annotated[str | None, JsonSchema(TRAIN_FUNCTION)] = Field(
         None,
         description="local training of your own, module:function or FILE.py:function; none: "
         "fedlora's (sites name theirs in their own files)",
