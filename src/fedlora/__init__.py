@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedlora.adapters.any_format import load_adapter
     from fedlora.adapters.saved_adapter import SavedAdapter
     from fedlora.client.local_training import Budget, LocalTraining
+    from fedlora.client.other_trainers import run_trainer, trainer_arguments
     from fedlora.client.worker import Worker
     from fedlora.config.config import Config
     from fedlora.data.flwr_partitions import save_partitions
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedlora.lowrank import Dense, LowRank
     from fedlora.methods import METHODS
     from fedlora.methods.rule import Rule
+    from fedlora.model.reference import reference_model
     from fedlora.runs.results import Result, RoundResult
 
 _HOMES = {
@@ -52,9 +54,12 @@ _HOMES = {
     "Worker": "client.worker",
     "aggregate": "adapters.aggregate",
     "load_adapter": "adapters.any_format",
+    "reference_model": "model.reference",
     "run": "engines.local",
+    "run_trainer": "client.other_trainers",
     "save_adapter": "adapters.aggregate",
     "save_partitions": "data.flwr_partitions",
+    "trainer_arguments": "client.other_trainers",
 }
 
 __all__ = [
@@ -78,9 +83,12 @@ __all__ = [
     "Worker",
     "aggregate",
     "load_adapter",
+    "reference_model",
     "run",
+    "run_trainer",
     "save_adapter",
     "save_partitions",
+    "trainer_arguments",
 ]
 
 

@@ -23,6 +23,9 @@ from support.rows import write_jsonl
 EXAMPLES = REPOSITORY / "examples"
 
 
+TRAINERS = ("dpo", "hf_trainer", "sft")
+"""They are run in test_other_trainers.py."""
+
 SHORT = {"num_rounds": 1, "max_steps": 2, "max_train_samples": 40, "max_eval_samples": 16}
 
 
@@ -56,6 +59,7 @@ def test_every_example_is_tested() -> None:
         "minilm-sms.yaml",
         *(f"paper/{name}.yaml" for name in PAPER),
         *(f"flowertune/{name}.yaml" for name in FLOWERTUNE),
+        *(f"trainers/{name}.yaml" for name in TRAINERS),
     }
 
 

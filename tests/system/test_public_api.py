@@ -44,9 +44,12 @@ from fedlora import (
     Worker,
     aggregate,
     load_adapter,
+    reference_model,
     run,
+    run_trainer,
     save_adapter,
     save_partitions,
+    trainer_arguments,
 )
 
 
@@ -59,6 +62,11 @@ def seen(result: RoundResult) -> None:
 def my_training(model: Any, dataset: Any, training: Budget) -> dict[str, float]:
     assert_type(training.learning_rate, float)
     return {"loss": 0.0}
+
+
+def by_trainer(model: Any, dataset: Any, training: LocalTraining) -> dict[str, Any]:
+    assert_type(trainer_arguments(model, training), dict[str, Any])
+    return run_trainer(reference_model(model), training)
 
 
 def longer(training: LocalTraining) -> Budget:

@@ -109,6 +109,75 @@ def answers(
     return [out[i] for i in range(len(prompts))]
 
 
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    tell: Callable[[str], None],
+    **sampling: Any,
+) -> str:
+    """Answer one prompt, telling the text as it comes; as `generate`, but piece by piece.
+
+    Args:
+        model: of transformers.
+        tokenizer: the model's.
+        prompt: its tokens.
+        max_new_tokens: of the longest answer.
+        tell: is given every piece of the text, in order. It may end the answer by an exception.
+        sampling: of `model.generate`, such as `do_sample`; without it the answer is greedy.
+    """
+    ends = ends_of(model, tokenizer)
+    streamer = _Streamer(ends, tokenizer, tell)
+    ids, mask = _left_padded([prompt], tokenizer.pad_token_id)
+    _generate_tokens(
+        model,
+        ids,
+        mask,
+        tokenizer.pad_token_id,
+        max_new_tokens,
+        eos_token_id=sorted(ends.ids) or NEVER,
+        stopping_criteria=[_stopping_rule([ends], ids.shape[1], tokenizer)],
+        streamer=streamer,
+        **sampling,
+    )
+    return streamer.told
+
+
+class _Streamer:
+    """A streamer of transformers that tells text once no later token can change it.
+
+    Args:
+        ends: what ends the answer.
+        tokenizer: the model's.
+        tell: is given every piece.
+    """
+
+    def __init__(self, ends: Ends, tokenizer: Any, tell: Callable[[str], None]) -> None:
+        self.ends, self.tokenizer, self.tell = ends, tokenizer, tell
+        self.told, self._ids = "", list[int]()
+        self._begun = False
+
+    def put(self, tokens: Tensor) -> None:
+        """Take the prompt at first, then token by token."""
+        if not self._begun:
+            self._begun = True
+            return
+        self._ids += tokens.flatten().tolist()
+        text = text_of(self._ids, self.ends, self.tokenizer)
+        # The last characters may begin a character of several tokens, or what ends the answer.
+        self._tell(text[: max(0, len(text) - len(self.ends.text))].rstrip("\ufffd"))
+
+    def end(self) -> None:
+        """Tell what was held back."""
+        self._tell(text_of(self._ids, self.ends, self.tokenizer))
+
+    def _tell(self, text: str) -> None:
+        if len(text) > len(self.told):
+            piece, self.told = text[len(self.told) :], text
+            self.tell(piece)
+
+
 def _generate_tokens(
     model: Any, ids: Tensor, mask: Tensor, padding: int, max_new_tokens: int, **keys: Any
 ) -> Any:
@@ -117,11 +186,10 @@ def _generate_tokens(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         num_beams=1,
         use_cache=True,
         pad_token_id=padding,
-        **keys,
+        **{"do_sample": False, **keys},
     )
 
 

@@ -28,7 +28,9 @@ class LocalTraining:
         num_rounds: length of the federation, for a schedule that spans it.
         tail_penalty, tail_from: the rank penalty that the aggregation rule asks for, see
             `methods.values.Training`.
+        max_length: tokens of a row, to which the rows are cut already.
         on_step: called after every step.
+        tokenizer: the base's, for a training of your own; None in fedlora's.
     """
 
     client: int = 0
@@ -51,7 +53,9 @@ class LocalTraining:
     proximal_mu: float = 0.0
     tail_penalty: float = 0.0
     tail_from: float = 1.0
+    max_length: int = 1024
     on_step: StepCallback | None = field(default=None, compare=False)
+    tokenizer: Any = field(default=None, compare=False, repr=False)
 
     def steps(self, num_rows: int) -> int:
         """How many optimiser steps one round over `num_rows` rows has."""

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from fedlora.client.local_run import FLOAT16_SCALE, LocalRun, TrainingJob
-from fedlora.client.local_training import LocalTraining
+from fedlora.client.local_training import LocalTraining, TrainFunction
 from fedlora.client.optimizer import undecayed_names
+from fedlora.config.train_function import load_train_function
 from fedlora.data.tokenize import Tokens
+from fedlora.errors import InputError
 from fedlora.model.client_rows import MixedRowsError, mix_seed
 from fedlora.model.lora_layer import ClientTerm
 from fedlora.model.passes import PackedRunner, PassResult, runner_of
@@ -150,6 +152,27 @@ def train(model: Any, dataset: Sequence[Tokens], training: LocalTraining) -> dic
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     terms = [m for m in model.modules() if isinstance(m, ClientTerm)]
     return train_together(model, [TrainingJob(parameters, dataset, training, terms)])[0]
+
+
+def training_of(name: str | None, given: TrainFunction) -> TrainFunction:
+    """The local training: the one that was given, else the one that a configuration names.
+
+    Args:
+        name: the key `train_function`.
+        given: in Python; fedlora's own where nothing was given.
+
+    Raises:
+        InputError: both are given, or there is no function of this name.
+    """
+    if name is None:
+        return given
+    named = load_train_function(name)
+    if given is not train and given is not named:
+        raise InputError(
+            f"train_function: {name} is named in the configuration, and another one was given in "
+            "Python; leave one of them out"
+        )
+    return named
 
 
 OWN_NAME = "fedlora.train.train"

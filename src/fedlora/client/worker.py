@@ -25,6 +25,7 @@ from fedlora.lowrank import Adapter, Deltas, LowRank, add_all, prefix, scaling
 from fedlora.methods.values import Start
 from fedlora.model.base import BaseModel
 from fedlora.model.client_rows import MixedRowsError
+from fedlora.model.left_as_it_was import left_as_it_was
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.passes import runner_of
 
@@ -201,7 +202,9 @@ class Worker:
                 own.full_params,
                 own.trains,
             )
-            metrics = [self.train_function(self.base.model, turn.data.train, turn.training)]
+            training = replace(turn.training, tokenizer=self.base.tokenizer)
+            with left_as_it_was(self.base.model):
+                metrics = [self.train_function(self.base.model, turn.data.train, training)]
         return [self._trained(turn, slot, metrics[slot]) for slot, turn in enumerate(turns)]
 
     def _trained(self, turn: _Turn, slot: int, metrics: Mapping[str, Any]) -> Trained:

@@ -19,6 +19,7 @@ VERBS = {
     "report": "fedlora.commands.report.verb",
     "eval": "fedlora.commands.eval.verb",
     "generate": "fedlora.commands.generate",
+    "chat": "fedlora.commands.chat.verb",
     "study": "fedlora.commands.study.verb",
     "worker": "fedlora.commands.worker.verb",
     "deploy": "fedlora.commands.deploy.verb",

@@ -37,6 +37,7 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
   fedlora report DIR [DIR ...]      runs become one page: report.html
   fedlora eval MODEL_OR_RUN         lm-evaluation-harness, MMLU, MT-bench, forgetting
   fedlora generate MODEL_OR_RUN     answers of the global model, a client's and the base's
+  fedlora chat RUN_OR_ADAPTER       a conversation with it in the terminal
   fedlora study STUDY               a grid of runs, one table with intervals
   fedlora worker --site SITE.yaml   one site of a federation, whose rows stay where they are
   fedlora deploy ENGINE FEDERATION.yaml

@@ -23,6 +23,7 @@ why, and N samples (3 unless given) token by token, with those that are learnt i
 
 Templates (--template; auto takes the first whose columns are there):
   alpaca             instruction, input or context, output or response (Alpaca, Dolly, WizardLM)
+  preference         chosen, rejected, and a prompt; the chosen answer is learnt
   chat               messages, or ShareGPT's conversations, by the tokenizer's chat template
                      (--chat_template_path for another one; vicuna is built in)
   prompt_completion  prompt, completion

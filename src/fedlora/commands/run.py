@@ -14,6 +14,7 @@ from fedlora.commands.json_lines import Emit
 from fedlora.config.arguments import CONFIGURATION, Option, Syntax, take
 from fedlora.config.config import Config
 from fedlora.config.sources import settings
+from fedlora.config.train_function import load_train_function
 from fedlora.embedded import EMBEDDED
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
@@ -153,6 +154,8 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
             f"--dry_run looks at rows, which lie at the sites; check each of them there: {check}"
         )
     check_free(config.output_dir)
+    if config.train_function is not None:
+        load_train_function(config.train_function)
     session = assemble(config, weights=False)
     if emit:
         emit(_plan(session))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedlora.config.train_function import EXPECTED, is_name
 from fedlora.methods import MERGES, METHODS
 from fedlora.text import nearest
 
@@ -196,6 +197,18 @@ def check_rule_options(config: Config) -> None:
     config.rule_options()
 
 
+def check_train_function(config: Config) -> None:
+    """A training of one's own has a name that can be imported, and runs where the rows are."""
+    if config.train_function is None:
+        return
+    if not is_name(config.train_function):
+        raise ValueError(f"train_function: {config.train_function!r}: {EXPECTED}")
+    if config.trains_at_sites:
+        raise ValueError(
+            "train_function: sites train by themselves; each names its own training in its own file"
+        )
+
+
 CHECKS = (
     check_method,
     check_alpha,
@@ -211,4 +224,5 @@ CHECKS = (
     check_custom_template,
     check_task,
     check_rule_options,
+    check_train_function,
 )

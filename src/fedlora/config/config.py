@@ -39,6 +39,7 @@ from fedlora.config.keys import (
     NUMBER_OR_SHARE,
     RANK_OR_RANKS,
     TRACKERS,
+    TRAIN_FUNCTION,
     JsonSchema,
     Mark,
     Schedule,
@@ -146,7 +147,16 @@ class Config(BaseModel):
     )
     strict_clients: bool = Field(False, description="refuse clients without a usable row")
     template: Annotated[
-        Literal["auto", "alpaca", "chat", "prompt_completion", "text", "classification", "custom"],
+        Literal[
+            "auto",
+            "alpaca",
+            "preference",
+            "chat",
+            "prompt_completion",
+            "text",
+            "classification",
+            "custom",
+        ],
         Mark.AUTOMATIC,
     ] = Field("auto", description="how a row becomes text; auto: by its columns")
     prompt_template: str | None = Field(
@@ -297,6 +307,11 @@ class Config(BaseModel):
     )
     use_liger_kernel: bool = Field(
         False, description="fused kernels on CUDA, from the package liger-kernel"
+    )
+    train_function: Annotated[str | None, JsonSchema(TRAIN_FUNCTION)] = Field(
+        None,
+        description="local training of your own, module:function or FILE.py:function; none: "
+        "fedlora's (sites name theirs in their own files)",
     )
     # --- evaluation ---
     eval_rounds: int = Field(1, ge=0, description="evaluate every so many rounds; 0: at the ends")

@@ -130,6 +130,12 @@ ADDRESSES: Schema = {
         NONE,
     ]
 }
+TRAIN_FUNCTION: Schema = {
+    "anyOf": [
+        {"type": "string", "pattern": r"(^\w+(\.\w+)*|\.py):[A-Za-z_]\w*$"},
+        NONE,
+    ]
+}
 NUMBER_OF_STEPS: Schema = {"type": "integer", "minimum": -1, "not": {"const": 0}}
 
 

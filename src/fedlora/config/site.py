@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from fedlora.config.table import STRICT, read_table, table
+from fedlora.config.train_function import placed
 from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.text import nearest
@@ -42,6 +43,7 @@ SITE_KEYS = (
     "use_cpu",
     "num_threads",
     "gradient_checkpointing",
+    "train_function",
 )
 """Keys of a configuration that are a site's own; what the server says of them does not count."""
 
@@ -171,6 +173,8 @@ def _refuse_unknown(key: str) -> None:
 
 def _placed(key: str, value: Any, directory: Path) -> Any:
     """A value in which a relative path counts from the file's directory; hub names stay."""
+    if isinstance(value, str) and key == "train_function":
+        return placed(value, directory)
     if not isinstance(value, str) or key not in (*_FILES, *_PLACES):
         return value
     path = directory / value

@@ -10,10 +10,19 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.data.notes import alike, all_dropped, kept, left_out, reasons, unused
+from fedlora.data.notes import (
+    alike,
+    all_dropped,
+    kept,
+    left_out,
+    one_answer_learnt,
+    reasons,
+    unused,
+)
+from fedlora.data.preferences import with_answers
 from fedlora.data.raw_data import RawData, load_rows
 from fedlora.data.reading import find_labels, is_classification, template_of, without_column
-from fedlora.data.rendered import Rendered
+from fedlora.data.rendered import Rendered, learnt_part
 from fedlora.data.rows import Row
 from fedlora.data.subsets import RowSubsets, draw_subsets, in_turn
 from fedlora.data.templates import Template
@@ -126,7 +135,11 @@ def load_data(
         dropped=dict(reasons(chain(*client_outcomes, eval_outcomes))),
         fingerprint=_fingerprint(clients, evaluation),
         label_names=tuple(label_names),
-        taken=(*drawn, *unused(raw, template, config.partition_column, config.label_column_name)),
+        taken=(
+            *drawn,
+            *unused(raw, template, config.partition_column, config.label_column_name),
+            *one_answer_learnt(template.name, config.train_function),
+        ),
         notes=(*notes, *_without_rows(clients, unusable), *alike(label_names)),
     )
 
@@ -157,16 +170,15 @@ def _outcomes(
     rendered += [
         _rendered(f"{eval_name}, row {i + 1}", raw.eval[i], template) for i in subsets.eval
     ]
-    outcomes = iter(
-        tokens_of(
-            rendered,
-            tokenizer,
-            config.max_length,
-            config.completion_only_loss,
-            label_names,
-            config.num_threads,
-        )
+    tokens = tokens_of(
+        [row if isinstance(row, str) else learnt_part(row) for row in rendered],
+        tokenizer,
+        config.max_length,
+        config.completion_only_loss,
+        label_names,
+        config.num_threads,
     )
+    outcomes = iter(with_answers(rendered, tokens))
     by_client = [list(islice(outcomes, len(numbers))) for numbers in subsets.clients]
     return by_client, list(outcomes)
 

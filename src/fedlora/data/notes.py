@@ -74,6 +74,21 @@ def unused(raw: RawData, template: Template, *others: str | None) -> list[str]:
     return [f"columns not used: {', '.join(map(str, names))}"] if names else []
 
 
+def one_answer_learnt(template: str, train_function: str | None) -> list[str]:
+    """A note on preference data, where fedlora's own training learns half of what they say.
+
+    Args:
+        template: the name of the template by which rows were read.
+        train_function: the training of the user's own that the configuration names.
+    """
+    if template != "preference" or train_function is not None:
+        return []
+    return [
+        "preference data: the chosen answers are learnt; the rejected ones reach a train_function "
+        "of your own alone, such as TRL's DPOTrainer (examples/trainers/dpo.py)"
+    ]
+
+
 def alike(label_names: Sequence[str]) -> list[str]:
     """A note on labels that differ by white space or capitals alone; none where there are none."""
     groups: dict[str, list[str]] = {}

@@ -44,5 +44,23 @@ class Turns:
     pairs: tuple[tuple[str, str], ...]
 
 
-Rendered = tuple[str, str] | Turns | Chat | Classified
+Answered = tuple[str, str] | Chat
+"""A prompt with one answer: `(prompt, completion)`, or a conversation that says where it ends."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One prompt with two answers, of which the first was preferred."""
+
+    chosen: Answered
+    rejected: Answered
+
+
+OneAnswer = tuple[str, str] | Turns | Chat | Classified
 """`(prompt, completion)`, several of them, a conversation, or a text with its label."""
+Rendered = OneAnswer | Preference
+
+
+def learnt_part(row: Rendered) -> OneAnswer:
+    """What fedlora's own training learns of a row: of two answers the one that was chosen."""
+    return row.chosen if isinstance(row, Preference) else row

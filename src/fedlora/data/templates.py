@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
-from fedlora.data.chat_messages import UnusableRowError, json_of, messages_of, says, without_empty
+from fedlora.data.cells import extra_of, numbers_of, text_of
+from fedlora.data.chat_messages import UnusableRowError, json_of, messages_of, says
+from fedlora.data.preferences import preference_of
 from fedlora.data.rendered import Chat, Classified, Rendered, Turns
-from fedlora.data.rows import Row, is_null, is_text, no_text
+from fedlora.data.rows import Row, is_null, is_text
 from fedlora.errors import InputError
 
 BUILT_IN_CHAT = {"vicuna": Path(__file__).parent / "chat_templates" / "vicuna.jinja"}
@@ -47,20 +48,6 @@ class Template:
         return absent + [name for name in self.optional if name not in columns]
 
 
-def _text(row: Row, *names: str) -> str:
-    """The first of these columns that is not empty, as text.
-
-    Raises:
-        InputError: it holds a list or an object.
-    """
-    for name in names:
-        if not is_null(value := row.get(name)):
-            if not is_text(value):
-                raise InputError(no_text(name, value))
-            return str(value)
-    return ""
-
-
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
@@ -73,15 +60,15 @@ _WITHOUT_INPUT = (
 
 def _alpaca(row: Row) -> tuple[str, str] | Turns:
     """Alpaca's prompt and response; with a history, all of its turns before them."""
-    context = _text(row, "input", "context").strip()
-    question = f"### Instruction:\n{_text(row, 'instruction')}"
+    context = text_of(row, "input", "context").strip()
+    question = f"### Instruction:\n{text_of(row, 'instruction')}"
     if context:
         question += f"\n\n### Input:\n{context}"
     preamble = _WITH_INPUT if context else _WITHOUT_INPUT
-    if system := _text(row, "system").strip():
+    if system := text_of(row, "system").strip():
         preamble = f"{system}\n\n{preamble}"
     pairs = [(f"### Instruction:\n{instruction}", answer) for instruction, answer in _history(row)]
-    pairs.append((question, _text(row, "output", "response")))
+    pairs.append((question, text_of(row, "output", "response")))
     turns: list[tuple[str, str]] = []
     for asked, answer in pairs:
         before = "\n\n" if turns else preamble
@@ -113,7 +100,7 @@ def _chat(row: Row) -> Chat:
     """A conversation of the column messages, or of ShareGPT's conversations."""
     column = "conversations" if is_null(row.get("messages")) else "messages"
     messages, left_out = messages_of(row[column])
-    system = _text(row, "system").strip()
+    system = text_of(row, "system").strip()
     if system and not any(message["role"] == "system" for message in messages[:1]):
         messages = [{"role": "system", "content": system}, *messages]
         left_out = [False, *left_out]
@@ -123,12 +110,7 @@ def _chat(row: Row) -> Chat:
         first = int(bool(messages) and messages[0]["role"] == "system")
         while messages[first:] and messages[first]["role"] == "assistant":
             del messages[first], left_out[first]
-    return _learnable(Chat(messages, None, _extra(row), _numbers(left_out)))
-
-
-def _numbers(left_out: Sequence[bool]) -> frozenset[int]:
-    """The numbers of the turns that are left out of the loss."""
-    return frozenset(i for i, left in enumerate(left_out) if left)
+    return _learnable(Chat(messages, None, extra_of(row), numbers_of(left_out)))
 
 
 def _learnable(chat: Chat) -> Chat:
@@ -149,47 +131,15 @@ def _learnable(chat: Chat) -> Chat:
     return chat
 
 
-def _extra(row: Row) -> dict[str, Any]:
-    """What a row gives its chat template beside the messages: settings, and tools."""
-    tools = _tools(row)
-    return {**_settings(row), "tools": tools} if tools else _settings(row)
-
-
-def _settings(row: Row) -> dict[str, Any]:
-    """The column `chat_template_kwargs`, an object or the JSON text of one."""
-    settings = row.get("chat_template_kwargs")
-    if isinstance(settings, str) and settings.strip():
-        settings = json_of("chat_template_kwargs", settings)
-    settings = {} if is_null(settings) or settings == "" else settings
-    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
-        raise InputError(
-            f"template: chat_template_kwargs is no object with names: {repr(settings)[:60]}"
-        )
-    return dict(without_empty(settings))
-
-
-def _tools(row: Row) -> list[Any]:
-    """The column `tools`: a function, a list of them, or JSON text, as TRL takes it."""
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        tools = json_of("tools", tools)
-    if is_null(tools) or not tools or tools == "":
-        return []
-    tools = [tools] if isinstance(tools, Mapping) else tools
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise InputError(f"template: tools is no list of functions: {repr(tools)[:60]}")
-    return [without_empty(tool) for tool in tools]
-
-
 def _prompt_completion(row: Row) -> tuple[str, str] | Chat:
     """A prompt and its completion: two texts, or two lists of messages."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         asked, asked_left_out = messages_of(prompt)
         answered, answered_left_out = messages_of(completion)
-        left_out = _numbers([*asked_left_out, *answered_left_out])
-        return _learnable(Chat([*asked, *answered], len(asked), _extra(row), left_out))
-    return _text(row, "prompt"), _text(row, "completion")
+        left_out = numbers_of([*asked_left_out, *answered_left_out])
+        return _learnable(Chat([*asked, *answered], len(asked), extra_of(row), left_out))
+    return text_of(row, "prompt"), text_of(row, "completion")
 
 
 TEMPLATES = {
@@ -200,6 +150,12 @@ TEMPLATES = {
             (("instruction",), ("output", "response")),
             _alpaca,
             further=("input", "context", "system", "history"),
+        ),
+        Template(
+            "preference",
+            (("chosen",), ("rejected",)),
+            preference_of,
+            further=("prompt", "conversations", "system", "tools", "chat_template_kwargs"),
         ),
         Template(
             "chat",
@@ -213,7 +169,7 @@ TEMPLATES = {
             _prompt_completion,
             further=("tools", "chat_template_kwargs"),
         ),
-        Template("text", (("text",),), lambda row: ("", _text(row, "text"))),
+        Template("text", (("text",),), lambda row: ("", text_of(row, "text"))),
     )
 }
 
@@ -260,7 +216,9 @@ def _parse(key: str, text: str) -> list[tuple[str, str | None]]:
 
 def _fill(pieces: Sequence[tuple[str, str | None]], row: Row) -> str:
     """The text with a row's values in the place of its columns."""
-    return "".join(literal + ("" if name is None else _text(row, name)) for literal, name in pieces)
+    return "".join(
+        literal + ("" if name is None else text_of(row, name)) for literal, name in pieces
+    )
 
 
 TEXT_COLUMNS = (
@@ -305,7 +263,7 @@ def classification(
     text_columns, label_column = tuple(texts), label
 
     def render(row: Row) -> Classified:
-        text = tuple(_text(row, name) for name in text_columns)
+        text = tuple(text_of(row, name) for name in text_columns)
         return Classified(text, label_of(row, label_column))
 
     columns_needed = tuple((name,) for name in (*text_columns, label_column))

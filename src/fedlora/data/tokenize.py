@@ -14,7 +14,7 @@ from typing import Any
 
 from fedlora.data.chat_messages import UnusableRowError
 from fedlora.data.conversations import conversation
-from fedlora.data.rendered import Chat, Classified, Rendered, Turns
+from fedlora.data.rendered import Chat, Classified, Rendered, Turns, learnt_part
 from fedlora.data.rows import Row
 from fedlora.data.spans import TextSpan, common_prefix, within
 from fedlora.data.templates import Template
@@ -137,14 +137,15 @@ def _tokens(
     label_names: Sequence[str],
 ) -> Tokens:
     """The tokens of a rendered row, by its kind, cut to `max_length`."""
-    if isinstance(row, Classified):
-        return _classified(row, tokenizer, max_length, label_names)
-    if isinstance(row, Chat):
-        ids, learnt = conversation(row, tokenizer, completion_only)
-    elif isinstance(row, Turns):
-        ids, learnt = _turns(row, tokenizer, completion_only)
+    part = learnt_part(row)
+    if isinstance(part, Classified):
+        return _classified(part, tokenizer, max_length, label_names)
+    if isinstance(part, Chat):
+        ids, learnt = conversation(part, tokenizer, completion_only)
+    elif isinstance(part, Turns):
+        ids, learnt = _turns(part, tokenizer, completion_only)
     else:
-        ids, learnt = _text(*row, encode, tokenizer.eos_token_id, completion_only)
+        ids, learnt = _text(*part, encode, tokenizer.eos_token_id, completion_only)
     return _cut(ids, learnt, max_length)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlora.client.cohort import Cohorts
 from fedlora.client.local_training import StepCallback, TrainFunction
-from fedlora.client.trainer import name_of_trainer, train
+from fedlora.client.trainer import name_of_trainer, train, training_of
 from fedlora.client.worker import Trained, Worker
 from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
@@ -70,6 +70,7 @@ def run(
             if began.trains_at_sites:
                 check_trains_itself(train_function)
                 return _resume_at_sites(began, directory, callbacks, report)
+            train_function = training_of(began.train_function, train_function)
             session = assemble(began)
             initial = starting_state(session)
             with _course(session, directory, initial, train_function, callbacks, report) as course:
@@ -79,6 +80,7 @@ def run(
     if config is None:
         config = Config(**read_yaml(EMBEDDED_CONFIG))
     check_free(config.output_dir)
+    train_function = training_of(config.train_function, train_function)
     if config.engine == "flower":
         return _on_flower(config, train_function, callbacks, report, resume=False)
     if config.trains_at_sites:
@@ -136,6 +138,7 @@ def run_session(
     report: Report = ignore,
 ) -> Result:
     """Run a federation whose model and data are loaded already; otherwise as `run`."""
+    train_function = training_of(session.config.train_function, train_function)
     initial = starting_state(session)
     directory = RunDirectory.create(Path(session.config.output_dir), config_file(session))
     try:

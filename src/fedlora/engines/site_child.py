@@ -130,9 +130,11 @@ def _serve(path: str, server: socket.socket, restarts: int) -> int:
     listener = Listener(server, resident, door.token if door else None)
     listener.start()
     from fedlora.config.site_run import check_settings
+    from fedlora.config.train_function import load_train_function
     from fedlora.engines.site_service import SiteService
 
-    check_settings(site)
+    if (name := check_settings(site).train_function) is not None:
+        load_train_function(name)  # what cannot be imported is said now, not in the first round
     resident.serve(SiteService(site, run_in=resident.run_in))
     listener.finish(_ANSWERING)
     return 0

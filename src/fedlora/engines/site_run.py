@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlora.client.evaluate import evaluate
 from fedlora.client.local_training import StepCallback, TrainFunction
+from fedlora.client.trainer import training_of
 from fedlora.client.worker import Worker, local_training_of
 from fedlora.config.config import Config
 from fedlora.config.site import Site
@@ -78,6 +79,7 @@ def load(site: Site, config: Config, client: int, train_function: TrainFunction)
         InputError: what cannot be used, and what to do.
     """
     _check_epochs(site, config, client)
+    train_function = training_of(config.train_function, train_function)
     session = assemble_site(config, client)
     for line in (*session.choices, *session.warnings):
         log(line)

@@ -7,6 +7,7 @@ from pathlib import Path
 from fedlora.config.clients import with_overrides_read
 from fedlora.config.config import Config
 from fedlora.config.keys import Mark, keys_marked
+from fedlora.config.train_function import placed
 from fedlora.data.templates import BUILT_IN_CHAT
 from fedlora.embedded import EMBEDDED
 
@@ -17,7 +18,8 @@ def resolve_paths(config: Config) -> Config:
     config = with_overrides_read(config)
     paths = {key: _absolute(getattr(config, key)) for key in keys_marked(Config, Mark.ABSOLUTE)}
     sockets = {name: str(Path(x).absolute()) for name, x in (config.sites or {}).items()}
-    return config.model_copy(update={**paths, "sites": sockets or None})
+    function = config.train_function and placed(config.train_function, Path.cwd())
+    return config.model_copy(update={**paths, "sites": sockets or None, "train_function": function})
 
 
 def _absolute(name: str | None) -> str | None:

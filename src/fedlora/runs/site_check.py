@@ -9,6 +9,7 @@ from fedlora.client.memory import largest_need, memory_available
 from fedlora.config.config import Config
 from fedlora.config.site import Site
 from fedlora.config.site_run import check_settings, rank_at
+from fedlora.config.train_function import load_train_function
 from fedlora.data.site_rows import load_site_rows
 from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.session import load_base, tokenized
@@ -123,6 +124,8 @@ def measure_site(site: Site) -> SiteNeed:
 def _largest_run(site: Site) -> Config:
     """The configuration of the largest run that a site lets a server ask for."""
     config = resolve_paths(check_settings(site))
+    if config.train_function is not None:
+        load_train_function(config.train_function)
     allowed = site.bounds.lora_target_modules or ["all-linear"]
     return config.model_copy(
         update={

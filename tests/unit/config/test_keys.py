@@ -46,6 +46,7 @@ VALUES: list[Any] = [
     {0: {"max_steps": 2}}, {"a": "/other"}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7],
     ["a"], "flora", "cosine", "quantity", "custom",
     "uniform", "federation", "workers", "float32", "CAUSAL_LM", "text", "int8", "other",
+    "my_training:sft",
 ]  # fmt: skip
 
 
@@ -103,12 +104,21 @@ def test_what_a_run_makes_absolute(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     if str not in members(Config.model_fields[key].annotation) or key in (
-        "method", "lora_alpha", "client_overrides"
+        "method", "lora_alpha", "client_overrides", "train_function"
     ):  # fmt: skip
         return  # no text, or text that is something else
     config = Config(**{**BESIDE.get(key, {}), key: "here"})
     absolute = key in keys_marked(Config, Mark.ABSOLUTE)
     assert getattr(resolve_paths(config), key) == (str(tmp_path / "here") if absolute else "here")
+
+
+def test_the_file_of_a_training_is_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").touch()
+    resolved = [resolve_paths(Config(train_function=x)) for x in ("own:sft", "other:sft")]
+    assert [x.train_function for x in resolved] == [f"{tmp_path.resolve()}/own.py:sft", "other:sft"]
 
 
 @pytest.mark.parametrize("key", [k for k in KEYS if k not in ("rank_choices", "rank_shares")])

@@ -84,6 +84,7 @@ def test_the_rank_at_a_site(values: dict[str, Any], asked: int, rank: int) -> No
             "model_name_or_path: c/d is asked for, and this site allows a/b",
         ),
         ({}, {"trust_remote_code": True}, "trust_remote_code: is not a server's to set"),
+        ({}, {"train_function": "os:system"}, "train_function: is not a server's to set"),
         ({}, {"start_fractoin": 1}, "start_fractoin: is not a server's to set"),
         ({}, {"lora_r": 0}, "lora_r: 0 must be at least 1"),
     ],

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from fedlora.client.generation import generate
 from fedlora.commands.eval.subject import Subject
 from fedlora.data.chat_messages import UnusableRowError
-from fedlora.data.rendered import Chat, Turns
+from fedlora.data.rendered import Chat, Turns, learnt_part
 from fedlora.data.row_files import read_rows
 from fedlora.data.templates import BUILT_IN_CHAT, TEMPLATES, Template, custom
 from fedlora.errors import InputError
@@ -188,6 +188,13 @@ class Asker:
                 return {} if ends else {key: [*turns, {"from": "gpt", "value": _BLANK}]}
             ends = turns[-1].get("role") == "assistant"
             return {} if ends else {key: [*turns, {"role": "assistant", "content": _BLANK}]}
+        if self.name == "preference" and (row.get("chosen") is None or row.get("rejected") is None):
+            turns = isinstance(row.get("prompt") or row.get("conversations"), list)
+            answers = ("", _BLANK)  # they have to differ
+            return {
+                key: {"role": "assistant", "content": answer} if turns else answer
+                for key, answer in zip(("rejected", "chosen"), answers, strict=True)
+            }
         if self.name == "prompt_completion" and row.get("completion") is None:
             return {"completion": [] if isinstance(row.get("prompt"), list) else ""}
         if self.name == "custom":
@@ -200,7 +207,7 @@ class Asker:
     def _of(self, template: Template, row: Mapping[str, Any], shown: str | None) -> Prompt:
         """A row of the run's kind as a prompt, with its answer as the reference."""
         try:
-            rendered = template.render(row)
+            rendered = learnt_part(template.render(row))
         except UnusableRowError as error:
             raise InputError(f"a row cannot be asked: {error}") from None
         if isinstance(rendered, Chat):

@@ -28,6 +28,8 @@ client_eval_fraction: 0.1          # and/or this share of the rows above is held
 # use_cpu: true                    # none: a GPU if there is one
 num_threads: 1                     # of torch
 # gradient_checkpointing: false    # less memory, a third slower
+# train_function: my_training:sft  # local training of your own, from my_training.py beside this
+                                   # file or from an installed module; a server cannot set this
 # rank: 8                          # of the adapter trained here, whatever the server asks; or
 max_rank: 16                       # train what the server asks, but no higher rank than this
 

@@ -1,0 +1,1 @@
+"""Holds the verb `chat`: a conversation with a model in the terminal."""
