@@ -135,7 +135,7 @@ def test_no_half_written_round_has_a_name(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fedlora.runs.directory.save_tensors", full)
+    monkeypatch.setattr("fedlora.runs.saved_state.save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         save(run, 1)
     assert run.rounds() == []

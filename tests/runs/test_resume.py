@@ -115,6 +115,7 @@ KILLS = [
     ("before the first line", 1),
     ("half of the state", 1),
     ("half of the state", 3),
+    ("before the manifest", 2),
     ("half of the adapter", 2),
     ("manifest, no name yet", 2),
     ("manifest, no name yet", 3),
@@ -616,6 +617,44 @@ def test_a_file_that_cannot_grow(
     assert_ends_like(out, grown, before)
 
 
+KILLS_OF_A_CHANGE = [
+    ("before a link", 1),  # of round 2 to the whole state of round 1
+    ("before a link", 3),  # of round 3 to the change of round 2
+    ("half of a change", 1),
+    ("a change and no more", 2),
+    ("a change and no more", 3),
+    ("before the manifest", 3),
+    ("manifest, no name yet", 3),  # of round 2
+]
+
+
+@pytest.mark.parametrize(
+    ("point", "n"), KILLS_OF_A_CHANGE, ids=[f"{p}-{n}" for p, n in KILLS_OF_A_CHANGE]
+)
+def test_killed_while_a_change_is_saved(
+    driver: Driver, keys: dict[str, Any], grown: Path, tmp_path: Path, point: str, n: int
+) -> None:
+    """Where a round is saved as what it has changed, and links to what lies in the one before."""
+    path = begin(driver, tmp_path, growing(keys, tmp_path / "out"), point=point, n=n)
+    before = whole_lines(path)
+    assert driver("run", "--resume", path) == 0, driver.stderr
+    assert_ends_like(path, grown, before)
+    # Resumed or not, the rounds are the same files.
+    assert snapshot(path / f"round-{ROUNDS}") == snapshot(grown / f"round-{ROUNDS}")
+
+
+def test_a_round_holds_what_it_has_changed(grown: Path) -> None:
+    assert sorted(path.name for path in (grown / f"round-{ROUNDS}" / "state").iterdir()) == [
+        "change-2.safetensors",
+        "change-3.safetensors",
+        "server-1.safetensors",
+        "server.safetensors",
+        "state.json",
+    ]
+    size = (grown / "round-2" / "state" / "change-2.safetensors").stat().st_size
+    assert size < (grown / "round-1" / STATE).stat().st_size
+
+
 def assert_explained(message: str, out: Path) -> None:
     assert message.startswith(f"fedlora: {out}: no space left on the device")
     assert message.endswith(f"fedlora run --resume {out}\n")
@@ -669,7 +708,7 @@ def test_a_full_disk_at_the_start(keys: dict[str, Any], small_disk: Path) -> Non
 
 
 def test_every_kill_point_is_used() -> None:
-    used = {point for point, _ in KILLS} | {"before the directory"}
+    used = {point for point, _ in [*KILLS, *KILLS_OF_A_CHANGE]} | {"before the directory"}
     listed = itertools.takewhile(lambda s: s != "}", DRIVER.split("POINTS = {\n")[1].splitlines())
     assert {s.split('"')[1] for s in listed if s.startswith('    "')} == used
     assert torch.get_num_threads() == 1

@@ -32,6 +32,7 @@ from fedlora.model.targets import Targets
 from fedlora.runs.file_names import CONFIG, FINAL, LOCK, METRICS, PARTIAL_CONFIG, ROUND
 from fedlora.runs.metrics_log import append_line, cut_off_half_a_line
 from fedlora.runs.safe_writing import (
+    read_manifest,
     remove_directory,
     set_aside,
     sync,
@@ -39,15 +40,11 @@ from fedlora.runs.safe_writing import (
     write_directory,
     write_text,
 )
-from fedlora.runs.state_file import (
-    clients_from_tensors,
-    clients_to_tensors,
-    state_from_copies,
-    state_to_tensors,
-)
+from fedlora.runs.saved_state import read_server_state, write_server_state
+from fedlora.runs.state_file import clients_from_tensors, clients_to_tensors
 
 _STATE, _FACTS = "state", "state.json"
-_SERVER, _CLIENTS = "server.safetensors", "clients.safetensors"
+_CLIENTS = "clients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -169,11 +166,13 @@ class RunDirectory:
             The directory.
         """
 
-        def fill(partial: Path) -> None:
+        before = self.path / f"round-{state.round - 1}"
+
+        def fill(partial: Path) -> dict[str, str]:
             write_adapter(partial, delta, targets, state.dense)
             for client, (own, dense) in (models or {}).items():
                 write_adapter(partial / f"client-{client}", own, targets, dense)
-            _write_state(partial / _STATE, state, clients or {}, line, extra)
+            return _write_state(partial, state, clients or {}, line, extra, before)
 
         target = self.path / f"round-{state.round}"
         write_directory(target, fill)
@@ -260,11 +259,33 @@ def _make_with_config(path: Path, config_yaml: str) -> None:
 
 
 def _write_state(
-    directory: Path, state: ServerState, clients: Mapping[int, ClientState], line: Any, extra: Any
-) -> None:
-    """Write what a resumed run needs beside the global model."""
+    round_dir: Path,
+    state: ServerState,
+    clients: Mapping[int, ClientState],
+    line: Any,
+    extra: Any,
+    before: Path,
+) -> dict[str, str]:
+    """Write what a resumed run needs beside the global model.
+
+    Args:
+        round_dir: the directory of the round; its state goes to `state/` in it.
+        state: of the server.
+        clients: what outlives the round at the clients.
+        line: the round's line of `metrics.jsonl`.
+        extra: what else the run keeps.
+        before: the directory of the round before; it need not exist.
+
+    Returns:
+        The SHA-256 of those files that are links to files of the round before, by their paths.
+    """
+    directory = round_dir / _STATE
     directory.mkdir()
-    save_tensors(directory / _SERVER, state_to_tensors(state))
+    try:
+        known = read_manifest(before)
+    except CheckpointError:  # there is none, or it has been removed
+        known = {}
+    links = write_server_state(directory, state, before / _STATE if known else None)
     if clients:
         save_tensors(directory / _CLIENTS, clients_to_tensors(clients))
     facts = {
@@ -275,6 +296,7 @@ def _write_state(
         "line": line,
     }
     (directory / _FACTS).write_text(json.dumps(facts) + "\n")
+    return {f"{_STATE}/{name}": known[f"{_STATE}/{file.name}"] for name, file in links.items()}
 
 
 def load_round(path: Path) -> Saved:
@@ -286,8 +308,8 @@ def load_round(path: Path) -> Saved:
     verify(path)
     directory = path / _STATE
     facts = json.loads((directory / _FACTS).read_text())
-    state = state_from_copies(
-        load_file(directory / _SERVER),
+    state = read_server_state(
+        directory,
         facts["round"],
         {int(k): v for k, v in facts["last_seen"].items()},
         {int(k): v for k, v in facts["ranks"].items()},
