@@ -31,7 +31,9 @@ CASES = {
 WAYS = ("whole", "changes", "adapter")
 
 
-def measure(shapes: list[tuple[int, int]], times: int, first: int) -> dict[str, tuple[float, float]]:
+def measure(
+    shapes: list[tuple[int, int]], times: int, first: int
+) -> dict[str, tuple[float, float]]:
     """Way of saving -> MB written and CPU seconds a round, and those of the round's adapter."""
     import torch
 

@@ -164,6 +164,17 @@ def test_prune(run: RunDirectory, limit: int | None, keep: int | None, left: lis
     assert [p.name for p in run.path.iterdir() if p.name.endswith(".removed")] == []
 
 
+def test_the_newest_adapter_is_kept(run: RunDirectory) -> None:
+    """Where adapters are saved in some rounds only, one is there after the first of them."""
+    for number in range(1, 8):
+        delta = {"b.up": low()} if number % 4 == 0 else None
+        run.save_round(delta, TARGETS, a_state(number), {}, {})
+        run.prune(2, None)
+    assert run.rounds() == [4, 6, 7]
+    assert not (run.path / "round-7" / "adapter_model.safetensors").exists()
+    assert_same(load_round(run.path / "round-7").state, a_state(7))
+
+
 def test_prune_where_a_killed_one_left_something(run: RunDirectory) -> None:
     for number in range(1, 4):
         save(run, number)

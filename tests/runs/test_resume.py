@@ -647,6 +647,36 @@ def test_killed_while_a_change_is_saved(
     assert tensor_files(path) == tensor_files(grown)  # resumed or not
 
 
+def test_adapters_are_saved_every_so_many_rounds(
+    driver: Driver,
+    keys: dict[str, Any],
+    grown: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The state is saved in every round; the run, killed or not, is the same."""
+    some = growing(keys, tmp_path / "out") | {"save_adapter_rounds": 2}
+    path = begin(driver, tmp_path, some, point="no metrics line yet", n=3)
+    assert [(path / f"round-{n}" / WEIGHTS).exists() for n in (1, 2, 3)] == [False, True, False]
+    fedlora.run(resume=path)
+    assert_ends_like(path, grown)
+    assert [(path / f"round-{n}" / STATE).exists() for n in (1, 2, 3)] == [True, True, True]
+    assert main(["eval", str(path), "--round", "1"]) == 2
+    assert "no adapter in round-1; there are 2; save_adapter_rounds" in capsys.readouterr().err
+    assert main(["eval", str(path), "--round", "2", "--num_threads", "1"]) == 0
+
+
+def test_the_best_round_has_an_adapter(
+    keys: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rounds have one: the run may end with it."""
+    scripted(monkeypatch, [5.0, 1.0, 3.0, 3.0, 2.0, 0.5])
+    config = judged(keys, out).model_copy(update={"save_adapter_rounds": 7})
+    assert fedlora.run(config).best_round == 1
+    assert final(out) == (out / "round-1" / WEIGHTS).read_bytes()
+    assert not (out / "round-4" / WEIGHTS).exists()
+
+
 def test_a_round_holds_what_it_has_changed(grown: Path) -> None:
     assert sorted(path.name for path in (grown / f"round-{ROUNDS}" / "state").iterdir()) == [
         "change-2.safetensors",

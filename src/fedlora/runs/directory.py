@@ -2,8 +2,9 @@
 
     config.yaml      the resolved configuration; appears together with the directory
     metrics.jsonl    one line per event, only ever appended to
-    round-N/         the global model after round N as a PEFT directory, and in `state/` what a
-                     resumed run needs; `manifest.json` holds the SHA-256 of every file
+    round-N/         the global model after round N as a PEFT directory (in every one, or as
+                     `save_adapter_rounds` says), and in `state/` what a resumed run needs;
+                     `manifest.json` holds the SHA-256 of every file
     final/           the final adapter as a PEFT directory, and the tokenizer
 
 Whatever moment a run is killed at, a `round-N` that exists is whole, or known to be damaged.
@@ -22,7 +23,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlora.adapters.peft_files import save_tensors
+from fedlora.adapters.peft_files import CONFIG_NAME, save_tensors
 from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.errors import CheckpointError, InputError
 from fedlora.federation.messages import ClientState
@@ -142,7 +143,7 @@ class RunDirectory:
 
     def save_round(
         self,
-        delta: Deltas,
+        delta: Deltas | None,
         targets: Targets,
         state: ServerState,
         line: Any,
@@ -153,7 +154,7 @@ class RunDirectory:
         """Write `round-N/`: the global model as a PEFT directory, and the state to resume from.
 
         Args:
-            delta: the global model's difference from the base.
+            delta: the global model's difference from the base; None: only the state is written.
             targets: the base's target modules.
             state: the server's state after the round.
             line: the round's line of `metrics.jsonl`, as JSON can hold it.
@@ -169,7 +170,8 @@ class RunDirectory:
         before = self.path / f"round-{state.round - 1}"
 
         def fill(partial: Path) -> dict[str, str]:
-            write_adapter(partial, delta, targets, state.dense)
+            if delta is not None:
+                write_adapter(partial, delta, targets, state.dense)
             for client, (own, dense) in (models or {}).items():
                 write_adapter(partial / f"client-{client}", own, targets, dense)
             return _write_state(partial, state, clients or {}, line, extra, before)
@@ -179,12 +181,20 @@ class RunDirectory:
         return target
 
     def prune(self, limit: int | None, keep: int | None) -> None:
-        """Remove all but the newest `limit` rounds (never fewer than two) and round `keep`."""
+        """Remove all but the newest `limit` rounds (never fewer than two) and round `keep`.
+
+        The newest one that holds an adapter stays too.
+        """
         if limit is None:
             return
-        for number in self.rounds()[: -max(2, limit)]:
-            if number != keep:
+        rounds = self.rounds()
+        newest = max((number for number in rounds if self._has_adapter(number)), default=None)
+        for number in rounds[: -max(2, limit)]:
+            if number not in (keep, newest):
                 remove_directory(self.path / f"round-{number}")
+
+    def _has_adapter(self, number: int) -> bool:
+        return (self.path / f"round-{number}" / CONFIG_NAME).is_file()
 
     def sweep(self) -> None:
         """Remove what a killed run left half written or half removed."""
