@@ -1,6 +1,6 @@
 """What saving a round costs: the server's state written whole, or as what the round has changed.
 
-    python benchmarks/savings.py --checkpoint   # a minute and 4 GB of disk
+    python benchmarks/savings.py --checkpoint   # two minutes and 4 GB of disk
 
 Rule `exact`, ten clients of ranks 64 to 4 (sum 160), simulated: at the shapes of all linear layers
 of a Llama of 110 M parameters from round 1 on, and of Llama-7B's q and v (two modules, times 32)
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregate import RANKS, _held
+from common import machine
 from exact_rounds import played
 
 ROUNDS = 11
@@ -108,18 +109,23 @@ def _server(shapes: dict[str, tuple[int, int]], first: int) -> Any:
 
 def table() -> str:
     """The table of all cases, in Markdown."""
+    words = {
+        "whole": "the server's state whole in every round",
+        "changes": "the state as what rounds have changed",
+        "adapter": "the PEFT adapter beside it (save_adapter_rounds: 1)",
+    }
     lines = [
-        "| | state MB | CPU s | x MB |",
+        "# What saving a round costs",
+        "",
+        f"`benchmarks/savings.py --checkpoint`, {machine()}; rule `exact`, ten clients of ranks",
+        f"{' '.join(map(str, RANKS))}. {(__doc__ or '').strip().split(chr(10) * 2)[-1]}",
+        "",
+        "| | MB a round | CPU s a round | MB to the first line |",
         "|---|---|---|---|",
     ]
     for name, (shapes, times, first) in CASES.items():
         found = measure(shapes, times, first)
-        for way, words in zip(
-            WAYS,
-            ("the state whole in every round", "as what rounds have changed", "the adapter"),
-            strict=True,
-        ):
-            size, seconds = found[way]
-            ratio = size / found["whole"][0]
-            lines.append(f"| {name}: {words} | {size:,.0f} | {seconds:.2f} | {ratio:.2f} |")
+        for way in WAYS:
+            (size, seconds), ratio = found[way], found[way][0] / found["whole"][0]
+            lines.append(f"| {name}: {words[way]} | {size:,.0f} | {seconds:.2f} | {ratio:.2f} |")
     return "\n".join(lines) + "\n"
