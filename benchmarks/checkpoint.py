@@ -2,11 +2,11 @@
 
     python benchmarks/savings.py --checkpoint   # two minutes and 4 GB of disk
 
-Rule `exact`, ten clients of ranks 64 to 4 (sum 160), simulated: at the shapes of all linear layers
-of a Llama of 110 M parameters from round 1 on, and of Llama-7B's q and v (two modules, times 32)
-from round 10 on. Means over eleven rounds, in which the state is written whole at least once.
-Bytes are those of files that are new on the disk; CPU seconds, one thread, with the checks of
-what was written, without waiting for the disk.
+Simulated clients: at the shapes of all linear layers of a Llama of 110 M parameters from round 2 on
+(one layer, times 12), at Llama-7B's q and v from round 11 on (two modules, times 32). Means over
+eleven rounds, in one of which at least the state is written whole. Bytes are those of files that
+are new on the disk; CPU seconds, one thread, with the checks of what was written, without waiting
+for the disk.
 """
 
 from __future__ import annotations
@@ -114,11 +114,12 @@ def table() -> str:
         "changes": "the state as what rounds have changed",
         "adapter": "the PEFT adapter beside it (save_adapter_rounds: 1)",
     }
+    how = (__doc__ or "").strip().split("\n\n")[-1]
     lines = [
         "# What saving a round costs",
         "",
         f"`benchmarks/savings.py --checkpoint`, {machine()}; rule `exact`, ten clients of ranks",
-        f"{' '.join(map(str, RANKS))}. {(__doc__ or '').strip().split(chr(10) * 2)[-1]}",
+        f"{' '.join(map(str, RANKS))} (sum {sum(RANKS)}). {how}",
         "",
         "| | MB a round | CPU s a round | MB to the first line |",
         "|---|---|---|---|",

@@ -20,9 +20,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -32,7 +33,7 @@ from fedlora.adapters.peft_files import save_tensors
 from fedlora.errors import CheckpointError
 from fedlora.federation.increments import Sketch, agree, appended, merged, sketch
 from fedlora.lowrank import Deltas, Dense
-from fedlora.methods.values import Change, ServerState
+from fedlora.methods.values import Change, Increments, ServerState
 from fedlora.runs.state_file import (
     KEPT_ROUNDS,
     Tensors,
@@ -40,6 +41,9 @@ from fedlora.runs.state_file import (
     state_from_copies,
     state_to_tensors,
 )
+from fedlora.threads import map_modules
+
+_Value = TypeVar("_Value")
 
 SERVER = "server.safetensors"
 _EARLIER = re.compile(r"(server|change)-(\d+)\.safetensors")
@@ -119,11 +123,10 @@ def read_server_state(
     if not chain.changes:
         return state
     whole = state_from_copies(load_file(chain.whole), chain.start, {}, {})
-    changes, grown = dict(whole.changes), whole
+    changes = dict(whole.changes)
     for number, path in chain.changes.items():
-        own = state_from_copies(load_file(path), number, {}, {})
-        changes[number] = own.changes[number]
-        grown = _after(grown, own.changes[number])
+        changes[number] = state_from_copies(load_file(path), number, {}, {}).changes[number]
+    grown = _after(whole, [changes[number] for number in chain.changes])
     if changes[round].increments:
         state = replace(state, adapter=grown.adapter, leading=grown.leading)
     else:
@@ -200,13 +203,36 @@ def _without_what_grows(state: ServerState) -> ServerState:
     return replace(rest, base_delta={})
 
 
-def _after(state: ServerState, change: Change) -> ServerState:
+def _after(whole: ServerState, changes: Sequence[Change]) -> ServerState:
+    """What grows, after some more rounds; modules are worked on beside each other."""
+
+    def module(name: str) -> ServerState:
+        base_delta, leading = _only(name, whole.base_delta), _only(name, whole.leading)
+        grown = ServerState(0, _only(name, whole.adapter), base_delta, leading=leading)
+        for change in changes:
+            grown = _after_one(grown, _only(name, change.merge), _only(name, change.increments))
+        return grown
+
+    learnt = [name for x in changes for name in (*x.merge, *x.increments)]
+    names = dict.fromkeys([*whole.adapter, *whole.base_delta, *learnt])
+    modules = map_modules(module, {name: name for name in names}).values()
+    return ServerState(
+        0,
+        {name: x for state in modules for name, x in state.adapter.items()},
+        {name: x for state in modules for name, x in state.base_delta.items()},
+        leading={name: x for state in modules for name, x in state.leading.items()},
+    )
+
+
+def _after_one(state: ServerState, merge: Deltas, increments: Increments) -> ServerState:
     """What grows, after one more round, laid out as the server lays it out."""
-    if change.increments:
-        adapter, leading = appended(state.adapter, state.leading, change.increments)
-        return settled(ServerState(state.round + 1, adapter, leading=leading))
-    base_delta = merged(state.base_delta, change.merge)
-    return settled(ServerState(state.round + 1, {}, base_delta))
+    adapter, leading = appended(state.adapter, state.leading, increments)
+    return settled(ServerState(0, adapter, merged(state.base_delta, merge), leading=leading))
+
+
+def _only(name: str, group: Mapping[str, _Value]) -> dict[str, _Value]:
+    """One module of a group, where it has it."""
+    return {name: group[name]} if name in group else {}
 
 
 def _names_of(number: int, change: Change) -> set[str]:
