@@ -135,7 +135,7 @@ def test_no_half_written_round_has_a_name(
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fedlora.runs.directory.save_tensors", full)
+    monkeypatch.setattr("fedlora.runs.saved_state.save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         save(run, 1)
     assert run.rounds() == []
@@ -162,6 +162,17 @@ def test_prune(run: RunDirectory, limit: int | None, keep: int | None, left: lis
     for number in left:
         verify(run.path / f"round-{number}")
     assert [p.name for p in run.path.iterdir() if p.name.endswith(".removed")] == []
+
+
+def test_the_newest_adapter_is_kept(run: RunDirectory) -> None:
+    """Where adapters are saved in some rounds only, one is there after the first of them."""
+    for number in range(1, 8):
+        delta = {"b.up": low()} if number % 4 == 0 else None
+        run.save_round(delta, TARGETS, a_state(number), {}, {})
+        run.prune(2, None)
+    assert run.rounds() == [4, 6, 7]
+    assert not (run.path / "round-7" / "adapter_model.safetensors").exists()
+    assert_same(load_round(run.path / "round-7").state, a_state(7))
 
 
 def test_prune_where_a_killed_one_left_something(run: RunDirectory) -> None:

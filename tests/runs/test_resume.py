@@ -115,6 +115,7 @@ KILLS = [
     ("before the first line", 1),
     ("half of the state", 1),
     ("half of the state", 3),
+    ("before the manifest", 2),
     ("half of the adapter", 2),
     ("manifest, no name yet", 2),
     ("manifest, no name yet", 3),
@@ -596,24 +597,96 @@ def grown(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def test_a_file_that_cannot_grow(
-    driver: Driver, keys: dict[str, Any], grown: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
+def test_a_file_that_cannot_grow(driver: Driver, keys: dict[str, Any], tmp_path: Path) -> None:
+    out, grown = tmp_path / "out", tmp_path / "grown"
+    # The adapter is what outgrows the whole state of round 1, which holds no directions here.
+    flora = {"method": "flora"}
+    fedlora.run(fedlora.Config(**growing(keys, grown) | flora))
     saved = [grown / f"round-{n}" for n in range(1, ROUNDS + 1)]
     sizes = [max(p.stat().st_size for p in path.rglob("*.safetensors")) for path in saved]
-    assert sizes == sorted(set(sizes))
-    config = write(tmp_path / "config.yaml", growing(keys, out))
-    assert driver("run", config, file_size=sizes[0] + 1) == 2
+    assert sizes[1] < sizes[2]
+    config = write(tmp_path / "config.yaml", growing(keys, out) | flora)
+    assert driver("run", config, file_size=sizes[1] + 1) == 2
     assert_explained(driver.stderr, out)
-    assert [p.name for p in out.glob("round-*")] == ["round-1"]
-    assert snapshot(out / "round-1")[STATE] == snapshot(grown / "round-1")[STATE]
+    assert sorted(p.name for p in out.glob("round-*")) == ["round-1", "round-2"]
+    assert snapshot(out / "round-2")[STATE] == snapshot(grown / "round-2")[STATE]
     assert [p.name for p in out.glob(".*.partial")] == []
     before = whole_lines(out)
     assert driver("run", "--resume", out, file_size=sizes[1] + 1) == 2
     assert_explained(driver.stderr, out)
     assert driver("run", "--resume", out) == 0, driver.stderr
     assert_ends_like(out, grown, before)
+
+
+def tensor_files(path: Path) -> dict[str, bytes]:
+    return {name: x for name, x in snapshot(path).items() if name.endswith(".safetensors")}
+
+
+KILLS_OF_A_CHANGE = [
+    ("before a link", 1),  # of round 2 to the whole state of round 1
+    ("before a link", 3),  # of round 3 to the change of round 2
+    ("half of a change", 1),
+    ("a change and no more", 2),
+    ("a change and no more", 3),
+    ("before the manifest", 3),
+    ("manifest, no name yet", 3),  # of round 2
+]
+
+
+@pytest.mark.parametrize(
+    ("point", "n"), KILLS_OF_A_CHANGE, ids=[f"{p}-{n}" for p, n in KILLS_OF_A_CHANGE]
+)
+def test_killed_while_a_change_is_saved(
+    driver: Driver, keys: dict[str, Any], grown: Path, tmp_path: Path, point: str, n: int
+) -> None:
+    """Where a round is saved as what it has changed, and links to what lies in the one before."""
+    path = begin(driver, tmp_path, growing(keys, tmp_path / "out"), point=point, n=n)
+    before = whole_lines(path)
+    assert driver("run", "--resume", path) == 0, driver.stderr
+    assert_ends_like(path, grown, before)
+    assert tensor_files(path) == tensor_files(grown)  # resumed or not
+
+
+def test_adapters_are_saved_every_so_many_rounds(
+    driver: Driver,
+    keys: dict[str, Any],
+    grown: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The state is saved in every round; the run, killed or not, is the same."""
+    some = growing(keys, tmp_path / "out") | {"save_adapter_rounds": 2}
+    path = begin(driver, tmp_path, some, point="no metrics line yet", n=3)
+    assert [(path / f"round-{n}" / WEIGHTS).exists() for n in (1, 2, 3)] == [False, True, False]
+    fedlora.run(resume=path)
+    assert_ends_like(path, grown)
+    assert [(path / f"round-{n}" / STATE).exists() for n in (1, 2, 3)] == [True, True, True]
+    assert main(["eval", str(path), "--round", "1"]) == 2
+    assert "no adapter in round-1; there are 2; save_adapter_rounds" in capsys.readouterr().err
+    assert main(["eval", str(path), "--round", "2", "--num_threads", "1"]) == 0
+
+
+def test_the_best_round_has_an_adapter(
+    keys: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rounds have one: the run may end with it."""
+    scripted(monkeypatch, [5.0, 1.0, 3.0, 3.0, 2.0, 0.5])
+    config = judged(keys, out).model_copy(update={"save_adapter_rounds": 7})
+    assert fedlora.run(config).best_round == 1
+    assert final(out) == (out / "round-1" / WEIGHTS).read_bytes()
+    assert not (out / "round-4" / WEIGHTS).exists()
+
+
+def test_a_round_holds_what_it_has_changed(grown: Path) -> None:
+    assert sorted(path.name for path in (grown / f"round-{ROUNDS}" / "state").iterdir()) == [
+        "change-2.safetensors",
+        "change-3.safetensors",
+        "server-1.safetensors",
+        "server.safetensors",
+        "state.json",
+    ]
+    size = (grown / "round-2" / "state" / "change-2.safetensors").stat().st_size
+    assert size < (grown / "round-1" / STATE).stat().st_size
 
 
 def assert_explained(message: str, out: Path) -> None:
@@ -669,7 +742,7 @@ def test_a_full_disk_at_the_start(keys: dict[str, Any], small_disk: Path) -> Non
 
 
 def test_every_kill_point_is_used() -> None:
-    used = {point for point, _ in KILLS} | {"before the directory"}
+    used = {point for point, _ in [*KILLS, *KILLS_OF_A_CHANGE]} | {"before the directory"}
     listed = itertools.takewhile(lambda s: s != "}", DRIVER.split("POINTS = {\n")[1].splitlines())
     assert {s.split('"')[1] for s in listed if s.startswith('    "')} == used
     assert torch.get_num_threads() == 1

@@ -42,6 +42,7 @@ from fedlora.config.yaml_file import read_yaml
 from fedlora.engines import local
 from fedlora.model import passes
 from fedlora.runs import directory as checkpoint
+from fedlora.runs import safe_writing, saved_state
 from fedlora.runs import session
 from support.kept_bases import load_or_reuse
 
@@ -99,7 +100,11 @@ POINTS = {
     "in a client's steps": (passes.PackedRunner, "backward", any_call, die),
     "before the directory": (Path, "rename", named(".out.partial"), die),
     "before the first line": (checkpoint.RunDirectory, "append", any_call, die),
-    "half of the state": (checkpoint, "save_tensors", any_call, half_a_file),
+    "half of the state": (saved_state, "save_tensors", named("server.safetensors"), half_a_file),
+    "half of a change": (saved_state, "save_tensors", named("change-2.safetensors"), half_a_file),
+    "a change and no more": (saved_state, "save_tensors", named("server.safetensors"), die),
+    "before a link": (os, "link", any_call, die),
+    "before the manifest": (safe_writing, "_write_manifest", any_call, die),
     "half of the adapter": (adapters, "save_tensors", any_call, half_a_file),
     "manifest, no name yet": (Path, "rename", named(".partial"), die),
     "no metrics line yet": (checkpoint.RunDirectory, "append", round_line, die),

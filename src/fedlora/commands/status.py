@@ -148,7 +148,8 @@ def result_of(look: Look) -> SavedModel | None:
     """The newest model that lies in a run's directory; None before the first round."""
     if look.ended:
         return SavedModel(look.path / FINAL, whole(look.run.end.get("final")))
-    found = (ROUND.fullmatch(path.name) for path in look.path.iterdir() if path.is_dir())
+    adapters = [path for path in look.path.iterdir() if (path / _ADAPTER).is_file()]
+    found = (ROUND.fullmatch(path.name) for path in adapters)
     rounds = [int(match[1]) for match in found if match]
     return SavedModel(look.path / f"round-{max(rounds)}", max(rounds)) if rounds else None
 
@@ -183,6 +184,7 @@ def show(look: Look, console: Console) -> None:
         console.print(f"and {left:,} more clients; --json has all of them")
 
 
+_ADAPTER = "adapter_config.json"
 _COLOURS = {"running": "cyan", "ended": "green", "stopped": "yellow", "failed": "red"}
 
 

@@ -353,6 +353,9 @@ class Config(BaseModel):
     save_total_limit: Annotated[int | None, Mark.ALONE] = Field(
         3, ge=1, description="rounds kept on disk, never fewer than two; none: all"
     )
+    save_adapter_rounds: int = Field(
+        1, ge=1, description="round-N/ holds a PEFT adapter every so many rounds; its state in all"
+    )
     save_client_models: bool = Field(
         False, description="final/client-K: the models the clients of the last round ended with"
     )

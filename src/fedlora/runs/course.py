@@ -260,10 +260,9 @@ class Course:
             **self.engine.identity,
         }
         plain = finite(line)
+        delta = global_delta(state) if self._saves_adapter(state.round) else None
         targets = self.session.base.targets
-        self.directory.save_round(
-            global_delta(state), targets, state, plain, extra, engine.clients, models
-        )
+        self.directory.save_round(delta, targets, state, plain, extra, engine.clients, models)
         self.log.append(plain)
         self.directory.append(plain)
         self.directory.prune(self.config.save_total_limit, self.best.round)
@@ -271,6 +270,11 @@ class Course:
         if crowded:
             torch.set_num_threads(self.threads.number)
             self._warn(f"from round {state.round + 1} on {crowded}")
+
+    def _saves_adapter(self, number: int) -> bool:
+        """Whether a round's directory is to hold the global model as a PEFT adapter."""
+        may_be_final = self.config.load_best_model_at_end and number == self.best.round
+        return may_be_final or number % self.config.save_adapter_rounds == 0
 
     # --- the end ---
 

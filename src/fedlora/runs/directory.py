@@ -2,8 +2,9 @@
 
     config.yaml      the resolved configuration; appears together with the directory
     metrics.jsonl    one line per event, only ever appended to
-    round-N/         the global model after round N as a PEFT directory, and in `state/` what a
-                     resumed run needs; `manifest.json` holds the SHA-256 of every file
+    round-N/         the global model after round N as a PEFT directory (in every one, or as
+                     `save_adapter_rounds` says), and in `state/` what a resumed run needs;
+                     `manifest.json` holds the SHA-256 of every file
     final/           the final adapter as a PEFT directory, and the tokenizer
 
 Whatever moment a run is killed at, a `round-N` that exists is whole, or known to be damaged.
@@ -22,7 +23,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedlora.adapters.peft_files import save_tensors
+from fedlora.adapters.peft_files import CONFIG_NAME, save_tensors
 from fedlora.adapters.saved_adapter import write_adapter
 from fedlora.errors import CheckpointError, InputError
 from fedlora.federation.messages import ClientState
@@ -32,6 +33,7 @@ from fedlora.model.targets import Targets
 from fedlora.runs.file_names import CONFIG, FINAL, LOCK, METRICS, PARTIAL_CONFIG, ROUND
 from fedlora.runs.metrics_log import append_line, cut_off_half_a_line
 from fedlora.runs.safe_writing import (
+    read_manifest,
     remove_directory,
     set_aside,
     sync,
@@ -39,15 +41,11 @@ from fedlora.runs.safe_writing import (
     write_directory,
     write_text,
 )
-from fedlora.runs.state_file import (
-    clients_from_tensors,
-    clients_to_tensors,
-    state_from_copies,
-    state_to_tensors,
-)
+from fedlora.runs.saved_state import read_server_state, write_server_state
+from fedlora.runs.state_file import clients_from_tensors, clients_to_tensors
 
 _STATE, _FACTS = "state", "state.json"
-_SERVER, _CLIENTS = "server.safetensors", "clients.safetensors"
+_CLIENTS = "clients.safetensors"
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class RunDirectory:
 
     def save_round(
         self,
-        delta: Deltas,
+        delta: Deltas | None,
         targets: Targets,
         state: ServerState,
         line: Any,
@@ -156,7 +154,7 @@ class RunDirectory:
         """Write `round-N/`: the global model as a PEFT directory, and the state to resume from.
 
         Args:
-            delta: the global model's difference from the base.
+            delta: the global model's difference from the base; None: only the state is written.
             targets: the base's target modules.
             state: the server's state after the round.
             line: the round's line of `metrics.jsonl`, as JSON can hold it.
@@ -169,23 +167,34 @@ class RunDirectory:
             The directory.
         """
 
-        def fill(partial: Path) -> None:
-            write_adapter(partial, delta, targets, state.dense)
+        before = self.path / f"round-{state.round - 1}"
+
+        def fill(partial: Path) -> dict[str, str]:
+            if delta is not None:
+                write_adapter(partial, delta, targets, state.dense)
             for client, (own, dense) in (models or {}).items():
                 write_adapter(partial / f"client-{client}", own, targets, dense)
-            _write_state(partial / _STATE, state, clients or {}, line, extra)
+            return _write_state(partial, state, clients or {}, line, extra, before)
 
         target = self.path / f"round-{state.round}"
         write_directory(target, fill)
         return target
 
     def prune(self, limit: int | None, keep: int | None) -> None:
-        """Remove all but the newest `limit` rounds (never fewer than two) and round `keep`."""
+        """Remove all but the newest `limit` rounds (never fewer than two) and round `keep`.
+
+        The newest one that holds an adapter stays too.
+        """
         if limit is None:
             return
-        for number in self.rounds()[: -max(2, limit)]:
-            if number != keep:
+        rounds = self.rounds()
+        newest = max((number for number in rounds if self._has_adapter(number)), default=None)
+        for number in rounds[: -max(2, limit)]:
+            if number not in (keep, newest):
                 remove_directory(self.path / f"round-{number}")
+
+    def _has_adapter(self, number: int) -> bool:
+        return (self.path / f"round-{number}" / CONFIG_NAME).is_file()
 
     def sweep(self) -> None:
         """Remove what a killed run left half written or half removed."""
@@ -260,11 +269,33 @@ def _make_with_config(path: Path, config_yaml: str) -> None:
 
 
 def _write_state(
-    directory: Path, state: ServerState, clients: Mapping[int, ClientState], line: Any, extra: Any
-) -> None:
-    """Write what a resumed run needs beside the global model."""
+    round_dir: Path,
+    state: ServerState,
+    clients: Mapping[int, ClientState],
+    line: Any,
+    extra: Any,
+    before: Path,
+) -> dict[str, str]:
+    """Write what a resumed run needs beside the global model.
+
+    Args:
+        round_dir: the directory of the round; its state goes to `state/` in it.
+        state: of the server.
+        clients: what outlives the round at the clients.
+        line: the round's line of `metrics.jsonl`.
+        extra: what else the run keeps.
+        before: the directory of the round before; it need not exist.
+
+    Returns:
+        The SHA-256 of those files that are links to files of the round before, by their paths.
+    """
+    directory = round_dir / _STATE
     directory.mkdir()
-    save_tensors(directory / _SERVER, state_to_tensors(state))
+    try:
+        known = read_manifest(before)
+    except CheckpointError:  # there is none, or it has been removed
+        known = {}
+    links = write_server_state(directory, state, before / _STATE if known else None)
     if clients:
         save_tensors(directory / _CLIENTS, clients_to_tensors(clients))
     facts = {
@@ -275,6 +306,7 @@ def _write_state(
         "line": line,
     }
     (directory / _FACTS).write_text(json.dumps(facts) + "\n")
+    return {f"{_STATE}/{name}": known[f"{_STATE}/{file.name}"] for name, file in links.items()}
 
 
 def load_round(path: Path) -> Saved:
@@ -286,8 +318,8 @@ def load_round(path: Path) -> Saved:
     verify(path)
     directory = path / _STATE
     facts = json.loads((directory / _FACTS).read_text())
-    state = state_from_copies(
-        load_file(directory / _SERVER),
+    state = read_server_state(
+        directory,
         facts["round"],
         {int(k): v for k, v in facts["last_seen"].items()},
         {int(k): v for k, v in facts["ranks"].items()},

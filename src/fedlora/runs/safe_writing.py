@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from fedlora.errors import CheckpointError, FedloraError
@@ -34,14 +34,16 @@ def write_text(path: Path, text: str) -> None:
     sync(path)
 
 
-def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+def write_directory(target: Path, fill: Callable[[Path], Mapping[str, str] | None]) -> None:
     """Fill a hidden directory, force it to the disk, then give it its name.
 
     What bears the name already is set aside.
 
     Args:
         target: the directory to be.
-        fill: writes the files into the directory it is given.
+        fill: writes the files into the directory it is given. It may return the SHA-256 of those
+            that are known to hold what was written earlier, by their paths in the directory: they
+            are not read again.
 
     Raises:
         OSError: it cannot be written; nothing of it is left, lest half a directory keep a full disk
@@ -51,8 +53,7 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        fill(partial)
-        _write_manifest(partial)
+        _write_manifest(partial, fill(partial) or {})
         _sync_all(partial)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -63,9 +64,10 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     sync(target.parent)
 
 
-def _write_manifest(directory: Path) -> None:
+def _write_manifest(directory: Path, known: Mapping[str, str]) -> None:
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(directory)): _sha256(path) for path in files}
+    names = {str(path.relative_to(directory)): path for path in files}
+    manifest = {name: known.get(name) or _sha256(path) for name, path in names.items()}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
@@ -82,17 +84,26 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_manifest(path: Path) -> dict[str, str]:
+    """What the files of a saved directory were when it was written: path in it -> SHA-256.
+
+    Raises:
+        CheckpointError: the manifest is missing or broken.
+    """
+    try:
+        manifest: dict[str, str] = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path}: damaged ({MANIFEST} is missing or broken)") from None
+    return manifest
+
+
 def verify(path: Path) -> None:
     """Compare every file of a saved directory with its manifest.
 
     Raises:
         CheckpointError: which file is missing or damaged.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path}: damaged ({MANIFEST} is missing or broken)") from None
-    for name, digest in manifest.items():
+    for name, digest in read_manifest(path).items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path}: damaged ({name} is missing)")

@@ -13,7 +13,8 @@ from fedlora.methods.values import Change, Encoded, Increment, ServerState
 
 Tensors = dict[str, Tensor]
 
-_KEPT = "changes/rounds"  # the rounds whose changes are kept
+KEPT_ROUNDS = "changes/rounds"
+"""The tensor that says of which rounds the changes are kept."""
 
 
 def state_to_tensors(state: ServerState) -> Tensors:
@@ -113,7 +114,7 @@ def _named_changes(state: ServerState) -> Tensors:
     """What the last rounds have changed, and which they are; `last_merge` is named already."""
     if not state.changes:
         return {}
-    tensors: Tensors = {_KEPT: torch.tensor(sorted(state.changes))}
+    tensors: Tensors = {KEPT_ROUNDS: torch.tensor(sorted(state.changes))}
     for number, change in state.changes.items():
         if number != state.round:
             tensors |= _factors(f"merges/{number}", change.merge)
@@ -152,7 +153,7 @@ def _factor_pairs(tensors: Mapping[str, Tensor], group: str) -> dict[str, LowRan
 
 def _changes(tensors: Mapping[str, Tensor], round: int, last_merge: Deltas) -> dict[int, Change]:
     """The inverse of `_named_changes`; earlier versions kept what the last round has merged."""
-    kept = tensors[_KEPT].tolist() if _KEPT in tensors else [round] if round else []
+    kept = tensors[KEPT_ROUNDS].tolist() if KEPT_ROUNDS in tensors else [round] if round else []
     return {
         number: Change(
             last_merge if number == round else _deltas(tensors, f"merges/{number}"),

@@ -30,9 +30,10 @@ def _eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rounds = [a_round(1), a_round(2, attempts=2)]
     path = written(tmp_path / "run", [START, *rounds], progress=snapshot(attempt=3))
-    (path / "round-1").mkdir()
-    (path / "round-2").mkdir()
-    (path / "round-2.damaged").mkdir()
+    for name in ("round-1", "round-2", "round-3", "round-2.damaged"):
+        (path / name).mkdir()
+    for name in ("round-1", "round-2"):  # a state alone is no result
+        (path / name / "adapter_config.json").write_text("{}")
     said, told = status(path, capsys)
     assert "\nrunning: training, round 3 of 4, attempt 3, 1:40, 0:" in said
     assert f"\nresult  {path / 'round-2'} (so far)\n" in said

@@ -183,10 +183,19 @@ def _run(path: Path, loading: Loading) -> Subject:
         number = ends[-1] if ends else max(saved, default=0)
     elif number is not None:
         if number not in saved:
+            state_alone = (path / f"round-{number}").is_dir()
+            what = (
+                f"no adapter in round-{number}" if state_alone else f"no round-{number} (any more)"
+            )
+            key = (
+                "save_adapter_rounds decides which hold one"
+                if state_alone
+                else ("save_total_limit decides how many are kept")
+            )
             raise InputError(
-                f"--round {number}: {path} holds no round-{number} (any more); there are "
+                f"--round {number}: {path} holds {what}; there are "
                 + (", ".join(map(str, saved)) or "none")
-                + "; save_total_limit decides how many are kept"
+                + f"; {key}"
             )
         directory = path / f"round-{number}"
         _check_whole(directory)
@@ -214,8 +223,9 @@ def _is_personal(config: Config) -> bool:
 
 
 def _saved_rounds(path: Path) -> list[int]:
-    """Numbers of the rounds that a run's directory holds, ascending."""
-    matches = (_ROUND.match(part.name) for part in path.iterdir() if part.is_dir())
+    """Numbers of the rounds of which a run's directory holds an adapter, ascending."""
+    parts = [part for part in path.iterdir() if (part / CONFIG_NAME).is_file()]
+    matches = (_ROUND.match(part.name) for part in parts)
     return sorted(int(match.group(1)) for match in matches if match)
 
 
