@@ -8,6 +8,7 @@ from __future__ import annotations
 
 VERBS = {
     "run": "fedlora.commands.run",
+    "plan": "fedlora.commands.plan.verb",
     "partition": "fedlora.commands.partition",
     "data": "fedlora.commands.data",
     "aggregate": "fedlora.commands.aggregate",

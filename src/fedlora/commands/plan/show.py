@@ -1,0 +1,111 @@
+"""Shows a plan in a terminal: a table of clients, one of methods, and the server in sentences."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.commands.views.sentences import say
+from fedlora.runs.planning.plan import Plan, PlannedClient
+from fedlora.text import human_bytes
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """What a run would take."""
+    config, federation = plan.session.config, plan.session.federation
+    for warning in plan.session.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    say(
+        console,
+        f"{config.model_name_or_path}: {plan.parameters:,} parameters ({config.dtype}), "
+        f"{len(federation.shapes)} target modules; {config.num_rounds} rounds, "
+        f"{len(federation.sample(1))} of {len(federation.ranks)} clients in each",
+    )
+    for choice in plan.session.choices:
+        say(console, choice)
+    console.print(_clients(plan))
+    console.print(_methods(plan))
+    if plan.excluded:
+        say(console, f"Not with these ranks: {', '.join(plan.excluded)} (one rank for all).")
+    say(
+        console,
+        f"Server with {config.method}: {human_bytes(plan.server_memory)} of memory, "
+        f"{human_bytes(plan.server_disk)} on disk.",
+    )
+    say(console, _time(plan))
+    say(console, "No weights were read and nothing was written.")
+
+
+def _clients(plan: Plan) -> Table:
+    """Memory of each client; those that need the same share a line."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Memory of a client", title_justify="left")
+    names = ["clients", "rank", "batch", "longest", "base", "adapter", "optimiser", "activations"]
+    has_room = any(client.available is not None for client in plan.clients)
+    for name in [*names, "in all", *(["has"] if has_room else [])]:
+        table.add_column(name, justify="right")
+    for clients in _alike(plan):
+        table.add_row(*_row(clients, has_room))
+    return table
+
+
+def _alike(plan: Plan) -> list[list[PlannedClient]]:
+    """The clients in groups that need and have the same."""
+    groups = dict[object, list[PlannedClient]]()
+    for client in plan.clients:
+        key = client.rank, client.batch, client.longest, client.memory, client.available
+        groups.setdefault(key, []).append(client)
+    return list(groups.values())
+
+
+def _row(clients: list[PlannedClient], has_room: bool) -> list[str | Text]:
+    one, numbers = clients[0], [str(client.client) for client in clients]
+    shown = ", ".join(numbers[:4]) + (f" +{len(numbers) - 4}" if len(numbers) > 4 else "")
+    row: list[str | Text] = [shown, str(one.rank), str(one.batch), f"{one.longest:,}"]
+    if one.memory is None:
+        return [*row, *["-"] * 5, *(["no rows"] if has_room else [])]
+    memory = one.memory
+    held = memory.weights + memory.merged
+    row += [
+        human_bytes(x) for x in (held, memory.adapter, memory.optimizer, memory.activations)
+    ]
+    row.append(Text(human_bytes(memory.total), style="red" if one.fits is False else ""))
+    if has_room:
+        verdict = "" if one.fits else ": too little"
+        row.append(human_bytes(one.available or 0) + verdict)
+    return row
+
+
+def _methods(plan: Plan) -> Table:
+    """Bytes of every method, the configured one first."""
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, title="Bytes of all clients", title_justify="left"
+    )
+    table.add_column("method")
+    for name in ("up a round", "down a round", "up in all", "down in all", "server keeps"):
+        table.add_column(name, justify="right")
+    for name, x in plan.traffic.items():
+        sizes = (x.up, x.down, x.all_up, x.all_down, x.state)
+        style = "bold" if name == plan.session.config.method else ""
+        table.add_row(name, *(human_bytes(size) for size in sizes), style=style)
+    return table
+
+
+def _time(plan: Plan) -> str:
+    here, apart = plan.seconds_here, plan.seconds_apart
+    if plan.speed is None or here is None or apart is None:
+        return f"Time of a round: {plan.no_speed}"
+    return (
+        f"Training of a round takes about {_duration(here)} on this machine, or {_duration(apart)} "
+        f"where each client has a machine like it ({plan.speed.tokens:,.0f} tokens a second, "
+        f"measured for {plan.speed.seconds:.0f} s); {plan.session.config.num_rounds} rounds: "
+        f"{_duration(here * plan.session.config.num_rounds)}. Evaluation comes on top."
+    )
+
+
+def _duration(seconds: float) -> str:
+    """`90` -> `1.5 min`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
