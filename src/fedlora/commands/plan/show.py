@@ -26,6 +26,13 @@ def show_plan(plan: Plan, console: Console) -> None:
     for choice in plan.session.choices:
         say(console, choice)
     console.print(_clients(plan))
+    lacking = [str(client.client) for client in plan.clients if client.fits is False]
+    if lacking:
+        say(
+            console,
+            f"Too little memory: client {', '.join(lacking)}. Try client_ranks: auto, "
+            "gradient_checkpointing: true, or a smaller max_length.",
+        )
     console.print(_methods(plan))
     if plan.excluded:
         say(console, f"Not with these ranks: {', '.join(plan.excluded)} (one rank for all).")
@@ -39,52 +46,61 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def _clients(plan: Plan) -> Table:
-    """Memory of each client; those that need the same share a line."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Memory of a client", title_justify="left")
-    names = ["clients", "rank", "batch", "longest", "base", "adapter", "optimiser", "activations"]
+    """Memory of each client; those that need and have the same share a line."""
     has_room = any(client.available is not None for client in plan.clients)
-    for name in [*names, "in all", *(["has"] if has_room else [])]:
-        table.add_column(name, justify="right")
+    table = _table("Memory of a client (batch: samples of a micro-batch)")
+    table.add_column("clients")
+    names = ["rank", "batch", "libraries", "base", "adapter", "AdamW", "pass", "all"]
+    for name in [*names, *(["has"] if has_room else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
     for clients in _alike(plan):
         table.add_row(*_row(clients, has_room))
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left"
+    )
 
 
 def _alike(plan: Plan) -> list[list[PlannedClient]]:
     """The clients in groups that need and have the same."""
     groups = dict[object, list[PlannedClient]]()
     for client in plan.clients:
-        key = client.rank, client.batch, client.longest, client.memory, client.available
+        key = client.rank, client.batch, client.memory, client.available
         groups.setdefault(key, []).append(client)
     return list(groups.values())
 
 
 def _row(clients: list[PlannedClient], has_room: bool) -> list[str | Text]:
     one, numbers = clients[0], [str(client.client) for client in clients]
-    shown = ", ".join(numbers[:4]) + (f" +{len(numbers) - 4}" if len(numbers) > 4 else "")
-    row: list[str | Text] = [shown, str(one.rank), str(one.batch), f"{one.longest:,}"]
+    shown = " ".join(numbers[:3]) + (f" +{len(numbers) - 3}" if len(numbers) > 3 else "")
+    row: list[str | Text] = [shown, str(one.rank), str(one.batch)]
     if one.memory is None:
-        return [*row, *["-"] * 5, *(["no rows"] if has_room else [])]
+        return [*row, *["-"] * 6, *(["no rows"] if has_room else [])]
     memory = one.memory
-    held = memory.weights + memory.merged
-    row += [
-        human_bytes(x) for x in (held, memory.adapter, memory.optimizer, memory.activations)
-    ]
+    sizes = (
+        memory.libraries,
+        memory.weights + memory.merged,
+        memory.adapter,
+        memory.optimizer,
+        memory.activations,
+    )
+    row += [human_bytes(size) for size in sizes]
     row.append(Text(human_bytes(memory.total), style="red" if one.fits is False else ""))
     if has_room:
-        verdict = "" if one.fits else ": too little"
-        row.append(human_bytes(one.available or 0) + verdict)
+        enough = one.fits is not False
+        row.append(human_bytes(one.available or 0) + ("" if enough else "!"))
     return row
 
 
 def _methods(plan: Plan) -> Table:
     """Bytes of every method, the configured one first."""
-    table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, title="Bytes of all clients", title_justify="left"
-    )
+    table = _table("Bytes of all clients: up and down in a late round, and in all rounds")
     table.add_column("method")
-    for name in ("up a round", "down a round", "up in all", "down in all", "server keeps"):
-        table.add_column(name, justify="right")
+    for name in ("up", "down", "all up", "all down", "server keeps"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, x in plan.traffic.items():
         sizes = (x.up, x.down, x.all_up, x.all_down, x.state)
         style = "bold" if name == plan.session.config.method else ""

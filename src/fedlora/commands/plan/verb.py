@@ -97,7 +97,6 @@ def _client(planned: PlannedClient) -> dict[str, Any]:
         "client": planned.client,
         "rank": planned.rank,
         "batch": planned.batch,
-        "longest": planned.longest,
         "tokens": planned.tokens,
         "memory": {**asdict(memory), "total": memory.total} if memory else None,
         "available": planned.available,

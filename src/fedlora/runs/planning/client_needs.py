@@ -30,23 +30,24 @@ class ClientNeeds:
     """
 
     def __init__(self, base: BaseModel, data: FederatedData, config: Config) -> None:
-        self._base, self._data, self._config = base, data, config
+        self._base, self._config = base, config
+        self._rows = [row for part in data.clients for row in part.train]
         self._on_gpu = torch.cuda.is_available() and not config.use_cpu
         self._merges = adds_to_base(METHODS[config.method], config.rule_options())
-        self._known = dict[Any, ClientMemory]()
+        self._known = dict[tuple[int, int, bool], ClientMemory]()
 
     def memory(self, client: int, batch: int, rank: int) -> ClientMemory:
         """What training takes with micro-batches of so many samples and an adapter of this rank.
 
-        The largest micro-batch that the client can have is the one of its longest rows.
+        The largest micro-batch is the one of the longest rows that any client has: whoever has
+        shorter ones needs less.
         """
-        rows = longest_rows(self._data.clients[client].train, batch)
         dropout = self._config.of_client(client).lora_dropout
-        key = tuple((len(row["input_ids"]), _labelled(row)) for row in rows), rank, dropout > 0
+        key = batch, rank, dropout > 0
         if key not in self._known:
             self._known[key] = client_memory(
                 self._base,
-                rows,
+                longest_rows(self._rows, batch),
                 rank,
                 on_gpu=self._on_gpu,
                 merges=self._merges,
@@ -55,9 +56,7 @@ class ClientNeeds:
         return self._known[key]
 
     def total(self, client: int, batch: int, rank: int) -> int:
-        """Bytes of all of it; none where the client has no rows."""
-        if not self._data.clients[client].train:
-            return 0
+        """Bytes of all of it."""
         return self.memory(client, batch, rank).total
 
 
@@ -87,6 +86,3 @@ def longest_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
     """So many of the longest rows."""
     return sorted(rows, key=lambda row: len(row["input_ids"]))[-number:]
 
-
-def _labelled(row: Tokens) -> int:
-    return sum(label != -100 for label in row.get("labels", ()))

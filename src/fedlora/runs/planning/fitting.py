@@ -111,12 +111,14 @@ def _settings(config: Config, client: int, chosen: Fit) -> dict[str, Any]:
 def _in_words(before: Config, after: Config) -> list[str]:
     ranks = after.client_ranks
     assert isinstance(ranks, list)
+    by_size = dict[tuple[int, int], list[int]]()
     lines = ["ranks that fit into client_memory: " + ", ".join(map(str, ranks))]
     for client in range(len(ranks)):
         old, new = before.of_client(client), after.of_client(client)
-        if old.per_device_train_batch_size != new.per_device_train_batch_size:
-            lines.append(
-                f"client {client}: {new.gradient_accumulation_steps} micro-batches of "
-                f"{new.per_device_train_batch_size} make a step"
-            )
+        size, number = new.per_device_train_batch_size, new.gradient_accumulation_steps
+        if old.per_device_train_batch_size != size:
+            by_size.setdefault((number, size), []).append(client)
+    for (number, size), clients in by_size.items():
+        who = f"client {clients[0]}" if len(clients) == 1 else f"{len(clients)} clients"
+        lines.append(f"{who} with {number} micro-batches of {size} in a step")
     return lines

@@ -31,7 +31,6 @@ class PlannedClient:
         client: its number.
         rank: of its adapter.
         batch: samples of a micro-batch.
-        longest: tokens of its longest row.
         tokens: it trains on in a round.
         memory: None where it has no rows.
         available: bytes that `client_memory` gives it, or None.
@@ -41,7 +40,6 @@ class PlannedClient:
     client: int
     rank: int
     batch: int
-    longest: int
     tokens: int
     memory: ClientMemory | None
     available: int | None
@@ -139,7 +137,6 @@ def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[
                 client=client,
                 rank=rank,
                 batch=batch,
-                longest=max(lengths, default=0),
                 tokens=tokens,
                 memory=memory,
                 available=memories[client] if memories else None,
