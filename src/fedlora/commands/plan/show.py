@@ -113,14 +113,14 @@ def _time(plan: Plan) -> str:
     if plan.speed is None or here is None or apart is None:
         return f"Time of a round: {plan.no_speed}"
     return (
-        f"Training of a round takes about {_duration(here)} on this machine, or {_duration(apart)} "
+        f"Training of a round takes about {duration(here)} on this machine, or {duration(apart)} "
         f"where each client has a machine like it ({plan.speed.tokens:,.0f} tokens a second, "
         f"measured for {plan.speed.seconds:.0f} s); {plan.session.config.num_rounds} rounds: "
-        f"{_duration(here * plan.session.config.num_rounds)}. Evaluation comes on top."
+        f"{duration(here * plan.session.config.num_rounds)}. Evaluation comes on top."
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`90` -> `1.5 min`."""
     if seconds < 90:
         return f"{seconds:.1f} s"
