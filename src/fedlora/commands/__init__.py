@@ -8,12 +8,12 @@ from __future__ import annotations
 
 VERBS = {
     "run": "fedlora.commands.run",
-    "plan": "fedlora.commands.plan.verb",
     "partition": "fedlora.commands.partition",
     "data": "fedlora.commands.data",
     "aggregate": "fedlora.commands.aggregate",
     "export": "fedlora.commands.export.verb",
     "config": "fedlora.commands.config",
+    "plan": "fedlora.commands.plan.verb",
     "demo": "fedlora.commands.demo.verb",
     "watch": "fedlora.commands.watch.verb",
     "status": "fedlora.commands.status",

@@ -115,7 +115,7 @@ def make_plan(config: Config, *, seconds: float | None = SECONDS) -> Plan:
         traffic=moved,
         excluded=excluded,
         server_memory=_server_memory(session, own, clients),
-        server_disk=_server_disk(session.config, own),
+        server_disk=disk_of_server(session.config, own),
         speed=speed,
         no_speed=no_speed,
     )
@@ -127,7 +127,7 @@ def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[
     for client, part in enumerate(session.data.clients):
         own, rank = session.config.of_client(client), session.federation.ranks[client]
         batch, lengths = own.per_device_train_batch_size, [len(r["input_ids"]) for r in part.train]
-        tokens = _tokens_of_round(own, lengths)
+        tokens = tokens_of_round(own, lengths)
         try:
             memory = needs.memory(client, batch, rank) if lengths else None
         except PackingError as error:
@@ -146,7 +146,7 @@ def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[
     return planned
 
 
-def _tokens_of_round(own: Config, lengths: Sequence[int]) -> int:
+def tokens_of_round(own: Config, lengths: Sequence[int]) -> int:
     """Tokens that a client trains on in a round."""
     if not lengths:
         return 0
@@ -204,7 +204,7 @@ def _server_memory(session: Session, own: Traffic, clients: Sequence[PlannedClie
     return libraries + weights + 2 * own.state + own.updates
 
 
-def _server_disk(config: Config, own: Traffic) -> int:
+def disk_of_server(config: Config, own: Traffic) -> int:
     """The rounds that are kept, each with state and adapter, and the final adapter."""
     kept = config.num_rounds
     if config.save_total_limit is not None:
