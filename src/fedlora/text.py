@@ -37,7 +37,9 @@ def bytes_of(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise ValueError(f"{text!r} is no size of memory; give one such as 6GB or 512MB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper())))
+    return int(
+        float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))
+    )
 
 
 def finite(value: Any) -> Any:

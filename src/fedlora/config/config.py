@@ -210,12 +210,12 @@ class Config(BaseModel):
         description="a rank per client, or one for all; none: lora_r; auto: up to lora_r, with a "
         "micro-batch, as client_memory holds",
     )
-    client_memory: Annotated[
-        list[str] | str | None, Mark.ALONE, JsonSchema(MEMORY_OR_MEMORIES)
-    ] = Field(
-        None,
-        description="memory of each client's machine or GPU, [6GB, 12GB], or one for all, which "
-        "client_ranks: auto fits",
+    client_memory: Annotated[list[str] | str | None, Mark.ALONE, JsonSchema(MEMORY_OR_MEMORIES)] = (
+        Field(
+            None,
+            description="memory of each client's machine or GPU, [6GB, 12GB], or one for all, which "
+            "client_ranks: auto fits",
+        )
     )
     rank_choices: Annotated[list[int] | None, Mark.REWRITTEN, JsonSchema(LIST_OF_RANKS)] = Field(
         None, description="draw each client's rank from these (instead of client_ranks)"

@@ -59,9 +59,7 @@ def _clients(plan: Plan) -> Table:
 
 
 def _table(title: str) -> Table:
-    return Table(
-        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left"
-    )
+    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left")
 
 
 def _alike(plan: Plan) -> list[list[PlannedClient]]:

@@ -17,8 +17,8 @@ import torch
 from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
-from fedlora.model.batches import count_labelled
 from fedlora.model.base import BaseModel, attach
+from fedlora.model.batches import count_labelled
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.passes import runner_of
 from fedlora.model.targets import find_targets
@@ -100,7 +100,9 @@ def _random_model(base: BaseModel, device: torch.device) -> BaseModel:
     with borrowed_generator([], 0):
         model = kind._from_config(config, dtype=dtype).to(device)
     ends = sorted({name.rpartition(".")[2] for name in base.targets.shapes})
-    task = "SEQ_CLS" if base.full_params and kind.__name__.endswith("Classification") else "CAUSAL_LM"
+    task = (
+        "SEQ_CLS" if base.full_params and kind.__name__.endswith("Classification") else "CAUSAL_LM"
+    )
     targets = find_targets(model, ends, "the model", None, list(base.targets.modules_to_save), task)
     return attach(model, base.tokenizer, targets)
 
@@ -111,5 +113,5 @@ def _inner_parameters(model: Any) -> int:
     looked_up = sum(p.numel() for p in embeddings.parameters()) if embeddings is not None else 0
     head = model.get_output_embeddings()
     tied = head is not None and embeddings is not None and head.weight is embeddings.weight
-    total = sum(p.numel() for p in model.parameters())
+    total: int = sum(p.numel() for p in model.parameters())
     return total if tied else total - looked_up

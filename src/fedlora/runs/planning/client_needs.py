@@ -85,4 +85,3 @@ def with_ranks_that_fit(
 def longest_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
     """So many of the longest rows."""
     return sorted(rows, key=lambda row: len(row["input_ids"]))[-number:]
-

@@ -30,7 +30,9 @@ class Fit:
     accumulation: int
 
 
-def fit(rank: int, batch: int, accumulation: int, need: Callable[[int, int], int], room: int) -> Fit:
+def fit(
+    rank: int, batch: int, accumulation: int, need: Callable[[int, int], int], room: int
+) -> Fit:
     """The highest rank, and for it the largest micro-batch, that fit.
 
     A micro-batch is divided by a whole number, and as many more make a step, so that the steps of
@@ -75,9 +77,7 @@ def with_fitting_ranks(config: Config, num_clients: int, need: Need) -> tuple[Co
         ranks.append(chosen.rank)
         overrides[client] = _settings(config, client, chosen)
     changed = {client: own for client, own in overrides.items() if own}
-    decided = config.model_copy(
-        update={"client_ranks": ranks, "client_overrides": changed or None}
-    )
+    decided = config.model_copy(update={"client_ranks": ranks, "client_overrides": changed or None})
     return decided, _in_words(config, decided)
 
 

@@ -11,6 +11,7 @@ from fedlora.client.planned_memory import ClientMemory
 from fedlora.client.worker import local_training_of
 from fedlora.config.clients import client_memories
 from fedlora.config.config import Config
+from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.model.packed_attention import PackingError
@@ -131,7 +132,9 @@ def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[
         try:
             memory = needs.memory(client, batch, rank) if lengths else None
         except PackingError as error:
-            raise InputError(f"the memory of this architecture cannot be planned: {error}") from None
+            raise InputError(
+                f"the memory of this architecture cannot be planned: {error}"
+            ) from None
         planned.append(
             PlannedClient(
                 client=client,
@@ -173,7 +176,7 @@ def _speed(session: Session, seconds: float | None) -> tuple[Speed | None, str]:
         return None, str(error)
 
 
-def _usual_rows(rows: Sequence[dict[str, list[int]]], number: int) -> list[dict[str, list[int]]]:
+def _usual_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
     """So many rows of usual length."""
     ordered = longest_rows(rows, len(rows))
     begin = max(0, (len(ordered) - number) // 2)
