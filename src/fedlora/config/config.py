@@ -213,8 +213,8 @@ class Config(BaseModel):
     client_memory: Annotated[list[str] | str | None, Mark.ALONE, JsonSchema(MEMORY_OR_MEMORIES)] = (
         Field(
             None,
-            description="memory of each client's machine or GPU, [6GB, 12GB], or one for all, which "
-            "client_ranks: auto fits",
+            description="memory of each client's machine or GPU, [6GB, 12GB], or one for all; "
+            "client_ranks: auto fits it",
         )
     )
     rank_choices: Annotated[list[int] | None, Mark.REWRITTEN, JsonSchema(LIST_OF_RANKS)] = Field(
