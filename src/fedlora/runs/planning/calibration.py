@@ -59,6 +59,7 @@ def calibrate(
         InputError: even one layer is too large to be made for this.
     """
     made = _random_model(base, device)
+    share = _inner_parameters(made.model) / _inner_parameters(base.model)
     adapter = {
         name: LowRank(torch.zeros(rank, n, device=device), torch.zeros(m, rank, device=device))
         for name, (m, n) in made.targets.shapes.items()
@@ -73,7 +74,6 @@ def calibrate(
         runner.backward(made.model, [batch], weights)
         passes += 1
     took = time.perf_counter() - began
-    share = _inner_parameters(made.model) / _inner_parameters(base.model)
     tokens = passes * sum(len(row["input_ids"]) for row in batch)
     return Speed(tokens / took * share, took, share)
 
