@@ -46,6 +46,7 @@ def traffic(
     from fedlora.federation.participants import Federation
     from fedlora.federation.server import Server, initial_state
     from fedlora.methods import METHODS as RULES
+    from fedlora.runs.planning.simulated_traffic import moved_update
 
     rule = RULES[method]
     agreement = Agreement(rule, rule.options(), shapes)
@@ -55,33 +56,10 @@ def traffic(
     up = down = 0
     for _ in range(rounds):
         for sent in server.plan().values():
-            server.accept(update(server, sent, g))
+            server.accept(moved_update(server, sent, g))
         record = server.commit()
         up, down = up + record.bytes_up, down + record.bytes_down
     return up, down
-
-
-def update(server: Any, sent: Any, generator: Any) -> Any:
-    """What a client sends whose trained factors have moved."""
-    import torch
-
-    from fedlora.federation.exchange import client_start
-    from fedlora.federation.messages import ClientUpdate
-    from fedlora.lowrank import LowRank
-
-    training = server.agreement.training
-    trains = training.trained(sent.round)
-
-    def moved(x: torch.Tensor, factor: str) -> torch.Tensor:
-        if factor not in trains:
-            return x
-        return x + 0.01 * torch.randn(x.shape, generator=generator)
-
-    trained = {
-        name: LowRank(moved(x.A, "A"), moved(x.B, "B"))
-        for name, x in client_start(sent, server.agreement).adapter.items()
-    }
-    return ClientUpdate(sent.client, sent.round, trained, 100, sends=training.sent(sent.round))
 
 
 def late(method: str, ranks: list[int], size: int, modules: int) -> list[str]:
@@ -97,6 +75,7 @@ def late(method: str, ranks: list[int], size: int, modules: int) -> list[str]:
     from fedlora.lowrank import Dense
     from fedlora.methods import METHODS as RULES
     from fedlora.methods.tracking import with_images
+    from fedlora.runs.planning.simulated_traffic import moved_update
 
     rule = RULES[method]
     agreement = Agreement(rule, rule.options(), {"layer": (size, size)})
@@ -107,7 +86,7 @@ def late(method: str, ranks: list[int], size: int, modules: int) -> list[str]:
 
     def play() -> None:
         for sent in server.plan().values():
-            server.accept(update(server, sent, g))
+            server.accept(moved_update(server, sent, g))
         server.commit()
 
     for number in (3, 50):

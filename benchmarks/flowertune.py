@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 from common import write
-from communication import update
 
 CHALLENGES = {"general NLP, medical": (20, 0.1), "finance": (50, 0.1), "code": (10, 0.2)}
 """Name -> clients, and the share of them in each round."""
@@ -36,6 +35,7 @@ def traffic(method: str, max_rank: int | None, ranks: list[int], share: float) -
     from fedlora.federation.participants import Federation
     from fedlora.federation.server import Server, initial_state
     from fedlora.methods import METHODS
+    from fedlora.runs.planning.simulated_traffic import moved_update
 
     rule = METHODS[method]
     options: dict[str, Any] = {"max_rank": max_rank // SHRUNK} if max_rank else {}
@@ -47,7 +47,7 @@ def traffic(method: str, max_rank: int | None, ranks: list[int], share: float) -
     up = down = 0
     for _ in range(ROUNDS):
         for sent in server.plan().values():
-            server.accept(update(server, sent, generator))
+            server.accept(moved_update(server, sent, generator))
         record = server.commit()
         up, down = up + record.bytes_up, down + record.bytes_down
     return up * SHRUNK**2 * LAYERS, down * SHRUNK**2 * LAYERS

@@ -28,6 +28,20 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def bytes_of(text: str) -> int:
+    """`1.5 GB` -> `1500000000`; `GB` are 1,000 and `GiB` 1,024 to the third.
+
+    Raises:
+        ValueError: it is no number with such a unit, or not greater than 0.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ValueError(f"{text!r} is no size of memory; give one such as 6GB or 512MB")
+    return int(
+        float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))
+    )
+
+
 def finite(value: Any) -> Any:
     """The value as JSON can hold it: NaN and infinities become null."""
     if isinstance(value, Mapping):

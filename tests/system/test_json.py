@@ -18,6 +18,7 @@ from fedlora.commands.cli import main
 from fedlora.commands.json_lines import only_json
 from fedlora.config.config import Config
 from fedlora.data.raw_data import load_rows
+from fedlora.methods import METHODS
 from fedlora.runs.metrics_log import read_metrics
 from support.json import (
     Told,
@@ -35,6 +36,19 @@ def test_config(told: Told) -> None:
     (found,) = told("config my.yaml --lora_r 8")
     values = yaml.safe_load(Path("my.yaml").read_text())
     assert found == Config(**{**values, "lora_r": 8}).flat()
+
+
+def test_plan(told: Told) -> None:
+    (found,) = told("plan my.yaml --no_calibration --client_memory 6GB")
+    config = Config(**yaml.safe_load(Path("my.yaml").read_text()))
+    assert [client["rank"] for client in found["clients"]] == config.client_ranks
+    for client in found["clients"]:
+        parts = {name: x for name, x in client["memory"].items() if name != "total"}
+        assert client["memory"]["total"] == sum(parts.values()) > 0
+        assert client["fits"]
+    assert set(found["methods"]) | set(found["excluded"]) == set(METHODS)
+    assert found["server"]["disk"] > 0
+    assert found["time"]["tokens_per_second"] is None
 
 
 def test_partition(told: Told) -> None:
@@ -216,6 +230,7 @@ def test_completion_and_version(told: Told, capfd: pytest.CaptureFixture[str]) -
     [
         ("run --lora_rnk 4", "lora_rnk: unknown configuration key; did you mean lora_r?"),
         ("run --dry_run --train_file none.jsonl", "none.jsonl: no such file"),
+        ("plan nope.yaml", "nope.yaml: no such configuration file"),
         ("partition nope.yaml", "nope.yaml: no such configuration file"),
         ("data my.yaml --show many", "--show many: expected a number of samples"),
         ("aggregate a b", "aggregate: give PEFT directories and --output DIR"),

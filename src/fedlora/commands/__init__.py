@@ -13,6 +13,7 @@ VERBS = {
     "aggregate": "fedlora.commands.aggregate",
     "export": "fedlora.commands.export.verb",
     "config": "fedlora.commands.config",
+    "plan": "fedlora.commands.plan.verb",
     "demo": "fedlora.commands.demo.verb",
     "watch": "fedlora.commands.watch.verb",
     "status": "fedlora.commands.status",

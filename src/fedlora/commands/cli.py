@@ -25,6 +25,7 @@ fedlora {__version__}: federated fine-tuning of language models with LoRA adapte
                                     run a federation; without CONFIG.yaml, the embedded default
   fedlora run --resume DIR          go on with a run that was interrupted
   fedlora run CONFIG.yaml --dry_run check a configuration: model, data, ranks; read no weights
+  fedlora plan [CONFIG.yaml]        memory, bytes, disk and time of a run, before it is begun
   fedlora partition [CONFIG.yaml]   who holds what: a table and bars, a picture with --output
   fedlora data [CONFIG.yaml]        samples token by token, and which of them are learnt
   fedlora aggregate A/ B/ --output C/

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedlora.config.train_function import EXPECTED, is_name
 from fedlora.methods import MERGES, METHODS
-from fedlora.text import nearest
+from fedlora.text import bytes_of, nearest
 
 if TYPE_CHECKING:
     from fedlora.config.config import Config
@@ -50,7 +50,7 @@ def check_ranks(config: Config) -> None:
         ("client_ranks", config.client_ranks),
         ("rank_choices", config.rank_choices),
     ):
-        ranks = value if isinstance(value, list) else [] if value is None else [value]
+        ranks = value if isinstance(value, list) else [value] if isinstance(value, int) else []
         for rank in ranks:
             if rank < 1:
                 raise ValueError(f"{key}: {rank} must be at least 1")
@@ -58,6 +58,28 @@ def check_ranks(config: Config) -> None:
             raise ValueError(f"{key}: the list is empty")
     if config.rank_choices and config.client_ranks:
         raise ValueError("client_ranks and rank_choices exclude each other; give one of them")
+
+
+def check_client_memory(config: Config) -> None:
+    """Sizes of memory can be read, and automatic ranks have some to fit."""
+    memory = config.client_memory
+    for text in memory if isinstance(memory, list) else [memory] if memory else []:
+        try:
+            bytes_of(text)
+        except ValueError as error:
+            raise ValueError(f"client_memory: {error}") from None
+    if memory == []:
+        raise ValueError("client_memory: the list is empty")
+    if config.client_ranks == "auto" and memory is None:
+        raise ValueError(
+            "client_ranks: auto fits ranks into memory; say how much each client has, such as "
+            "client_memory: [6GB, 12GB]"
+        )
+    if config.client_ranks == "auto" and config.trains_at_sites:
+        raise ValueError(
+            "client_ranks: auto looks at the rows, which lie at the sites; plan with "
+            "`fedlora plan`, and give each site its rank"
+        )
 
 
 def check_rank_shares(config: Config) -> None:
@@ -214,6 +236,7 @@ CHECKS = (
     check_alpha,
     check_one_data_source,
     check_ranks,
+    check_client_memory,
     check_rank_shares,
     check_clients_per_round,
     check_round_under_failure,

@@ -11,7 +11,7 @@ from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
 from fedlora.seeds import SERVER, Purpose, generator
-from fedlora.text import natural
+from fedlora.text import bytes_of, natural
 
 
 def with_overrides_read(config: Config) -> Config:
@@ -66,6 +66,10 @@ def client_ranks(config: Config, num_clients: int) -> list[int]:
         for client, settings in overrides_of(config).items()
         if "lora_r" in settings
     }
+    if config.client_ranks == "auto":
+        raise InputError(
+            "client_ranks: auto is decided from the model and the rows; `fedlora plan` says how"
+        )
     if isinstance(config.client_ranks, list):
         return _listed_ranks(config.client_ranks, own, num_clients)
     if config.rank_choices:
@@ -114,6 +118,25 @@ def settled_overrides(config: Config, ranks: list[int]) -> Config:
             "client_overrides": {client: own for client, own in others.items() if own} or None,
         }
     )
+
+
+def client_memories(config: Config, num_clients: int) -> list[int] | None:
+    """The memory of every client in bytes; None: `client_memory` says nothing.
+
+    Raises:
+        InputError: a list of another length than there are clients.
+    """
+    memory = config.client_memory
+    if memory is None:
+        return None
+    if isinstance(memory, str):
+        return [bytes_of(memory)] * num_clients
+    if len(memory) not in (1, num_clients):
+        raise InputError(
+            f"client_memory: {len(memory)} sizes for {num_clients} clients; give one for each, or "
+            "one for all"
+        )
+    return [bytes_of(text) for text in memory] * (num_clients // len(memory))
 
 
 # --- target modules ---

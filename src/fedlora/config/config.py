@@ -35,6 +35,7 @@ from fedlora.config.keys import (
     ALPHA,
     LIST_OF_RANKS,
     LIST_OF_SHARES,
+    MEMORY_OR_MEMORIES,
     NUMBER_OF_STEPS,
     NUMBER_OR_SHARE,
     RANK_OR_RANKS,
@@ -210,11 +211,22 @@ class Config(BaseModel):
         None, gt=0, description="seconds after which nobody is waited for; not with engine: local"
     )
     client_ranks: Annotated[
-        int | list[int] | None,
+        int | list[int] | Literal["auto"] | None,
         Mark.AUTOMATIC,
         Mark.ALONE,
         JsonSchema(RANK_OR_RANKS),
-    ] = Field(None, description="a rank per client, or one for all; none: lora_r")
+    ] = Field(
+        None,
+        description="a rank per client, or one for all; none: lora_r; auto: up to lora_r, with a "
+        "micro-batch, as client_memory holds",
+    )
+    client_memory: Annotated[list[str] | str | None, Mark.ALONE, JsonSchema(MEMORY_OR_MEMORIES)] = (
+        Field(
+            None,
+            description="memory of each client's machine or GPU, [6GB, 12GB], or one for all; "
+            "client_ranks: auto fits it",
+        )
+    )
     rank_choices: Annotated[list[int] | None, Mark.REWRITTEN, JsonSchema(LIST_OF_RANKS)] = Field(
         None, description="draw each client's rank from these (instead of client_ranks)"
     )

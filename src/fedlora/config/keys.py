@@ -106,9 +106,13 @@ _RANK: Schema = {"type": "integer", "minimum": 1}
 _RANKS: Schema = {"type": "array", "items": _RANK, "minItems": 1}
 _SHARE: Schema = {"type": "number", "minimum": 0}
 
-RANK_OR_RANKS: Schema = {"anyOf": [_RANK, _RANKS, NONE]}
+RANK_OR_RANKS: Schema = {"anyOf": [_RANK, _RANKS, {"const": "auto"}, NONE]}
 LIST_OF_RANKS: Schema = {"anyOf": [_RANKS, _RANK, NONE]}
 LIST_OF_SHARES: Schema = {"anyOf": [{"type": "array", "items": _SHARE}, _SHARE, NONE]}
+_MEMORY: Schema = {"type": "string", "pattern": r"^\s*\d+\.?\d*\s*[KMGTkmgt]i?[Bb]?\s*$"}
+MEMORY_OR_MEMORIES: Schema = {
+    "anyOf": [_MEMORY, {"type": "array", "items": _MEMORY, "minItems": 1}, NONE]
+}
 ALPHA: Schema = {
     "anyOf": [
         {"type": "number", "exclusiveMinimum": 0},

@@ -172,7 +172,7 @@ def _one_file_each(config: Config) -> RawData:
     return RawData(clients, [Path(path).name for path in paths], evaluation, Path(pattern).name)
 
 
-def _num_ranks(client_ranks: int | list[int] | None) -> int | None:
+def _num_ranks(client_ranks: int | list[int] | str | None) -> int | None:
     """How many clients the key `client_ranks` lists; None: it is not a list."""
     return len(client_ranks) if isinstance(client_ranks, list) else None
 

@@ -289,6 +289,8 @@ class ClientRows:
             seed = mix_seed(seed, visits)
 
         def drawn(seed: int, shape: Sequence[int]) -> Tensor:
+            if device.type == "meta":  # a pass of shapes alone draws nothing
+                return torch.empty(tuple(shape), dtype=torch.float32, device=device) >= dropout
             source = torch.Generator(device).manual_seed(seed)
             uniform = torch.rand(tuple(shape), dtype=torch.float32, device=device, generator=source)
             return uniform >= dropout

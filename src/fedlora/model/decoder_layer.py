@@ -21,7 +21,7 @@ from fedlora.model.decoder_pass import DecoderPass, LayerCall, RotaryGroup, Shap
 from fedlora.model.layers import is_conv1d, is_plain
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.model.lora_product import LinearCall
-from fedlora.model.packed_attention import LONGEST_PRODUCT, running_samples, sample_mask_of
+from fedlora.model.packed_attention import running_samples, runs_as_products, sample_mask_of
 from fedlora.model.sample_groups import Samples, score_bar
 
 KNOWN = {
@@ -105,7 +105,7 @@ class LayerPasses:
 
         def forward(hidden_states: Tensor, **named: Any) -> Tensor:
             samples = running_samples()
-            short = not hidden_states.is_cuda and samples.groups[0].length <= LONGEST_PRODUCT
+            short = runs_as_products(hidden_states, samples)
             if not short or hidden_states.dtype != torch.float32 or _recomputes(layer):
                 y: Tensor = own(hidden_states, **named)
                 return y if not last or self.wanted is None else y[:, self.wanted]

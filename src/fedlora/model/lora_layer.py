@@ -163,14 +163,14 @@ class AdapterLayer(nn.Module):
         self.frozen = tuple(parts)
         if not parts:
             return
-        if self._merges:
+        if self.merges:
             self.merged = torch.empty_like(self.weight)
             self._merge(parts, self.merged)
         else:
             self.branch = _like(self._sum(parts), self.weight)
 
     @property
-    def _merges(self) -> bool:
+    def merges(self) -> bool:
         """Whether frozen updates are added to the weight: see the class."""
         return self.plain and self.weight.dtype in (torch.float32, torch.float64)
 
@@ -184,7 +184,7 @@ class AdapterLayer(nn.Module):
 
     def share(self) -> None:
         """Make a place for a merged weight that processes forked from now on see."""
-        if self._merges and self.weight.device.type == "cpu":
+        if self.merges and self.weight.device.type == "cpu":
             self.place = shared_like(self.weight)
 
     def merge_for_others(self, parts: Sequence[Delta]) -> None:

@@ -62,6 +62,8 @@ class PackingError(RuntimeError):
 _running: ContextVar[tuple[Samples, ClientRows] | None] = ContextVar("fedlora_pass", default=None)
 _windows: ContextVar[set[int] | None] = ContextVar("fedlora_windows", default=None)
 
+_as_on_gpu: ContextVar[bool] = ContextVar("fedlora_as_on_gpu", default=False)
+
 
 @contextmanager
 def attending(samples: Samples, client_rows: ClientRows) -> Iterator[None]:
@@ -83,6 +85,31 @@ def running_samples() -> Samples:
     if running is None:
         raise PackingError("no packed pass is running")
     return running[0]
+
+
+@contextmanager
+def as_on_gpu(wanted: bool) -> Iterator[None]:
+    """Let tensors of shapes alone attend as on a GPU, to find out what a pass takes there.
+
+    Args:
+        wanted: whether they do; else they attend as on the CPU.
+    """
+    token = _as_on_gpu.set(wanted)
+    try:
+        yield
+    finally:
+        _as_on_gpu.reset(token)
+
+
+def runs_as_products(x: Tensor, samples: Samples) -> bool:
+    """Whether attention over these samples is computed as matrix products, not by a fused kernel.
+
+    Args:
+        x: a tensor of the pass, which says where it runs.
+        samples: of the pass.
+    """
+    on_gpu = x.is_cuda or (x.is_meta and _as_on_gpu.get())
+    return not on_gpu and samples.groups[0].length <= LONGEST_PRODUCT
 
 
 @contextmanager
@@ -256,7 +283,7 @@ def packed_attention(
     heads, scale = len(q), query.shape[-1] ** -0.5 if scaling is None else scaling
     if len(k) != heads:  # several heads of queries share one of keys and values
         k, v = (x.repeat_interleave(heads // len(k), dim=0) for x in (k, v))
-    products = not q.is_cuda and samples.groups[0].length <= LONGEST_PRODUCT
+    products = runs_as_products(q, samples)
     if not products and not dropout:
         return fused_attention(q, k, v, samples.groups, causal, mask, scale)[None], None
     factors = None

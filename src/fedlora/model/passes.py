@@ -92,7 +92,9 @@ class PackedRunner:
         self.packed_forward = PackedForward(model, self.client_rows, self._configs, self.padding)
         self._forward_state = ForwardState(model)
         self._rotary = RotaryFactors(self._forward_state, self._configs, self.padding)
-        if self._configs:
+        if self._configs and any(p.is_meta for p in model.parameters()):
+            self._assume(model)
+        elif self._configs:
             attention.register()
             # Layers that torch.compile has taken are judged as they are written: the mode that
             # computes in float64 does not reach into a compiled graph.
@@ -204,6 +206,26 @@ class PackedRunner:
             if not self.packed_forward.classifier:
                 return self.packed_forward.trunk_output(flatten_rows(rows, device)[0])
             return self.packed_forward.classifier_logits(model, rows)
+
+    def loss_of_shapes(self, model: Any, rows: Sequence[Tokens]) -> None:
+        """A training pass of one client's rows on a model of shapes alone, whose loss nobody reads.
+
+        It makes the tensors that the real pass makes, in the same order.
+
+        Raises:
+            PackingError: a form of attention that is not known here.
+        """
+        device = device_of(model)
+        weights = torch.empty(count_labelled(rows), device=device)
+        if not self.packed:
+            loss, _, _ = self._own_pass(model, rows)
+            loss.backward()
+            return
+        with self.client_rows.seeded([0]), self.packed_forward.running([rows], device):
+            if self.packed_forward.classifier:
+                self._classifier_backward(model, rows, weights)
+            else:
+                self._language_model_backward(model, [rows], [len(weights)], weights)
 
     def logits_and_labels(
         self, model: Any, rows: Sequence[Tokens]
@@ -318,6 +340,16 @@ class PackedRunner:
         return summed_loss(model, batch, self.auxiliary)
 
     # --- whether it can be packed ---
+
+    def _assume(self, model: Any) -> None:
+        """Take a model of shapes alone to be packed where it has a trunk: nothing can be compared.
+
+        Its passes compute no numbers; they tell how much memory those of the real model take.
+        """
+        attention.register()
+        self.packed = self.joint = self.packed_forward.trunk is not None
+        if self.packed:
+            self.packed_forward.decoder_layers = decoder_layers(self.packed_forward.trunk)
 
     def _try_pass(self, model: Any, rows: Sequence[Tokens]) -> None:
         """Run all of the model once, so that its modules can be watched."""

@@ -36,6 +36,9 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     saved = saved.model_copy(
         update={key: x for key, x in free.items() if not (key in automatic and x == "auto")}
     )
+    if now.client_ranks == "auto":  # the run has decided, micro-batches among them
+        decided = {key: getattr(saved, key) for key in ("client_ranks", "client_overrides")}
+        now = now.model_copy(update=decided)
     # The saved run holds a rank for every client, whichever key they came from.
     ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
     theirs = saved.flat()

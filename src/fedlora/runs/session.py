@@ -55,6 +55,7 @@ from fedlora.runs.checks import (
     data_warnings,
 )
 from fedlora.runs.events import HeaderClient
+from fedlora.runs.planning.client_needs import with_ranks_that_fit
 from fedlora.runs.run_session import RunSession
 from fedlora.runs.starting import from_adapter, init_notes
 from fedlora.runs.tracker_checks import check_trackers
@@ -208,6 +209,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     raw = load_rows(config)
     source, tokenizer, data = tokenized(config, raw)
     config, why_dtype = with_dtype(config, source)
+    config, why_ranks = with_ranks_that_fit(config, source, tokenizer, data)
     ranks = client_ranks(config, len(data.clients))
     check_method(config, ranks)
     base, notes = load_base(source, tokenizer, config, data.label_names, weights=weights)
@@ -221,7 +223,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     cohort_size: int | Literal["auto"] = "auto"
     if weights:
         cohort_size = choose_cohort_size(config, base, data, federation, num_workers)
-    choices = [*threads.choices, *why_dtype, *data.taken]
+    choices = [*threads.choices, *why_dtype, *why_ranks, *data.taken]
     if config.num_workers == "auto" and num_workers:
         choices.append(f"worker processes: {num_workers}")
     if config.cohort_size == "auto" and weights:

@@ -1,0 +1,1 @@
+"""Holds `fedlora plan`: what a run would take, before anything is loaded."""

@@ -1,0 +1,125 @@
+"""Shows a plan in a terminal: a table of clients, one of methods, and the server in sentences."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedlora.commands.views.sentences import say
+from fedlora.runs.planning.plan import Plan, PlannedClient
+from fedlora.text import human_bytes
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """What a run would take."""
+    config, federation = plan.session.config, plan.session.federation
+    for warning in plan.session.warnings:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+    say(
+        console,
+        f"{config.model_name_or_path}: {plan.parameters:,} parameters ({config.dtype}), "
+        f"{len(federation.shapes)} target modules; {config.num_rounds} rounds, "
+        f"{len(federation.sample(1))} of {len(federation.ranks)} clients in each",
+    )
+    for choice in plan.session.choices:
+        say(console, choice)
+    console.print(_clients(plan))
+    lacking = [str(client.client) for client in plan.clients if client.fits is False]
+    if lacking:
+        say(
+            console,
+            f"Too little memory: client {', '.join(lacking)}. Try client_ranks: auto, "
+            "gradient_checkpointing: true, or a smaller max_length.",
+        )
+    console.print(_methods(plan))
+    if plan.excluded:
+        say(console, f"Not with these ranks: {', '.join(plan.excluded)} (one rank for all).")
+    say(
+        console,
+        f"Server with {config.method}: {human_bytes(plan.server_memory)} of memory, "
+        f"{human_bytes(plan.server_disk)} on disk.",
+    )
+    say(console, _time(plan))
+    say(console, "No weights were read and nothing was written.")
+
+
+def _clients(plan: Plan) -> Table:
+    """Memory of each client; those that need and have the same share a line."""
+    has_room = any(client.available is not None for client in plan.clients)
+    table = _table("Memory of a client (batch: samples of a micro-batch)")
+    table.add_column("clients")
+    names = ["rank", "batch", "libraries", "base", "adapter", "AdamW", "pass", "all"]
+    for name in [*names, *(["has"] if has_room else [])]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for clients in _alike(plan):
+        table.add_row(*_row(clients, has_room))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left")
+
+
+def _alike(plan: Plan) -> list[list[PlannedClient]]:
+    """The clients in groups that need and have the same."""
+    groups = dict[object, list[PlannedClient]]()
+    for client in plan.clients:
+        key = client.rank, client.batch, client.memory, client.available
+        groups.setdefault(key, []).append(client)
+    return list(groups.values())
+
+
+def _row(clients: list[PlannedClient], has_room: bool) -> list[str | Text]:
+    one, numbers = clients[0], [str(client.client) for client in clients]
+    shown = " ".join(numbers[:3]) + (f" +{len(numbers) - 3}" if len(numbers) > 3 else "")
+    row: list[str | Text] = [shown, str(one.rank), str(one.batch)]
+    if one.memory is None:
+        return [*row, *["-"] * 6, *(["no rows"] if has_room else [])]
+    memory = one.memory
+    sizes = (
+        memory.libraries,
+        memory.weights + memory.merged,
+        memory.adapter,
+        memory.optimizer,
+        memory.activations,
+    )
+    row += [human_bytes(size) for size in sizes]
+    row.append(Text(human_bytes(memory.total), style="red" if one.fits is False else ""))
+    if has_room:
+        enough = one.fits is not False
+        row.append(human_bytes(one.available or 0) + ("" if enough else "!"))
+    return row
+
+
+def _methods(plan: Plan) -> Table:
+    """Bytes of every method, the configured one first."""
+    table = _table("Bytes of all clients: up and down in a late round, and in all rounds")
+    table.add_column("method")
+    for name in ("up", "down", "all up", "all down", "server keeps"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, x in plan.traffic.items():
+        sizes = (x.up, x.down, x.all_up, x.all_down, x.state)
+        style = "bold" if name == plan.session.config.method else ""
+        table.add_row(name, *(human_bytes(size) for size in sizes), style=style)
+    return table
+
+
+def _time(plan: Plan) -> str:
+    here, apart = plan.seconds_here, plan.seconds_apart
+    if plan.speed is None or here is None or apart is None:
+        return f"Time of a round: {plan.no_speed}"
+    return (
+        f"Training of a round takes about {duration(here)} on this machine, or {duration(apart)} "
+        f"where each client has a machine like it ({plan.speed.tokens:,.0f} tokens a second, "
+        f"measured for {plan.speed.seconds:.0f} s); {plan.session.config.num_rounds} rounds: "
+        f"{duration(here * plan.session.config.num_rounds)}. Evaluation comes on top."
+    )
+
+
+def duration(seconds: float) -> str:
+    """`90` -> `1.5 min`."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

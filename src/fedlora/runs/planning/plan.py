@@ -1,0 +1,215 @@
+"""Plans a run: what every client and the server need, what travels, and how long a round takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.client.planned_memory import ClientMemory
+from fedlora.client.worker import local_training_of
+from fedlora.config.clients import client_memories
+from fedlora.config.config import Config
+from fedlora.data.tokenize import Tokens
+from fedlora.errors import InputError
+from fedlora.methods import METHODS
+from fedlora.model.packed_attention import PackingError
+from fedlora.runs.planning.calibration import Speed, calibrate
+from fedlora.runs.planning.client_needs import ClientNeeds, longest_rows
+from fedlora.runs.planning.simulated_traffic import Traffic, traffic
+from fedlora.runs.session import Session, assemble
+
+SECONDS = 10
+"""That a calibration measures."""
+
+
+@dataclass(frozen=True)
+class PlannedClient:
+    """What a client needs.
+
+    Args:
+        client: its number.
+        rank: of its adapter.
+        batch: samples of a micro-batch.
+        tokens: it trains on in a round.
+        memory: None where it has no rows.
+        available: bytes that `client_memory` gives it, or None.
+        seconds: of a round on this machine, by itself; None: not measured.
+    """
+
+    client: int
+    rank: int
+    batch: int
+    tokens: int
+    memory: ClientMemory | None
+    available: int | None
+    seconds: float | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether its memory holds it; None: that is not known."""
+        if self.memory is None or self.available is None:
+            return None
+        return self.memory.total <= self.available
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Args:
+        session: of the run, without weights.
+        parameters: of the base.
+        clients: what each needs.
+        traffic: method -> what it transfers; the configured one first.
+        excluded: method -> why it cannot run with these ranks.
+        server_memory: bytes.
+        server_disk: bytes in `output_dir` when the run has ended.
+        speed: of this machine, or None.
+        no_speed: why there is none.
+    """
+
+    session: Session
+    parameters: int
+    clients: Sequence[PlannedClient]
+    traffic: Mapping[str, Traffic]
+    excluded: Mapping[str, str]
+    server_memory: int
+    server_disk: int
+    speed: Speed | None
+    no_speed: str
+
+    @property
+    def seconds_here(self) -> float | None:
+        """Of a round whose clients train one after the other on this machine, or None."""
+        times = [self.clients[k].seconds for k in self.session.federation.sample(1)]
+        return sum(x or 0 for x in times) if self.speed else None
+
+    @property
+    def seconds_apart(self) -> float | None:
+        """Of a round whose clients each have a machine like this one: the slowest, or None."""
+        times = [self.clients[k].seconds or 0 for k in self.session.federation.sample(1)]
+        return max(times) if self.speed else None
+
+
+def make_plan(config: Config, *, seconds: float | None = SECONDS) -> Plan:
+    """Plan a run; no weight is read and nothing is written.
+
+    Args:
+        config: of the run.
+        seconds: that a calibration measures; None: there is none.
+
+    Raises:
+        InputError: the configuration, the data or the model cannot be used.
+    """
+    session = assemble(config, weights=False)
+    needs = ClientNeeds(session.base, session.data, session.config)
+    speed, no_speed = _speed(session, seconds)
+    clients = _clients(session, needs, speed)
+    moved, excluded = _all_traffic(session)
+    own = moved[session.config.method]
+    return Plan(
+        session=session,
+        parameters=sum(p.numel() for p in session.base.model.parameters()),
+        clients=clients,
+        traffic=moved,
+        excluded=excluded,
+        server_memory=_server_memory(session, own, clients),
+        server_disk=disk_of_server(session.config, own),
+        speed=speed,
+        no_speed=no_speed,
+    )
+
+
+def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[PlannedClient]:
+    memories = client_memories(session.config, len(session.data.clients))
+    planned = []
+    for client, part in enumerate(session.data.clients):
+        own, rank = session.config.of_client(client), session.federation.ranks[client]
+        batch, lengths = own.per_device_train_batch_size, [len(r["input_ids"]) for r in part.train]
+        tokens = tokens_of_round(own, lengths)
+        try:
+            memory = needs.memory(client, batch, rank) if lengths else None
+        except PackingError as error:
+            raise InputError(
+                f"the memory of this architecture cannot be planned: {error}"
+            ) from None
+        planned.append(
+            PlannedClient(
+                client=client,
+                rank=rank,
+                batch=batch,
+                tokens=tokens,
+                memory=memory,
+                available=memories[client] if memories else None,
+                seconds=tokens / speed.tokens if speed else None,
+            )
+        )
+    return planned
+
+
+def tokens_of_round(own: Config, lengths: Sequence[int]) -> int:
+    """Tokens that a client trains on in a round."""
+    if not lengths:
+        return 0
+    if own.max_steps <= 0:
+        return round(own.num_train_epochs * sum(lengths))
+    rows = own.per_device_train_batch_size * own.gradient_accumulation_steps
+    steps = local_training_of(own).steps(len(lengths))
+    return round(steps * min(rows, len(lengths)) * sum(lengths) / len(lengths))
+
+
+def _speed(session: Session, seconds: float | None) -> tuple[Speed | None, str]:
+    """How fast this machine trains, or why that is not known."""
+    if seconds is None:
+        return None, "not measured (--no_calibration)"
+    config, federation = session.config, session.federation
+    client = max(federation.sample(1), key=lambda k: len(session.data.clients[k].train))
+    rows = session.data.clients[client].train
+    size = config.of_client(client).per_device_train_batch_size
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    try:
+        batch = _usual_rows(rows, size)
+        return calibrate(session.base, batch, federation.ranks[client], device, seconds), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def _usual_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
+    """So many rows of usual length."""
+    ordered = longest_rows(rows, len(rows))
+    begin = max(0, (len(ordered) - number) // 2)
+    return ordered[begin : begin + number]
+
+
+def _all_traffic(session: Session) -> tuple[dict[str, Traffic], dict[str, str]]:
+    """What every method would transfer, the configured one first; and which cannot run."""
+    config, federation = session.config, session.federation
+    dense = sum(p.numel() for p in session.base.full_params.values())
+    moved, excluded = dict[str, Traffic](), dict[str, str]()
+    for name in sorted(METHODS, key=lambda name: name != config.method):
+        rule = METHODS[name]
+        if not rule.mixed_ranks and len(set(federation.ranks)) > 1:
+            excluded[name] = "needs one rank for all clients"
+            continue
+        options = config.rule_options() if name == config.method else rule.options()
+        moved[name] = traffic(federation, rule, options, config.num_rounds, dense)
+    return moved, excluded
+
+
+def _server_memory(session: Session, own: Traffic, clients: Sequence[PlannedClient]) -> int:
+    """What the server takes: its state, a round's updates, and the base where it evaluates."""
+    config = session.config
+    libraries = max((c.memory.libraries for c in clients if c.memory), default=0)
+    evaluates = config.server_evaluation and bool(session.data.eval)
+    weights = max((c.memory.weights for c in clients if c.memory), default=0) if evaluates else 0
+    return libraries + weights + 2 * own.state + own.updates
+
+
+def disk_of_server(config: Config, own: Traffic) -> int:
+    """The rounds that are kept, each with state and adapter, and the final adapter."""
+    kept = config.num_rounds
+    if config.save_total_limit is not None:
+        kept = min(kept, max(2, config.save_total_limit))
+    return kept * (own.state + own.model) + own.model
