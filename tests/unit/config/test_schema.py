@@ -290,14 +290,15 @@ def test_both_judge_alike(key: str) -> None:
 
 def is_a_spelling(key: str, value: Any) -> bool:
     """Read from the command line, where all is text, and from Python: text for a number or a truth,
-    1 and 0 for a truth, an empty table or list."""
+    1 and 0 for a truth, an empty table or list, nothing for the word "none"."""
     if key == "report_to":  # names are looked at when a run begins
         return True
     text = isinstance(value, str) or value in ([], {}) or (isinstance(value, list) and not value)
     truth = SCHEMA["properties"][key].get("type") == "boolean" or "boolean" in str(
         SCHEMA["properties"][key]
     )
-    return text or (truth and value in (0, 1)) or (key == "method_options" and not value)
+    none = value is None and "none" in words(key)
+    return text or none or (truth and value in (0, 1)) or (key == "method_options" and not value)
 
 
 def test_no_number_that_json_lacks() -> None:
