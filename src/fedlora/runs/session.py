@@ -335,6 +335,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
             "min_clients_per_round": None,
             "clients_needed_per_round": None,
             "client_ranks": [rank],
+            "client_memory": None,
             "client_overrides": {0: settings} if settings else None,
             "output_dir": str(output_dir),
             "save_total_limit": 2,

@@ -247,7 +247,8 @@ def test_options_of_the_rule_are_flat_keys() -> None:
     assert "start_fraction" not in Config(**{"method": "flora"}).flat()
 
 
-WHOLE, RANKS = "expected a whole number", "expected a whole number, a list of whole numbers or none"
+WHOLE = "expected a whole number"
+RANKS = "expected a whole number, a list of whole numbers, auto or none"
 
 
 NAMES = (

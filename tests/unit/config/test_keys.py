@@ -46,7 +46,7 @@ VALUES: list[Any] = [
     {0: {"max_steps": 2}}, {"a": "/other"}, 3, 2, 0.25, True, False, "3r", [4, 5], [0.3, 0.7],
     ["a"], "flora", "cosine", "quantity", "custom",
     "uniform", "federation", "workers", "float32", "CAUSAL_LM", "text", "int8", "other",
-    "my_training:sft",
+    "my_training:sft", "6GB",
 ]  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_what_a_run_makes_absolute(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     if str not in members(Config.model_fields[key].annotation) or key in (
-        "method", "lora_alpha", "client_overrides", "train_function"
+        "method", "lora_alpha", "client_overrides", "train_function", "client_memory"
     ):  # fmt: skip
         return  # no text, or text that is something else
     config = Config(**{**BESIDE.get(key, {}), key: "here"})
@@ -137,6 +137,7 @@ def test_a_client_alone_differs_from_its_federation_in_the_keys_that_say_so(
         method="exact", start_fraction=0.5, num_clients=2, min_clients_per_round=2,
         clients_needed_per_round=2,
         client_ranks=[4, 8], client_overrides={0: {"max_steps": 3}}, save_total_limit=None,
+        client_memory=["6GB", "12GB"],
         compression="int8",
     )  # fmt: skip
     session = Session(

@@ -264,6 +264,7 @@ BETWEEN_KEYS = (  # what the schema leaves to the configuration
     "engine: sites needs them",
     "engine: nvflare needs it",
     "have the same address",
+    "say how much each client has",
     "is no share",  # 2.0 is a whole number to JSON Schema, and a share to YAML
 )
 
