@@ -1,7 +1,7 @@
 """Deploys Flower on loopback: a SuperLink with TLS and authentication, its SuperExec, SuperNodes.
 
 Processes of Flower alone; the sites' workers, whose sockets the SuperNodes are told, are the
-caller's. Every process is one that can be killed and started again.
+caller's. A process that ends is started again, as the scripts of `fedlora deploy flower` do.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,18 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.3",
     "OMP_NUM_THREADS": "1",
 }
 """The environment of all Flower processes, beside FLWR_HOME."""
+
+OFTEN = """\
+import flwr.supercore.heartbeat as sender, flwr.supernode.fleet_http_connection as told
+sender.HEARTBEAT_DEFAULT_INTERVAL = told.HEARTBEAT_DEFAULT_INTERVAL = 10
+from flwr.supernode.cli import flower_supernode
+flower_supernode()
+"""
+"""A SuperNode that shows that it lives so often that it is missed after 20 s, not after 60."""
 
 CONNECTION = "tls"
 """The name of the connection to the SuperLink in Flower's `config.toml`."""
@@ -103,13 +113,32 @@ class Deployment:
         self.port = free_port()
         self.node_ports = {name: free_port() for name in self.sockets}
         self.environment = flower_environment(self.directory)
+        self._kept = dict[str, tuple[str, ...]]()
+        self._lock = threading.RLock()
+        self._ends = threading.Event()
+        # Children end with the thread that has started them: it is the same for all.
+        self._starter = ThreadPoolExecutor(1)
+        self._keeper = threading.Thread(target=self._keep_alive, daemon=True)
+        self._keeper.start()
 
     # --- processes ---
 
-    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        """Start a process, in a group of its own; what it says is in NAME.log."""
+    def start(self, name: str, *command: str, kept: bool = True) -> None:
+        """Start a process, in a group of its own; what it says is in NAME.log.
+
+        Args:
+            name: of the process.
+            command: a program beside this Python, and its arguments.
+            kept: it is started again whenever it ends.
+        """
+        with self._lock:
+            if kept:
+                self._kept[name] = command
+            self.processes[name] = self._starter.submit(self._spawn, name, command).result()
+
+    def _spawn(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
         with open(self.directory / f"{name}.log", "ab") as log:
-            self.processes[name] = subprocess.Popen(
+            return subprocess.Popen(
                 [str(TOOLS / command[0]), *command[1:]],
                 cwd=self.directory,
                 env=self.environment,
@@ -119,14 +148,29 @@ class Deployment:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
-        return self.processes[name]
+
+    def _keep_alive(self) -> None:
+        """Start again what has ended, until the deployment ends."""
+        while not self._ends.wait(0.5):
+            with self._lock:
+                for name, command in self._kept.items():
+                    if self.processes[name].poll() is not None:
+                        self.start(name, *command)
 
     def kill(self, name: str) -> None:
         """Kill a process with all that it has started."""
-        process = self.processes.pop(name)
+        process = self.processes[name]
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+    def close(self) -> None:
+        """End all processes for good."""
+        self._ends.set()
+        self._keeper.join()
+        for name in self.processes:
+            self.kill(name)
+        self._starter.shutdown()
 
     def log(self, name: str) -> str:
         """What a process has said."""
@@ -161,14 +205,15 @@ class Deployment:
             *("--root-certificates", "ca.crt"),
         )
 
-    def start_supernode(self, name: str) -> None:
+    def start_supernode(self, name: str, kept: bool = True) -> None:
         """Start the SuperNode of a site."""
         self.start(
             name,
-            *("flower-supernode", "--superlink", f"127.0.0.1:{self.port}"),
+            *(Path(sys.executable).name, "-c", OFTEN, "--superlink", f"127.0.0.1:{self.port}"),
             *("--root-certificates", "ca.crt", "--auth-supernode-private-key", f"{name}.key"),
             *("--host", "127.0.0.1", "--port", str(self.node_ports.setdefault(name, free_port()))),
             *("--node-config", f'socket="{self.sockets.get(name, "")}"'),
+            kept=kept,
         )
 
     def server_app(self) -> int | None:
@@ -224,9 +269,7 @@ class Deployment:
 @contextmanager
 def deployed(directory: Path, sockets: Mapping[str, str]) -> Iterator[Deployment]:
     """A deployment whose processes all end with it."""
-    deployment = Deployment(directory, sockets)
-    with ExitStack() as stack:
-        stack.callback(lambda: [deployment.kill(name) for name in list(deployment.processes)])
+    with closing(Deployment(directory, sockets)) as deployment:
         deployment.up()
         yield deployment
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -99,3 +99,25 @@ class InProcessGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         raise NotImplementedError("replies are taken as they come")
+
+
+class LosingGrid(InProcessGrid):
+    """A grid that loses the first message to some nodes, as a SuperLink does that is killed.
+
+    Args:
+        app, node_configs: of the nodes.
+        lost: ids of those nodes.
+    """
+
+    def __init__(
+        self, app: ClientApp, node_configs: Sequence[Mapping[str, Any]], lost: Iterable[int]
+    ) -> None:
+        super().__init__(app, node_configs)
+        self._to_lose = set(lost)
+
+    def _answer(self, id: str, message: Message) -> None:
+        node, kind = message.metadata.dst_node_id, message.metadata.message_type
+        if kind == MessageType.TRAIN and node in self._to_lose:
+            self._to_lose.remove(node)
+            return
+        super()._answer(id, message)

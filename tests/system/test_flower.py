@@ -18,6 +18,7 @@ import pytest
 import fedlora
 from fedlora.config.config import Config
 from fedlora.runs.events import Event
+from fedlora.runs.results import Result
 from support.conformance import Keys, assert_same, for_rule, in_memory, three_clients
 from support.courses import tensor_files
 from support.flower_deployment import CONNECTION, Deployment, deployed, wait_for
@@ -33,7 +34,7 @@ class Federation:
     def __init__(self, deployment: Deployment, sites: dict[str, SiteInMemory]) -> None:
         self.deployment, self.sites = deployment, sites
 
-    def run(self, keys: Keys, out: Path, events: list[Event] | None = None, **own: Any) -> Any:
+    def run(self, keys: Keys, out: Path, events: list[Event] | None = None, **own: Any) -> Result:
         """`fedlora run --engine flower`."""
         plain = server_keys(keys, list(self.sites), out)
         del plain["sites"]
@@ -67,6 +68,12 @@ def federation(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         for key, value in deployment.environment.items():
             patch.setenv(key, value)
         yield Federation(deployment, sites)
+
+
+def outcomes(result: Result) -> list[list[str]]:
+    """What became of every client in every round."""
+    rounds = [line for line in result.metrics if line["event"] == "round"]
+    return [[client["outcome"] for client in line["clients"]] for line in rounds]
 
 
 def test_exact_gives_the_bytes_of_a_run_in_one_process(
@@ -111,7 +118,6 @@ def test_a_supernode_and_the_superlink_are_killed_and_started_again(
         if not killed:
             killed.append("alpha")
             deployment.kill("alpha")
-            deployment.start_supernode("alpha")
 
     class Killing(list[Event]):
         """Events whose first saved round is the end of the SuperLink."""
@@ -121,7 +127,6 @@ def test_a_supernode_and_the_superlink_are_killed_and_started_again(
             if event["event"] == "round" and event["round"] == 1:
                 killed.append("superlink")
                 deployment.kill("superlink")
-                deployment.start_superlink()
 
     federation.sites["alpha"].fails = kill_its_node
     try:
@@ -129,6 +134,7 @@ def test_a_supernode_and_the_superlink_are_killed_and_started_again(
     finally:
         federation.sites["alpha"].fails = lambda round, attempt: None
     assert killed == ["alpha", "superlink"]
+    assert outcomes(result) == [["counted"] * 3, ["counted"] * 3]
     quiet = in_memory(keys, tmp_path / "memory")
     assert tensor_files(quiet.output_dir) == tensor_files(result.output_dir)
 
@@ -164,15 +170,14 @@ def test_a_straggler_is_left_out_of_its_round(
     sites = sites_of(keys, tmp_path / "memory sites")
     sites["beta"].fails = fail
     reference = federate(keys, tmp_path / "memory", InMemoryTransport(sites))
+    assert outcomes(result) == [["counted", "late", "counted"], ["counted"] * 3]
     assert tensor_files(reference.output_dir) == tensor_files(result.output_dir)
-    first = next(line for line in result.metrics if line["event"] == "round")
-    assert [c["outcome"] for c in first["clients"]] == ["counted", "late", "counted"]
 
 
 def test_a_supernode_with_an_unregistered_key_is_refused(federation: Federation) -> None:
     deployment = federation.deployment
     deployment.make_key("stranger")
-    deployment.start_supernode("stranger")
+    deployment.start_supernode("stranger", kept=False)
     process = deployment.processes["stranger"]
     assert wait_for(lambda: process.poll() is not None, "its end")
     assert "305" in deployment.log("stranger")

@@ -8,12 +8,27 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from enum import Enum
+from logging import WARNING
 from typing import Any
 
 from flwr.app import Message
+from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.supercore.run import RunNotRunningException
+
+from fedlora.engines.flower.probe import Probe
 
 _SOONEST, _LATEST = 0.02, 1.0  # seconds between two looks for replies
+
+
+class NoReply(Enum):
+    """Why there is no reply to a message."""
+
+    LATE = "it did not answer by the deadline"
+    NOT_TAKEN = "Flower did not take the message; the ServerApp's log says more"
+    LOST = "Flower has lost the message, or its answer"
 
 
 def replies(
@@ -21,7 +36,9 @@ def replies(
     messages: Iterable[Message],
     deadline: float | None,
     lock: threading.Lock | None = None,
-) -> Iterator[tuple[Message, Message | None]]:
+    *,
+    probes: bool = False,
+) -> Iterator[tuple[Message, Message | NoReply]]:
     """Push messages one at a time, and pull their replies one at a time.
 
     A reply is told apart by the id of the message that it answers: Flower replies itself, under a
@@ -29,39 +46,69 @@ def replies(
 
     Args:
         grid: reaches the nodes.
-        messages: to them; one that cannot be pushed is answered with None at once.
+        messages: to them.
         deadline: a moment of `time.monotonic()` after which no reply is waited for; None: as long
             as it takes.
         lock: held while the grid is used, where several threads use it.
+        probes: find out what Flower has lost (`fedlora.engines.flower.probe`). The nodes have to be
+            SuperNodes whose ClientApp answers queries.
 
     Yields:
-        Each message and its reply; None where there was none.
+        Each message and its reply, or why there is none.
     """
-    lock = lock or threading.Lock()
-    waiting = dict[str, Message]()
+    held = lock or nullcontext()
+    waiting = dict[str, tuple[Message, Probe | None]]()
     for message in messages:
-        with lock:
-            ids = list(grid.push_messages([message]))
-        if ids and ids[0]:
-            waiting[ids[0]] = message
+        with held:
+            id = _push(grid, message)
+        if id is None:
+            yield message, NoReply.NOT_TAKEN
         else:
-            yield message, None
+            waiting[id] = message, Probe(grid, message) if probes else None
     pause = _SOONEST
     while waiting:
         came = False
-        for id in list(waiting):
-            with lock:
-                pulled = list(grid.pull_messages([id]))
-            for reply in pulled:
+        for id, (message, probe) in list(waiting.items()):
+            with held:
+                reply = _pull(grid, id)
+                if reply is None and probe is not None and probe.finds_idle():
+                    reply = _pull(grid, id) or NoReply.LOST  # it may have come just now
+            if reply is not None:
                 came = True
-                yield waiting.pop(id), reply
+                del waiting[id]
+                yield message, reply
         if not waiting or (deadline is not None and time.monotonic() >= deadline):
             break
         pause = _SOONEST if came else min(_LATEST, 1.5 * pause)
         left = pause if deadline is None else max(0.0, deadline - time.monotonic())
         time.sleep(min(pause, left))
-    for message in waiting.values():
-        yield message, None
+    for message, _ in waiting.values():
+        yield message, NoReply.LATE
+
+
+def _push(grid: Grid, message: Message) -> str | None:
+    """Push a message: its id, or None where that cannot be done.
+
+    A SuperLink that is killed and started again refuses the rest of a message that it has half of.
+    """
+    try:
+        return next(iter(grid.push_messages([message])), None) or None
+    except RunNotRunningException:
+        raise
+    except Exception as error:
+        log(WARNING, "a message could not be pushed: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _pull(grid: Grid, id: str) -> Message | NoReply | None:
+    """The reply to a message; None: it is not there yet."""
+    try:
+        return next(iter(grid.pull_messages([id])), None)
+    except RunNotRunningException:
+        raise
+    except Exception as error:
+        log(WARNING, "a reply could not be pulled: %s: %s", type(error).__name__, error)
+        return NoReply.LOST
 
 
 class StreamingGrid(Grid):  # type: ignore[misc]
@@ -82,7 +129,7 @@ class StreamingGrid(Grid):  # type: ignore[misc]
         deadline = None if timeout is None else time.monotonic() + timeout
         self._nodes.clear()
         for message, reply in replies(self.grid, messages, deadline):
-            if reply is not None:
+            if isinstance(reply, Message):
                 answered = reply.metadata.reply_to_message_id
                 self._nodes[answered] = message.metadata.dst_node_id
                 yield reply

@@ -15,13 +15,14 @@ from flwr.serverapp import Grid
 
 from fedlora.engines.carrier import SiteError
 from fedlora.engines.flower.failures import site_error
-from fedlora.engines.flower.grid_calls import replies
+from fedlora.engines.flower.grid_calls import NoReply, replies
 from fedlora.engines.flower.nodes import wait_for_nodes
 from fedlora.engines.flower.packets import call_content, read_answer, read_name, ttl_of
 from fedlora.engines.transport import Answer
 from fedlora.errors import InputError
 
 _QUERY = 60.0  # seconds in which a node tells its name
+_NEAR = 2.0  # seconds before a deadline in which a message may have expired
 
 
 class GridTransport:
@@ -34,13 +35,14 @@ class GridTransport:
         grid: as Flower hands it to a ServerApp; it may be used by many threads.
         least: nodes to wait for.
         timeout: seconds in which they have to connect.
+        probes: find out what Flower has lost; the nodes have to be SuperNodes, not simulated ones.
 
     Raises:
         InputError: too few connect, one does not tell its name, or two have the same.
     """
 
-    def __init__(self, grid: Grid, least: int, timeout: float) -> None:
-        self.grid = grid
+    def __init__(self, grid: Grid, least: int, timeout: float, *, probes: bool = False) -> None:
+        self.grid, self._probes = grid, probes
         self._lock = threading.Lock()  # of the grid
         self._asking = threading.Lock()  # of the nodes' names
         self._nodes = dict[str, int]()
@@ -102,7 +104,8 @@ class GridTransport:
             names[id] = name
             content = call_content(message, seconds)
             to_send.append(Message(content, id, MessageType.TRAIN, ttl=ttl_of(seconds)))
-        for message, reply in replies(self.grid, to_send, deadline, self._lock):
+        answers = replies(self.grid, to_send, deadline, self._lock, probes=self._probes)
+        for message, reply in answers:
             yield names[message.metadata.dst_node_id], _answer_in(reply, deadline)
 
     def cancel(self, names: Sequence[str]) -> None:
@@ -116,15 +119,23 @@ class GridTransport:
         """The grid is Flower's to close."""
 
 
-def _answer_in(reply: Message | None, deadline: float | None) -> Answer:
-    if reply is None and deadline is None:
-        return SiteError("failed", "Flower did not take the message; the ServerApp's log says more")
-    if reply is None:
-        return SiteError("deadline", "it did not answer by the deadline")
-    return site_error(reply.error) if reply.has_error() else read_answer(reply.content)
+def _answer_in(reply: Message | NoReply, deadline: float | None) -> Answer:
+    """What a site answers, or what became of its message.
+
+    A message whose ttl is the deadline may expire a moment before that.
+    """
+    is_over = deadline is not None and time.monotonic() >= deadline - _NEAR
+    if isinstance(reply, NoReply):
+        return SiteError("deadline" if reply is NoReply.LATE else "died", reply.value)
+    if not reply.has_error():
+        return read_answer(reply.content)
+    error = site_error(reply.error)
+    return SiteError("deadline", error.reason) if is_over and error.kind == "died" else error
 
 
-def _name_in(reply: Message | None) -> str | SiteError:
-    if reply is None:
+def _name_in(reply: Message | NoReply) -> str | SiteError:
+    if reply is NoReply.LATE:
         return SiteError("deadline", f"it did not tell its site's name within {_QUERY:.0f} s")
+    if isinstance(reply, NoReply):
+        return SiteError("died", reply.value)
     return site_error(reply.error) if reply.has_error() else read_name(reply.content)

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.engines.flower.failures import in_words
-from fedlora.engines.flower.grid_calls import replies
+from fedlora.engines.flower.grid_calls import NoReply, replies
 from fedlora.engines.flower.peft_records import ADAPTER
 from fedlora.errors import InputError
 from fedlora.text import natural
@@ -76,7 +76,7 @@ def ask_nodes(
     nodes, problems = list[Node](), dict.fromkeys(ids, "it did not answer in time")
     for message, reply in replies(grid, messages, time.monotonic() + seconds):
         id = message.metadata.dst_node_id
-        if reply is None:
+        if isinstance(reply, NoReply):
             continue
         if reply.has_error():
             problems[id] = in_words(reply.error)

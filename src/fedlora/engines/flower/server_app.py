@@ -31,6 +31,10 @@ from fedlora.runs.file_names import CONFIG
 from fedlora.runs.results import Result
 from fedlora.runs.resume import as_it_began, refuse_complete
 
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Seconds before a site is asked again whose SuperNode is gone: one that was killed is let in again
+only after its time is over, and has to start once more after that."""
+
 app = ServerApp()
 
 
@@ -64,11 +68,13 @@ def serve(grid: Grid, context: Context, config: Config, resume: bool, report: Re
     """
     with ExitStack() as stack:
         least = config.num_clients or _listed(config)
-        if is_simulation(grid):
+        simulated = is_simulation(grid)
+        if simulated:
             config, least = stack.enter_context(simulated_workers(grid, context, config))
 
         def make(config: Config, tell: Callable[[str], None]) -> SiteCalls:
-            return SiteCalls(GridTransport(grid, least, config.node_timeout), tell)
+            transport = GridTransport(grid, least, config.node_timeout, probes=not simulated)
+            return SiteCalls(transport, tell, _PAUSES)
 
         return run_or_resume(config, resume, report, make)
 

@@ -13,7 +13,7 @@ from fedlora.engines.carrier import SiteError
 from fedlora.engines.flower.grid_transport import GridTransport
 from fedlora.engines.flower.packets import answer_content, name_content, read_call
 from fedlora.errors import InputError
-from support.flower_grid import InProcessGrid
+from support.flower_grid import InProcessGrid, LosingGrid
 
 app = ClientApp()
 
@@ -76,6 +76,27 @@ def test_flower_s_errors_are_told_in_words() -> None:
     (answer,) = [x for _, x in transport.send({"alpha": b""}, None)]
     assert isinstance(answer, SiteError)
     assert answer.kind == "died"
+
+
+def test_a_message_that_expires_is_lost_unless_the_deadline_is_near() -> None:
+    def errors(message: Message) -> int | None:
+        return 3 if message.metadata.message_type == "train" else None
+
+    transport = transport_over({"name": "alpha"}, errors=errors)
+    for seconds, kind in ((60.0, "died"), (1.0, "deadline")):
+        ((_, answer),) = transport.send({"alpha": b""}, time.monotonic() + seconds)
+        assert isinstance(answer, SiteError)
+        assert answer.kind == kind
+
+
+def test_a_message_that_flower_has_lost_can_be_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.engines.flower.probe.FIRST", 0.1)
+    grid = LosingGrid(app, [{"name": "alpha"}], lost=[1000])
+    transport = GridTransport(grid, 1, 5.0, probes=True)
+    ((_, answer),) = transport.send({"alpha": b"1"}, None)
+    assert isinstance(answer, SiteError)
+    assert answer.kind == "died"
+    assert dict(transport.send({"alpha": b"1"}, None)) == {"alpha": b"alpha got 1"}
 
 
 def test_two_nodes_of_one_site_and_nodes_without_a_name_are_refused() -> None:
