@@ -10,6 +10,7 @@ _UNIT = """\
 #   sed "s|@FOLDER@|$PWD|; s|@PYTHON@|$(command -v python3)|; s|@USER@|$USER|" {name} \\
 #       | sudo tee /etc/systemd/system/{name}
 #   sudo systemctl daemon-reload && sudo systemctl enable --now {name}
+# The user's home can only be read, so that models of a hub and tokens for it lie in hub/ here.
 [Unit]
 Description=fedlora: {what}
 Wants=network-online.target
@@ -19,6 +20,7 @@ After=network-online.target
 Type=exec
 User=@USER@
 Environment=FEDLORA_PYTHON=@PYTHON@
+Environment=HF_HOME=@FOLDER@/hub
 WorkingDirectory=@FOLDER@
 ExecStart=@FOLDER@/start
 Restart=on-failure
@@ -48,10 +50,12 @@ WantedBy=multi-user.target
 _CONTAINER = """\
 # The image of {what}, with the versions that its federation was made with.
 #   podman build -t fedlora-{image} -f Containerfile .
-#   podman run --rm -v "$PWD":/participant{ports} fedlora-{image}
-# fedlora itself may come from elsewhere: --build-arg FEDLORA=/participant/fedlora.whl, for one.
+#   podman run --rm -v "$PWD":/participant:Z{ports} fedlora-{image}
+# fedlora itself may come from a wheel that lies here: --build-arg FEDLORA=/wheels/FILE.whl
 FROM docker.io/library/python:{python}-slim
 ARG FEDLORA=fedlora=={fedlora}
+# Of this folder the image gets wheels alone; a COPY has to find something.
+COPY Containerfile *.whl /wheels/
 RUN pip install --no-cache-dir "$FEDLORA" \\
 {pins}
 WORKDIR /participant

@@ -16,6 +16,8 @@ def test_the_versions_of_libraries_are_pinned_without_their_builds() -> None:
     assert "ARG FEDLORA=fedlora==1.2.3" in text
     assert '"torch==2.6"\nWORKDIR' in text
     assert "-p 80:80 -p 81:81 fedlora-alpha" in text
+    copied = [line for line in text.splitlines() if line.startswith(("COPY", "ADD"))]
+    assert copied == ["COPY Containerfile *.whl /wheels/"], "no key gets into the image"
 
 
 def test_a_unit_starts_the_folder_s_command_and_may_write_there_alone() -> None:
@@ -23,5 +25,9 @@ def test_a_unit_starts_the_folder_s_command_and_may_write_there_alone() -> None:
     parsed.read_string(unit("alpha", "the site alpha"))
     service = parsed["Service"]
     assert service["ExecStart"] == "@FOLDER@/start"
+    assert (service["ProtectHome"], service["Environment"]) == (
+        "read-only",
+        "HF_HOME=@FOLDER@/hub",
+    )
     assert (service["ProtectSystem"], service["ReadWritePaths"]) == ("strict", "@FOLDER@")
     assert f"system/{unit_name('alpha')}" in unit("alpha", "x")
