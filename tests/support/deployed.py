@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from support.rows import write_jsonl
 
 SITES = ("alpha", "beta", "gamma")
 LEAD, MEMBER = "ada@example.org", "bob@example.org"
+SOURCE = REPOSITORY / "src"
 PATIENCE = 300.0  # seconds for a condition, on a machine that does other things too
 
 
@@ -56,17 +57,13 @@ class Deployed:
     """The folders of a federation, and who runs.
 
     Args:
-        directory: for all of it.
+        folders: of the participants; what belongs to no participant lies beside them.
         network: the machines that the participants are; None: all are this one.
     """
 
-    directory: Path
+    folders: Path
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     network: Network | None = None
-
-    @property
-    def folders(self) -> Path:
-        return self.directory / "clinics"
 
     def kit(self, admin: str = LEAD) -> Path:
         return self.folders / admin / "kit"
@@ -84,15 +81,21 @@ class Deployed:
             },
             "admins": {LEAD: "lead", MEMBER: "member"},
         }
-        file = self.directory / "clinics.yaml"
+        file = self.folders.parent / "clinics.yaml"
         file.write_text(yaml.safe_dump(federation, sort_keys=False))
         assert main(["deploy", "nvflare", str(file), "--output", str(self.folders)]) == 0
         for seed, name in enumerate(SITES):
             rows = instructions(96, seed=seed, split="train")
             write_jsonl(self.folders / name / "rows.jsonl", rows)
 
-    def start(self, names: Iterable[str] = ("server", *SITES)) -> None:
-        """Start participants, and wait until all sites are connected."""
+    def start(self, names: Sequence[str] = ("server", *SITES), source: Path = SOURCE) -> None:
+        """Start participants, and wait until the sites are connected.
+
+        Args:
+            names: of the participants.
+            source: of the package that they run.
+        """
+        registered = {name: self._registered(name) for name in names if name != "server"}
         for name in names:
             self.running[name] = subprocess.Popen(
                 [*(self.network.within(name) if self.network else ()), "bash", "start"],
@@ -100,14 +103,22 @@ class Deployed:
                 env={
                     **os.environ,
                     "FEDLORA_PYTHON": sys.executable,
-                    "PYTHONPATH": str(REPOSITORY / "src"),
+                    "PYTHONPATH": str(source),
                     "OMP_NUM_THREADS": "1",
                 },
                 stdout=(self.folders / name / "start.log").open("ab"),
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        until(lambda: self.connected() == list(SITES), f"connected: {self.connected()}")
+        for name, before in registered.items():
+            until(lambda n=name, x=before: self._registered(n) > x, f"{name} is connected")  # type: ignore[misc]
+        if "server" in names:
+            until(lambda: self.connected() == list(SITES), f"connected: {self.connected()}")
+
+    def _registered(self, name: str) -> int:
+        """How often a site has registered with the server."""
+        log = self.folders / name / "client.log"
+        return log.read_text().count("Successfully registered") if log.exists() else 0
 
     def connected(self) -> list[str]:
         """The sites that the server hears."""
@@ -124,32 +135,46 @@ class Deployed:
 
     def kill(self, name: str) -> None:
         """Kill a participant with all of its processes, without a word."""
-        process = self.running.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(self.folders / name)
+        if process := self.running.pop(name, None):
+            process.wait()
 
     def stop(self) -> None:
-        """End all that runs."""
+        """Kill all that runs."""
+        kill_all(self.folders)
         for process in self.running.values():
-            os.killpg(process.pid, signal.SIGTERM)
-        for name in list(self.running):
-            with suppress(subprocess.TimeoutExpired):
-                self.running[name].wait(20)
-            with suppress(ProcessLookupError):
-                self.kill(name)
+            process.wait()
 
     def job_process(self, name: str) -> int:
         """The process in which a participant runs its part of a job."""
-        kit = f"{self.folders / name}/kit"
-        for path in Path("/proc").iterdir():
-            try:
-                words = (path / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            text = b" ".join(words).decode(errors="replace")
-            if kit in text and (".client.worker_process" in text or "runner_process" in text):
-                return int(path.name)
+        for process, words in processes_of(self.folders / name).items():
+            if ".client.worker_process" in words or "runner_process" in words:
+                return process
         raise LookupError(name)
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Processes that run in a folder or were told of it, and their command lines."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        try:
+            words = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            at = Path(os.readlink(path / "cwd"))
+        except OSError:
+            continue
+        ours = f"{folder}/" in words or at.is_relative_to(folder)
+        if ours and int(path.name) != os.getpid():
+            found[int(path.name)] = words
+    return found
+
+
+def kill_all(folder: Path) -> None:
+    """Kill what runs in a folder, also what is started while this goes on."""
+    while processes := processes_of(folder):
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def in_one_process(keys: dict[str, Any], folders: Path, out: Path) -> Path:

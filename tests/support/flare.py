@@ -65,6 +65,9 @@ class Workspace:
     def get_run_dir(self, job: str) -> str:
         return str(self.job)
 
+    def get_audit_file_path(self) -> str:
+        return str(self.kit / "audit.log")
+
     def get_app_config_dir(self, job: str) -> str:
         return str(self.job / "app_server" / "config")
 
@@ -202,6 +205,11 @@ class Flare:
         """Where the server keeps runs."""
         return self.directory / "runs"
 
+    @property
+    def audit(self) -> Path:
+        """The server's audit log."""
+        return self.directory / "server" / "audit.log"
+
     def connect(self, kit: AdminKit) -> Flare:
         """Log in."""
         assert kit.path == self.admin
@@ -213,6 +221,7 @@ class Flare:
     def submit(self, job: Path) -> str:
         kit = self.directory / "server"
         _own_file(kit, {"runs": str(self.runs)})
+        self.audit.touch()
         number = f"job-{len(self.jobs) + 1}"
         workspace = Workspace(kit, self.directory / number)
         shutil.copytree(job, workspace.job)
@@ -230,6 +239,8 @@ class Flare:
         return self.jobs[job].ask(question)
 
     def abort(self, job: str) -> None:
+        with self.audit.open("a") as file:
+            file.write(f"[E:1][T:now][U:lead@hub.org][A:abort_job {JOB}]\n")
         self.jobs[job].aborted.trigger(True)
 
     def download(self, job: str, to: Path) -> Path:

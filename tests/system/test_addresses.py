@@ -48,7 +48,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     if why := why_not():
         pytest.skip(why)
     network = Network(("server", *SITES))
-    deployed = Deployed(Path(tmp_path_factory.mktemp("n")), network=network)
+    deployed = Deployed(tmp_path_factory.mktemp("n") / "clinics", network=network)
     try:
         network.start()
         deployed.deploy({"lora_r": 8, "max_steps": 10})

@@ -1,4 +1,7 @@
-"""The guide across organisations as it is written, and who is refused, at both ends."""
+"""The guide across organisations as it is written: who runs, who is killed, and who is refused.
+
+One federation serves all tests, in this order: the guide begins it and ends it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,73 +28,17 @@ from fedlora.commands.doctor.connection import server_checks
 from fedlora.config.config import Config
 from fedlora.config.federation_file import read_federation
 from fedlora.config.yaml_file import read_yaml
-from fedlora.errors import InputError
+from fedlora.engines import carrier
+from fedlora.engines.nvflare.kit import read_admin_kit
+from fedlora.engines.nvflare.order import run_id
+from fedlora.engines.nvflare.session import connect
+from fedlora.errors import FedloraError, InputError
+from fedlora.runs.events import Event
 from support.courses import tensor_files
-from support.deployed import Deployed, free_ports, in_one_process, until
-from support.paths import REPOSITORY
+from support.deployed import SITES, SOURCE, Deployed, in_one_process, until
+from support.guided import Guided
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-GUIDE = REPOSITORY / "docs" / "guides" / "organisations.md"
-
-
-class Guided:
-    """The guide's directory, in which its lines are typed into one shell after the other.
-
-    Args:
-        directory: in which the guide begins.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.folders = directory, directory / "federation" / "folders"
-        self.blocks = re.findall(r"^```sh\n(.*?)^```$", GUIDE.read_text(), re.M | re.S)
-        self.port, self.admin_port = free_ports(2)
-        commands = directory / "bin"
-        commands.mkdir()
-        nvflare = Path(sys.executable).parent / "nvflare"
-        for name, code in (
-            ("fedlora", f"{sys.executable} -m fedlora"),
-            ("python", sys.executable),
-            ("python3", sys.executable),
-            ("nvflare", f"{sys.executable} {nvflare}"),
-        ):
-            (commands / name).write_text(f'#!/bin/sh\nexec {code} "$@"\n')
-            (commands / name).chmod(0o755)
-        self.environment = {
-            **os.environ,
-            "PATH": f"{commands}:{os.environ['PATH']}",
-            "PYTHONPATH": str(REPOSITORY / "src"),
-            "HOME": str(directory),
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def shell(self, script: str) -> str:
-        """Run lines of the guide; its ports are replaced by free ones."""
-        script = script.replace("8002", str(self.port)).replace("8003", str(self.admin_port))
-        output = self.directory / "shell.out"
-        with output.open("wb") as out:
-            done = subprocess.run(
-                ["bash", "-e", "-c", script],
-                cwd=self.folders if self.folders.exists() else self.directory,
-                env=self.environment,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=1500,
-            )
-        assert done.returncode == 0, output.read_text()
-        return output.read_text()
-
-    def end(self) -> None:
-        """Kill whatever was started from these folders."""
-        for path in Path("/proc").iterdir():
-            try:
-                words = (path / "cmdline").read_bytes().decode(errors="replace")
-                at = os.readlink(path / "cwd")
-            except OSError:
-                continue
-            ours = str(self.folders)
-            if (ours in words or at.startswith(ours)) and int(path.name) != os.getpid():
-                os.kill(int(path.name), 9)
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +52,15 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guided]:
         guide.shell(start)
         yield guide
     finally:
-        guide.end()
+        guide.deployed.stop()
 
 
 @pytest.fixture(scope="module")
 def ran(guided: Guided) -> Path:
     """The output directory of the guide's run."""
-    assert "ended after round 2" in guided.shell(guided.blocks[4])
+    told = guided.shell(guided.blocks[4])
+    assert "3 clients, ranks 8 4 2, rows 72 72 72" in told
+    assert "ended after round 2" in told
     return guided.folders / "out"
 
 
@@ -140,9 +90,84 @@ def test_the_guide_s_run_has_the_bytes_of_one_process(
     keys = keys_of(guided, tmp_path / "out")
     quiet = in_one_process(keys, guided.folders, tmp_path / "rows" / "out")
     assert tensor_files(quiet) == tensor_files(ran)
+    parts = (guided.folders / "alpha" / "kit").glob("*/app_alpha/*")
+    assert {path.name for path in parts} == {"config"}, "a job brings no code"
 
 
-def test_no_certificate_and_one_of_another_federation(guided: Guided, tmp_path: Path) -> None:
+def after_round(acts: dict[int, Callable[[], None]]) -> Callable[[Event], None]:
+    """Listens, and acts once after each of these rounds."""
+
+    def hear(event: Event) -> None:
+        if event["event"] == "round" and event["round"] in acts:
+            acts.pop(event["round"])()
+
+    return hear
+
+
+def pid_of(guided: Guided, site: str) -> int:
+    """The process of a site's worker that trains."""
+    return int(carrier.status(str(guided.folders / site / "worker.sock"))["pid"])
+
+
+def test_processes_that_are_killed_change_nothing(
+    guided: Guided, ran: Path, tmp_path: Path
+) -> None:
+    """A worker, then a client's job process (which costs the job), then all of the server."""
+    deployed, told = guided.deployed, list[Event]()
+
+    def kill_server() -> None:
+        deployed.kill("server")
+        deployed.start(["server"])
+
+    act = after_round(
+        {
+            1: lambda: os.kill(pid_of(guided, "beta"), signal.SIGKILL),
+            2: lambda: os.kill(deployed.job_process("gamma"), signal.SIGKILL),
+            3: kill_server,
+        }
+    )
+
+    def hear(event: Event) -> None:
+        told.append(event)
+        act(event)
+
+    keys = keys_of(guided, tmp_path / "out", method="ffa", client_ranks=4, num_rounds=4)
+    result = fedlora.run(Config(**keys), report=hear)
+    quiet = in_one_process(keys, guided.folders, tmp_path / "rows" / "out")
+    assert tensor_files(quiet) == tensor_files(result.output_dir)
+    begun = [event["resumed_from"] for event in told if event["event"] == "begin"]
+    assert begun[0] is None
+    assert len(begun) >= 2
+
+
+def test_an_admin_stops_a_run_and_goes_on_elsewhere(
+    guided: Guided, ran: Path, tmp_path: Path
+) -> None:
+    """The job is aborted past fedlora, and goes on over the workers' sockets."""
+
+    def abort() -> None:
+        pid = pid_of(guided, "gamma")
+        os.kill(pid, signal.SIGSTOP)  # so that the run cannot end before
+        session = connect(read_admin_kit(guided.deployed.kit()))
+        name = f"fedlora-{run_id(tmp_path / 'out')}"
+        session.abort(session.running(name) or "")
+        session.close()
+        os.kill(pid, signal.SIGCONT)
+
+    keys = keys_of(guided, tmp_path / "out", num_rounds=3)
+    with pytest.raises(FedloraError, match=r"the job was aborted by ada@example\.org"):
+        fedlora.run(Config(**keys), report=after_round({1: abort}))
+    assert (tmp_path / "out" / "round-1").is_dir()
+    sites = {name: str(guided.folders / name / "worker.sock") for name in SITES}
+    over_sockets = {**keys, "engine": "sites", "kit": None, "sites": sites}
+    result = fedlora.run(Config(**over_sockets), resume=tmp_path / "out")
+    quiet = in_one_process(keys, guided.folders, tmp_path / "rows" / "out")
+    assert tensor_files(quiet) == tensor_files(result.output_dir)
+
+
+def test_no_certificate_and_one_of_another_federation(
+    guided: Guided, ran: Path, tmp_path: Path
+) -> None:
     """The kit of the real site is taken; the others end in the handshake."""
     kit = guided.folders / "alpha" / "kit"
     assert said_of(guided, kit)[0] == OK
@@ -151,8 +176,11 @@ def test_no_certificate_and_one_of_another_federation(guided: Guided, tmp_path: 
         [sys.executable, "-c", _BARE, str(guided.port), root], capture_output=True, text=True
     )
     assert "let in" not in bare.stdout
-    other = Deployed(tmp_path)
+    other = Deployed(tmp_path / "other")
     other.deploy({})
+    keys = keys_of(guided, tmp_path / "out", kit=str(other.kit()))
+    with pytest.raises(FedloraError, match=r"the server at localhost:\d+ cannot be reached"):
+        fedlora.run(Config(**keys))
     theirs = other.folders / "alpha" / "kit" / "startup"
     state, found = said_of(guided, theirs.parent)
     assert (state, "verify failed" in found or "certificate" in found) == (PROBLEM, True)
@@ -230,8 +258,10 @@ def test_more_than_a_site_grants(guided: Guided, ran: Path, tmp_path: Path) -> N
     assert "lora_r: 32 is asked for" in (guided.folders / "gamma" / "client.log").read_text()
 
 
-def test_one_more_site_with_another_base(guided: Guided, ran: Path, tmp_path: Path) -> None:
-    """The guide's fourth site; its base has the same shapes and other weights."""
+def test_one_more_site_with_another_agreement_and_with_another_base(
+    guided: Guided, ran: Path, tmp_path: Path
+) -> None:
+    """The guide's fourth site has another fedlora at first, and then other weights."""
     before = (guided.folders / "alpha" / "kit" / "startup" / "client.key").read_bytes()
     kit = tmp_path / "kit"
     told = guided.shell(guided.blocks[5])
@@ -239,19 +269,38 @@ def test_one_more_site_with_another_base(guided: Guided, ran: Path, tmp_path: Pa
     assert re.search(r"site +alpha .*\(as it was\)", told)
     assert (guided.folders / "alpha" / "kit" / "startup" / "client.key").read_bytes() == before
     shutil.copytree(guided.folders / "ada@example.org" / "kit", kit)
-    delta = guided.folders / "delta"
+    delta, log = guided.folders / "delta", guided.folders / "server" / "server.log"
     shutil.copy(guided.folders / "alpha" / "rows.jsonl", delta / "rows.jsonl")
+    keys = keys_of(guided, tmp_path / "out", kit=str(kit), client_ranks=[8, 4, 2, 2])
+
+    start = guided.blocks[2].replace("server alpha beta gamma", "delta")
+    guided.shell(start.replace("alpha beta gamma", "delta"), other_version(tmp_path / "source"))
+    said = "the other side holds to another agreement (method, its options, target modules or seed)"
+    with pytest.raises(InputError, match=re.escape(f"sites: delta: {said}")):
+        fedlora.run(Config(**keys))
+    assert f"does not do what it was asked: {said}" in (delta / "client.log").read_text()
+
+    guided.deployed.kill("delta")
     other_base(delta / "base")
     text = (delta / "site.yaml").read_text()
     (delta / "site.yaml").write_text(text.replace(": embedded", ": base"))
-    guided.shell(guided.blocks[2].replace("server alpha beta gamma", "delta").replace(
-        "alpha beta gamma", "delta"))  # fmt: skip
-    keys = keys_of(guided, tmp_path / "out", kit=str(kit), client_ranks=[8, 4, 2, 2])
+    guided.deployed.start(["delta"])
     with pytest.raises(InputError, match="delta") as refused:
         fedlora.run(Config(**keys))
     assert "base" in str(refused.value)
+    assert str(refused.value) in log.read_text()
     assert not (tmp_path / "out").exists()
-    assert "delta" in (guided.folders / "server" / "server.log").read_text()
+
+
+def other_version(path: Path) -> Path:
+    """The package with one more option of a rule, as a later version may have it."""
+    shutil.copytree(SOURCE, path)
+    rule = path / "fedlora" / "methods" / "exact.py"
+    option = "    start_fraction: float = bounded("
+    assert option in rule.read_text()
+    more = "    some_more: float = bounded(0.0, training=True, ge=0, le=1)\n"
+    rule.write_text(rule.read_text().replace(option, more + option))
+    return path
 
 
 def other_base(path: Path) -> None:

@@ -19,6 +19,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedlora.config.config import Config
+from fedlora.engines.nvflare.audit import log_size, who_aborted
 from fedlora.engines.nvflare.feed import FEED, Feed, Outcome, write_outcome
 from fedlora.engines.nvflare.hosting import RESULT, configuration, host, publish
 from fedlora.engines.nvflare.order import read_order, saved_in
@@ -38,10 +39,14 @@ class CourseController(Controller):  # type: ignore[misc]
         super().__init__(task_check_period=0.05)
         self._feed = Feed()
         self._over = threading.Event()
+        self._audit, self._audited = Path(), 0
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         """Answer the admin from now on."""
-        fl_ctx.get_engine().register_app_command(FEED, self._on_question)
+        engine = fl_ctx.get_engine()
+        self._audit = Path(engine.get_workspace().get_audit_file_path())
+        self._audited = log_size(self._audit)
+        engine.register_app_command(FEED, self._on_question)
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         """Nothing was opened that outlives `control_flow`."""
@@ -58,8 +63,7 @@ class CourseController(Controller):  # type: ignore[misc]
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Run what the job orders, tell how it ended, and leave its files as the job's result."""
-        workspace = fl_ctx.get_engine().get_workspace()
-        result = Path(workspace.get_run_dir(fl_ctx.get_job_id()))
+        result = _result_of(fl_ctx)
         run, failure = list[Path](), None
         try:
             outcome = self._outcome(abort_signal, fl_ctx, run.append)
@@ -97,12 +101,22 @@ class CourseController(Controller):  # type: ignore[misc]
             make = self._making(order.sites, abort_signal, fl_ctx)
             host(order, config, saved_in(parameters), make, report, note)
         except KeyboardInterrupt:
-            return Outcome("stopped", "the job was aborted")
+            return self._aborted(fl_ctx)
         except FedloraError as error:
             if abort_signal.triggered:  # sites that nobody asks any more seem to be absent
-                return Outcome("stopped", "the job was aborted")
+                return self._aborted(fl_ctx)
             return Outcome("mistake" if isinstance(error, InputError) else "failed", str(error))
         return Outcome("ended")
+
+    def _aborted(self, fl_ctx: FLContext) -> Outcome:
+        """How a run ends whose job was aborted."""
+        try:
+            admin = who_aborted(self._audit, fl_ctx.get_job_id(), self._audited)
+        except OSError as error:
+            return Outcome("stopped", f"the job was aborted; who has done it is unknown: {error}")
+        if admin is not None:
+            return Outcome("stopped", f"the job was aborted by {admin}")
+        return Outcome("lost", "NVIDIA FLARE has aborted the job, and no admin asked for it")
 
     def _making(
         self, names: Any, abort_signal: Signal, fl_ctx: FLContext
@@ -117,23 +131,31 @@ class CourseController(Controller):  # type: ignore[misc]
             present = [client.name for client in engine.get_clients()]
             transport = NvflareTransport(self, engine, names, present, aborted)
             calls = SiteCalls(transport, tell)
-            watch = threading.Thread(
-                target=self._watch, args=(aborted, calls, tell), name="abort-watch", daemon=True
-            )
-            watch.start()
+            threading.Thread(
+                target=self._watch,
+                args=(aborted, calls, tell, fl_ctx),
+                name="abort-watch",
+                daemon=True,
+            ).start()
             return calls
 
         return make
 
     def _watch(
-        self, aborted: Callable[[], bool], calls: SiteCalls, tell: Callable[[str], None]
+        self,
+        aborted: Callable[[], bool],
+        calls: SiteCalls,
+        tell: Callable[[str], None],
+        fl_ctx: FLContext,
     ) -> None:
         """End the waiting of all threads when the job is aborted.
 
-        What is told here reaches `report` in the thread of the course, and ends that.
+        What is told here reaches `report` in the thread of the course, and ends that. How the job
+        ends is written down at once: FLARE kills it soon.
         """
         while not self._over.wait(_LOOK):
             if aborted():
+                write_outcome(_result_of(fl_ctx), self._aborted(fl_ctx))
                 calls.close()
                 tell("the job is aborted")
                 return
@@ -142,3 +164,8 @@ class CourseController(Controller):  # type: ignore[misc]
         self, topic: str, data: Mapping[str, Any] | None, fl_ctx: FLContext
     ) -> dict[str, Any]:
         return self._feed.answer(data)
+
+
+def _result_of(fl_ctx: FLContext) -> Path:
+    """Where FLARE takes the job's result from."""
+    return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id()))

@@ -34,12 +34,13 @@ class Outcome:
     """How a job ended.
 
     Args:
-        kind: `ended` (the run is complete), `stopped` (it was aborted), `mistake` (what was asked
-            cannot be done; a person has to mend it) or `failed`.
+        kind: `ended` (the run is complete), `stopped` (an admin has aborted it), `lost` (NVIDIA
+            FLARE has aborted it), `mistake` (what was asked cannot be done; a person has to mend
+            it) or `failed`.
         message: a sentence for a person; "" where all is well.
     """
 
-    kind: Literal["ended", "stopped", "mistake", "failed"]
+    kind: Literal["ended", "stopped", "lost", "mistake", "failed"]
     message: str = ""
 
 

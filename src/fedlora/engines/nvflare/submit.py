@@ -40,8 +40,6 @@ from fedlora.runs.file_names import FINAL, METRICS
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.results import Callbacks, Result
 
-_ABORTED = "FINISHED:ABORTED"  # by an admin
-
 MOST_LOST = 3
 """Jobs that may be lost, one after the other, without a round between them."""
 
@@ -240,10 +238,11 @@ class _Submission:
         except BaseException:
             self._give_up(job)
             raise
-        outcome, status = outcome or fetched, self._status(job)
-        # FLARE also ends a job whose site's process is gone; that nobody has asked for.
-        if outcome is None or (outcome.kind == "stopped" and status != _ABORTED):
-            raise _LostError(f"the job ended as {status}")
+        outcome = outcome or fetched
+        if outcome is None:
+            raise _LostError(f"the job ended as {self._status(job)}")
+        if outcome.kind == "lost":
+            raise _LostError(outcome.message)
         return outcome
 
     def _outcome(self, job: str) -> Outcome | None:

@@ -15,7 +15,7 @@ from fedlora.engines.nvflare.feed import FEED, Outcome, read_outcome
 from fedlora.engines.nvflare.kit import OWN_FILE
 from fedlora.engines.nvflare.order import Order, write_job
 from fedlora.errors import FedloraError, InputError
-from support.flare import Engine, Workspace
+from support.flare import JOB, Engine, Workspace
 
 ORDER = Order("0123456789abcdef", {}, ["alpha"])
 
@@ -83,7 +83,32 @@ def test_an_aborted_job_stops_at_its_next_event(
         more[0]({"event": "step"})
         raise AssertionError("it goes on")
 
-    assert end_of(engine, monkeypatch, host) == (Outcome("stopped", "the job was aborted"), [])
+    outcome, panics = end_of(engine, monkeypatch, host)
+    assert (outcome.kind, panics) == ("stopped", [])
+
+
+def test_who_aborts_a_job_is_told_from_flare_itself(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Path(engine.workspace.get_audit_file_path())
+    log.write_text("[U:ada][A:shutdown all]\n")  # before the job began
+
+    def ended_by(command: str) -> Outcome | None:
+        def host(signal: Signal, *_: Any) -> None:
+            with log.open("a") as file:
+                file.write(f"[U:bob][A:{command}]\n")
+            signal.trigger(True)
+            raise KeyboardInterrupt
+
+        outcome, panics = end_of(engine, monkeypatch, host)
+        assert not panics
+        return outcome  # type: ignore[no-any-return]
+
+    by_itself = ended_by(f"get_job_meta {JOB}")
+    assert by_itself == Outcome(
+        "lost", "NVIDIA FLARE has aborted the job, and no admin asked for it"
+    )
+    assert ended_by(f"abort_job {JOB}") == Outcome("stopped", "the job was aborted by bob")
 
 
 def test_sites_that_are_not_asked_any_more_are_no_mistake(
@@ -121,3 +146,20 @@ def test_an_abort_ends_all_waiting(engine: Engine, monkeypatch: pytest.MonkeyPat
     outcome, _ = end_of(engine, monkeypatch, host)
     assert outcome.kind == "stopped"
     assert told in ([], ["the job is aborted"])
+
+
+def test_how_an_aborted_job_ends_is_written_before_it_ends(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLARE kills a job that takes too long to end."""
+
+    def host(signal: Signal, order: Any, config: Any, saved: Any, make: Any, *more: Any) -> None:
+        calls = make(config, lambda text: None)
+        signal.trigger(True)
+        assert calls.closing.wait(30)
+        written = read_outcome(engine.workspace.job)
+        assert written is not None
+        assert written.kind == "stopped"
+        raise KeyboardInterrupt
+
+    end_of(engine, monkeypatch, host)

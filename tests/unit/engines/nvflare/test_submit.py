@@ -142,15 +142,28 @@ def test_a_lost_job_is_submitted_again_as_one_that_goes_on(config: Config) -> No
     assert (first["run"], second["resumes"]) == (second["run"], True)
 
 
-def test_a_job_that_flare_ends_is_lost_and_one_that_an_admin_ends_is_not(config: Config) -> None:
-    stopped = told("stopped", "the job was aborted")
-    server = Server([[stopped], [told("ended")]])
+def test_a_job_that_flare_aborts_is_submitted_again(config: Config) -> None:
+    """FLARE gives it the status of one that an admin has aborted."""
+    lost = told("lost", "NVIDIA FLARE has aborted the job")
+    server = Server([[lost], [told("ended")]], status_after="FINISHED:ABORTED")
     (text,) = run(server, config)
-    assert "it is submitted again" in text
-    server = Server([[stopped]], status_after="FINISHED:ABORTED")
-    config = config.model_copy(update={"output_dir": f"{config.output_dir}-2"})
-    with pytest.raises(FedloraError, match="stopped at the server: the job was aborted"):
+    assert text.startswith("NVIDIA FLARE has aborted the job; it is submitted again")
+    assert [order["resumes"] for order in server.submitted] == [False, True]
+
+
+def test_jobs_that_flare_aborts_again_and_again_are_given_up(config: Config) -> None:
+    lost = told("lost", "NVIDIA FLARE has aborted the job")
+    server = Server([[lost] for _ in range(MOST_LOST + 1)], status_after="FINISHED:ABORTED")
+    with pytest.raises(FedloraError, match="4 times without a round between them; go on later"):
         run(server, config)
+
+
+def test_a_job_that_an_admin_aborts_is_not_submitted_again(config: Config) -> None:
+    """Whatever status it has: a site may have failed in the same moment."""
+    server = Server([[told("stopped", "the job was aborted by bob")]])
+    with pytest.raises(FedloraError, match="stopped at the server: the job was aborted by bob"):
+        run(server, config)
+    assert len(server.submitted) == 1
 
 
 def test_a_job_that_is_silent_is_lost(config: Config) -> None:

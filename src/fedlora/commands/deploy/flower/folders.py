@@ -19,7 +19,6 @@ from fedlora.commands.deploy.flower.certificates import (
 )
 from fedlora.commands.deploy.flower.readme import server_readme, site_readme
 from fedlora.commands.deploy.flower.scripts import filled_in
-from fedlora.commands.deploy.nvflare.scripts import container_file, unit, unit_name
 from fedlora.commands.deploy.record import (
     KEPT,
     check_addition,
@@ -28,6 +27,7 @@ from fedlora.commands.deploy.record import (
     refuse_foreign,
     write_record,
 )
+from fedlora.commands.deploy.service import container_file, unit, unit_name, versions
 from fedlora.commands.deploy.site_file import site_text
 from fedlora.config.federation_file import FederationFile
 from fedlora.errors import FedloraError
@@ -132,7 +132,7 @@ def _fill_site(folder: Path, name: str, federation: FederationFile, ca: bytes) -
     _write(folder / "supervise.sh", filled_in("supervise.sh"))
     _write(folder / unit_name(name), unit(name, what))
     python = ".".join(platform.python_version_tuple()[:2])
-    pins = {x: metadata.version(x).partition("+")[0] for x in _LIBRARIES}
+    pins = versions(_LIBRARIES)
     _write(folder / "Containerfile", container_file(name, what, __version__, python, pins))
 
 

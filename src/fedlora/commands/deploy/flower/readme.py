@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.commands.deploy.nvflare.scripts import unit_name
+from fedlora.commands.deploy.service import unit_name
 from fedlora.commands.deploy.site_file import FILL_IN
 from fedlora.config.federation_file import FederationFile
 

@@ -20,9 +20,25 @@ from fedlora.commands.deploy.record import (
     refuse_foreign,
     write_record,
 )
+from fedlora.commands.deploy.service import container_file, unit, unit_name, versions
 from fedlora.commands.deploy.site_file import site_text
 from fedlora.config.federation_file import FederationFile
 from fedlora.errors import FedloraError
+
+_LIBRARIES = (
+    "nvflare",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "pyarrow",
+    "pydantic",
+    "protobuf",
+    "grpcio",
+)
+"""Of which a participant has the versions of whoever deploys."""
 
 
 def deploy(federation: FederationFile, output: Path) -> Deployed:
@@ -49,7 +65,7 @@ def _make(federation: FederationFile, output: Path) -> tuple[tuple[Folder, ...],
     kept.mkdir(parents=True, exist_ok=True)
     os.chmod(kept, 0o700)
     kits = provision(federation, kept)
-    pins = {**scripts.versions(), "fedlora": __version__}
+    pins = {**versions(_LIBRARIES), "fedlora": __version__}
     folders, changed = [], []
     try:
         for name, kit in kits.items():
@@ -94,10 +110,10 @@ def _fill(
     (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / "start").write_text(start, encoding="utf-8")
     (folder / "start").chmod(0o700)
-    (folder / scripts.unit_name(name)).write_text(scripts.unit(name, what), encoding="utf-8")
+    (folder / unit_name(name)).write_text(unit(name, what), encoding="utf-8")
     python = ".".join(platform.python_version_tuple()[:2])
     libraries = {library: version for library, version in pins.items() if library != "fedlora"}
-    image = scripts.container_file(name, what, __version__, python, libraries, ports)
+    image = container_file(name, what, __version__, python, libraries, ports)
     (folder / "Containerfile").write_text(image, encoding="utf-8")
 
 
