@@ -1,11 +1,14 @@
 """Flower as the engine: rounds of messages, a simulation's start and memory.
 
-    .venv/bin/python benchmarks/engines.py flower
+    .venv/bin/python benchmarks/engines.py flower             # some six minutes on a quiet machine
+    .venv/bin/python benchmarks/engines.py flower --quick     # two minutes less: no 200 MB
 
 `measures(quick, sites)` deploys Flower on loopback over TLS; workers that send back what they get
 stand for those of the sites, so that what is measured is what Flower and the ClientApp cost. Then
-ten clients are simulated on Ray twice, as fedlora does (resident processes on one base) and with a
-base in every actor: the seconds to the first round, and the proportional memory of all processes.
+ten clients are simulated on Ray twice, each node in an actor of its own as on a machine of ten
+cores: as fedlora does (the actors carry bytes to resident processes on one base), and with a base
+in every actor as FlowerTune's client has. The seconds to the first round count from `flwr run`, the
+proportional memory is that of all processes below the SuperLink.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ from support.flower_deployment import CONNECTION, TOOLS, deployed, simulating  #
 SIZES = [[0, 5], [50, 2], [200, 1]]
 """Megabytes each way, and how often."""
 CLIENTS = 10
+NODES = f"num-supernodes={CLIENTS} client-resources-num-cpus=1 init-args-num-cpus={CLIENTS}"
+"""Ten simulated nodes, for each of which Ray keeps an actor."""
 
 
 def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
@@ -75,10 +80,13 @@ def messages(sizes: list[list[int]], sites: int) -> Iterator[tuple[str, str]]:
         app = directory / "app"
         client = "fedlora.engines.flower.client_app:app"
         write_app(app, "engines_flower_app:echo", client, sizes=json.dumps(sizes), nodes=str(sites))
-        for line in deployment.flwr("run", str(app), CONNECTION, "--stream").splitlines():
+        log = deployment.flwr("run", str(app), CONNECTION, "--stream")
+        for line in log.splitlines():
             if told := measured(line):
                 size, seconds = told["megabytes"], told["seconds"]
                 fastest[size] = min(seconds, fastest.get(size, seconds))
+        if len(fastest) < len(sizes):  # flwr itself ends with 0
+            raise SystemExit(log)
     for megabytes, seconds in fastest.items():
         what = "trivial round"
         if megabytes:
@@ -152,7 +160,7 @@ def simulated(directory: Path, app: str) -> tuple[float, float]:
 
         threading.Thread(target=watch, daemon=True).start()
         began, first = time.perf_counter(), 0.0
-        options = ["--stream", "--federation-config", f"num-supernodes={CLIENTS}"]
+        options, log = ["--stream", "--federation-config", NODES], list[str]()
         with subprocess.Popen(
             [TOOLS / "flwr", "run", directory / app, *options],
             env=environment,
@@ -162,8 +170,11 @@ def simulated(directory: Path, app: str) -> tuple[float, float]:
         ) as run:
             assert run.stdout is not None
             for line in run.stdout:
+                log.append(line)
                 event = read_event(line) or measured(line) or {}
                 if not first and event.get("round") == 1:
                     first = time.perf_counter() - began
         over.set()
+    if not first:
+        raise SystemExit("".join(log))
     return first, most[0]

@@ -1,6 +1,7 @@
 """Runs on Flower itself: a SuperLink with TLS and authentication, three SuperNodes, one deployment.
 
-The sites' workers are in this process, behind their sockets; all of Flower is processes.
+The sites' workers are in this process, behind their sockets; all of Flower is processes. A run in
+which nothing happens is that of the guide (`test_flower_guide.py`).
 """
 
 from __future__ import annotations
@@ -76,15 +77,6 @@ def outcomes(result: Result) -> list[list[str]]:
     return [[client["outcome"] for client in line["clients"]] for line in rounds]
 
 
-def test_exact_gives_the_bytes_of_a_run_in_one_process(
-    federation: Federation, keys: Keys, tmp_path: Path
-) -> None:
-    events: list[Event] = []
-    result = federation.run(keys, tmp_path / "flower", events)
-    assert_same(in_memory(keys, tmp_path / "memory"), result)
-    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2]
-
-
 def test_a_server_app_that_is_killed_is_submitted_again_and_goes_on(
     federation: Federation, keys: Keys, tmp_path: Path
 ) -> None:
@@ -112,6 +104,7 @@ def test_a_server_app_that_is_killed_is_submitted_again_and_goes_on(
 def test_a_supernode_and_the_superlink_are_killed_and_started_again(
     federation: Federation, keys: Keys, tmp_path: Path
 ) -> None:
+    """The site is asked again, and the run goes on, to what a run in one process leaves."""
     deployment, killed = federation.deployment, list[str]()
 
     def kill_its_node(round: int, attempt: int) -> None:
@@ -129,14 +122,15 @@ def test_a_supernode_and_the_superlink_are_killed_and_started_again(
                 deployment.kill("superlink")
 
     federation.sites["alpha"].fails = kill_its_node
+    events = Killing()
     try:
-        result = federation.run(keys, tmp_path / "flower", Killing())
+        result = federation.run(keys, tmp_path / "flower", events)
     finally:
         federation.sites["alpha"].fails = lambda round, attempt: None
     assert killed == ["alpha", "superlink"]
     assert outcomes(result) == [["counted"] * 3, ["counted"] * 3]
-    quiet = in_memory(keys, tmp_path / "memory")
-    assert tensor_files(quiet.output_dir) == tensor_files(result.output_dir)
+    assert_same(in_memory(keys, tmp_path / "memory"), result)
+    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2]
 
 
 def test_a_straggler_is_left_out_of_its_round(
