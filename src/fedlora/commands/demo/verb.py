@@ -1,4 +1,4 @@
-"""Runs `fedlora demo`: two methods over seeds and every client alone, on the embedded default."""
+"""Runs `fedlora demo`: two methods and every client alone, on the embedded default."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fedlora.config.arguments import Option, Syntax, parse_overrides
 HELP = """\
 fedlora demo [--output_dir DIR] [--seeds 0 1 2] [--processes N] [--key value ...] [--json]
 
-Runs exact and flora on ten clients of ranks 64 32 16 16 8 8 4 4 4 4 in six rounds of 8 steps,
-three seeds each, and every client of the first seed alone; ends with a table and a picture of exact
-match by round, means over the seeds, and with what the differences are worth. Keys go to every run.
+Runs exact and flora on ten clients of ranks 64 32 16 16 8 8 4 4 4 4 in four rounds of 20 steps, and
+every client alone; ends with a table and a picture of exact match by round. With several seeds it
+shows means, and what the differences of the two methods are worth. Keys go to every run.
 
-  --seeds 0 1 2   other seeds, or more or fewer of them (--seed S: three from S on)
+  --seeds 0 1 2   over several seeds, the clients alone on the first; without it seed 0
   --processes N   runs at a time; without it as many as there are cores, with one thread each
   --json          one JSON object, demo, with every seed's exact match by round
 """

@@ -64,8 +64,8 @@ def test_a_difference_in_every_seed_is_said_to_be_one_and_a_single_seed_is_not()
 @pytest.mark.parametrize(
     ("given", "seeds"),
     [
-        ({}, [0, 1, 2]),
-        ({"seed": "7"}, [7, 8, 9]),
+        ({}, [0]),
+        ({"seed": "7"}, [7]),
         ({"seeds": "4"}, [4]),
         ({"seeds": ["4", "2"]}, [4, 2]),
         ({"seeds": [1, 2, 3], "seed": 9}, [1, 2, 3]),
