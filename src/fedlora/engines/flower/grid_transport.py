@@ -21,7 +21,7 @@ from fedlora.engines.flower.packets import call_content, read_answer, read_name,
 from fedlora.engines.transport import Answer
 from fedlora.errors import InputError
 
-_QUERY = 60.0  # seconds in which a node tells its name
+_QUERY = 60.0  # seconds in which a node that is started again tells its name
 _NEAR = 2.0  # seconds before a deadline in which a message may have expired
 
 
@@ -34,7 +34,8 @@ class GridTransport:
     Args:
         grid: as Flower hands it to a ServerApp; it may be used by many threads.
         least: nodes to wait for.
-        timeout: seconds in which they have to connect.
+        timeout: seconds in which they have to connect, and to tell their names: one that still
+            trains for a run that was lost does so afterwards.
         probes: find out what Flower has lost; the nodes have to be SuperNodes, not simulated ones.
 
     Raises:
@@ -46,23 +47,28 @@ class GridTransport:
         self._lock = threading.Lock()  # of the grid
         self._asking = threading.Lock()  # of the nodes' names
         self._nodes = dict[str, int]()
-        self._ask_names(wait_for_nodes(grid, least, timeout), required=True)
+        self._ask_names(wait_for_nodes(grid, least, timeout), max(timeout, _QUERY), required=True)
 
     # --- who is there ---
 
-    def _ask_names(self, ids: Sequence[int], required: bool) -> None:
+    def _ask_names(self, ids: Sequence[int], seconds: float, *, required: bool) -> None:
         """Ask nodes for the names of their sites.
+
+        Args:
+            ids: of the nodes.
+            seconds: after which nobody is waited for.
+            required: all of them have to tell.
 
         Raises:
             InputError: of nodes that are required.
         """
         messages = [
-            Message(RecordDict(), id, MessageType.QUERY, ttl=_QUERY, group_id="0") for id in ids
+            Message(RecordDict(), id, MessageType.QUERY, ttl=seconds, group_id="0") for id in ids
         ]
-        deadline = time.monotonic() + _QUERY
+        deadline = time.monotonic() + seconds
         for message, reply in replies(self.grid, messages, deadline, self._lock):
             id = message.metadata.dst_node_id
-            name = _name_in(reply)
+            name = _name_in(reply, seconds)
             if isinstance(name, SiteError):
                 if required:
                     raise InputError(f"node {id}: {name.reason}")
@@ -84,7 +90,8 @@ class GridTransport:
             with self._lock:
                 present = set(self.grid.get_node_ids())
             if name in self._nodes and self._nodes[name] not in present:
-                self._ask_names(sorted(present - set(self._nodes.values())), required=False)
+                unknown = sorted(present - set(self._nodes.values()))
+                self._ask_names(unknown, _QUERY, required=False)
             id = self._nodes.get(name)
             return id if id in present else None
 
@@ -133,9 +140,10 @@ def _answer_in(reply: Message | NoReply, deadline: float | None) -> Answer:
     return SiteError("deadline", error.reason) if is_over and error.kind == "died" else error
 
 
-def _name_in(reply: Message | NoReply) -> str | SiteError:
+def _name_in(reply: Message | NoReply, seconds: float) -> str | SiteError:
     if reply is NoReply.LATE:
-        return SiteError("deadline", f"it did not tell its site's name within {_QUERY:.0f} s")
+        reason = f"it did not tell its site's name within {seconds:.0f} s; does it train elsewhere?"
+        return SiteError("deadline", reason)
     if isinstance(reply, NoReply):
         return SiteError("died", reply.value)
     return site_error(reply.error) if reply.has_error() else read_name(reply.content)
