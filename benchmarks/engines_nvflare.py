@@ -34,6 +34,7 @@ SMALL = [[0, 20, 0], [50, 2, 0], [50, 2, 1], [50, 2, MANY]]
 LARGE = [[200, 2, 0], [200, 2, 1], [200, 2, MANY]]
 MEMORY = [[20, 2, 0]]
 HELD_OUT = ROWS // 4
+RANK = 8
 TRAINING = {
     "model_name_or_path": "embedded",
     "lora_target_modules": "all-linear",
@@ -107,7 +108,7 @@ def default(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
 
 def ours(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
     """A round of FedAvg over FLARE with fedlora at the sites."""
-    keys = {**TRAINING, "method": "fedit", "client_ranks": 8, "num_train_epochs": 1}
+    keys = {**TRAINING, "method": "fedit", "client_ranks": RANK, "num_train_epochs": 1}
     run = _run(federation, "ours", {**keys, **_over(federation), "num_rounds": rounds})
     clients = [client for line in run.lines[1:] for client in line["clients"]]
     yield from _training(
@@ -129,18 +130,19 @@ def theirs(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
         for part, those in files.items():
             lines = ({"prompt": row["prompt"], "completion": row["completion"]} for row in those)
             (folder / f"{part}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        outputs[name] = folder / "peer.json"
-        sites[name] = {
+        outputs[name], sites[name] = folder / "told.json", folder / "asked.json"
+        asked = {
             "model": str(BASE_DIR),
             "train": str(folder / "train.jsonl"),
             "test": str(folder / "test.jsonl"),
             "output": str(outputs[name]),
-            "rank": 8,
+            "rank": RANK,
             "batch": TRAINING["per_device_train_batch_size"],
             "learning_rate": TRAINING["learning_rate"],
             "max_length": TRAINING["max_length"],
         }
-    peer.job(federation.directory / "peer", sites, rounds)
+        sites[name].write_text(json.dumps(asked))
+    peer.write_job(federation.directory / "peer", sites, str(BASE_DIR), RANK, rounds)
     federation.carry(federation.directory / "peer")
     told = [json.loads(path.read_text()) for path in outputs.values()]
     assert all(len(lines) == rounds for lines in told), told
@@ -158,7 +160,7 @@ def theirs(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
 def _training(
     who: str, seconds: float, training: float, down: int, up: int
 ) -> Iterator[tuple[str, str]]:
-    what = "FedAvg of rank 8, one epoch"
+    what = f"FedAvg of rank {RANK}, one epoch"
     yield f"{what}, {who}: s a round", f"{seconds:.2f}"
     yield f"{what}, {who}: of it training, slowest site, s", f"{training:.2f}"
     yield f"{what}, {who}: KB down, up, for a site", f"{down / 1e3:.0f}, {up / 1e3:.0f}"
