@@ -102,7 +102,8 @@ def default(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
         outside = []
         for line in run.lines[1:]:
             trained = [client["metrics"]["seconds"] for client in line["clients"]]
-            outside.append(line["seconds"] - (sum if how == "in process" else max)(trained))
+            training = (sum if how == "in process" else max)(trained)
+            outside.append(sum(line["seconds"].values()) - training)
         yield f"{what}, {how}", f"{sum(outside) / len(outside):.2f}"
 
 
