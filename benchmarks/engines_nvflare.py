@@ -52,7 +52,7 @@ TRAINING = {
 
 def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
     """Cases and figures."""
-    rounds = 3 if quick else 8
+    rounds, steps = (3, 4) if quick else (8, 20)
     with federated(sites) as federation:
         yield f"server and {sites} sites up, s", f"{federation.seconds:.1f}"
         with echoes(federation.directory, sites) as sockets:
@@ -60,7 +60,7 @@ def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
             yield from messages(federation, SMALL if quick else SMALL + LARGE)
             yield memory(federation)
         with working(federation):
-            yield from default(federation, rounds)
+            yield from default(federation, rounds, steps)
             yield from ours(federation, rounds)
         yield from theirs(federation, rounds)
     more = 6 if quick else 30
@@ -88,9 +88,9 @@ def memory(federation: Federation) -> tuple[str, str]:
     return what, f"{told['peak_mib']:.0f}"
 
 
-def default(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
+def default(federation: Federation, rounds: int, steps: int) -> Iterator[tuple[str, str]]:
     """Seconds of the embedded default's rounds that are not training: over FLARE, and without."""
-    keys = {**TRAINING, "method": "exact", "client_ranks": [64, 16, 4], "max_steps": 20}
+    keys = {**TRAINING, "method": "exact", "client_ranks": [64, 16, 4], "max_steps": steps}
     what = "embedded default, outside training, s a round"
     own = str(federation.folder("site-*") / "rows.jsonl")
     together = {"train_file": own, "client_eval_fraction": HELD_OUT / ROWS}
@@ -111,13 +111,15 @@ def ours(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
     """A round of FedAvg over FLARE with fedlora at the sites."""
     keys = {**TRAINING, "method": "fedit", "client_ranks": RANK, "num_train_epochs": 1}
     run = _run(federation, "ours", {**keys, **_over(federation), "num_rounds": rounds})
-    clients = [client for line in run.lines[1:] for client in line["clients"]]
+    lines, sites = run.lines[1:], len(federation.names)
+    # What a site is sent to evaluate, it has when it trains.
+    down = (line["bytes_down"] + line["evaluation_bytes_down"] for line in lines)
     yield from _training(
         "fedlora",
         run.seconds,
-        max(client["metrics"]["seconds"] for client in clients),
-        max(client["bytes_down"] for client in clients),
-        max(client["bytes_up"] for client in clients),
+        max(client["metrics"]["seconds"] for line in lines for client in line["clients"]),
+        max(down) // sites,
+        max(line["bytes_up"] for line in lines) // sites,
     )
 
 
