@@ -91,7 +91,7 @@ def memory(federation: Federation) -> tuple[str, str]:
 def default(federation: Federation, rounds: int, steps: int) -> Iterator[tuple[str, str]]:
     """Seconds of the embedded default's rounds that are not training: over FLARE, and without."""
     keys = {**TRAINING, "method": "exact", "client_ranks": [64, 16, 4], "max_steps": steps}
-    what = "embedded default, outside training, s a round"
+    what = "embedded default, s a round"
     own = str(federation.folder("site-*") / "rows.jsonl")
     together = {"train_file": own, "client_eval_fraction": HELD_OUT / ROWS}
     for how, more in (
@@ -99,12 +99,14 @@ def default(federation: Federation, rounds: int, steps: int) -> Iterator[tuple[s
         ("nvflare", _over(federation)),
     ):
         run = _run(federation, f"default {how}", {**keys, **more, "num_rounds": rounds})
-        outside = []
+        outside, evaluation = list[float](), list[float]()
         for line in run.lines[1:]:
             trained = [client["metrics"]["seconds"] for client in line["clients"]]
             training = (sum if how == "in process" else max)(trained)
             outside.append(sum(line["seconds"].values()) - training)
-        yield f"{what}, {how}", f"{sum(outside) / len(outside):.2f}"
+            evaluation.append(line["seconds"]["evaluate"])
+        yield f"{what}, outside training, {how}", f"{sum(outside) / len(outside):.2f}"
+        yield f"{what}, of it evaluation, {how}", f"{sum(evaluation) / len(evaluation):.2f}"
 
 
 def ours(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
