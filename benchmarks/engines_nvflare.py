@@ -34,6 +34,7 @@ SMALL = [[0, 20, 0], [50, 2, 0], [50, 2, 1], [50, 2, MANY]]
 LARGE = [[200, 2, 0], [200, 2, 1], [200, 2, MANY]]
 MEMORY = [[20, 2, 0]]
 HELD_OUT = ROWS // 4
+RANK = 8
 TRAINING = {
     "model_name_or_path": "embedded",
     "lora_target_modules": "all-linear",
@@ -51,7 +52,7 @@ TRAINING = {
 
 def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
     """Cases and figures."""
-    rounds = 3 if quick else 8
+    rounds, steps = (3, 4) if quick else (8, 20)
     with federated(sites) as federation:
         yield f"server and {sites} sites up, s", f"{federation.seconds:.1f}"
         with echoes(federation.directory, sites) as sockets:
@@ -59,7 +60,7 @@ def measures(quick: bool, sites: int = 3) -> Iterator[tuple[str, str]]:
             yield from messages(federation, SMALL if quick else SMALL + LARGE)
             yield memory(federation)
         with working(federation):
-            yield from default(federation, rounds)
+            yield from default(federation, rounds, steps)
             yield from ours(federation, rounds)
         yield from theirs(federation, rounds)
     more = 6 if quick else 30
@@ -87,10 +88,10 @@ def memory(federation: Federation) -> tuple[str, str]:
     return what, f"{told['peak_mib']:.0f}"
 
 
-def default(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
+def default(federation: Federation, rounds: int, steps: int) -> Iterator[tuple[str, str]]:
     """Seconds of the embedded default's rounds that are not training: over FLARE, and without."""
-    keys = {**TRAINING, "method": "exact", "client_ranks": [64, 16, 4], "max_steps": 20}
-    what = "embedded default, outside training, s a round"
+    keys = {**TRAINING, "method": "exact", "client_ranks": [64, 16, 4], "max_steps": steps}
+    what = "embedded default, s a round"
     own = str(federation.folder("site-*") / "rows.jsonl")
     together = {"train_file": own, "client_eval_fraction": HELD_OUT / ROWS}
     for how, more in (
@@ -98,24 +99,29 @@ def default(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
         ("nvflare", _over(federation)),
     ):
         run = _run(federation, f"default {how}", {**keys, **more, "num_rounds": rounds})
-        outside = []
+        outside, evaluation = list[float](), list[float]()
         for line in run.lines[1:]:
             trained = [client["metrics"]["seconds"] for client in line["clients"]]
-            outside.append(line["seconds"] - (sum if how == "in process" else max)(trained))
-        yield f"{what}, {how}", f"{sum(outside) / len(outside):.2f}"
+            training = (sum if how == "in process" else max)(trained)
+            outside.append(sum(line["seconds"].values()) - training)
+            evaluation.append(line["seconds"]["evaluate"])
+        yield f"{what}, outside training, {how}", f"{sum(outside) / len(outside):.2f}"
+        yield f"{what}, of it evaluation, {how}", f"{sum(evaluation) / len(evaluation):.2f}"
 
 
 def ours(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
     """A round of FedAvg over FLARE with fedlora at the sites."""
-    keys = {**TRAINING, "method": "fedit", "client_ranks": 8, "num_train_epochs": 1}
+    keys = {**TRAINING, "method": "fedit", "client_ranks": RANK, "num_train_epochs": 1}
     run = _run(federation, "ours", {**keys, **_over(federation), "num_rounds": rounds})
-    clients = [client for line in run.lines[1:] for client in line["clients"]]
+    lines, sites = run.lines[1:], len(federation.names)
+    # What a site is sent to evaluate, it has when it trains.
+    down = (line["bytes_down"] + line["evaluation_bytes_down"] for line in lines)
     yield from _training(
         "fedlora",
         run.seconds,
-        max(client["metrics"]["seconds"] for client in clients),
-        max(client["bytes_down"] for client in clients),
-        max(client["bytes_up"] for client in clients),
+        max(client["metrics"]["seconds"] for line in lines for client in line["clients"]),
+        max(down) // sites,
+        max(line["bytes_up"] for line in lines) // sites,
     )
 
 
@@ -129,18 +135,19 @@ def theirs(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
         for part, those in files.items():
             lines = ({"prompt": row["prompt"], "completion": row["completion"]} for row in those)
             (folder / f"{part}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        outputs[name] = folder / "peer.json"
-        sites[name] = {
+        outputs[name], sites[name] = folder / "told.json", folder / "asked.json"
+        asked = {
             "model": str(BASE_DIR),
             "train": str(folder / "train.jsonl"),
             "test": str(folder / "test.jsonl"),
             "output": str(outputs[name]),
-            "rank": 8,
+            "rank": RANK,
             "batch": TRAINING["per_device_train_batch_size"],
             "learning_rate": TRAINING["learning_rate"],
             "max_length": TRAINING["max_length"],
         }
-    peer.job(federation.directory / "peer", sites, rounds)
+        sites[name].write_text(json.dumps(asked))
+    peer.write_job(federation.directory / "peer", sites, str(BASE_DIR), RANK, rounds)
     federation.carry(federation.directory / "peer")
     told = [json.loads(path.read_text()) for path in outputs.values()]
     assert all(len(lines) == rounds for lines in told), told
@@ -158,7 +165,7 @@ def theirs(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
 def _training(
     who: str, seconds: float, training: float, down: int, up: int
 ) -> Iterator[tuple[str, str]]:
-    what = "FedAvg of rank 8, one epoch"
+    what = f"FedAvg of rank {RANK}, one epoch"
     yield f"{what}, {who}: s a round", f"{seconds:.2f}"
     yield f"{what}, {who}: of it training, slowest site, s", f"{training:.2f}"
     yield f"{what}, {who}: KB down, up, for a site", f"{down / 1e3:.0f}, {up / 1e3:.0f}"

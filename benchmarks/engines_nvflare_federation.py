@@ -29,6 +29,7 @@ from fedlora.engines.nvflare.session import AdminSession, UnreachableError, conn
 HERE = Path(__file__).resolve().parent
 ADMIN = "ada@example.org"
 ROWS = 96  # of a site, a quarter of which is held out
+AT_ONCE = 6  # clients that start at a time: FLARE ends one that needs too long
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,13 @@ def federated(sites: int) -> Iterator[Federation]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nv")))
         folders = _deployed(directory, names)
         began = time.perf_counter()
-        for name in ("server", *names):
-            stack.callback(end, _started(folders / name))
-        session = _session(folders / ADMIN / "kit", names)
+        stack.callback(end, process(["bash", "start"], folders / "server"))
+        session = _session(folders / ADMIN / "kit")
         stack.callback(session.close)
+        running = dict[str, subprocess.Popen[bytes]]()
+        stack.callback(lambda: [end(client) for client in running.values()])
+        for k in range(0, sites, AT_ONCE):
+            _connect(session, folders, names[k : k + AT_ONCE], running)
         yield Federation(directory, names, session, time.perf_counter() - began)
 
 
@@ -126,20 +130,26 @@ def end(running: subprocess.Popen[bytes]) -> None:
         os.killpg(running.pid, signal.SIGKILL)
 
 
-def _started(folder: Path) -> subprocess.Popen[bytes]:
-    if folder.name == "server":
-        return process(["bash", "start"], folder)
-    return process(["bash", "kit/startup/sub_start.sh", "--once"], folder)
-
-
-def _session(kit: Path, names: list[str]) -> AdminSession:
-    """The admin's session, once all sites are there."""
+def _session(kit: Path) -> AdminSession:
+    """The admin's session, once the server is there."""
     while True:
         with suppress(UnreachableError):
-            session = connect(read_admin_kit(kit))
-            if list(session.sites()) == sorted(names):
-                return session
-            session.close()
+            return connect(read_admin_kit(kit))
+        time.sleep(0.5)
+
+
+def _connect(
+    session: AdminSession,
+    folders: Path,
+    names: list[str],
+    running: dict[str, subprocess.Popen[bytes]],
+) -> None:
+    """Start the clients of these sites until all are connected; one that is too slow ends."""
+    while not set(names) <= set(session.sites()):
+        for name in names:
+            if name not in running or running[name].poll() is not None:
+                command = ["bash", "kit/startup/sub_start.sh", "--once"]
+                running[name] = process(command, folders / name)
         time.sleep(0.5)
 
 

@@ -5,7 +5,7 @@ process of its own, FLARE's client API around it, and `FedAvgRecipe` at the serv
 global adapter is loaded and evaluated, and trained for one epoch with a new optimizer; the example
 also saves and loads a checkpoint of it, which this leaves out.
 
-    engines_nvflare_peer.py '{"model": DIR, "train": FILE, "test": FILE, "output": FILE, ...}'
+    engines_nvflare_peer.py FILE      # JSON: "model", "train", "test", "output", "rank", ...
 """
 
 from __future__ import annotations
@@ -54,30 +54,30 @@ class PeerModel(torch.nn.Module):
         return set_peft_model_state_dict(self.model, own)
 
 
-def job(path: Path, sites: Mapping[str, Mapping[str, Any]], rounds: int) -> None:
+def write_job(path: Path, sites: Mapping[str, Path], model: str, rank: int, rounds: int) -> None:
     """Write the job.
 
     Args:
         path: of its directory.
-        sites: site -> the arguments of its script.
+        sites: site -> the file that its script reads.
+        model: directory of the base.
+        rank: of the adapter.
         rounds: how many.
     """
     from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
     from nvflare.recipe.utils import set_per_site_config
 
-    some = next(iter(sites.values()))
-    model = {"model": some["model"], "rank": some["rank"]}
+    at_server = {"model": model, "rank": rank}
     recipe = FedAvgRecipe(
         name=path.name,
-        model={"class_path": f"{Path(__file__).stem}.PeerModel", "args": model},
+        model={"class_path": f"{Path(__file__).stem}.PeerModel", "args": at_server},
         min_clients=len(sites),
         num_rounds=rounds,
         train_script=__file__,
         launch_external_process=True,
         key_metric="neg_eval_loss",
     )
-    own = {name: {"train_args": f"'{json.dumps(values)}'"} for name, values in sites.items()}
-    set_per_site_config(recipe, own)
+    set_per_site_config(recipe, {name: {"train_args": str(x)} for name, x in sites.items()})
     recipe.add_server_file(__file__)
     recipe.export(str(path.parent))
 
@@ -88,7 +88,7 @@ def main() -> None:
     from datasets import load_dataset
     from trl import SFTConfig, SFTTrainer
 
-    asked = json.loads(sys.argv[1])
+    asked = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
     flare.init()
     files = {"train": asked["train"], "test": asked["test"]}

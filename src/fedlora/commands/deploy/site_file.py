@@ -54,7 +54,7 @@ def site_text(name: str, federation: str, site: FederationSite) -> str:
         f"model_name_or_path: PATH_OR_NAME   # {FILL_IN}: a directory or a hub name\n"
     )
     machine = _taken(known, _MACHINE) or (
-        f"# use_cpu: true                    # {FILL_IN}: none: a GPU if there is one\n"
+        f"# use_cpu: true                    # {FILL_IN} or leave it: a GPU if there is one\n"
     )
     machine += _ranks(site)
     rest = _lines(known)

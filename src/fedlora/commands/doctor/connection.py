@@ -59,7 +59,9 @@ def server_checks(
     except OSError as error:
         refused = isinstance(error, ConnectionRefusedError)
         why = "nobody listens there" if refused else error.strerror or str(error)
-        remedy = "start the server" if refused else f"does a firewall let {address}:{port} through?"
+        remedy = f"does a firewall let {address}:{port} through?"
+        if refused:
+            remedy = "start the server with ./start in its folder, or ask whoever runs it"
         yield Check(what, PROBLEM, f"{where} ({address}): {why}", remedy)
         return
     with contextlib.closing(plain):

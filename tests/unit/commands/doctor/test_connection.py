@@ -26,4 +26,4 @@ def test_a_port_on_which_nobody_listens() -> None:
         (check,) = server_checks("127.0.0.1", taken.getsockname()[1], None, "server for admins")
     assert (check.name, check.state) == ("server for admins", PROBLEM)
     assert "nobody listens there" in check.found
-    assert check.remedy == "start the server"
+    assert check.remedy.startswith("start the server with ./start in its folder")

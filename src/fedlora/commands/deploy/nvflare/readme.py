@@ -19,8 +19,8 @@ refuse any that would (`class_allow_list`, and no role has the right `byoc`).
 _START = """\
     ./start
 
-It stays in the foreground. `{unit}` is a systemd unit, whose first lines say how to put it into
-place, and `Containerfile` makes an image with pinned versions.
+It stays in the foreground. To have it start with the machine, there is a systemd unit, whose first
+lines say how to put it into place: `{unit}`. `Containerfile` makes an image with pinned versions.
 """
 
 _KEYS = """\
