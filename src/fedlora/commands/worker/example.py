@@ -28,6 +28,7 @@ client_eval_fraction: 0.1          # and/or this share of the rows above is held
 # use_cpu: true                    # none: a GPU if there is one
 num_threads: 1                     # of torch
 # gradient_checkpointing: false    # less memory, a third slower
+# load_in_4bit: true               # hold the base in 4 bits; also load_in_8bit, or dtype
 # rank: 8                          # of the adapter trained here, whatever the server asks; or
 max_rank: 16                       # train what the server asks, but no higher rank than this
 
