@@ -20,7 +20,15 @@ MOST = 6
 _OWN_LOADING = ("torch_compile", "gradient_checkpointing", "use_liger_kernel")
 """Keys that change the model's own code, so that nobody else may use it."""
 
-_READ = ("dtype", "use_cpu", "lora_target_modules", "tokenizer_name", "chat_template_path")
+_READ = (
+    "dtype",
+    "load_in_8bit",
+    "load_in_4bit",
+    "use_cpu",
+    "lora_target_modules",
+    "tokenizer_name",
+    "chat_template_path",
+)
 """Keys that loading a causal model reads."""
 
 original_load_base: Callable[..., tuple[BaseModel, list[str]]] = session.load_base

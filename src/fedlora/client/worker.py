@@ -64,6 +64,7 @@ class _Turn:
     """A client's part in a round.
 
     Args:
+        base: the base that it trains on.
         broadcast: what the server sent it.
         start: what it starts from.
         client_adapter: what it brings into the model.
@@ -71,6 +72,7 @@ class _Turn:
         data: its rows.
     """
 
+    base: BaseModel
     broadcast: Broadcast
     start: Start
     client_adapter: ClientAdapter
@@ -107,6 +109,7 @@ class Worker:
         agreement: of the federation.
         train_function: the local training; the package's own unless a user brings one.
         states: client number -> what outlives a round at it; written to when it has trained.
+        other_bases: client number -> its base, of those that hold it in another precision.
     """
 
     base: BaseModel
@@ -115,6 +118,7 @@ class Worker:
     agreement: Agreement
     train_function: TrainFunction = train
     states: MutableMapping[int, ClientState] = field(default_factory=dict)
+    other_bases: Mapping[int, BaseModel] = field(default_factory=dict)
 
     def handle(
         self,
@@ -140,6 +144,15 @@ class Worker:
             the scale folded.
         """
         turns = [self._turn(broadcast, on_step) for broadcast in broadcasts]
+        trained: dict[int, Trained] = {}
+        for base in {id(turn.base): turn.base for turn in turns}.values():
+            own = [turn for turn in turns if turn.base is base]
+            clients = [turn.broadcast.client for turn in own]
+            trained |= zip(clients, self._train_together(own), strict=True)
+        return [trained[turn.broadcast.client] for turn in turns]
+
+    def _train_together(self, turns: Sequence[_Turn]) -> list[Trained]:
+        """Train clients that hold the same base in memory, in one pass where that is possible."""
         if len(turns) == 1:
             return self._train(turns)
         if self.joint and _share_what_is_frozen(turns):
@@ -177,7 +190,8 @@ class Worker:
             tail_from=rule_training.tail_from,
             on_step=on_step(client),
         )
-        return _Turn(broadcast, start, client_adapter, training, self.clients[client])
+        base = self.other_bases.get(client, self.base)
+        return _Turn(base, broadcast, start, client_adapter, training, self.clients[client])
 
     def _train(self, turns: Sequence[_Turn]) -> list[Trained]:
         """Train these clients in one pass.
@@ -185,16 +199,17 @@ class Worker:
         Raises:
             MixedRowsError: the model does not keep the rows of several clients apart.
         """
+        base = turns[0].base
         frozen = [turns[0].broadcast.base_delta, turns[0].start.shared]
         metrics: Sequence[Mapping[str, Any]]
         if self.train_function is train:
-            self.base.load_clients(frozen, [turn.client_adapter for turn in turns])
+            base.load_clients(frozen, [turn.client_adapter for turn in turns])
             rows, trainings = [turn.data.train for turn in turns], [turn.training for turn in turns]
-            metrics = train_cohort(self.base, rows, trainings)
+            metrics = train_cohort(base, rows, trainings)
         else:
             (turn,) = turns
             own = turn.client_adapter
-            self.base.load(
+            base.load(
                 [*frozen, own.private],
                 own.adapter,
                 own.scale,
@@ -202,15 +217,15 @@ class Worker:
                 own.full_params,
                 own.trains,
             )
-            training = replace(turn.training, tokenizer=self.base.tokenizer)
-            with left_as_it_was(self.base.model):
-                metrics = [self.train_function(self.base.model, turn.data.train, training)]
+            training = replace(turn.training, tokenizer=base.tokenizer)
+            with left_as_it_was(base.model):
+                metrics = [self.train_function(base.model, turn.data.train, training)]
         return [self._trained(turn, slot, metrics[slot]) for slot, turn in enumerate(turns)]
 
     def _trained(self, turn: _Turn, slot: int, metrics: Mapping[str, Any]) -> Trained:
         """Read a client's result from its slot, and keep the factors that stay at the client."""
         rule_training, broadcast, start = self.agreement.training, turn.broadcast, turn.start
-        adapter, tail_from = self.base.read_adapter(slot), rule_training.tail_from
+        adapter, tail_from = turn.base.read_adapter(slot), rule_training.tail_from
         if rule_training.prunes and (
             _tail_norm(adapter, tail_from) < _tail_norm(start.adapter, tail_from)
         ):
@@ -226,7 +241,7 @@ class Worker:
             adapter={name: _with_sent_factors(x, sends) for name, x in adapter.items()},
             sends=sends,
             num_examples=len(turn.data.train),
-            dense=self.base.read_full_params(slot),
+            dense=turn.base.read_full_params(slot),
             metrics={key: _plain(key, value) for key, value in (metrics or {}).items()},
         )
         finite = all(x.A.isfinite().all() and x.B.isfinite().all() for x in adapter.values())

@@ -177,7 +177,7 @@ def _plan(session: Session) -> dict[str, Any]:
         "event": "plan",
         "config": session.config.flat(),
         "architecture": type(base.model).__name__,
-        "parameters": sum(p.numel() for p in base.model.parameters()),
+        "parameters": base.num_parameters,
         "modules": {name: list(shape) for name, shape in spec.shapes.items()},
         "dense_parameters": sum(p.numel() for p in base.full_params.values()),
         "clients_per_round": len(spec.sample(1)),

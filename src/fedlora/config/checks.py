@@ -38,6 +38,12 @@ def check_alpha(config: Config) -> None:
         raise ValueError(f"lora_alpha: {config.lora_alpha} must be greater than 0")
 
 
+def check_precision(config: Config) -> None:
+    """The base is held in one precision."""
+    if config.load_in_8bit and config.load_in_4bit:
+        raise ValueError("load_in_8bit and load_in_4bit exclude each other; give one of them")
+
+
 def check_one_data_source(config: Config) -> None:
     """The training data come from one place."""
     if config.train_file and config.dataset_name:
@@ -234,6 +240,7 @@ def check_train_function(config: Config) -> None:
 CHECKS = (
     check_method,
     check_alpha,
+    check_precision,
     check_one_data_source,
     check_ranks,
     check_client_memory,

@@ -92,6 +92,12 @@ class Config(BaseModel):
         description="of the frozen base; auto: bfloat16 where that is measured to be faster, else "
         "float32. Adapters are float32",
     )
+    load_in_8bit: Annotated[bool, Mark.OF_CLIENT] = Field(
+        False, description="hold the base's linear layers in int8 (needs fedlora[quantized])"
+    )
+    load_in_4bit: Annotated[bool, Mark.OF_CLIENT] = Field(
+        False, description="hold the base's linear layers in NF4 (needs fedlora[quantized])"
+    )
     # --- LoRA ---
     lora_task_type: Annotated[
         Literal["auto", "CAUSAL_LM", "SEQ_CLS"], Mark.AUTOMATIC, Mark.OF_SITES

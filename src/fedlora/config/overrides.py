@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fedlora.config.keys import Mark, keys_marked
 from fedlora.errors import InputError
@@ -10,6 +11,16 @@ from fedlora.text import nearest
 
 if TYPE_CHECKING:
     from fedlora.config.config import Config
+
+
+_PRECISIONS = ("load_in_8bit", "load_in_4bit")
+
+
+def without_other_precision(values: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The values but for another precision of the base than `own` chooses."""
+    if not any(own.get(key) for key in _PRECISIONS):
+        return values
+    return {key: value for key, value in values.items() if key not in _PRECISIONS}
 
 
 def with_overrides_of(config: Config, client: int) -> Config:
@@ -35,6 +46,7 @@ def with_overrides_of(config: Config, client: int) -> Config:
                 + nearest(key, allowed, f"; it may set {', '.join(allowed)}")
             )
     try:
-        return type(config)(**{**config.model_dump(), "client_overrides": None, **settings})
+        values = without_other_precision(config.model_dump(), settings)
+        return type(config)(**{**values, "client_overrides": None, **settings})
     except InputError as error:
         raise InputError(f"client_overrides: client {client}: {error}") from None

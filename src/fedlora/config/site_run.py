@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlora.config.config import Config
 from fedlora.config.keys import Mark, keys_marked
+from fedlora.config.overrides import without_other_precision
 from fedlora.config.site import Site
 from fedlora.errors import FedloraError, InputError
 from fedlora.methods import METHODS
@@ -73,7 +74,7 @@ def run_config(
         raise BoundError(str(error)) from None
     _check_bounds(site, server)
     rank = rank_at(site, server.lora_r)
-    taken = dict(asked)
+    taken = without_other_precision(dict(asked), site.settings)
     if "model_name_or_path" in site.settings:
         taken.pop("model_revision", None)  # it is of another model
     return Config(

@@ -186,7 +186,15 @@ def make_worker(
     """
     clients = dict(enumerate(session.data.clients))
     agreement = session.federation.agreement
-    return Worker(session.base, clients, session.config, agreement, train_function, states)
+    return Worker(
+        session.base,
+        clients,
+        session.config,
+        agreement,
+        train_function,
+        states,
+        session.other_bases,
+    )
 
 
 class LocalEngine:

@@ -156,7 +156,7 @@ class SiteRun:
                 base=report.base,
                 data=disguised(self.store.path.parent, report.data),
                 architecture=type(base.model).__name__,
-                parameters=sum(p.numel() for p in base.model.parameters()),
+                parameters=base.num_parameters,
                 shapes=base.targets.shapes,
                 full_params={name: tuple(x.shape) for name, x in self.loaded.first_values.items()},
                 confirmed=self.held.round or 0,

@@ -189,11 +189,11 @@ class WorkersEngine:
 
         Returns:
             Whether that was done: not where clients were sent different things, nor in processes
-            that were not forked.
+            that were not forked, nor where clients hold the base in several precisions.
         """
         self._stand_ins, self._adapter_merged = {}, False
         frozen = frozen_for_all(broadcasts, self.session.federation.agreement)
-        if self.method != "fork" or not any(frozen):
+        if self.method != "fork" or not any(frozen) or self.session.other_bases:
             return False
         base = self.session.base
         base.merge_for_others(frozen)

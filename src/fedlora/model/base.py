@@ -21,6 +21,7 @@ from fedlora.model.fingerprint import weights_fingerprint
 from fedlora.model.full_modules import FullModule, make_float32
 from fedlora.model.layers import replace_module
 from fedlora.model.lora_layer import AdapterLayer, ClientAdapter, ClientTerm
+from fedlora.model.quantised_linear import QuantisedLinear
 from fedlora.model.shared_memory import unmap_pages
 from fedlora.model.targets import Targets
 
@@ -34,7 +35,7 @@ class BaseModel:
         tokenizer: its tokenizer, with a padding token.
         targets: where the adapters go.
         layers: target module name -> its layer.
-        fingerprint: of the base weights, to recognise another base on resume.
+        fingerprint: of the base's original weights, to recognise another base on resume.
         full_params: parameters trained whole (a classifier's head), by full name, in float32.
         heads: the modules that hold them, by full name.
         tied: one of these parameters is also used in other modules, so clients cannot have copies.
@@ -53,6 +54,13 @@ class BaseModel:
     def device(self) -> torch.device:
         """Where the base is."""
         return device_of(self.model)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the model, those of quantised layers and of adapters among them."""
+        quantised = [m for m in self.model.modules() if isinstance(m, QuantisedLinear)]
+        packed = sum(layer.out_features * layer.in_features for layer in quantised)
+        return packed + sum(int(p.numel()) for p in self.model.parameters())
 
     def load(
         self,
@@ -189,10 +197,18 @@ class BaseModel:
         }
 
 
-def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
+def attach(
+    model: Any, tokenizer: Any, targets: Targets, fingerprint: str | None = None
+) -> BaseModel:
     """Freeze a model, wrap its target modules, and make what is trained whole float32.
 
     The model is changed in place.
+
+    Args:
+        model: of transformers.
+        tokenizer: its tokenizer.
+        targets: where the adapters go, and what is trained whole.
+        fingerprint: of the original weights; None: of those that the model has.
     """
     model.requires_grad_(False)
     full_params, heads, client_rows = {}, {}, ClientRows()
@@ -202,7 +218,7 @@ def attach(model: Any, tokenizer: Any, targets: Targets) -> BaseModel:
         for end, parameter in module.named_parameters(name):
             full_params[end] = parameter.requires_grad_(True)
         heads[name] = FullModule(module, client_rows)
-    fingerprint = weights_fingerprint(model, skip=full_params)
+    fingerprint = fingerprint or weights_fingerprint(model, skip=full_params)
     layers = {}
     for site, name in enumerate(targets.shapes):
         layers[name] = AdapterLayer(model.get_submodule(name), client_rows, site)

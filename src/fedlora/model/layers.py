@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.model.device import device_of
+from fedlora.model.quantised_linear import QuantisedLinear
 from fedlora.model.torch_generator import borrowed_generator
 
 _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,6 +25,11 @@ _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D: a linear layer whose weight is stored `(n, m)`."""
     return _conv1d_class(module) is not None
+
+
+def is_fan_in_fan_out(module: nn.Module) -> bool:
+    """Whether the checkpoint stores this layer's weight as `(n, m)`, quantised here or not."""
+    return is_conv1d(module) or bool(getattr(module, "fan_in_fan_out", False))
 
 
 def _conv1d_class(module: nn.Module) -> type[Any] | None:
@@ -38,6 +44,8 @@ def shape_of(module: Any) -> tuple[int, int]:
 
     The weight says it, unless it is packed into other shapes (quantised).
     """
+    if isinstance(module, QuantisedLinear):
+        return module.out_features, module.in_features
     weight = module.weight
     if weight.ndim != 2 or weight.dtype not in _USUAL:
         return int(module.out_features), int(module.in_features)

@@ -12,6 +12,14 @@ from torch import nn
 from fedlora.errors import InputError
 from fedlora.model.base import BaseModel, attach
 from fedlora.model.checks import check_updates
+from fedlora.model.fingerprint import weights_fingerprint
+from fedlora.model.quantisation import (
+    bits_of,
+    note_on_saved_quantised,
+    quantise,
+    refuse_saved_quantised,
+)
+from fedlora.model.quantised_linear import require_bitsandbytes
 from fedlora.model.sources import Source, in_one_line
 from fedlora.model.targets import Targets, find_targets, fused_experts
 from fedlora.model.torch_generator import borrowed_generator
@@ -37,7 +45,7 @@ def load_model(
     Args:
         source: where it comes from.
         tokenizer: the one its data is tokenised with.
-        config: reads dtype, use_cpu, seed and the lora_ keys.
+        config: reads dtype, load_in_8bit, load_in_4bit, use_cpu, seed and the lora_ keys.
         label_names: a classifier's labels in the order of their ids; empty: a causal model.
         weights: False makes the modules without any memory, to look at their shapes.
 
@@ -47,16 +55,26 @@ def load_model(
     Raises:
         InputError: the model cannot be loaded, or a target module does not match.
     """
-    model, missing = load_pretrained(
-        source, config.dtype, config.seed, label_names, weights=weights
-    )
+    bits = bits_of(config)
+    if bits is not None:
+        require_bitsandbytes(bits)
+        refuse_saved_quantised(source.config, source.name, bits)
+    # What is quantised is first loaded as the checkpoint holds it, see `quantisation`.
+    dtype = config.dtype if bits is None or not weights else "auto"
+    model, missing = load_pretrained(source, dtype, config.seed, label_names, weights=weights)
     _check_vocabulary(model, tokenizer, config.tokenizer_name or source.name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
-    if weights and torch.cuda.is_available() and not config.use_cpu:
-        model.to("cuda")
     to_save = _modules_to_save(model, config.lora_modules_to_save, bool(label_names), missing)
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    fingerprint = None
+    if weights and bits is not None:
+        fingerprint = _original_fingerprint(model, to_save)
+        held = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+        quantise(model, source.name, bits, held, device, to_save)
+    elif weights:
+        model.to(device)
     targets = find_targets(
         model,
         config.lora_target_modules,
@@ -70,11 +88,21 @@ def load_model(
         targets = dataclasses.replace(targets, model_config=model.config.to_json_string())
     else:
         model.generation_config = greedy(model)
-    notes = _notes(model, targets, missing)
-    base = attach(model, tokenizer, targets)
+    notes = [*note_on_saved_quantised(source.config, source.name), *_notes(model, targets, missing)]
+    base = attach(model, tokenizer, targets, fingerprint)
     if weights:
         check_updates(base)
     return base, notes
+
+
+def _original_fingerprint(model: Any, to_save: Sequence[str]) -> str:
+    """The fingerprint of a model as its checkpoint holds it, without what is trained whole."""
+    whole = {
+        f"{name}.{end}"
+        for name in to_save
+        for end, _ in model.get_submodule(name).named_parameters()
+    }
+    return weights_fingerprint(model, skip=whole)
 
 
 def _check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:

@@ -15,6 +15,7 @@ from fedlora.model.client_rows import ClientRows, RowLayout
 from fedlora.model.layers import is_conv1d, is_plain, shape_of
 from fedlora.model.lora_linear import Term, adapted
 from fedlora.model.lora_product import LinearCall
+from fedlora.model.quantised_linear import QuantisedLinear
 from fedlora.model.shared_memory import shared_like
 
 
@@ -129,6 +130,11 @@ class AdapterLayer(nn.Module):
         return cast(Tensor, self.base.weight)
 
     @property
+    def like(self) -> Tensor:
+        """A tensor on the device and in the dtype of the base weight; not computed for it."""
+        return self.base.like if isinstance(self.base, QuantisedLinear) else self.weight
+
+    @property
     def bias(self) -> Tensor | None:
         """The base's bias; some architectures (Mamba) read it."""
         return cast("Tensor | None", self.base.bias)
@@ -167,7 +173,7 @@ class AdapterLayer(nn.Module):
             self.merged = torch.empty_like(self.weight)
             self._merge(parts, self.merged)
         else:
-            self.branch = _like(self._sum(parts), self.weight)
+            self.branch = _like(self._sum(parts), self.like)
 
     @property
     def merges(self) -> bool:
@@ -175,7 +181,7 @@ class AdapterLayer(nn.Module):
         return self.plain and self.weight.dtype in (torch.float32, torch.float64)
 
     def _sum(self, parts: Sequence[Delta]) -> Delta:
-        return add([_move(x, self.weight.device) for x in parts])
+        return add([_move(x, self.like.device) for x in parts])
 
     def _merge(self, parts: Sequence[Delta], out: Tensor) -> None:
         """Write the weight with these updates."""
@@ -202,7 +208,7 @@ class AdapterLayer(nn.Module):
     def load_clients(self, name: str, client_adapters: Sequence[ClientAdapter]) -> None:
         """Load the adapters of these clients, of which this module is `name`."""
         self.clients = nn.ModuleList(
-            ClientTerm(own.adapter.get(name), own.private.get(name), own, self.weight)
+            ClientTerm(own.adapter.get(name), own.private.get(name), own, self.like)
             for own in client_adapters
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fedlora.errors import InputError
-from fedlora.model.layers import is_conv1d, shape_of, why_unfit
+from fedlora.model.layers import is_conv1d, is_fan_in_fan_out, shape_of, why_unfit
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def find_targets(
     return Targets(
         shapes={name: shape_of(module) for name, module in targets.items()},
         names=_names_for_peft(model, targets),
-        fan_in_fan_out=any(is_conv1d(module) for module in targets.values()),
+        fan_in_fan_out=any(is_fan_in_fan_out(module) for module in targets.values()),
         model_name=model_name,
         revision=revision,
         task_type=task_type,

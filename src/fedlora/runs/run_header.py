@@ -75,7 +75,7 @@ def header(session: RunSession) -> Header:
 
 
 def _parameters(session: RunSession) -> int:
-    return sum(p.numel() for p in session.base.model.parameters())
+    return session.base.num_parameters
 
 
 def _device(session: RunSession) -> str:

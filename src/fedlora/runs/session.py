@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,7 @@ from fedlora.runs.checks import (
 )
 from fedlora.runs.events import HeaderClient
 from fedlora.runs.planning.client_needs import with_ranks_that_fit
+from fedlora.runs.precisions import load_other_bases
 from fedlora.runs.run_session import RunSession
 from fedlora.runs.starting import from_adapter, init_notes
 from fedlora.runs.tracker_checks import check_trackers
@@ -80,6 +82,7 @@ class Session:
         asked: of the keys in `SETTLED` that `config` holds otherwise, what the user wrote.
         lone: the client that trains by itself, see `alone`; None: a federation.
         own_threads: the number of threads was left open, so that the run may lower it.
+        other_bases: client number -> its base, of those that hold it in another precision.
     """
 
     config: Config
@@ -93,6 +96,7 @@ class Session:
     asked: Mapping[str, Any] = field(default_factory=dict)
     lone: int | None = None
     own_threads: bool = False
+    other_bases: Mapping[int, BaseModel] = field(default_factory=dict)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -212,7 +216,9 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     config, why_ranks = with_ranks_that_fit(config, source, tokenizer, data)
     ranks = client_ranks(config, len(data.clients))
     check_method(config, ranks)
-    base, notes = load_base(source, tokenizer, config, data.label_names, weights=weights)
+    load = partial(load_base, source, tokenizer, label_names=data.label_names, weights=weights)
+    base, notes = load(config)
+    others, held = load_other_bases(config, lambda own: load(own)[0])
     federation = make_federation(config, base, ranks, [len(part.train) for part in data.clients])
     task = task_of(data.label_names)
     exact_match, context = choose_exact_match(config, base, data, task)
@@ -223,7 +229,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     cohort_size: int | Literal["auto"] = "auto"
     if weights:
         cohort_size = choose_cohort_size(config, base, data, federation, num_workers)
-    choices = [*threads.choices, *why_dtype, *why_ranks, *data.taken]
+    choices = [*threads.choices, *why_dtype, *why_ranks, *held, *data.taken]
     if config.num_workers == "auto" and num_workers:
         choices.append(f"worker processes: {num_workers}")
     if config.cohort_size == "auto" and weights:
@@ -254,6 +260,7 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
         general=general_rows(config, tokenizer, min(context, config.max_length), task),
         asked={k: x for k in SETTLED if (x := getattr(asked, k)) != getattr(resolved, k)},
         own_threads=asked.num_threads is None,
+        other_bases=others,
     )
 
 
@@ -359,6 +366,7 @@ def alone(session: Session, client: int, output_dir: Path) -> Session:
             modules={0: spec.modules[client]} if client in spec.modules else {},
         ),
         lone=client,
+        other_bases={0: session.other_bases[client]} if client in session.other_bases else {},
     )
 
 

@@ -72,7 +72,7 @@ def check_site(site: Site) -> SiteCheck:
         labels=data.label_names,
         template=data.template,
         architecture=type(base.model).__name__,
-        parameters=sum(p.numel() for p in base.model.parameters()),
+        parameters=base.num_parameters,
         modules=len(base.targets.shapes),
         notes=(*notes, *data.notes, *data.taken),
     )

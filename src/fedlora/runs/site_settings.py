@@ -25,6 +25,8 @@ def site_settings(config: Config, client: int, rank: int) -> dict[str, Any]:
     own = config.of_client(client)
     settings = {key: getattr(own, key) for key in keys_marked(Config, Mark.OF_CLIENT)}
     settings |= {key: getattr(config, key) for key in keys_marked(Config, Mark.OF_SITES)}
+    # The precision of the base is a site's own where the server asks for none.
+    settings = {k: x for k, x in settings.items() if x or not k.startswith("load_in_")}
     # All adapt the same modules; a broadcast says which of them a client trains.
     settings["lora_target_modules"] = config.lora_target_modules
     settings["lora_r"] = rank

@@ -124,6 +124,14 @@ def test_what_all_clients_share_is_refused(key: str) -> None:
     assert message.startswith(f"client_overrides: client 2: {key} is not a client's own to set")
 
 
+def test_a_client_holds_the_base_in_one_precision() -> None:
+    """Its own goes before that of the federation; without one it holds what all others do."""
+    config = with_own({1: {"load_in_4bit": True}, 2: {"load_in_8bit": False}}, load_in_8bit=True)
+    own = [config.of_client(k) for k in range(3)]
+    assert [x.load_in_8bit for x in own] == [True, False, False]
+    assert [x.load_in_4bit for x in own] == [False, True, False]
+
+
 @pytest.mark.parametrize("key", CLIENT_KEYS)
 def test_what_a_client_may_set(key: str) -> None:
     """Every key that is allowed reaches the client's configuration, and no other's."""
@@ -134,6 +142,8 @@ def test_what_a_client_may_set(key: str) -> None:
         "lora_target_modules": ["q_proj"],
         "lr_scheduler_type": "cosine",
         "max_train_samples": 3,
+        "load_in_8bit": True,
+        "load_in_4bit": True,
     }
     value = values.get(key, 0.25 if isinstance(getattr(Config(), key), float) else 3)
     config = with_own({1: {key: value}})

@@ -314,6 +314,7 @@ EXTRAS = {
     "nvflare": "fedlora deploy nvflare, and runs with --engine nvflare",
     "flower": "runs with --engine flower",
     "gguf": "fedlora export --format gguf",
+    "quantized": "load_in_8bit and load_in_4bit",
 }
 
 

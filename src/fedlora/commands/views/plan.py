@@ -70,7 +70,7 @@ def client_plans(session: Session) -> list[ClientPlan]:
 def show_plan(session: Session, console: Console) -> None:
     """What a run would do, from the shapes of the model and the tokenised data."""
     config, base, data, spec = session.config, session.base, session.data, session.federation
-    parameters = sum(p.numel() for p in base.model.parameters())
+    parameters = base.num_parameters
     dense = sum(p.numel() for p in base.full_params.values())
     say(
         console,

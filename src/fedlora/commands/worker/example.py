@@ -30,6 +30,7 @@ num_threads: 1                     # of torch
 # gradient_checkpointing: false    # less memory, a third slower
 # train_function: my_training:sft  # local training of your own, from my_training.py beside this
                                    # file or from an installed module; a server cannot set this
+# load_in_4bit: true               # hold the base in 4 bits; also load_in_8bit, or dtype
 # rank: 8                          # of the adapter trained here, whatever the server asks; or
 max_rank: 16                       # train what the server asks, but no higher rank than this
 

@@ -100,7 +100,8 @@ def loaded_of(
     rows of its own: the evaluation is then that of a run in one process.
     """
     data = session.data.clients[client]
-    base, federation = session.base, session.federation
+    base = session.other_bases.get(client, session.base)
+    federation = session.federation
     common = bool(session.config.eval_file or session.config.dataset_test_split)
     common = common or session.config.eval_fraction > 0
     eval_rows = (session.data.eval if client == 0 else ()) if common else data.eval
