@@ -80,7 +80,7 @@ def choose_by_time(
     if seconds < WORTH_SECONDS or (torch.cuda.is_available() and not config.use_cpu):
         return None, []
     number = clients_of_round(config, sum(bool(own) for own in lengths))
-    clients = _trial_clients(config, data)
+    clients = trial_clients(config, data)
     open_ways = candidates(config, source, clients, number, free_threads, pool=pool)
     if open_ways.number < 2:
         return None, []
@@ -165,7 +165,7 @@ def _dtypes(config: Config, source: Source) -> tuple[str, ...]:
     return ("float32", "bfloat16")
 
 
-def _trial_clients(config: Config, data: FederatedData) -> list[TrialClient]:
+def trial_clients(config: Config, data: FederatedData) -> list[TrialClient]:
     """Clients that have rows, some of them where there are many, with rows of usual length."""
     ranks = [config.lora_r] * len(data.clients)
     if config.client_ranks != "auto":
