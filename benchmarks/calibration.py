@@ -74,7 +74,7 @@ def choose(keys: dict[str, Any]) -> dict[str, Any]:
     source, tokenizer, data = tokenized(config)
     free = choose_threads(config, look=True).number
     began = time.perf_counter()
-    way, words = measured_choice.choose_by_time(config, source, tokenizer, data, free, pool=True)
+    way, words = measured_choice.choose_by_time(config, source, tokenizer, data, free)
     seconds = time.perf_counter() - began
     able = [k for k, part in enumerate(data.clients) if part.train]
     open_ways = measured_choice.candidates(
@@ -83,7 +83,7 @@ def choose(keys: dict[str, Any]) -> dict[str, Any]:
         measured_choice.trial_clients(config, data),
         clients_of_round(config, len(able)),
         len(os.sched_getaffinity(0)),  # the ways of a quiet machine are run beside others too
-        pool=True,
+        forks=True,
     )
     chosen = None if way is None else [way.dtype, way.threads, way.workers, way.clients]
     return {

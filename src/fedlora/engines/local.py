@@ -86,7 +86,7 @@ def run(
     if config.trains_at_sites:
         check_trains_itself(train_function)
         return _run_at_sites(config, callbacks, report)
-    session = assemble(config, pool=train_function is train)
+    session = assemble(config, measure=train_function is train)
     return run_session(session, train_function=train_function, callbacks=callbacks, report=report)
 
 

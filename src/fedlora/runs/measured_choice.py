@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -58,8 +59,6 @@ def choose_by_time(
     tokenizer: Any,
     data: FederatedData,
     free_threads: int,
-    *,
-    pool: bool,
 ) -> tuple[Way | None, list[str]]:
     """Measure what is open.
 
@@ -69,19 +68,22 @@ def choose_by_time(
         tokenizer: of the data.
         data: of all clients.
         free_threads: how many there may be.
-        pool: whether worker processes may be chosen where no engine is named.
 
     Returns:
         The way to train, and what was measured, in words. None: nothing is open, the run is short,
-        it runs on a GPU, or the model cannot be measured.
+        it runs on a GPU or by a training function of the user's, or the model cannot be tried.
     """
     lengths = [[len(row["input_ids"]) for row in part.train] for part in data.clients]
     seconds = min(MOST_SECONDS, SHARE * planned_seconds(config, source.config, lengths))
     if seconds < WORTH_SECONDS or (torch.cuda.is_available() and not config.use_cpu):
         return None, []
+    if config.train_function is not None or config.torch_compile:
+        return None, []  # they take other steps than those that would be timed
     number = clients_of_round(config, sum(bool(own) for own in lengths))
     clients = trial_clients(config, data)
-    open_ways = candidates(config, source, clients, number, free_threads, pool=pool)
+    open_ways = candidates(
+        config, source, clients, number, free_threads, forks=processes_can_be_forked()
+    )
     if open_ways.number < 2:
         return None, []
     name = kept_choices.question(_asked(config, source, clients, open_ways))
@@ -121,15 +123,17 @@ def candidates(
     number: int,
     free_threads: int,
     *,
-    pool: bool,
+    forks: bool,
 ) -> Candidates:
     """The ways to train that are open; see `choose_by_time`.
 
     Args:
         clients: as they are timed.
         number: of clients in a round.
+        free_threads: how many there may be.
+        forks: whether worker processes may be chosen where no engine is named.
     """
-    places = _places(config, number, free_threads, pool=pool)
+    places = _places(config, number, free_threads, forks=forks)
     if config.cohort_size == "auto":
         tokens = sum(client.tokens for client in clients) / len(clients)
         most = max(1, int(ENOUGH_TOKENS["cpu"] // max(tokens, 1)))
@@ -139,8 +143,18 @@ def candidates(
     return Candidates(_dtypes(config, source), places, tuple(sorted(sizes)), number)
 
 
+def processes_can_be_forked() -> bool:
+    """Whether worker processes may be made without being asked for.
+
+    A notebook's kernel and a program that runs a federation in a thread have threads of their own,
+    whose locks a forked process would find held for ever.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    return sys.platform == "linux" and in_main and "ipykernel" not in sys.modules
+
+
 def _places(
-    config: Config, clients: int, free_threads: int, *, pool: bool
+    config: Config, clients: int, free_threads: int, *, forks: bool
 ) -> tuple[tuple[int, int], ...]:
     """`(threads of a process, worker processes)`; 0 workers: the run's own process trains."""
     cores = max(1, int(threads.cores()))
@@ -152,7 +166,7 @@ def _places(
     places = [(number, 0) for number in sorted(few, reverse=True)]
     workers = min(cores, clients)
     unnamed = "engine" not in config.model_fields_set and config.num_workers == "auto"
-    if pool and unnamed and workers > 1 and sys.platform == "linux":
+    if forks and unnamed and workers > 1:
         places.append((1, workers))
     return tuple(places)
 

@@ -191,13 +191,13 @@ def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, 
     return source, tokenizer, data
 
 
-def assemble(config: Config, *, weights: bool = True, pool: bool = False) -> Session:
+def assemble(config: Config, *, weights: bool = True, measure: bool = False) -> Session:
     """Load and check everything a run in one process needs; nothing is written.
 
     Args:
         config: of the run.
-        weights: False checks all the same, with a model of shapes alone, and measures nothing.
-        pool: whether worker processes may be chosen where no engine is named.
+        weights: False checks all the same, with a model of shapes alone.
+        measure: whether a long run may time training steps to decide how it trains.
 
     Raises:
         InputError: what cannot be used, and what to do.
@@ -210,9 +210,8 @@ def assemble(config: Config, *, weights: bool = True, pool: bool = False) -> Ses
     raw = load_rows(config)
     source, tokenizer, data = tokenized(config, raw)
     way, why_way = None, list[str]()
-    if weights:
-        free = threads.number
-        way, why_way = choose_by_time(config, source, tokenizer, data, free, pool=pool)
+    if weights and measure:
+        way, why_way = choose_by_time(config, source, tokenizer, data, threads.number)
         config, threads = with_way(config, way), threads.of_way(way)
         torch.set_num_threads(threads.number)
     config, why_dtype = with_dtype(config, source)

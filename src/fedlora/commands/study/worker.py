@@ -85,7 +85,7 @@ def _session_of_all(keys: str) -> Session:
     from fedlora.config.config import Config
     from fedlora.runs.session import assemble
 
-    return assemble(Config(**json.loads(keys)))
+    return assemble(Config(**json.loads(keys)), measure=True)
 
 
 def _make(job: dict[str, Any], report: Any) -> None:
