@@ -38,7 +38,8 @@ def alone_run(overrides: Mapping[str, Any], client: int) -> dict[int, float]:
     from fedlora.config.yaml_file import read_yaml
     from fedlora.embedded import CONFIG
     from fedlora.engines.local import run_session
-    from fedlora.runs.session import alone, assemble
+    from fedlora.runs.lone_session import alone
+    from fedlora.runs.session import assemble
 
     quiet_libraries()
     values = layered(read_yaml(CONFIG), {"num_threads": 1, **overrides})

@@ -5,6 +5,7 @@
     python benchmarks/savings.py --threads 1
     python benchmarks/savings.py --embedded # of the embedded default, in CPU seconds on one thread
     python benchmarks/savings.py --checkpoint # of saving a round: two minutes and 4 GB of disk
+    python benchmarks/savings.py --calibration # of measuring how to train: seven minutes
 
 Each line is a fresh process: ten clients of ranks 64 to 4 take two steps on Dolly's real lengths
 with a Llama shape of 22 M parameters (random weights), float32 unless said otherwise, after one
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch_compile too")
     parser.add_argument("--embedded", action="store_true", help="of the embedded default instead")
     parser.add_argument("--checkpoint", action="store_true", help="of saving a round instead")
+    parser.add_argument("--calibration", action="store_true", help="of measuring how to train")
     parser.add_argument("--case")
     parser.add_argument("--spec", type=Path)
     options = parser.parse_args()
@@ -183,6 +185,11 @@ def main() -> None:
         from checkpoint import table
 
         write("savings_checkpoint.md", table())
+        return
+    if options.calibration:
+        from calibration import MODELS, compare
+
+        write("calibration.md", compare(MODELS))
         return
     if options.embedded:
         of_cases = measure_embedded()

@@ -60,7 +60,7 @@ def together(name: str, seed: int) -> dict[int, dict[str, Any]]:
 def alone(seed: int, client: int) -> dict[int, dict[str, Any]]:
     """The evaluations of one client by itself, trained for as long as in the federation."""
     from fedlora.engines.local import run_session
-    from fedlora.runs.session import alone as by_itself
+    from fedlora.runs.lone_session import alone as by_itself
     from fedlora.runs.session import assemble
 
     session = assemble(configuration({"seed": seed, "client_ranks": MIXED}))

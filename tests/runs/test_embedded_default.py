@@ -7,7 +7,8 @@ from pathlib import Path
 from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import CONFIG
-from fedlora.runs.session import alone, assemble
+from fedlora.runs.lone_session import alone
+from fedlora.runs.session import assemble
 
 
 def test_the_embedded_default_is_what_the_documentation_says() -> None:

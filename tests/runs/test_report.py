@@ -161,7 +161,8 @@ def test_clients_alone_are_named_and_repeated_over_seeds(
     small_run: dict[str, Any], tmp_path: Path
 ) -> None:
     from fedlora.engines.local import run_session
-    from fedlora.runs.session import alone, assemble
+    from fedlora.runs.lone_session import alone
+    from fedlora.runs.session import assemble
 
     for seed in (1, 2):
         keys = {**small_run, "num_rounds": 1, "max_steps": 1, "seed": seed}

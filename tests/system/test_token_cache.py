@@ -17,8 +17,8 @@ import pytest
 def test_the_directory_is_that_of_datasets(variables: dict[str, str], tmp_path: Path) -> None:
     """Whether or not it was imported before."""
     code = (
-        "from fedlora.data.token_cache import _directory; import sys; a = _directory();"
-        "assert 'datasets' not in sys.modules; import datasets; assert a == _directory();"
+        "from fedlora.data.cache_directory import cache_directory as d; import sys; a = d();"
+        "assert 'datasets' not in sys.modules; import datasets; assert a == d();"
         "print(a.relative_to(sys.argv[1]))"
     )
     names = ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME")

@@ -54,6 +54,17 @@ Try:
 """
 
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads of torch that wait for another one sleep. By default they keep their cores busy, and so
+that other one from its core: beside one busy program a run would take many times as long."""
+
+
+def let_waiting_threads_sleep() -> None:
+    """Set `WAITING` unless the user has said how threads wait; torch reads it when it is loaded."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ.update(WAITING)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -112,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     1 is for what the verb itself reports: failed runs of a study, a problem that `doctor` found.
     """
+    let_waiting_threads_sleep()
     arguments = list(sys.argv[1:] if argv is None else argv)
     asks_for_help = arguments[:1] in ([], ["help"]) or {"-h", "--help"} & set(arguments)
     as_json = take_flag(arguments, "--json") and not asks_for_help

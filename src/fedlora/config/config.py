@@ -393,10 +393,14 @@ class Config(BaseModel):
         42, ge=0, description="of every random draw"
     )
     engine: Annotated[
-        Literal["local", "workers", "sites", "nvflare", "flower"], Mark.MACHINE, Mark.CARRIER
+        Literal["local", "workers", "sites", "nvflare", "flower"],
+        Mark.MACHINE,
+        Mark.CARRIER,
+        Mark.REWRITTEN,
     ] = Field(
         "local",
-        description="local: clients train in this process; workers: in processes of this machine; "
+        description="local: clients train in this process; workers: in processes of this machine "
+        "(where no engine is named, a long run takes them if they are measured to be no slower); "
         "sites: where their rows are, see sites; nvflare, flower: there too, over NVIDIA FLARE "
         "(see kit) or Flower",
     )
@@ -416,7 +420,7 @@ class Config(BaseModel):
         "auto", description="worker processes; auto: one for each core of the CPU, or for each GPU"
     )
     num_threads: Annotated[int | None, Mark.AUTOMATIC, Mark.MACHINE] = Field(
-        None, ge=1, description="of torch; none: torch's own choice"
+        None, ge=1, description="of torch; none: as measured in a long run, or torch's own choice"
     )
     use_cpu: Annotated[bool | None, Mark.AUTOMATIC] = Field(
         None, description="stay on the CPU; none: a GPU if there is one"

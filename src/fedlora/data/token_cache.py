@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from fedlora.data.cache_directory import cache_directory
 from fedlora.data.rendered import Chat, Rendered
 from fedlora.data.tokenize import IGNORE, Outcome, Tokens, labels_of, tokenize_all
 
@@ -70,7 +70,7 @@ def tokens_of(
         return tokenize_all(rows, tokenizer, max_length, completion_only, label_names, number)
 
     digests = _digests(rendered)
-    directory = digests and _directory()
+    directory = digests and cache_directory()
     key = directory and _key(
         set(digests), tokenizer, rendered, [max_length, completion_only, list(label_names)]
     )
@@ -164,27 +164,6 @@ def _definition(tokenizer: Any) -> dict[str, Any] | None:
 
 
 # --- files ---
-
-
-def _directory() -> Path | None:
-    """The directory of the files, made where it is missing; None: nothing is kept."""
-    datasets = sys.modules.get("datasets")
-    if datasets is None:  # importing it would take half a second; these are its rules
-        from huggingface_hub.constants import HF_HOME
-
-        of_datasets = Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME) / "datasets"))
-    elif datasets.is_caching_enabled():
-        of_datasets = Path(datasets.config.HF_DATASETS_CACHE)
-    else:
-        return None
-    path = of_datasets / "fedlora"
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o700)  # fails where another user owns it: then nothing is kept there
-    except OSError:
-        return None
-    return path
 
 
 def _read(path: Path, number: int) -> list[Outcome] | None:

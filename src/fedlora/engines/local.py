@@ -86,9 +86,8 @@ def run(
     if config.trains_at_sites:
         check_trains_itself(train_function)
         return _run_at_sites(config, callbacks, report)
-    return run_session(
-        assemble(config), train_function=train_function, callbacks=callbacks, report=report
-    )
+    session = assemble(config, measure=train_function is train)
+    return run_session(session, train_function=train_function, callbacks=callbacks, report=report)
 
 
 def _run_at_sites(config: Config, callbacks: Callbacks, report: Report) -> Result:

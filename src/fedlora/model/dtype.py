@@ -34,8 +34,7 @@ def resolve_dtype(config: Any, device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported():
             return torch.bfloat16, "this GPU computes in it"
         return torch.float32, "this GPU does not compute in bfloat16"
-    text = config.get_text_config()
-    width = int(getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or SMALLEST)
+    width = hidden_size(config)
     if width < SMALLEST:
         return torch.float32, f"layers {width} wide gain nothing from bfloat16"
     ratio = _seconds(width, torch.float32) / _seconds(width, torch.bfloat16)
@@ -44,13 +43,27 @@ def resolve_dtype(config: Any, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"a layer in bfloat16 takes {1 / ratio:.1f} times as long"
 
 
-def _seconds(width: int, dtype: torch.dtype) -> float:
+def hidden_size(config: Any) -> int:
+    """The width of a model's layers; `SMALLEST` where its configuration does not tell."""
+    text = config.get_text_config()
+    return int(getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or SMALLEST)
+
+
+def bfloat16_is_worth_a_trial() -> bool:
+    """Whether the CPU multiplies bfloat16 about as fast as float32, found out in milliseconds.
+
+    Some take a hundred times as long, so that not even one step of a model should be tried.
+    """
+    return _seconds(SMALLEST, torch.bfloat16, 32) < WORTH * _seconds(SMALLEST, torch.float32, 32)
+
+
+def _seconds(width: int, dtype: torch.dtype, tokens: int = TOKENS) -> float:
     """The shortest of a few passes through a feed-forward layer and the norm before it."""
     layer = nn.Sequential(
         nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width)
     )
     layer = layer.to(dtype).requires_grad_(False)
-    x: Tensor = torch.zeros(TOKENS, width, dtype=dtype).requires_grad_()
+    x: Tensor = torch.zeros(tokens, width, dtype=dtype).requires_grad_()
     seconds = []
     for _ in range(4):
         began = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from fedlora.model.dtype import resolve_dtype
 from fedlora.model.passes import runner_of
 from fedlora.model.sources import Source
 from fedlora.runs.checks import check_context, check_prompts
+from fedlora.runs.planning.fastest_way import Way
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Threads:
     number: int
     choices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def of_way(self, way: Way | None) -> Threads:
+        """As many as were measured to be the fastest.
+
+        Beside worker processes the run's own process evaluates, on as many as there may be.
+        """
+        return self if way is None or way.workers else replace(self, number=way.threads)
 
 
 def choose_threads(config: Config, *, look: bool) -> Threads:
@@ -117,10 +125,19 @@ def choose_cohort_size(
     data: FederatedData,
     federation: Federation,
     num_workers: int | None = None,
+    most: int | None = None,
 ) -> int:
     """How many clients train in one pass: as configured, or as many as memory holds.
 
     Several workers share the round's clients and, on a CPU, the memory.
+
+    Args:
+        config: of the run.
+        base: with its weights.
+        data: of all clients.
+        federation: who takes part.
+        num_workers: processes that train; None: this one does.
+        most: in a pass, as it was measured to be the fastest; None: as many as make it faster.
 
     Raises:
         InputError: the model cannot be trained at all, which is said before any round.
@@ -141,4 +158,5 @@ def choose_cohort_size(
     clients, number = len(federation.sample(1)), num_workers or 1
     if base.device.type == "cpu":
         available_bytes //= number
-    return automatic_size(need, math.ceil(clients / number), available_bytes, base.device)
+    size = automatic_size(need, math.ceil(clients / number), available_bytes, base.device)
+    return min(size, most or size)

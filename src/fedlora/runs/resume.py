@@ -28,6 +28,8 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     if config is None:
         return saved
     config = config.model_copy(update={"output_dir": str(path)})
+    if saved.engine == "workers" and "engine" not in config.model_fields_set:
+        config = config.model_copy(update={"engine": "workers"})  # the run may have chosen it
     automatic, now = keys_marked(Config, Mark.AUTOMATIC), resolve_paths(config)
     names = [*keys_marked(Config, Mark.OUTPUT, Mark.CARRIER)]
     if saved.trains_at_sites != now.trains_at_sites:

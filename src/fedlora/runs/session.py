@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -56,6 +55,7 @@ from fedlora.runs.checks import (
     data_warnings,
 )
 from fedlora.runs.events import HeaderClient
+from fedlora.runs.measured_choice import choose_by_time, with_way
 from fedlora.runs.planning.client_needs import with_ranks_that_fit
 from fedlora.runs.precisions import load_other_bases
 from fedlora.runs.run_session import RunSession
@@ -195,12 +195,13 @@ def tokenized(config: Config, raw: RawData | None = None) -> tuple[Source, Any, 
     return source, tokenizer, data
 
 
-def assemble(config: Config, *, weights: bool = True) -> Session:
+def assemble(config: Config, *, weights: bool = True, measure: bool = False) -> Session:
     """Load and check everything a run in one process needs; nothing is written.
 
     Args:
         config: of the run.
         weights: False checks all the same, with a model of shapes alone.
+        measure: whether a long run may time training steps to decide how it trains.
 
     Raises:
         InputError: what cannot be used, and what to do.
@@ -212,6 +213,11 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     check_init_adapter(config)
     raw = load_rows(config)
     source, tokenizer, data = tokenized(config, raw)
+    way, why_way = None, list[str]()
+    if weights and measure:
+        way, why_way = choose_by_time(config, source, tokenizer, data, threads.number)
+        config, threads = with_way(config, way), threads.of_way(way)
+        torch.set_num_threads(threads.number)
     config, why_dtype = with_dtype(config, source)
     config, why_ranks = with_ranks_that_fit(config, source, tokenizer, data)
     ranks = client_ranks(config, len(data.clients))
@@ -228,8 +234,9 @@ def assemble(config: Config, *, weights: bool = True) -> Session:
     num_workers = choose_num_workers(config, base, federation)
     cohort_size: int | Literal["auto"] = "auto"
     if weights:
-        cohort_size = choose_cohort_size(config, base, data, federation, num_workers)
-    choices = [*threads.choices, *why_dtype, *why_ranks, *held, *data.taken]
+        most = way.clients if way else None
+        cohort_size = choose_cohort_size(config, base, data, federation, num_workers, most)
+    choices = [*threads.choices, *why_way, *why_dtype, *why_ranks, *held, *data.taken]
     if config.num_workers == "auto" and num_workers:
         choices.append(f"worker processes: {num_workers}")
     if config.cohort_size == "auto" and weights:
@@ -318,55 +325,6 @@ def make_federation(
         server_momentum=config.server_momentum,
         modules=client_modules(config, base.targets.shapes),
         compression_feedback=config.compression_feedback,
-    )
-
-
-def alone(session: Session, client: int, output_dir: Path) -> Session:
-    """The session of one client that trains by itself: same rows, steps and rank, nobody to ask.
-
-    Raises:
-        InputError: it has no row to train on.
-    """
-    data, spec = session.data, session.federation
-    if not data.clients[client].train:
-        raise InputError(f"client {client} has no rows to train on by itself")
-    rank, overrides = spec.ranks[client], session.config.client_overrides
-    assert not isinstance(overrides, str)
-    settings = (overrides or {}).get(client)
-    config = session.config.model_copy(
-        update={
-            "method": "fedit",  # with one client: go on training the same adapter
-            "method_options": {},
-            "compression": "none",
-            "num_clients": 1,
-            "min_clients_per_round": None,
-            "clients_needed_per_round": None,
-            "client_ranks": [rank],
-            "client_memory": None,
-            "client_overrides": {0: settings} if settings else None,
-            "output_dir": str(output_dir),
-            "save_total_limit": 2,
-        }
-    )
-    return replace(
-        session,
-        config=config,
-        data=replace(data, clients=(data.clients[client],)),
-        label_counts=session.label_counts.of(client) if session.label_counts else None,
-        federation=replace(
-            spec,
-            agreement=replace(
-                spec.agreement,
-                rule=METHODS[config.method],
-                options=config.rule_options(),
-                compression=config.compression,
-            ),
-            ranks=[rank],
-            num_examples=[spec.num_examples[client]],
-            modules={0: spec.modules[client]} if client in spec.modules else {},
-        ),
-        lone=client,
-        other_bases={0: session.other_bases[client]} if client in session.other_bases else {},
     )
 
 

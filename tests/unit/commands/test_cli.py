@@ -100,3 +100,15 @@ def test_a_mistake_of_ours_is_told_to_the_program_and_raised(
         main(["doctor", "--json"])
     told = json.loads(capfd.readouterr().out)
     assert told == {"event": "error", "message": "ZeroDivisionError: oh"}
+
+
+def test_threads_that_wait_sleep_unless_the_user_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = dict[str, str]()
+    monkeypatch.setattr(cli.os, "environ", environment)
+    cli.let_waiting_threads_sleep()
+    assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+    for name, value in (("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "1000")):
+        environment = {name: value}
+        monkeypatch.setattr(cli.os, "environ", environment)
+        cli.let_waiting_threads_sleep()
+        assert environment == {name: value}

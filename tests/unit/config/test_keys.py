@@ -18,8 +18,9 @@ from fedlora.federation.exchange import Agreement
 from fedlora.federation.participants import Federation
 from fedlora.methods import METHODS
 from fedlora.runs.absolute_paths import resolve_paths
+from fedlora.runs.lone_session import alone
 from fedlora.runs.resume import as_it_began
-from fedlora.runs.session import Session, alone
+from fedlora.runs.session import Session
 
 KEYS = [key for key in Config.model_fields if key != "method_options"]
 

@@ -431,7 +431,7 @@ def test_what_cannot_be_written_leaves_nothing(
     monkeypatch.undo()
     monkeypatch.setattr(token_cache, "SMALLEST", 1)
     kept.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr(token_cache, "_directory", lambda: kept)
+    monkeypatch.setattr(token_cache, "cache_directory", lambda: kept)
     monkeypatch.setattr(token_cache.os, what, _refused)
     assert of(tokenizer) == wanted
     assert files(kept) == []

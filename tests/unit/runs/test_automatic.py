@@ -22,6 +22,7 @@ from fedlora.runs.automatic import (
     frozen_dtype,
     with_dtype,
 )
+from fedlora.runs.planning.fastest_way import Way
 
 
 def data(*rows: list[int]) -> FederatedData:
@@ -84,6 +85,13 @@ def test_threads_as_configured_or_as_there_are_free_cores(monkeypatch: pytest.Mo
     fixed = choose_threads(Config(use_cpu=True, num_threads=3), look=True)
     assert fixed == Threads(3, warnings=("3, not 1",))
     assert choose_threads(Config(use_cpu=True, num_threads=1), look=True) == Threads(1)
+
+
+def test_threads_that_were_measured() -> None:
+    asked = Threads(4, warnings=("busy",))
+    assert asked.of_way(None) == asked
+    assert asked.of_way(Way("float32", 2, 0, 1)) == Threads(2, warnings=("busy",))
+    assert asked.of_way(Way("float32", 1, 4, 1)) == asked  # of the process that evaluates
 
 
 def test_the_dtype_that_is_written_down() -> None:

@@ -85,7 +85,7 @@ def _session_of_all(keys: str) -> Session:
     from fedlora.config.config import Config
     from fedlora.runs.session import assemble
 
-    return assemble(Config(**json.loads(keys)))
+    return assemble(Config(**json.loads(keys)), measure=True)
 
 
 def _make(job: dict[str, Any], report: Any) -> None:
@@ -94,7 +94,7 @@ def _make(job: dict[str, Any], report: Any) -> None:
     from fedlora.config.config import Config
     from fedlora.engines.local import run, run_session
     from fedlora.runs.file_names import CONFIG, FINAL
-    from fedlora.runs.session import alone
+    from fedlora.runs.lone_session import alone
 
     path = Path(job["path"])
     config = Config(**{**job["keys"], "output_dir": str(path)})

@@ -6,26 +6,24 @@ which the products of a pass are proportional.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fedlora.data.tokenize import Tokens
-from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
-from fedlora.model.base import BaseModel, attach
+from fedlora.model.base import BaseModel
 from fedlora.model.batches import count_labelled
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.passes import runner_of
-from fedlora.model.targets import find_targets
-from fedlora.model.torch_generator import borrowed_generator
-
-LARGEST = 300_000_000
-"""Parameters of the largest model that is made to be measured."""
+from fedlora.runs.planning.random_model import (
+    LARGEST,
+    inner_parameters,
+    layers_to_make,
+    random_model,
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ def calibrate(
     Raises:
         InputError: even one layer is too large to be made for this.
     """
-    made = _random_model(base, device)
-    share = _inner_parameters(made.model) / _inner_parameters(base.model)
+    made = random_model(base, device, layers=layers_to_make(base, LARGEST))
+    share = inner_parameters(made.model) / inner_parameters(base.model)
     adapter = {
         name: LowRank(torch.zeros(rank, n, device=device), torch.zeros(m, rank, device=device))
         for name, (m, n) in made.targets.shapes.items()
@@ -76,42 +74,3 @@ def calibrate(
     took = time.perf_counter() - began
     tokens = passes * sum(len(row["input_ids"]) for row in batch)
     return Speed(tokens / took * share, took, share)
-
-
-def _random_model(base: BaseModel, device: torch.device) -> BaseModel:
-    """The model with random weights, or with as many of its layers as are quickly made."""
-    total = sum(p.numel() for p in base.model.parameters())
-    inner = _inner_parameters(base.model)
-    config = copy.deepcopy(base.model.config)
-    text = config.get_text_config()
-    if total > LARGEST:
-        number = getattr(text, "num_hidden_layers", 1)
-        layers = int((LARGEST - (total - inner)) / (inner / number))
-        if layers < 1:
-            raise InputError(
-                "a calibration would make too large a model of random weights; take the time from "
-                "the first rounds instead"
-            )
-        text.num_hidden_layers = min(layers, number)
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[: text.num_hidden_layers]
-    dtype = next(p.dtype for p in base.model.parameters() if not p.requires_grad)
-    kind: Any = type(base.model)
-    with borrowed_generator([], 0):
-        model = kind._from_config(config, dtype=dtype).to(device)
-    ends = sorted({name.rpartition(".")[2] for name in base.targets.shapes})
-    task = (
-        "SEQ_CLS" if base.full_params and kind.__name__.endswith("Classification") else "CAUSAL_LM"
-    )
-    targets = find_targets(model, ends, "the model", None, list(base.targets.modules_to_save), task)
-    return attach(model, base.tokenizer, targets)
-
-
-def _inner_parameters(model: Any) -> int:
-    """Parameters that multiply every token: all but the table of embeddings."""
-    embeddings = model.get_input_embeddings()
-    looked_up = sum(p.numel() for p in embeddings.parameters()) if embeddings is not None else 0
-    head = model.get_output_embeddings()
-    tied = head is not None and embeddings is not None and head.weight is embeddings.weight
-    total: int = sum(p.numel() for p in model.parameters())
-    return total if tied else total - looked_up

@@ -85,3 +85,10 @@ def with_ranks_that_fit(
 def longest_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
     """So many of the longest rows."""
     return sorted(rows, key=lambda row: len(row["input_ids"]))[-number:]
+
+
+def usual_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
+    """So many rows of usual length."""
+    ordered = longest_rows(rows, len(rows))
+    begin = max(0, (len(ordered) - number) // 2)
+    return ordered[begin : begin + number]

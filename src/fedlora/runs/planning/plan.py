@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.client.planned_memory import ClientMemory
-from fedlora.client.worker import local_training_of
 from fedlora.config.clients import client_memories
 from fedlora.config.config import Config
-from fedlora.data.tokenize import Tokens
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.model.packed_attention import PackingError
 from fedlora.runs.planning.calibration import Speed, calibrate
-from fedlora.runs.planning.client_needs import ClientNeeds, longest_rows
+from fedlora.runs.planning.client_needs import ClientNeeds, usual_rows
 from fedlora.runs.planning.simulated_traffic import Traffic, traffic
+from fedlora.runs.planning.work import tokens_of_round
 from fedlora.runs.session import Session, assemble
 
 SECONDS = 10
@@ -149,17 +148,6 @@ def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[
     return planned
 
 
-def tokens_of_round(own: Config, lengths: Sequence[int]) -> int:
-    """Tokens that a client trains on in a round."""
-    if not lengths:
-        return 0
-    if own.max_steps <= 0:
-        return round(own.num_train_epochs * sum(lengths))
-    rows = own.per_device_train_batch_size * own.gradient_accumulation_steps
-    steps = local_training_of(own).steps(len(lengths))
-    return round(steps * min(rows, len(lengths)) * sum(lengths) / len(lengths))
-
-
 def _speed(session: Session, seconds: float | None) -> tuple[Speed | None, str]:
     """How fast this machine trains, or why that is not known."""
     if seconds is None:
@@ -170,17 +158,10 @@ def _speed(session: Session, seconds: float | None) -> tuple[Speed | None, str]:
     size = config.of_client(client).per_device_train_batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     try:
-        batch = _usual_rows(rows, size)
+        batch = usual_rows(rows, size)
         return calibrate(session.base, batch, federation.ranks[client], device, seconds), ""
     except InputError as error:
         return None, str(error)
-
-
-def _usual_rows(rows: Sequence[Tokens], number: int) -> list[Tokens]:
-    """So many rows of usual length."""
-    ordered = longest_rows(rows, len(rows))
-    begin = max(0, (len(ordered) - number) // 2)
-    return ordered[begin : begin + number]
 
 
 def _all_traffic(session: Session) -> tuple[dict[str, Traffic], dict[str, str]]:
