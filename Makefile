@@ -48,10 +48,11 @@ test-unit: $(STAMP) ## run the tests of single modules
 test: $(STAMP) ## run the tests but the slow ones (WORKERS=2, PYTEST_ARGS=...)
 	$(PYTEST) --dist worksteal -m "not slow" --durations=15 $(PYTEST_ARGS)
 
-# A file's tests share what is slow to set up, a whole deployment: they stay in one process. Beside
-# the others they would have half of a core, and much in them waits for somebody else's clock.
+# The tests of a file share what is slow to set up, such as a deployment, so they stay in one
+# process (loadfile). They have their own call, because engines wait by clocks of their own, which
+# run out where hundreds of other tests take the cores. That none is chosen (5) is no failure.
 test-slow: $(STAMP) ## run the slow ones: deployments, whole studies, the documentation's site
-	$(PYTEST) --dist loadfile -m slow --durations=15 $(PYTEST_ARGS)
+	$(PYTEST) --dist loadfile -m slow --durations=15 $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-all: test test-slow ## run all tests, as .ci/run does
 

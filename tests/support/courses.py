@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -36,7 +37,10 @@ def take_course(
         return Course(session, directory, starting_state(session), engine, (), tell).start()
 
 
-def tensor_files(directory: Path) -> dict[str, bytes]:
-    """Every tensor of a run, file by file."""
+def tensor_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file of tensors of a run: two that differ are shown by name at once."""
     paths = sorted(directory.rglob("*.safetensors"))
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }

@@ -60,7 +60,7 @@ def last_line(where: Path, *options: str) -> str:
 
 def test_the_last_line_says_what_was_left_out(suite: Path) -> None:
     (suite / "test_it.py").write_text(SLOW)
-    said = "2 slow tests were left out; make test-all runs them"
+    said = "2 slow tests were left out; make test-slow runs them"
     assert last_line(suite, "-n", "2", "-m", "not slow") == said
     assert last_line(suite, "-m", "not slow") == said
     assert re.match(r"3 passed", last_line(suite))
