@@ -12,7 +12,12 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from support.merged_models import causal, merge, same_logits
+from support.merged_models import (
+    causal,
+    merge,
+    same_logits,
+    tied_llama,  # noqa: F401
+)
 from support.merging import peft_saves
 
 CASES: dict[str, dict[str, Any]] = {

@@ -27,7 +27,13 @@ from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 from fedlora.model.loading import load_pretrained
 from fedlora.model.sources import find_source
-from support.merged_models import causal, merge, plan, same_logits
+from support.merged_models import (
+    causal,
+    merge,
+    plan,
+    same_logits,
+    tied_llama,  # noqa: F401
+)
 from support.merging import peft_saves
 
 
