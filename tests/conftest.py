@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from support.models import LLAMA, save_tokenizer
 from support.paths import MATERIAL
@@ -22,15 +21,24 @@ from support.tiers import (  # noqa: F401
     pytest_unconfigure,
 )
 
-torch.set_num_threads(1)
+# While libraries are imported and tests collected, much is made and little thrown away: looking
+# for garbage among it again and again takes a quarter of that time. So no library comes before.
+gc.disable()
 
 # Tokens of large data are cached; tests leave the user's cache alone.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fedlora-tests-")
 
 
 def pytest_collection_finish() -> None:
-    """What the imports made lives to the end; the garbage collector need not look at it again."""
+    """What the imports made lives to the end; the garbage collector need not look at it again.
+
+    Of several processes the first collects no tests, and so never waits for torch.
+    """
+    import torch
+
+    torch.set_num_threads(1)
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +52,7 @@ def material() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama (2 layers, 32 wide, grouped-query attention) with its tokenizer."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = tmp_path_factory.mktemp("models") / "tiny-llama"
@@ -64,6 +73,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 (2 layers, 32 wide, transposed Conv1D layers, no dropout) with a tokenizer."""
+    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     path = tmp_path_factory.mktemp("models") / "tiny-gpt2"

@@ -37,6 +37,7 @@ from support.architectures import (
     train_federation,
 )
 from support.models import load_base
+from support.products import in_turn
 from support.rows import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("kept_bases")
@@ -304,7 +305,7 @@ def shapes(tiny_llama: Path) -> Mapping[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", in_turn(sorted(METHODS), 1))
 def test_the_model_that_client_trains_has_adapters_in_its_own_modules_alone(
     method: str,
     shapes: Mapping[str, tuple[int, int]],

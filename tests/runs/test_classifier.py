@@ -49,6 +49,7 @@ from support.classifier import (
     session_of,
     sites,
 )
+from support.products import in_turn
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +253,9 @@ def test_modules_of_a_causal_model_are_trained_whole(
         torch.testing.assert_close(logits(theirs).float(), ours, rtol=0.05, atol=0.03)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"fedsa"}))  # which has no global model
+@pytest.mark.parametrize(
+    "method", in_turn(sorted(set(METHODS) - {"fedsa"}), 1)
+)  # which has no global model
 def test_an_output_head_is_trained_under_every_rule(
     method: str, llama: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -341,7 +344,7 @@ def test_a_run_goes_on_from_a_classifier_that_peft_saved(
     assert_same_logits(trained.ours().model, by_peft(trained))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", in_turn(sorted(METHODS), 2))
 def test_a_run_goes_on_from_one_of_its_own(
     method: str, trained: Trained, bert: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -21,9 +21,10 @@ from support.classifier import (
     data,  # noqa: F401
     session_of,
 )
+from support.products import in_turn
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", in_turn(sorted(METHODS), 3))
 def test_heads_are_averaged_by_every_rule(
     method: str, bert: Path, data: Path, tmp_path: Path
 ) -> None:

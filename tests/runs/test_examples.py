@@ -18,6 +18,7 @@ from fedlora.config.sources import layered
 from fedlora.config.yaml_file import read_yaml
 from support.methods_doc import from_file
 from support.paths import REPOSITORY
+from support.products import in_turn
 from support.rows import write_jsonl
 
 EXAMPLES = REPOSITORY / "examples"
@@ -74,7 +75,7 @@ def test_stories260k_on_dolly(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("at_the_root")
-@pytest.mark.parametrize("method", ["exact", "flora", "zero_pad", "fedit"])
+@pytest.mark.parametrize("method", in_turn(["exact", "flora", "zero_pad", "fedit"], 0))
 def test_minilm_on_trec(method: str, minilm: str, tmp_path: Path) -> None:
     equal = {"client_ranks": [16] * 10} if method == "fedit" else {}
     more = {

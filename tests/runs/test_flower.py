@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from fedlora.methods import METHODS
 from support.conformance import (
     Keys,
     check_goes_on,
     check_same_bytes,
     for_rule,
     in_memory,
+    rules,
     three_clients,
 )
 from support.courses import tensor_files
@@ -29,7 +29,7 @@ def keys(small_run: Keys) -> Keys:
     return three_clients(small_run)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedsa"])
+@pytest.mark.parametrize("method", rules("fedsa"))
 def test_a_run_over_flower_gives_the_bytes_of_one_in_a_process(
     keys: Keys, tmp_path: Path, method: str
 ) -> None:

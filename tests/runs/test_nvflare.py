@@ -17,7 +17,6 @@ import fedlora
 from fedlora.config.config import Config
 from fedlora.engines.nvflare.submit import MOST_LOST
 from fedlora.errors import FedloraError, InputError
-from fedlora.methods import METHODS
 from fedlora.runs.events import Event, ignore
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.results import Result
@@ -29,6 +28,7 @@ from support.conformance import (
     classifier,
     for_rule,
     in_memory,
+    rules,
     three_clients,
 )
 from support.courses import tensor_files
@@ -85,7 +85,7 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fedsa"])
+@pytest.mark.parametrize("method", rules("fedsa"))
 def test_every_rule_gives_the_same_bytes(keys: Keys, tmp_path: Path, method: str) -> None:
     check_same_bytes(Jobs(), for_rule(keys, method), tmp_path)
 

@@ -25,6 +25,7 @@ from fedlora.errors import CheckpointError, FedloraError, InputError
 from fedlora.runs import evaluation as rating
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.safe_writing import verify
+from support.products import in_turn
 from support.resume import (
     DRIVER,
     ROUNDS,
@@ -472,7 +473,7 @@ def test_nothing_to_resume(
 GOES_ON = [name for name in fedlora.methods.METHODS if name != "fedsa"]
 
 
-@pytest.mark.parametrize("method", GOES_ON)
+@pytest.mark.parametrize("method", in_turn(GOES_ON, 0))
 def test_a_complete_run_says_how_it_is_trained_further(
     keys: dict[str, Any], out: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:

@@ -42,6 +42,7 @@ from fedlora.runs import evaluation as rating
 from fedlora.runs.metrics_log import read_metrics
 from fedlora.runs.results import Result, RoundResult
 from support.models import save_tokenizer
+from support.products import in_turn
 from support.resume import (
     ROUNDS,
     Driver,
@@ -227,7 +228,7 @@ SHORT = {
 }
 
 
-@pytest.fixture(scope="module", params=RULES)
+@pytest.fixture(scope="module", params=in_turn(RULES, 0))
 def embedded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     """The embedded default in a short form, run once by every rule."""
     method = request.param
@@ -780,7 +781,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
         assert ranks[2] != ranks[0]
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", in_turn(RULES, 1))
 def test_absent_clients_catch_up(quick: dict[str, Any], method: str) -> None:
     spy = Spy()
     values = keys_for(quick, method, num_rounds=4, clients_per_round=2, learning_rate=5e-3)
@@ -817,7 +818,7 @@ def test_absent_clients_catch_up(quick: dict[str, Any], method: str) -> None:
                     torch.testing.assert_close(began.B, shared.B, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", in_turn(RULES, 2))
 def test_classifiers_by_every_rule(quick: dict[str, Any], tmp_path: Path, method: str) -> None:
     labels = ("fig", "ox", "yew")
 
@@ -855,7 +856,7 @@ def test_classifiers_by_every_rule(quick: dict[str, Any], tmp_path: Path, method
         assert difference(run.base.model, PeftModel.from_pretrained(model, path)) < 1e-5
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", in_turn(RULES, 3))
 def test_clients_that_train_a_part_of_the_modules(quick: dict[str, Any], method: str) -> None:
     """Client 0 trains q_proj alone, the others also v_proj, nobody the rest."""
     q, v = ["q_proj"], ["q_proj", "v_proj"]
@@ -918,7 +919,9 @@ def test_a_server_step_is_refused_where_it_has_no_meaning(
         assert not where.exists()
 
 
-@pytest.mark.parametrize("method", [name for name in RULES if name not in NO_SERVER_STEP])
+@pytest.mark.parametrize(
+    "method", in_turn([name for name in RULES if name not in NO_SERVER_STEP], 0)
+)
 def test_a_server_step_is_taken_by_all_others(quick: dict[str, Any], method: str) -> None:
     values = keys_for(quick, method)
     plain = watch(values, "plain", num_rounds=1)
@@ -948,7 +951,7 @@ def test_momentum_goes_on_in_the_same_direction(quick: dict[str, Any], method: s
     assert total_norm(apart) < 1e-4 * total_norm(first)
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", in_turn(RULES, 1))
 def test_ranks_above_the_width_of_a_layer(quick: dict[str, Any], method: str) -> None:
     spy = Spy()
     ranks = ranks_for(method, [40, 36, 20, 2], 40)
@@ -1001,7 +1004,7 @@ def given(
     return Given(path, request.param, data, loss_of(base, path, data))
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", in_turn(RULES, 2))
 def test_going_on_from_an_adapter(quick: dict[str, Any], given: Given, method: str) -> None:
     """Round 0 is the adapter, whatever its rank; whoever learns nothing stays at it.
 
@@ -1052,7 +1055,7 @@ def narrow_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("present", [None, 3], ids=["all", "three"])
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", in_turn(RULES, 3))
 def test_factors_larger_than_a_layer_beside_clients_that_leave_layers_out(
     method: str, present: int | None, narrow_llama: Path, site_files: Path, tmp_path: Path
 ) -> None:

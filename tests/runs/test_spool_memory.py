@@ -18,6 +18,7 @@ from fedlora.federation.server import Server
 from fedlora.federation.spool import ReorderBuffer, canonical_layout
 from fedlora.lowrank import LowRank
 from fedlora.methods import METHODS
+from support.products import in_turn
 from support.simulated import SHAPES, random_adapter, ranks_for, serve, train
 from support.spool import assert_same, tensors, with_spool
 
@@ -68,7 +69,7 @@ FEW, MANY = 20, 80
 """Clients."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", in_turn(METHODS, 0))
 def test_memory_does_not_grow_with_the_clients(method: str, tmp_path: Path) -> None:
     for spool, backwards in ((None, False), (tmp_path, True)):
         few, many = (held_after_all(method, k, spool, backwards) for k in (FEW, MANY))

@@ -48,4 +48,4 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     number = config.stash.get(_LEFT_OUT, 0)
     if number and not hasattr(config, "workerinput"):
         tests = "1 slow test was" if number == 1 else f"{number} slow tests were"
-        print(f"{tests} left out; make test-all runs {'it' if number == 1 else 'them'}")
+        print(f"{tests} left out; make test-slow runs {'it' if number == 1 else 'them'}")

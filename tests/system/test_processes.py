@@ -28,6 +28,9 @@ from support.paths import REPOSITORY
 GUIDE = REPOSITORY / "docs" / "guides" / "processes.md"
 NAMES = ("alpha", "beta", "gamma")
 
+# Three workers and a run between them; runs/test_sites.py has the same in one process.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def blocks() -> list[str]:
@@ -120,7 +123,6 @@ def test_a_worker_that_is_killed_starts_again_and_changes_nothing(
 RUN = "import sys; from fedlora.commands.cli import main; main(['run', *sys.argv[1:]])"
 
 
-@pytest.mark.slow
 def test_a_server_that_is_killed_goes_on(federation: Path, guided: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     sites = [f"{name}={federation / name}.sock" for name in NAMES]

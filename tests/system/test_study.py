@@ -183,6 +183,7 @@ def test_a_client_alone_and_adalora_are_runs_too(several: Several) -> None:
     assert (runs_of / runs["alone"].directory / "final" / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_with_the_run_it_was_in(tmp_path: Path) -> None:
     grid = {"method": ["flora"]}
     path = study(tmp_path, seeds=[0], parts={"t": {"grid": grid}})

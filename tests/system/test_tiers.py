@@ -60,7 +60,7 @@ def last_line(where: Path, *options: str) -> str:
 
 def test_the_last_line_says_what_was_left_out(suite: Path) -> None:
     (suite / "test_it.py").write_text(SLOW)
-    said = "2 slow tests were left out; make test-all runs them"
+    said = "2 slow tests were left out; make test-slow runs them"
     assert last_line(suite, "-n", "2", "-m", "not slow") == said
     assert last_line(suite, "-m", "not slow") == said
     assert re.match(r"3 passed", last_line(suite))
@@ -117,9 +117,13 @@ def test_every_test_lies_in_a_tier() -> None:
 
 
 def test_what_make_runs() -> None:
+    """What `make test` leaves out is what `make test-slow` runs, and `.ci/run` does both."""
     made = (REPOSITORY / "Makefile").read_text()
     recipes = dict(re.findall(r"^(test(?:-\w+)?): \$\(STAMP\).*\n\t(.*)$", made, re.M))
     assert 'tests/unit -m "not slow"' in recipes["test-unit"]
-    assert '-m "not slow"' in recipes["test"]
-    assert "-m " not in recipes["test-all"].partition("pytest")[2]
+    assert ' -m "not slow" ' in recipes["test"]
+    assert " -m slow " in recipes["test-slow"]
+    for both in ("test", "test-slow"):
+        assert "tests/" not in recipes[both]
+    assert re.search(r"^test-all: test test-slow ##", made, re.M)
     assert "step make test-all\n" in (REPOSITORY / ".ci" / "run").read_text()

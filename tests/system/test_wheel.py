@@ -88,6 +88,7 @@ def test_wheel_holds_the_whole_package(wheel: Path) -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_installed_wheel_runs_in_an_empty_directory(
     installed: dict[str, Path], tmp_path: Path
 ) -> None:

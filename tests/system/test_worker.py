@@ -31,6 +31,7 @@ def clinic(tiny_llama: Path, site_files: Path, tmp_path: Path) -> tuple[Path, st
     return path, str(path.with_name("s"))
 
 
+@pytest.mark.slow
 def test_what_a_worker_survives(clinic: tuple[Path, str]) -> None:
     """Killed within a run, its process and its supervisor, it goes on with the same bytes."""
     path, address = clinic

@@ -25,7 +25,6 @@ from fedlora.engines.workers import MOST_ATTEMPTS, WorkerError, WorkersEngine
 from fedlora.errors import FedloraError
 from fedlora.federation.aggregators.mean import Mean
 from fedlora.federation.server import Server
-from fedlora.methods import METHODS
 from fedlora.model.lora_layer import AdapterLayer
 from fedlora.runs.engine import ClientResult, Failure
 from fedlora.runs.events import Event
@@ -40,6 +39,7 @@ from support.conformance import (
     classifier,
     for_rule,
     in_memory,
+    rules,
     three_clients,
 )
 from support.courses import take_course, tensor_files
@@ -77,7 +77,7 @@ def _nobody_is_left() -> Iterator[None]:
     assert not workers()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", rules())
 def test_every_rule_gives_the_same_bytes(small_run: Keys, tmp_path: Path, method: str) -> None:
     """Also where a client keeps something, and where S is dense (`exact`, after some rounds)."""
     check_same_bytes(pool, for_rule(three_clients(small_run), method), tmp_path)

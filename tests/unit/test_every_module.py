@@ -11,7 +11,8 @@ from support.paths import REPOSITORY
 
 SOURCE, UNIT = REPOSITORY / "src" / "fedlora", REPOSITORY / "tests" / "unit"
 RULES = {f"methods/{name}.py" for name in METHODS}
-"""`methods/<rule>.py` are tested by test_rules and test_encode_law, over all rules at once."""
+"""`methods/<rule>.py` are tested over all rules at once: the law of their sums by test_encode_law,
+the formulas of their papers by tests/runs/test_rule_formulas.py."""
 
 
 def modules() -> list[Path]:

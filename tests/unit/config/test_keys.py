@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from fedlora.errors import InputError
 from fedlora.federation.exchange import Agreement
 from fedlora.federation.participants import Federation
 from fedlora.methods import METHODS
+from fedlora.runs import resume
 from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.lone_session import alone
 from fedlora.runs.resume import as_it_began
@@ -68,11 +71,31 @@ def saved(config: Config, directory: Path) -> Path:
     return directory
 
 
+Begun = Callable[[str], tuple[Config, Path]]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begun]:
+    """Key -> a run's configuration in which it may stand, and the run's directory.
+
+    The files are written and parsed once for all keys that need nothing beside them.
+    """
+
+    @cache
+    def made(beside: str) -> tuple[Config, Path]:
+        config = Config(**{**BEGAN, **BESIDE.get(beside, {})})
+        return config, saved(config, tmp_path_factory.mktemp("begun"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "read_yaml", cache(resume.read_yaml))
+        yield lambda key: made(key if key in BESIDE else "")
+
+
 # Ranks that were drawn are saved as given ones; test_resume has what a resume makes of them.
 @pytest.mark.parametrize("key", [k for k in KEYS if k not in ("rank_choices", "rank_shares")])
-def test_a_resume_may_change_what_reports_and_carries_alone(key: str, tmp_path: Path) -> None:
-    began = Config(**{**BEGAN, **BESIDE.get(key, {})})
-    directory, now = saved(began, tmp_path), changed(key, began)
+def test_a_resume_may_change_what_reports_and_carries_alone(key: str, begun: Begun) -> None:
+    began, directory = begun(key)
+    now = changed(key, began)
     if key in FREE:
         resumed = as_it_began(directory, now)
         assert getattr(resumed, key) == (

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,22 @@ def holds(x: Any, keyword: str, wanted: Any, schema: Mapping[str, Any]) -> bool:
     return True
 
 
+@cache
+def validator() -> Any:
+    """The reference validator, or None where it is not installed."""
+    if not find_spec("jsonschema"):
+        return None
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(SCHEMA)
+
+
 def accepted(values: dict[str, Any]) -> bool:
     """By the schema: by our validator, and by jsonschema where it is installed."""
     as_json = json.loads(json.dumps(values))  # keys of YAML are text here, as in an editor
     ours = valid(as_json, SCHEMA)
-    if find_spec("jsonschema"):
-        from jsonschema import Draft202012Validator
-
-        assert Draft202012Validator(SCHEMA).is_valid(as_json) is ours, values
+    if validator():
+        assert validator().is_valid(as_json) is ours, values
     return ours
 
 

@@ -5,78 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora.errors import CheckpointError
-from fedlora.federation.aggregators.mean import Mean
-from fedlora.federation.exchange import Agreement
-from fedlora.federation.messages import ClientState
-from fedlora.federation.participants import Federation
-from fedlora.federation.server import Server, initial_state
 from fedlora.lowrank import Dense, LowRank
-from fedlora.methods import METHODS
-from fedlora.methods.values import ServerState
 from fedlora.runs import saved_state
-from fedlora.runs.saved_state import chain_in, read_server_state, write_server_state
+from fedlora.runs.saved_state import chain_in
 from fedlora.runs.state_file import settled, state_to_tensors
 from support.checkpoint import assert_same
-from support.simulated import play, ranks_for
-
-# Held as factors up to rank 43 and 30; one turns into a matrix in the third round, one in the next.
-SHAPES = {"up": (96, 80), "down": (60, 60)}
-
-
-def states(method: str, rounds: int, **keys: Any) -> Iterator[ServerState]:
-    """The settled states of a run's rounds; in round 5 nobody learns anything."""
-    rule = METHODS[method]
-    compression = keys.pop("compression", "none")
-    agreement = Agreement(rule, rule.options(), SHAPES, 5, compression)
-    ranks = ranks_for(rule)
-    federation = Federation(ranks, [10 + 7 * k for k in range(len(ranks))], agreement, **keys)
-    server, kept = Server(federation, initial_state(federation), Mean()), dict[int, ClientState]()
-    for number in range(1, rounds + 1):
-        if number == 5:
-            server.plan()
-            server.commit()
-        else:
-            play(server, number, torch.float32, kept=kept)
-        server.state = settled(server.state)
-        yield server.state
-
-
-def save(path: Path, state: ServerState) -> Path:
-    """Write a round as a run's directory does."""
-    directory, before = path / str(state.round), path / str(state.round - 1)
-    directory.mkdir()
-    write_server_state(directory, state, before if before.exists() else None)
-    return directory
-
-
-def read(directory: Path, state: ServerState) -> ServerState:
-    return read_server_state(directory, state.round, state.last_seen, state.ranks)
+from support.saved_states import read, save, states
 
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_round_is_read_back_to_the_bit(method: str, tmp_path: Path) -> None:
-    for state in states(method, 7, clients_per_round=3):
-        found = read(save(tmp_path, state), state)
-        assert_same(found, state)
-        assert list(found.adapter) == list(state.adapter)
-        assert list(found.changes) == list(state.changes)
-        assert all(
-            x.is_contiguous() and x.data_ptr() % 64 == 0 for x in state_to_tensors(found).values()
-        )
 
 
 def test_changes_are_written_once_and_linked(tmp_path: Path) -> None:

@@ -13,13 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from fedlora.adapters.export.checkpoint import open_checkpoint
 from fedlora.adapters.export.merged import (
-    MergePlan,
     largest_difference,
     plan_merge,
     refuse_quantised,
@@ -30,93 +27,14 @@ from fedlora.errors import InputError
 from fedlora.lowrank import LowRank
 from fedlora.model.loading import load_pretrained
 from fedlora.model.sources import find_source
-from support.merging import logits, peft_saves
-from support.models import LLAMA
-
-
-@pytest.fixture(scope="module")
-def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose output layer is its embedding, in two files."""
-    path = tmp_path_factory.mktemp("tied")
-    torch.manual_seed(0)
-    config = LlamaConfig(**LLAMA, tie_word_embeddings=True, pad_token_id=0)
-    LlamaForCausalLM(config).save_pretrained(path, max_shard_size="20KB")
-    return path
-
-
-def plan(base: Path, adapter: Path, dtype: torch.dtype | None = None, labels: int = 0) -> MergePlan:
-    source, held = find_source(str(base)), load_adapter(adapter)
-    names = [str(i) for i in range(labels)]
-    skeleton, _ = load_pretrained(source, "float32", 0, names, weights=False)
-    return plan_merge(skeleton, open_checkpoint(source), held, held.deltas, dtype)
-
-
-def merge(
-    base: Path, adapter: Path, output: Path, dtype: torch.dtype | None = None, labels: int = 0
-) -> MergePlan:
-    """Merge, with the configuration that belongs to it."""
-    made = plan(base, adapter, dtype, labels)
-    output.mkdir()
-    files = write_merged(output, made, 10**5)
-    assert largest_difference(files, made) <= 1
-    config = json.loads((base / "config.json").read_text())
-    if made.untied:
-        config["tie_word_embeddings"] = False
-    if labels:
-        config["id2label"] = {str(i): str(i) for i in range(labels)}
-        config["pad_token_id"] = 0
-    (output / "config.json").write_text(json.dumps(config))
-    return made
-
-
-def same_logits(found: Any, wanted: Any, bound: float = 1e-5) -> None:
-    one, other = logits(found), logits(wanted)
-    assert float((one - other).abs().max()) <= bound * float(other.abs().max())
-
-
-def causal(path: Path) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    return model
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "attention": {"target_modules": ["q_proj", "v_proj"]},
-    "patterns": {
-        "target_modules": ["q_proj", "up_proj"],
-        "rank_pattern": {"up_proj": 5},
-        "alpha_pattern": {"up_proj": 9},
-    },
-    "output layer": {"target_modules": ["q_proj", "lm_head"]},
-    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-    "embedding and output layer": {"target_modules": ["embed_tokens", "lm_head"]},
-    "whole output layer": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "whole embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    "base carried along": {"target_modules": ["q_proj"], "save_embedding_layers": True},
-    "base under the output layer": {
-        "target_modules": ["lm_head"],
-        "save_embedding_layers": True,
-    },
-    "whole norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_merged_model_is_the_adapter_beside_its_base(
-    case: str, tied: bool, tiny_llama: Path, tied_llama: Path, tmp_path: Path
-) -> None:
-    base = tied_llama if tied else tiny_llama
-    adapter = peft_saves(tmp_path / "in", base, 3, r=3, lora_alpha=7, **CASES[case])
-    made = merge(base, adapter, tmp_path / "out")
-    assert made.untied == (tied and ("embedding" in case or "output layer" in case))
-    wanted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
-    )
-    same_logits(causal(tmp_path / "out"), wanted)
+from support.merged_models import (
+    causal,
+    merge,
+    plan,
+    same_logits,
+    tied_llama,  # noqa: F401
+)
+from support.merging import peft_saves
 
 
 def test_weights_that_are_tied_and_trained_alike_stay_one(tied_llama: Path, tmp_path: Path) -> None:
