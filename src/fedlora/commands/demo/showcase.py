@@ -109,8 +109,8 @@ def demo(overrides: Mapping[str, Any], emit: Emit | None = None) -> Shown:
     console, began = Console(), time.perf_counter()
     runs = _plan(values, seeds)
     console.print(
-        f"{' and '.join(COMPARED)} on seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, and "
-        f"every client of seed {seeds[0]} alone:\n"
+        f"{' and '.join(COMPARED)} on seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, "
+        f"and every client of seed {seeds[0]} alone:\n"
         f"{len(runs)} runs, several at a time, into {where}/",
         highlight=False,
         soft_wrap=True,
