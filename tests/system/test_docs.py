@@ -133,7 +133,7 @@ def test_every_key_stands_in_one_group() -> None:
     [
         ("num_rounds", "whole number"),
         ("dtype", "`auto`, `float32`, `bfloat16`, `float16`"),
-        ("client_ranks", "whole number or list of whole number or none"),
+        ("client_ranks", "whole number or list of whole number or `auto` or none"),
         ("use_rslora", "true or false"),
         ("client_overrides", "mapping or text or none"),
     ],
