@@ -7,7 +7,7 @@
 Every engine deploys itself on loopback with TLS and three sites whose workers send back what they
 get, so that what is measured is the engine alone. `engines_ENGINE.py` measures an engine: its
 `measures(quick)` gives cases and figures, one after the other. Prints a line for each and then the
-table, which it also writes to benchmarks/results/engines.md. Times mean something on a quiet machine
+table, and writes that to benchmarks/results/engines.md. Times mean something on a quiet machine
 alone.
 """
 
