@@ -1,12 +1,14 @@
 """What carrying costs, engine by engine: one table.
 
-    .venv/bin/python benchmarks/engines.py                      # all engines, a few minutes each
+    .venv/bin/python benchmarks/engines.py                      # all engines, some minutes each
+    .venv/bin/python benchmarks/engines.py flower               # one of them
     .venv/bin/python benchmarks/engines.py nvflare --quick      # fewer and smaller messages
 
 Every engine deploys itself on loopback with TLS and three sites whose workers send back what they
 get, so that what is measured is the engine alone. `engines_ENGINE.py` measures an engine: its
-`measures(quick)` gives cases and figures, one after the other. Prints a line for each, and writes
-the table to benchmarks/results/engines.md. Times mean something on a quiet machine alone.
+`measures(quick)` gives cases and figures, one after the other. Prints a line for each and then the
+table, and writes that to benchmarks/results/engines.md. Times mean something on a quiet machine
+alone.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def table(figures: Mapping[str, Mapping[str, str]]) -> str:
 
 def main() -> None:
     """Measure the engines that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     there = [name for name in ENGINES if find_spec(f"engines_{name}")]
     parser.add_argument("engines", nargs="*", default=there, choices=there)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller messages")
@@ -52,6 +55,7 @@ def main() -> None:
             figures[engine][case] = figure
             print(f"{engine:<8} {case:<60} {figure}", flush=True)
     machine = f"{platform.machine()}, Python {platform.python_version()}"
+    print(f"\n{table(figures)}", end="")
     RESULTS.write_text(f"Made by benchmarks/engines.py on {machine}.\n\n{table(figures)}")
 
 

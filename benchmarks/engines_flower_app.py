@@ -45,7 +45,8 @@ def ask_all(grid: Grid, context: Context) -> None:
             Message(RecordDict(), id, MessageType.TRAIN, group_id=str(number))
             for id in grid.get_node_ids()
         ]
-        list(grid.send_and_receive(messages))
+        errors = [reply.error for reply in grid.send_and_receive(messages) if reply.has_error()]
+        assert not errors, errors[0]
         print(MARK + json.dumps({"round": number}), flush=True)
     time.sleep(5)  # while memory is read
 

@@ -146,11 +146,11 @@ def test_a_supernode_and_the_superlink_are_killed_and_started_again(
 def test_a_straggler_is_left_out_of_its_round(
     federation: Federation, keys: Keys, tmp_path: Path
 ) -> None:
+    keys = {**keys, "num_rounds": 1}
     free = threading.Event()
 
     def sleep(round: int, attempt: int) -> None:
-        if round == 1:
-            free.wait(600)
+        free.wait(1200)
 
     class Freeing(list[Event]):
         """Events whose first saved round lets the straggler go."""
@@ -161,7 +161,7 @@ def test_a_straggler_is_left_out_of_its_round(
                 free.set()
 
     federation.sites["beta"].fails = sleep
-    timeout = max(30.0, 3 * federation.round_seconds)
+    timeout = max(40.0, 3 * federation.round_seconds)
     try:
         result = federation.run(keys, tmp_path / "flower", Freeing(), round_timeout=timeout)
     finally:
@@ -169,13 +169,12 @@ def test_a_straggler_is_left_out_of_its_round(
         federation.sites["beta"].fails = lambda round, attempt: None
 
     def fail(round: int, attempt: int) -> None:
-        if round == 1:
-            raise ValueError("it is left out")
+        raise ValueError("it is left out")
 
     sites = sites_of(keys, tmp_path / "memory sites")
     sites["beta"].fails = fail
     reference = federate(keys, tmp_path / "memory", InMemoryTransport(sites))
-    assert outcomes(result) == [["counted", "late", "counted"], ["counted"] * 3]
+    assert outcomes(result) == [["counted", "late", "counted"]]
     assert tensor_files(reference.output_dir) == tensor_files(result.output_dir)
 
 
