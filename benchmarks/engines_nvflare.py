@@ -114,7 +114,7 @@ def ours(federation: Federation, rounds: int) -> Iterator[tuple[str, str]]:
     keys = {**TRAINING, "method": "fedit", "client_ranks": RANK, "num_train_epochs": 1}
     run = _run(federation, "ours", {**keys, **_over(federation), "num_rounds": rounds})
     lines, sites = run.lines[1:], len(federation.names)
-    # What a site is sent to evaluate, it has when it trains.
+    # The global adapter is also sent to be evaluated, after each round.
     down = (line["bytes_down"] + line["evaluation_bytes_down"] for line in lines)
     yield from _training(
         "fedlora",
