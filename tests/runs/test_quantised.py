@@ -154,18 +154,18 @@ def test_sites_hold_the_base_in_different_precisions(small_run: Keys, tmp_path: 
         site = sites[name].site
         settings = {**site.settings, **precision}
         sites[name] = SiteInMemory(site.model_copy(update={"settings": settings}))
-    federate(keys, tmp_path / "out", InMemoryTransport(sites))
-    assert len(lines_of(tmp_path / "out", "round")) == keys["num_rounds"]
+    result = federate(keys, tmp_path / "out", InMemoryTransport(sites))
+    assert len(lines_of(result)) == keys["num_rounds"]
+    held = [site.service._loaded for site in sites.values()]
     bits = [
-        {x.bits for x in model.modules() if isinstance(x, QuantisedLinear)}
-        for site in sites.values()
-        if site.service.run is not None
-        for model in [site.service.run.loaded.session.base.model]
+        {x.bits for x in loaded.session.base.model.modules() if isinstance(x, QuantisedLinear)}
+        for loaded in held
+        if loaded is not None
     ]
     assert bits == [{4}, {8}, set()]
 
 
-def test_a_classifiers_head_is_trained_whole(small_run: Keys) -> None:
+def test_a_module_that_is_trained_whole_is_saved(small_run: Keys) -> None:
     keys = {**small_run, **EXACT, "lora_modules_to_save": ["norm"], "num_rounds": 1}
     result = run(keys, load_in_4bit=True)
     values = load_file(Path(result.output_dir) / "final" / "adapter_model.safetensors")

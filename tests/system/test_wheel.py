@@ -132,7 +132,9 @@ def test_what_the_package_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = project["dependencies"] + [
-        line for extra in ("eval", "nvflare", "flower", "gguf") for line in extras[extra]
+        line
+        for extra in ("eval", "nvflare", "flower", "gguf", "quantized")
+        for line in extras[extra]
     ]
     names = {re.split(r"[<>=]", line)[0].lower() for line in declared}
     assert {{"yaml": "pyyaml"}.get(name, name) for name in imported} == names
