@@ -37,6 +37,8 @@ def resolve_dtype(config: Any, device: torch.device) -> tuple[torch.dtype, str]:
     width = hidden_size(config)
     if width < SMALLEST:
         return torch.float32, f"layers {width} wide gain nothing from bfloat16"
+    if not bfloat16_is_worth_a_trial():
+        return torch.float32, "this CPU takes longer in bfloat16"
     ratio = _seconds(width, torch.float32) / _seconds(width, torch.bfloat16)
     if ratio >= WORTH:
         return torch.bfloat16, f"a layer takes 1/{ratio:.1f} of the time it takes in float32"
@@ -52,7 +54,7 @@ def hidden_size(config: Any) -> int:
 def bfloat16_is_worth_a_trial() -> bool:
     """Whether the CPU multiplies bfloat16 about as fast as float32, found out in milliseconds.
 
-    Some take a hundred times as long, so that not even one step of a model should be tried.
+    Some take twenty times as long: a layer of a wide model, let alone a step, would take minutes.
     """
     return _seconds(SMALLEST, torch.bfloat16, 32) < WORTH * _seconds(SMALLEST, torch.float32, 32)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from fedlora.model import dtype
-from fedlora.model.dtype import SMALLEST, resolve_dtype
+from fedlora.model.dtype import SMALLEST, TOKENS, WORTH, resolve_dtype
 
 CPU = torch.device("cpu")
 
@@ -27,22 +27,24 @@ def test_narrow_layers_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (3.0, torch.bfloat16, "a layer takes 1/3.0 of the time it takes in float32"),
         (1.4, torch.float32, "a layer in bfloat16 takes 0.7 times as long"),
-        (0.5, torch.float32, "a layer in bfloat16 takes 2.0 times as long"),
+        (0.8, torch.float32, "a layer in bfloat16 takes 1.2 times as long"),
+        (0.5, torch.float32, "this CPU takes longer in bfloat16"),
     ],
 )
 def test_bfloat16_where_it_is_clearly_faster(
     ratio: float, chosen: torch.dtype, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    widths = []
+    measured = []
 
-    def clock(width: int, kind: torch.dtype) -> float:
-        widths.append(width)
+    def clock(width: int, kind: torch.dtype, tokens: int = TOKENS) -> float:
+        measured.append((width, tokens))
         return ratio if kind == torch.float32 else 1.0
 
     monkeypatch.setattr(dtype, "_seconds", clock)
     config = LlamaConfig(hidden_size=512, num_attention_heads=8)
     assert resolve_dtype(config, CPU) == (chosen, says)
-    assert widths == [512, 512]
+    small, layer = [(SMALLEST, 32)] * 2, [(512, TOKENS)] * 2
+    assert measured == (small if ratio < 1 / WORTH else small + layer)
 
 
 @pytest.mark.parametrize("knows", [True, False])

@@ -10,14 +10,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from statistics import median
 
 FAR = 1.5
 """A dtype that takes so many times as long as the fastest is dropped after its first step."""
 NEAR = 1.3
 """Ways that take at most so many times as long as the fastest are tried with more clients."""
-NO_GAIN = 1.05
-"""Where a client's step takes so many times as long in a larger pass, none larger is tried."""
 CLOSE = 1.15
 """Between ways at most so far apart, the median of several measurements decides."""
 TURNS = 3
@@ -154,19 +153,20 @@ class Race:
             dtypes = tuple(x for x in taken if taken[x] <= FAR * min(taken.values())) or dtypes
 
     def _more_clients(self) -> None:
-        """Larger passes of the ways that are near the fastest, until they bring nothing more."""
-        for way in self._within(NEAR):
-            before = median(self.found[way])
-            for size in self._larger_sizes(way):
-                larger = replace(way, clients=size)
-                if not self._try(larger) or self.found[larger][0] > NO_GAIN * before:
-                    break
-                before = min(before, self.found[larger][0])
+        """Larger passes of the ways that are near the fastest: of each the largest, then others.
 
-    def _larger_sizes(self, way: Way) -> list[int]:
-        """Those that leave no worker process without clients."""
+        The largest is what a run takes that measures nothing, so it is to be known first.
+        """
+        for larger in zip_longest(*map(self._larger, self._within(NEAR))):
+            for way in larger:
+                if way is not None:
+                    self._try(way)
+
+    def _larger(self, way: Way) -> list[Way]:
+        """A way with more clients in a pass, as many as leave no worker process without any."""
         share = math.ceil(self.candidates.clients / max(1, way.workers))
-        return [size for size in self.candidates.sizes if way.clients < size <= share]
+        sizes = [size for size in self.candidates.sizes if way.clients < size <= share]
+        return [replace(way, clients=size) for size in reversed(sizes)]
 
     def _repeat(self) -> None:
         """The ways that are close to the fastest, in turns, for the median to decide."""
@@ -189,10 +189,10 @@ class Race:
         return True
 
     def _expected(self, way: Way) -> float:
-        """Seconds that a measurement will take: a step to warm up, and one that counts."""
+        """Seconds that a measurement will take; processes begin with a step to warm up."""
         alike = [x for x in self.found if (x.dtype, x.threads) == (way.dtype, way.threads)]
         known = [median(self.found[x]) for x in alike or self.found]
-        return 2 * way.clients * min(known)
+        return (2 if way.workers else 1) * way.clients * min(known)
 
 
 def fastest(times: Mapping[Way, float]) -> Way:

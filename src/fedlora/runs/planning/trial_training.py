@@ -27,6 +27,7 @@ from fedlora.errors import InputError
 from fedlora.lowrank import Deltas, LowRank
 from fedlora.model.acceleration import accelerate
 from fedlora.model.base import BaseModel
+from fedlora.model.client_rows import MixedRowsError
 from fedlora.model.lora_layer import ClientAdapter
 from fedlora.model.passes import runner_of
 from fedlora.runs.planning.fastest_way import Way
@@ -103,19 +104,24 @@ class TrialTraining:
             self.vocabulary = max(64, math.ceil(whole * self.layers / number_of_layers(base)))
         self.clients = [replace(x, rows=_within(x.rows, self.vocabulary)) for x in clients]
         self._models: dict[str, tuple[BaseModel, Deltas]] = {}
+        self._warm = set[tuple[str, int]]()
 
     def prepare(self, dtype: str) -> None:
         """Make the model in a dtype, which takes longer than a step."""
         self._model(dtype)
 
     def seconds(self, way: Way) -> float:
-        """Seconds of one client's step after one that warms up; infinite where it fails."""
+        """Seconds of one client's step; before the first of its kind one is taken to warm up."""
         if way.workers:
             self.prepare(way.dtype)  # once, before processes are forked
-            return beside_each_other(lambda: self._step(way), way.workers)
-        with _threads(way.threads):
-            self._step(way)
+            return beside_each_other(lambda: self._step(way), way.workers, PATIENCE)
+        kind = way.dtype, way.threads
+        with _threads(way.threads), suppress(MixedRowsError, MemoryError):
+            if kind not in self._warm:
+                self._warm.add(kind)
+                self._step(way)
             return self._step(way)
+        return math.inf
 
     def work(self, client: TrialClient) -> float:
         """What a step of a client costs, but for a factor that is the same for all."""
@@ -215,7 +221,7 @@ def _threads(number: int) -> Iterator[None]:
 # --- several processes ---
 
 
-def beside_each_other(step: Any, number: int, patience: float = PATIENCE) -> float:
+def beside_each_other(step: Any, number: int, patience: float) -> float:
     """Seconds of a step that so many processes of one thread take at the same time.
 
     Args:
