@@ -16,7 +16,6 @@ from support import chat_templates
 from support.tokens import (
     CHATML,
     MARKED_CHATML,
-    MODELS,
     SPECIAL,
     byte_level,
     chat,
@@ -27,37 +26,16 @@ from support.tokens import (
     turns,
     with_chat,
 )
-from support.tokens import chat_templates as shipped
+from support.tool_calls import (
+    ARGUMENTS,
+    CALLED,
+    JSON_CALL,
+    SPELLINGS,
+    calls,
+    talk,
+)
 
 pytestmark = pytest.mark.usefixtures("templates_compiled_once")
-
-
-ARGUMENTS = {"city": "Paris", "n": 2}
-
-
-def calls(*names: str, text: bool = False) -> list[dict[str, Any]]:
-    """Calls of tools, as OpenAI has them; the arguments an object or (as there) its JSON text."""
-    arguments = json.dumps(ARGUMENTS) if text else ARGUMENTS
-    return [
-        {"id": f"call_{i}", "type": "function", "function": {"name": n, "arguments": arguments}}
-        for i, n in enumerate(names)
-    ]
-
-
-def talk(
-    content: str | None = "", *names: str, text: bool = False, absent: bool = False
-) -> list[dict[str, Any]]:
-    """A question, a call, what the tool said, an answer; and thanks."""
-    made = calls(*names or ("weather",), text=text)
-    message = {"role": "assistant", "content": content, "tool_calls": made}
-    if absent:
-        del message["content"]
-    answers = [
-        {"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "SUNNY"}
-        for c in made
-    ]
-    before = [{"role": "user", "content": "Rain?"}, message, *answers]
-    return [*before, *turns("", "No rain.", "Thanks", "Bye")[1:]]
 
 
 def of_text(template: Any) -> Any:
@@ -65,85 +43,6 @@ def of_text(template: Any) -> Any:
     source = template if isinstance(template, str) else "".join(template.values())
     special = sorted(set(SPECIAL.findall(source)) - {"<|endoftext|>", "<|startoftext|>"})
     return with_chat(byte_level(special, trained=False), template)
-
-
-JSON_CALL = '{"name": "weather", "arguments": {"city": "Paris", "n": 2}}'
-
-
-TAGGED = f"<tool_call>\n{JSON_CALL}\n</tool_call>"
-
-
-WITH_PARAMETERS = (
-    "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=n>\n2\n"
-    "</parameter>\n</function>\n</tool_call>"
-)
-
-
-GLM_CALL = (
-    "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
-    "<arg_key>n</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
-)
-
-
-GEMMA_CALL = '<|tool_call>call:weather{city:<|"|>Paris<|"|>,n:2}<tool_call|>'
-
-
-DEEPSEEK_CALL = (
-    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
-    '{"city": "Paris", "n": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
-)
-
-
-CALLED: dict[str, list[str]] = {
-    "qwen2_5": [f"{TAGGED}<|im_end|>", "No rain.<|im_end|>", "Bye<|im_end|>"],
-    "qwen3_instruct_2507": [f"{TAGGED}<|im_end|>", "No rain.<|im_end|>", "Bye<|im_end|>"],
-    "qwen3": [
-        f"{TAGGED}<|im_end|>",
-        "No rain.<|im_end|>",
-        "<think>\n\n</think>\n\nBye<|im_end|>",
-    ],
-    "qwen3_5_nothink": [f"{WITH_PARAMETERS}<|im_end|>", "No rain.<|im_end|>", "Bye<|im_end|>"],
-    "qwen3_5_think": [
-        f"{WITH_PARAMETERS}<|im_end|>",
-        "No rain.<|im_end|>",
-        "\n</think>\n\nBye<|im_end|>",
-    ],
-    "glm4moe": [
-        f"\n<think></think>\n{GLM_CALL}<|observation|>",
-        "\n<think></think>\nNo rain.<|user|>",
-        "\n<think></think>\nBye<|endoftext|>",
-    ],
-    "gptoss": [
-        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris", "n": 2}'
-        "<|call|>",
-        "<|channel|>final<|message|>No rain.<|end|>",
-        "<|channel|>final<|message|>Bye<|return|>",
-    ],
-    "gemma4": [GEMMA_CALL, "No rain.<turn|>", "Bye<turn|>"],
-    "gemma4_v3": [GEMMA_CALL, "No rain.<turn|>", "Bye<turn|>"],
-    "gemma4_v5": [GEMMA_CALL, "No rain.<turn|>", "Bye<turn|>"],
-    "lfm2_v2": [
-        "<|tool_call_start|>[weather(city='Paris', n=2)]<|tool_call_end|><|im_end|>",
-        "No rain.<|im_end|>",
-        "Bye<|im_end|>",
-    ],
-    "llama3_1": [
-        '{"name": "weather", "parameters": {"city": "Paris", "n": 2}}<|eot_id|>',
-        "No rain.<|eot_id|>",
-        "Bye<|eot_id|>",
-    ],
-    "llama3_2": [
-        '{"name": "weather", "parameters": {"city": "Paris", "n": 2}}<|eot_id|>',
-        "No rain.<|eot_id|>",
-        "Bye<|eot_id|>",
-    ],
-    "deepseekv3": [
-        f"{DEEPSEEK_CALL}<｜end▁of▁sentence｜>",
-        "No rain.<｜end▁of▁sentence｜>",
-        "Bye<｜end▁of▁sentence｜>",
-    ],
-}
-"""What is learnt of `talk`, by the template's name."""
 
 
 OTHERS: dict[str, list[str]] = {
@@ -173,15 +72,6 @@ OTHERS: dict[str, list[str]] = {
 }
 
 
-SPELLINGS: dict[str, list[dict[str, Any]]] = {
-    "null": talk(None),
-    "empty": talk(""),
-    "absent": talk(absent=True),
-    "arguments as text": talk("", text=True),
-    "arguments as text, absent": talk(absent=True, text=True),
-}
-
-
 @pytest.mark.parametrize("name", CALLED)
 def test_tool_calls_are_learnt(name: str) -> None:
     """However they are spelled, and never what the tool answered."""
@@ -208,66 +98,6 @@ def test_a_named_template_for_tools_is_taken_where_a_row_has_some() -> None:
     assert found[1:] == ["No rain.<|END_OF_TURN_TOKEN|>", "Bye<|END_OF_TURN_TOKEN|>"]
     with pytest.raises(UnusableRowError, match="leaves the assistant's tool calls out"):
         chat(tokenizer, talk())
-
-
-def learnt_or_refused(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[str], str]:
-    """What is learnt of the conversation, or what is said against it."""
-    try:
-        return learnt(tokenizer, chat(tokenizer, messages)), ""
-    except (UnusableRowError, fedlora.InputError) as error:
-        return [], str(error)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [p.stem for p in sorted(shipped().glob("*.jinja")) if not p.stem.endswith("_training")],
-)
-def test_what_any_template_learns_of_tools(name: str) -> None:
-    """A row is learnt rightly or dropped with a reason, whatever the template can show."""
-    tokenizer = of_model(name)
-    for messages in (*SPELLINGS.values(), talk("Let me see."), talk("", "weather", "clock")):
-        found, refused = learnt_or_refused(tokenizer, messages)
-        if refused:
-            assert name not in CALLED or "single tool-calls" in refused
-            assert "chat template" in refused
-            continue
-        everything = "\n".join(found)
-        assert not any(other in everything for other in ("SUNNY", "Rain?", "Thanks"))
-        assert "No rain." in everything
-        assert "Bye" in found[-1]
-        assert "weather" in everything or "Let me see." in everything
-        assert '"{' not in everything  # no JSON within JSON
-        assert "{{" not in everything
-
-
-NO_CALLS = ("cohere", "cohere2", "llama3", "gemma", "gemma3", "lfm2", "qwen2_5_vl", "phi3")
-
-
-NO_CALLS += ("phi3_5", "deepseek_r1_distill")
-
-
-@pytest.mark.parametrize("content", ["", "Let me see."])
-@pytest.mark.parametrize("names", [("weather",), ("weather", "clock")])
-@pytest.mark.parametrize(("name", "before", "after"), [m for m in MODELS if m[0] not in NO_CALLS])
-def test_tool_calls_are_found_as_if_they_were_marked(
-    name: str, before: str, after: tuple[str, ...], content: str, names: tuple[str, ...]
-) -> None:
-    """TRL's masks, but for what the prompt for generation says and what follows the turn's end."""
-    tokenizer = of_model(name)
-    messages = talk(content, *names)
-    ours = chat(tokenizer, messages)
-    training = (shipped() / f"{name}_training.jinja").read_text(encoding="utf-8")
-    theirs = chat(with_chat(tokenizer, training), messages)
-    assert ours["input_ids"] == theirs["input_ids"]
-    head, tail = tokenizer(before)["input_ids"], tokenizer(after[0])["input_ids"]
-    wanted = []
-    for start, ids in stretches(theirs):
-        begin = len(head) if ids[: len(head)] == head else 0
-        if not begin and before:  # DeepSeek's prompt behind a tool is another
-            begin = len(tokenizer("<｜tool▁outputs▁end｜>")["input_ids"])
-        end = len(ids) - len(tail) if tail and ids[-len(tail) :] == tail else len(ids)
-        wanted.append((start + begin, ids[begin:end]))
-    assert stretches(ours) == wanted
 
 
 def test_an_empty_list_of_tool_calls_is_none() -> None:
