@@ -11,7 +11,7 @@ import pytest
 from fedlora.client.trainer import train
 from fedlora.commands.study import worker
 from fedlora.engines import local
-from fedlora.runs import session
+from fedlora.runs import lone_session, session
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(local, "run", run)
     monkeypatch.setattr(local, "run_session", run_session)
-    monkeypatch.setattr(session, "assemble", lambda config: "assembled")
+    monkeypatch.setattr(session, "assemble", lambda config, measure: "assembled")
     monkeypatch.setattr(
-        session, "alone", lambda whole, client, path: SimpleNamespace(client=client, path=path)
+        lone_session, "alone", lambda whole, client, path: SimpleNamespace(client=client, path=path)
     )
     return out
 
