@@ -71,13 +71,15 @@ def choose_by_time(
 
     Returns:
         The way to train, and what was measured, in words. None: nothing is open, the run is short,
-        it runs on a GPU or by a training function of the user's, or the model cannot be tried.
+        it runs on a GPU, on a quantised base or by a training function of the user's, or the model
+        cannot be tried.
     """
     lengths = [[len(row["input_ids"]) for row in part.train] for part in data.clients]
     seconds = min(MOST_SECONDS, SHARE * planned_seconds(config, source.config, lengths))
     if seconds < WORTH_SECONDS or (torch.cuda.is_available() and not config.use_cpu):
         return None, []
-    if config.train_function is not None or config.torch_compile:
+    quantised = config.load_in_8bit or config.load_in_4bit
+    if config.train_function is not None or config.torch_compile or quantised:
         return None, []  # they take other steps than those that would be timed
     number = clients_of_round(config, sum(bool(own) for own in lengths))
     clients = trial_clients(config, data)
