@@ -22,7 +22,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 import fedlora
-from fedlora.commands.cli import main
 from fedlora.commands.doctor.certificates import credentials_of
 from fedlora.commands.doctor.checks import OK, PROBLEM
 from fedlora.commands.doctor.connection import server_checks
@@ -205,9 +204,7 @@ except OSError as error:
 """Calls a server without a certificate, and says how that ends."""
 
 
-def test_a_certificate_that_has_ended(
-    guided: Guided, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_certificate_that_has_ended(guided: Guided, tmp_path: Path) -> None:
     """Signed by the federation itself, for a day that is over."""
     kit = tmp_path / "kit"
     shutil.copytree(guided.folders / "alpha" / "kit", kit)
@@ -229,9 +226,17 @@ def test_a_certificate_that_has_ended(
     own.certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     found = said_of(guided, kit)
     assert (found[0], "refuses your certificate" in found[1]) == (PROBLEM, True)
-    site = str(guided.folders / "alpha" / "site.yaml")
-    assert main(["doctor", "--json", "--kit", str(kit), "--site", site]) == 1
-    lines = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "fedlora", "doctor", "--json", "--kit", str(kit)),
+            *("--site", str(guided.folders / "alpha" / "site.yaml")),
+        ],
+        env=guided.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    lines = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert f"ended on {end:%Y-%m-%d}" in lines["certificate"]["found"]
     assert lines["server"]["state"] == PROBLEM
 

@@ -26,21 +26,37 @@ set -uo pipefail
 "$python" -m fedlora worker --site site.yaml >>worker.log 2>&1 &
 worker=$!
 client=
+watch=
 end() {{
     trap - INT TERM EXIT
-    kill -TERM $client $worker 2>/dev/null
+    kill -TERM $client $worker $watch 2>/dev/null
     wait
     exit "$1"
 }}
 trap 'end 0' INT TERM
 trap 'end 1' EXIT
+# On a busy machine FLARE's client gives up its login, and may then hang instead of ending.
+end_hung() {{
+    while sleep 10; do
+        if tail -c +$(($2 + 1)) client.log | grep -q "Failed to login the client"; then
+            sleep 20
+            kill -KILL $1
+            return
+        fi
+    done
+}}
 # The worker starts itself again when it crashes; the client is started again here. It ends with 0
 # when an admin has shut the federation down.
 while true; do
+    touch client.log
+    begun=$(wc -c <client.log)
     bash kit/startup/sub_start.sh --once >>client.log 2>&1 &
     client=$!
+    end_hung $client $begun 2>/dev/null &
+    watch=$!
     wait -n $client $worker
     code=$?
+    kill $watch 2>/dev/null
     if ! kill -0 $worker 2>/dev/null; then
         echo "start: the worker has ended; its last words in worker.log:" >&2
         tail -n 3 worker.log >&2
