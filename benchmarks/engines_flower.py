@@ -139,6 +139,7 @@ def simulation() -> Iterator[tuple[str, str]]:
             "engines_flower_app:rounds",
             "engines_flower_app:heavy",
             model=str(BASE_DIR),
+            nodes=str(CLIENTS),
         )
         whose = {"ours": "resident processes on one base", "theirs": "a base in every actor"}
         for app, how in whose.items():

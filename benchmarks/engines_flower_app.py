@@ -43,10 +43,12 @@ def measure_messages(grid: Grid, context: Context) -> None:
 @rounds.main()
 def ask_all(grid: Grid, context: Context) -> None:
     """Have every node train twice, so that each actor holds what it needs."""
+    from fedlora.engines.flower.nodes import wait_for_nodes
+
+    ids = wait_for_nodes(grid, int(str(context.run_config["nodes"])), 300.0)
     for number in (1, 2):
         messages = [
-            Message(RecordDict(), id, MessageType.TRAIN, group_id=str(number))
-            for id in grid.get_node_ids()
+            Message(RecordDict(), id, MessageType.TRAIN, group_id=str(number)) for id in ids
         ]
         errors = [reply.error for reply in grid.send_and_receive(messages) if reply.has_error()]
         assert not errors, errors[0]
