@@ -60,7 +60,7 @@ def load_model(
         require_bitsandbytes(bits)
         refuse_saved_quantised(source.config, source.name, bits)
     # What is quantised is first loaded as the checkpoint holds it, see `quantisation`.
-    dtype = config.dtype if bits is None or not weights else "auto"
+    dtype = config.dtype if bits is None else "auto"
     model, missing = load_pretrained(source, dtype, config.seed, label_names, weights=weights)
     _check_vocabulary(model, tokenizer, config.tokenizer_name or source.name)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -69,10 +69,11 @@ def load_model(
     to_save = _modules_to_save(model, config.lora_modules_to_save, bool(label_names), missing)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     fingerprint = None
-    if weights and bits is not None:
-        fingerprint = _original_fingerprint(model, to_save)
+    if bits is not None:
+        fingerprint = _original_fingerprint(model, to_save) if weights else None
         held = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-        quantise(model, source.name, bits, held, device, to_save)
+        place = device if weights else torch.device("meta")
+        quantise(model, source.name, bits, held, place, to_save)
     elif weights:
         model.to(device)
     targets = find_targets(

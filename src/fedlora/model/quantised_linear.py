@@ -49,7 +49,7 @@ class QuantisedLinear(nn.Linear):
     It is an `nn.Linear` for whoever looks for linear layers, and reads or runs one.
 
     Args:
-        weight: `(m, n)`, the original.
+        weight: `(m, n)`, the original; on the meta device nothing is quantised, and shapes remain.
         bias: `(m,)` or None.
         bits: 8 or 4.
         dtype: of the weight that is read from this layer; a pass computes in that of its input.
@@ -81,7 +81,8 @@ class QuantisedLinear(nn.Linear):
         own = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         self.register_parameter("bias", own)
         pack = _pack_8bit if bits == 8 else _pack_4bit
-        for name, value in pack(weight.detach()).items():
+        packed = _shapes(weight, bits) if weight.is_meta else pack(weight.detach())
+        for name, value in packed.items():
             self.register_buffer(name, value)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device))
 
@@ -92,6 +93,8 @@ class QuantisedLinear(nn.Linear):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """`W' (m, n)` in this dtype."""
+        if self.packed.is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
         import bitsandbytes.functional as bnb
 
         if self.bits == 8:
@@ -129,6 +132,23 @@ def _pack_4bit(weight: Tensor) -> dict[str, Tensor]:
     values = weight.to(torch.float32).contiguous()
     packed, state = bnb.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
     return {"packed": packed, "scale": state.absmax, "code": state.code}
+
+
+def _shapes(weight: Tensor, bits: Bits) -> dict[str, Tensor]:
+    """What would be packed, without numbers: a plan counts its bytes."""
+    values = weight.numel()
+    if bits == 8:
+        shapes = {"packed": (weight.shape, torch.int8), "scale": (weight.shape[:1], torch.float32)}
+    else:
+        shapes = {
+            "packed": (torch.Size((-(-values // 2), 1)), torch.uint8),
+            "scale": (torch.Size((-(-values // BLOCK),)), torch.float32),
+            "code": (torch.Size((16,)), torch.float32),
+        }
+    return {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 class _Product(torch.autograd.Function):

@@ -25,6 +25,7 @@ def session(**keys: Any) -> Any:
         general=[],
         federation=SimpleNamespace(agreement=None),
         fingerprints={"base": "b", "data": "d"},
+        other_bases={},
     )
 
 

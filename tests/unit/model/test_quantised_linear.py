@@ -29,6 +29,24 @@ def layer_of(m: int, n: int, bits: Bits, bias: bool = False) -> tuple[torch.Tens
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_shapes_alone_take_the_bytes_of_the_real_one(m: int, n: int, bits: Bits) -> None:
+    """A plan counts them on the meta device."""
+    _, real = layer_of(m, n, bits)
+    planned = QuantisedLinear(torch.empty(m, n, device="meta"), None, bits, torch.float32)
+    for (name, buffer), (_, wanted) in zip(
+        planned.named_buffers(), real.named_buffers(), strict=True
+    ):
+        assert (name, buffer.nbytes) == (name, wanted.nbytes)
+        assert (buffer.shape, buffer.dtype) == (wanted.shape, wanted.dtype)
+    x = torch.empty(3, n, device="meta", requires_grad=True)
+    planned(x).sum().backward()
+    assert x.grad is not None
+    assert planned.weight.shape == (m, n)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_the_weight_is_rounded_by_the_definition(m: int, n: int, bits: Bits) -> None:
     weight, layer = layer_of(m, n, bits)
     assert_rounded(layer.weight, weight, bits)

@@ -8,6 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.commands.views.sentences import say
+from fedlora.config.config import Config
+from fedlora.model.quantisation import bits_of
 from fedlora.runs.planning.plan import Plan, PlannedClient
 from fedlora.text import human_bytes
 
@@ -19,7 +21,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
     say(
         console,
-        f"{config.model_name_or_path}: {plan.parameters:,} parameters ({config.dtype}), "
+        f"{config.model_name_or_path}: {plan.parameters:,} parameters ({_held_in(config)}), "
         f"{len(federation.shapes)} target modules; {config.num_rounds} rounds, "
         f"{len(federation.sample(1))} of {len(federation.ranks)} clients in each",
     )
@@ -45,12 +47,17 @@ def show_plan(plan: Plan, console: Console) -> None:
     say(console, "No weights were read and nothing was written.")
 
 
+def _held_in(config: Config) -> str:
+    bits = bits_of(config)
+    return config.dtype if bits is None else f"{bits} bits"
+
+
 def _clients(plan: Plan) -> Table:
     """Memory of each client; those that need and have the same share a line."""
     has_room = any(client.available is not None for client in plan.clients)
-    table = _table("Memory of a client (batch: samples of a micro-batch)")
-    table.add_column("clients")
-    names = ["rank", "batch", "libraries", "base", "adapter", "AdamW", "pass", "all"]
+    table = _table(_about_memory(plan))
+    table.add_column("client", no_wrap=True)
+    names = ["rank", "batch", "base", "adapter", "AdamW", "pass", "all"]
     for name in [*names, *(["has"] if has_room else [])]:
         table.add_column(name, justify="right", no_wrap=True)
     for clients in _alike(plan):
@@ -58,8 +65,20 @@ def _clients(plan: Plan) -> Table:
     return table
 
 
+def _about_memory(plan: Plan) -> str:
+    """The title, with what is the same for all."""
+    libraries = {client.memory.libraries for client in plan.clients if client.memory is not None}
+    title = "Memory of a client (batch: samples of a micro-batch"
+    if not libraries:
+        return f"{title})"
+    return f"{title};\nall: with {human_bytes(max(libraries))} for Python and its libraries)"
+
+
 def _table(title: str) -> Table:
-    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title, title_justify="left")
+    """A table whose columns stand two characters apart: nine fit into 80."""
+    return Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left"
+    )
 
 
 def _alike(plan: Plan) -> list[list[PlannedClient]]:
@@ -73,13 +92,12 @@ def _alike(plan: Plan) -> list[list[PlannedClient]]:
 
 def _row(clients: list[PlannedClient], has_room: bool) -> list[str | Text]:
     one, numbers = clients[0], [str(client.client) for client in clients]
-    shown = " ".join(numbers[:3]) + (f" +{len(numbers) - 3}" if len(numbers) > 3 else "")
+    shown = " ".join(numbers[:2]) + (f" +{len(numbers) - 2}" if len(numbers) > 2 else "")
     row: list[str | Text] = [shown, str(one.rank), str(one.batch)]
     if one.memory is None:
-        return [*row, *["-"] * 6, *(["no rows"] if has_room else [])]
+        return [*row, *["-"] * 5, *(["no rows"] if has_room else [])]
     memory = one.memory
     sizes = (
-        memory.libraries,
         memory.weights + memory.merged,
         memory.adapter,
         memory.optimizer,

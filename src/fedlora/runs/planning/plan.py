@@ -110,7 +110,7 @@ def make_plan(config: Config, *, seconds: float | None = SECONDS) -> Plan:
     own = moved[session.config.method]
     return Plan(
         session=session,
-        parameters=sum(p.numel() for p in session.base.model.parameters()),
+        parameters=session.base.num_parameters,
         clients=clients,
         traffic=moved,
         excluded=excluded,

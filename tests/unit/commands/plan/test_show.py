@@ -1,12 +1,35 @@
-"""How long things take, in words."""
+"""What a plan looks like: how long things take in words, and tables that fit into 80 columns."""
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
+from typing import Any, cast
 
-from fedlora.commands.plan.show import duration
+import pytest
+from rich.console import Console
+
+from fedlora.client.planned_memory import ClientMemory
+from fedlora.commands.plan.show import _clients, duration
+from fedlora.runs.planning.plan import Plan, PlannedClient
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(2.55, "2.5 s"), (90, "1.5 min"), (7200, "2.0 h")])
 def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+def test_clients_that_need_the_same_share_a_line_of_80_columns() -> None:
+    memory = ClientMemory(500_000_000, 888_800_000_000, 0, 999_900_000, 888_800_000, 777_700_000)
+    clients: list[Any] = [
+        PlannedClient(k, 256, 16, 99, memory, 999_900_000, 1.0) for k in range(12)
+    ]
+    console = Console(width=80)
+    with console.capture() as caught:
+        console.print(_clients(cast(Plan, SimpleNamespace(clients=clients))))
+    lines = [line.strip() for line in caught.get().splitlines()]
+    assert "all: with 500.0 MB for Python and its libraries" in caught.get()
+    (row,) = [line for line in lines if " 256 " in line]
+    assert row.split("  ")[0] == "0 1 +10"
+    assert row.endswith("999.9 MB!")
+    assert "888.8 GB" in row
+    assert "…" not in row
