@@ -92,7 +92,7 @@ def _alike(plan: Plan) -> list[list[PlannedClient]]:
 
 def _row(clients: list[PlannedClient], has_room: bool) -> list[str | Text]:
     one, numbers = clients[0], [str(client.client) for client in clients]
-    shown = " ".join(numbers[:2]) + (f" +{len(numbers) - 2}" if len(numbers) > 2 else "")
+    shown = " ".join(numbers) if len(numbers) < 3 else f"{numbers[0]} +{len(numbers) - 1}"
     row: list[str | Text] = [shown, str(one.rank), str(one.batch)]
     if one.memory is None:
         return [*row, *["-"] * 5, *(["no rows"] if has_room else [])]
@@ -106,8 +106,7 @@ def _row(clients: list[PlannedClient], has_room: bool) -> list[str | Text]:
     row += [human_bytes(size) for size in sizes]
     row.append(Text(human_bytes(memory.total), style="red" if one.fits is False else ""))
     if has_room:
-        enough = one.fits is not False
-        row.append(human_bytes(one.available or 0) + ("" if enough else "!"))
+        row.append(human_bytes(one.available or 0))
     return row
 
 
