@@ -126,4 +126,4 @@ def test_what_make_runs() -> None:
     for both in ("test", "test-slow"):
         assert "tests/" not in recipes[both]
     assert re.search(r"^test-all: test test-slow ##", made, re.M)
-    assert "step make test-all\n" in (REPOSITORY / ".ci" / "run").read_text()
+    assert "step make --keep-going test-all\n" in (REPOSITORY / ".ci" / "run").read_text()
