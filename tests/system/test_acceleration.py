@@ -57,13 +57,16 @@ def test_the_dtype_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return LlamaForCausalLM.config_class(hidden_size=width)
 
     times = {torch.float32: 3.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr("fedlora.model.dtype._seconds", lambda width, dtype: times[dtype])
+    monkeypatch.setattr("fedlora.model.dtype._seconds", lambda width, dtype, rows=0: times[dtype])
     cpu = torch.device("cpu")
     assert resolve_dtype(config(768), cpu) == (
         torch.bfloat16,
         "a layer takes 1/3.0 of the time it takes in float32",
     )
     assert resolve_dtype(config(128), cpu)[0] == torch.float32
-    times[torch.bfloat16] = 6.0
-    dtype, why = resolve_dtype(config(768), cpu)
-    assert (dtype, why) == (torch.float32, "a layer in bfloat16 takes 2.0 times as long")
+    for seconds, said in (
+        (3.9, "a layer in bfloat16 takes 1.3 times as long"),
+        (6.0, "this CPU takes longer in bfloat16"),
+    ):
+        times[torch.bfloat16] = seconds
+        assert resolve_dtype(config(768), cpu) == (torch.float32, said)
