@@ -140,7 +140,11 @@ def test_paths(words: list[str], found: set[str], script: Path, here: Path) -> N
 
 @needs_bash
 def test_every_word_offered_for_a_key_is_accepted_by_it(script: Path, here: Path) -> None:
-    beside = {"partition": {"partition_column": "x"}, "template": {"completion_template": "{a}"}}
+    beside = {
+        "partition": {"partition_column": "x"},
+        "template": {"completion_template": "{a}"},
+        "client_ranks": {"client_memory": "6GB"},
+    }
     checked = 0
     for key, option in KNOWN["run"].options.items():
         if key in ("resume", "dry_run", *EVERY_VERB) or not option.values:

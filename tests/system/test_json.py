@@ -243,6 +243,7 @@ def test_completion_and_version(told: Told, capfd: pytest.CaptureFixture[str]) -
         ("report nowhere", "nowhere: no such directory"),
         ("eval nowhere", "nowhere"),
         ("generate", "generate: name a run's directory"),
+        ("chat", "chat: name a run's directory"),
         ("study nothing", "nothing: no such study"),
         ("worker", "worker: give the site's file, as --site SITE.yaml"),
         ("deploy pigeons", "pigeons: deploy knows no such engine"),
