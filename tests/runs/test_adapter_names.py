@@ -47,6 +47,7 @@ from support.merging import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", ["auto_mapping", "config.json", "base", "nothing"])
 @pytest.mark.parametrize("kind", sorted(OLD))
 def test_names_from_before_a_refactoring(kind: str, known: str, tmp_path: Path, cli: Any) -> None:

@@ -12,6 +12,8 @@ import torch
 from support.notebooks import cells_of, run_notebook
 from support.paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = REPOSITORY / "examples" / "notebooks"
 
 

@@ -69,6 +69,7 @@ FEW, MANY = 20, 80
 """Clients."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", in_turn(METHODS, 0))
 def test_memory_does_not_grow_with_the_clients(method: str, tmp_path: Path) -> None:
     for spool, backwards in ((None, False), (tmp_path, True)):

@@ -62,6 +62,7 @@ def several_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return path / "base", path / "adapter"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts peaks there")
 def test_merging_takes_the_memory_of_a_shard_or_two(
     several_shards: tuple[Path, Path], tmp_path: Path

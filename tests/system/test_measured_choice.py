@@ -15,6 +15,8 @@ from fedlora.runs import measured_choice
 from fedlora.runs.planning import kept_choices, trial_training
 from fedlora.runs.planning.fastest_way import Race
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def keys(

@@ -13,6 +13,7 @@ from fedlora import aggregate, load_adapter
 from support.merging import deep  # noqa: F401
 
 
+@pytest.mark.slow
 def test_the_process_stays_small(tmp_path: Path) -> None:
     """What the operating system says, for 16384 x 16384 (1 GiB) and ranks 4 and 8."""
     script = """if True:

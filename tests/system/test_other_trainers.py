@@ -11,6 +11,8 @@ from support.one_site import ASKED, OneSite, site_file
 from support.paths import REPOSITORY
 from support.worker_processes import ask_cli, worker
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl", reason="trl is not installed")
 
 

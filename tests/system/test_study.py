@@ -160,6 +160,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Several:
     return Several(path, here / "out", code, shown.getvalue())
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_made(several: Several) -> None:
     assert several.code == 1
     assert "FAILED" in several.shown

@@ -155,6 +155,7 @@ def private(
     return site_file(tmp_path / "clinic", tiny_llama, str(table), **keys), asked
 
 
+@pytest.mark.slow
 def test_no_row_leaves_the_site(private: tuple[Path, dict[str, Any]], tiny_llama: Path) -> None:
     """Every byte that a worker sends is read: rounds, evaluations, status, refusals, errors."""
     path, asked = private

@@ -83,6 +83,7 @@ def test_every_rule_gives_the_same_bytes(small_run: Keys, tmp_path: Path, method
     check_same_bytes(pool, for_rule(three_clients(small_run), method), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["exact", "fedit"])
 def test_compressed_updates_give_the_same_bytes(
     small_run: Keys, tmp_path: Path, method: str
@@ -96,6 +97,7 @@ def test_a_classifier_whose_clients_know_some_labels_alone(small_run: Keys, tmp_
     check_same_bytes(pool, classifier(three_clients(small_run), tmp_path / "labelled"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_goes_on(small_run: Keys, tmp_path: Path) -> None:
     def resume(out: Path) -> fedlora.Result:
         return fedlora.run(resume=out)
@@ -121,6 +123,7 @@ def test_clients_share_passes_as_in_one_process(keys: Keys, tmp_path: Path, size
     assert any("client-" in name for name in tensor_files(one.output_dir))
 
 
+@pytest.mark.slow
 def test_more_workers_than_clients_and_automatic_ones(keys: Keys, tmp_path: Path) -> None:
     local = take(keys, tmp_path / "local")
     for number in (1, 6, "auto"):
@@ -130,6 +133,7 @@ def test_more_workers_than_clients_and_automatic_ones(keys: Keys, tmp_path: Path
     assert f"num_workers: {min(3, int(cores()))}\n" in settled
 
 
+@pytest.mark.slow
 def test_either_engine_goes_on_with_the_others_run(keys: Keys, tmp_path: Path) -> None:
     keys |= {"client_ranks": [4, 4, 4], "num_rounds": 3, "method": "fedsa"}
     whole = take(keys, tmp_path / "whole")
@@ -190,6 +194,7 @@ def dies(client: int) -> Callable[..., Any]:
     return own
 
 
+@pytest.mark.slow
 def test_who_ends_every_worker_is_left_out(keys: Keys, tmp_path: Path) -> None:
     events: list[Event] = []
     keys |= {"num_rounds": 1}
@@ -229,6 +234,7 @@ def sleeps(model: Any, dataset: Any, training: Any) -> Any:
     return train(model, dataset, training)
 
 
+@pytest.mark.slow
 def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
     """It makes no step, so its process is replaced; and the next round trains it again."""
     session = assemble(Config(**{**keys, **POOL}))
@@ -250,6 +256,7 @@ def test_who_is_not_done_by_the_deadline_has_failed(keys: Keys) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_round_that_is_asked_again_sends_everything_again(keys: Keys) -> None:
     """Other clients, or in another order: what they are sent has other names then."""
     keys |= {"method": "zero_pad", "engine": "workers", "num_workers": 1}
@@ -264,6 +271,7 @@ def test_a_round_that_is_asked_again_sends_everything_again(keys: Keys) -> None:
         assert torch.equal(result.update.tensors[name], value)
 
 
+@pytest.mark.slow
 def test_a_round_waits_for_nobody_beyond_its_time(keys: Keys, tmp_path: Path) -> None:
     events: list[Event] = []
     keys |= {"num_rounds": 2, "round_timeout": 10.0, "min_clients_per_round": 2}
@@ -284,6 +292,7 @@ def steps_on(model: Any, dataset: Any, training: Any) -> Any:
     return train(model, dataset, training)
 
 
+@pytest.mark.slow
 def test_a_full_round_stops_who_still_trains(keys: Keys, tmp_path: Path) -> None:
     """No worker is replaced, and whoever was stopped is asked again."""
     events, pids = list[Event](), set[int]()
@@ -302,6 +311,7 @@ def test_a_full_round_stops_who_still_trains(keys: Keys, tmp_path: Path) -> None
     assert len(pids) == 2
 
 
+@pytest.mark.slow
 def test_workers_that_load_the_base_themselves_give_the_same(keys: Keys, tmp_path: Path) -> None:
     """As those on GPUs do, which cannot be forked."""
     keys |= {"num_rounds": 1}
@@ -323,6 +333,7 @@ fedlora.run(fedlora.Config(**json.loads(sys.argv[1])), report=report)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed(keys: Keys) -> None:
     keys |= {"max_steps": 10_000, **POOL}
     command = [sys.executable, "-c", RUN_UNTIL_KILLED, json.dumps(keys)]
@@ -370,6 +381,7 @@ def notes_merged(model: Any, dataset: Any, training: Any) -> dict[str, Any]:
     return {**train(model, dataset, training), "shared": shared, "own": len(layers) - shared}
 
 
+@pytest.mark.slow
 def test_what_is_merged_into_the_base_lies_in_memory_once(keys: Keys, tmp_path: Path) -> None:
     keys |= {"method": "flora", "num_rounds": 2}
     result = take(keys, tmp_path, train_function=notes_merged, **POOL)
