@@ -58,6 +58,11 @@ class ClientMemory:
         return held + self.adapter + self.optimizer + self.activations
 
 
+def bytes_of_base(base: BaseModel) -> int:
+    """What the frozen base takes in memory, where it holds no adapters."""
+    return sum(x.nbytes for x in (*base.model.parameters(), *base.model.buffers()))
+
+
 def client_memory(
     base: BaseModel,
     batch: Sequence[Tokens],
@@ -84,16 +89,18 @@ def client_memory(
         name: LowRank(torch.empty(rank, n, device="meta"), torch.empty(m, rank, device="meta"))
         for name, (m, n) in base.targets.shapes.items()
     }
-    weights = sum(x.nbytes for x in (*base.model.parameters(), *base.model.buffers()))
+    weights = bytes_of_base(base)
     base.load_clients([], [ClientAdapter(adapter, dropout=dropout)])
     trained = sum(p.numel() for _, p in base.parameters_of(0))
     base.model.train()
     known = [*base.model.parameters(), *base.model.buffers()]
-    with as_on_gpu(on_gpu), LiveBytes(known) as live:
-        runner_of(base.model).loss_of_shapes(base.model, batch)
-    base.model.eval()
-    base.model.zero_grad(set_to_none=True)
-    base.load_clients([], [])
+    try:
+        with as_on_gpu(on_gpu), LiveBytes(known) as live:
+            runner_of(base.model).loss_of_shapes(base.model, batch)
+    finally:
+        base.model.eval()
+        base.model.zero_grad(set_to_none=True)
+        base.load_clients([], [])
     whole = sum(p.numel() for p in base.full_params.values())
     return ClientMemory(
         libraries=LIBRARIES["cuda" if on_gpu else "cpu"],

@@ -63,7 +63,11 @@ def verb(arguments: list[str], emit: Emit | None = None) -> int:
     config = resolve_paths(Config(**settings(arguments, EMBEDDED)))
     raw = load_rows(config)
     check_overrides(config, len(raw.clients))
-    division = divide(config, raw, client_ranks(config, len(raw.clients)), by)
+    number = len(raw.clients)
+    if config.client_ranks == "auto":  # decided from the model, which is not looked at here
+        division = divide(config, raw, [None] * number, by)
+    else:
+        division = divide(config, raw, client_ranks(config, number), by)
     if picture:
         draw_partition(division, picture)
     if emit:

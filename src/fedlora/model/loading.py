@@ -57,7 +57,8 @@ def load_model(
     """
     bits = bits_of(config)
     if bits is not None:
-        require_bitsandbytes(bits)
+        if weights:  # shapes alone need no library that packs them
+            require_bitsandbytes(bits)
         refuse_saved_quantised(source.config, source.name, bits)
     # What is quantised is first loaded as the checkpoint holds it, see `quantisation`.
     dtype = config.dtype if bits is None else "auto"

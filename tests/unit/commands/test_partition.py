@@ -39,6 +39,24 @@ def test_without_a_column_there_are_rows_alone(tmp_path: Path) -> None:
     assert "counts" not in told[0]["clients"][0]
 
 
+def test_automatic_ranks_are_not_known_yet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "all.jsonl", rows(9))
+    told: list[Any] = []
+    arguments = ["--train_file", str(path), "--num_clients", "3", "--client_ranks", "auto"]
+    arguments += ["--client_memory", "6GB"]
+    verb([*arguments, "--output", str(tmp_path / "who.svg")], told.append)
+    assert [client["rank"] for client in told[0]["clients"]] == [None] * 3
+    assert (
+        "r="
+        not in (tmp_path / "who.svg").read_text().partition("</metadata>")[2].partition("<!--")[0]
+    )
+    verb(arguments)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["0", "-", "3", "33.3%"] in lines
+
+
 def test_a_picture_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a picture's name ends in"):
         verb(["--train_file", "absent.jsonl", "--output", str(tmp_path / "who.txt")])

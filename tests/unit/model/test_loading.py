@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import BertConfig, GenerationConfig
 from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.model.loading import greedy, load_model, load_pretrained
+from fedlora.model.quantised_linear import QuantisedLinear
 from fedlora.model.sources import Source, find_source, load_tokenizer
 from support.packing import SIZES, built
 
@@ -29,6 +31,21 @@ def test_a_model_of_shapes_alone_has_no_memory(tiny_llama: Path) -> None:
     with_weights, _ = loaded(tiny_llama)
     assert base.targets.shapes == with_weights.targets.shapes
     assert notes == []
+
+
+def test_shapes_of_a_quantised_base_need_no_bitsandbytes(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> Any:
+        return None if name == "bitsandbytes" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    base, _ = loaded(tiny_llama, weights=False, load_in_4bit=True)
+    assert any(isinstance(layer, QuantisedLinear) for layer in base.model.modules())
+    with pytest.raises(InputError, match=r"bitsandbytes, .* is not installed"):
+        loaded(tiny_llama, load_in_4bit=True)
 
 
 def test_a_classifiers_head_is_new_of_the_runs_seed_and_trained_whole(tiny_llama: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -33,15 +35,17 @@ def show_plan(plan: Plan, console: Console) -> None:
         say(
             console,
             f"Too little memory: client {', '.join(lacking)}. Try client_ranks: auto, "
-            "gradient_checkpointing: true, or a smaller max_length.",
+            "gradient_checkpointing: true, load_in_4bit: true, or a smaller max_length.",
         )
+    if plan.no_memory:
+        say(console, f"Memory: {plan.no_memory}.")
     console.print(_methods(plan))
     if plan.excluded:
-        say(console, f"Not with these ranks: {', '.join(plan.excluded)} (one rank for all).")
+        say(console, _excluded(plan.excluded))
     say(
         console,
         f"Server with {config.method}: {human_bytes(plan.server_memory)} of memory, "
-        f"{human_bytes(plan.server_disk)} on disk.",
+        f"at most {human_bytes(plan.server_disk)} on disk.",
     )
     say(console, _time(plan))
     say(console, "No weights were read and nothing was written.")
@@ -85,7 +89,8 @@ def _alike(plan: Plan) -> list[list[PlannedClient]]:
     """The clients in groups that need and have the same."""
     groups = dict[object, list[PlannedClient]]()
     for client in plan.clients:
-        key = client.rank, client.batch, client.memory, client.available
+        has_rows = bool(client.tokens)
+        key = client.rank, client.batch, client.memory, client.available, has_rows
         groups.setdefault(key, []).append(client)
     return list(groups.values())
 
@@ -95,7 +100,8 @@ def _row(clients: list[PlannedClient], has_room: bool) -> list[str | Text]:
     shown = " ".join(numbers) if len(numbers) < 3 else f"{numbers[0]} +{len(numbers) - 1}"
     row: list[str | Text] = [shown, str(one.rank), str(one.batch)]
     if one.memory is None:
-        return [*row, *["-"] * 5, *(["no rows"] if has_room else [])]
+        has = human_bytes(one.available or 0) if one.tokens else "no rows"
+        return [*row, *["-"] * 5, *([has] if has_room else [])]
     memory = one.memory
     sizes = (
         memory.weights + memory.merged,
@@ -121,6 +127,15 @@ def _methods(plan: Plan) -> Table:
         style = "bold" if name == plan.session.config.method else ""
         table.add_row(name, *(human_bytes(size) for size in sizes), style=style)
     return table
+
+
+def _excluded(excluded: Mapping[str, str]) -> str:
+    """Which methods cannot run, and why; those with the same reason together, without advice."""
+    groups = dict[str, list[str]]()
+    for name, reason in excluded.items():
+        groups.setdefault(reason.partition(";")[0], []).append(name)
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in groups.items()]
+    return f"Not with these settings: {'; '.join(parts)}."
 
 
 def _time(plan: Plan) -> str:

@@ -76,6 +76,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parameters": plan.parameters,
         "target_modules": len(plan.session.federation.shapes),
         "clients_per_round": len(plan.session.federation.sample(1)),
+        "why_no_memory": plan.no_memory or None,
         "clients": [_client(client) for client in plan.clients],
         "methods": {name: asdict(x) for name, x in plan.traffic.items()},
         "excluded": dict(plan.excluded),

@@ -32,7 +32,7 @@ class Division:
         values: its values, the most frequent first, the last perhaps "other".
         counts: for every client the number of rows of each value.
         names: what the clients are called, or "".
-        ranks: their adapter ranks.
+        ranks: their adapter ranks; None: decided when the run begins (`client_ranks: auto`).
         evaluation: rows of the global evaluation of each value.
     """
 
@@ -41,17 +41,19 @@ class Division:
     values: list[str]
     counts: list[list[int]]
     names: list[str]
-    ranks: list[int]
+    ranks: Sequence[int | None]
     evaluation: list[int]
 
 
-def divide(config: Config, raw: RawData, ranks: list[int], by: str | None = None) -> Division:
+def divide(
+    config: Config, raw: RawData, ranks: Sequence[int | None], by: str | None = None
+) -> Division:
     """Count who holds what.
 
     Args:
         config: of the run.
         raw: its rows.
-        ranks: of the clients.
+        ranks: of the clients; None: not decided yet.
         by: the column to count; None: the one divided by, or a classifier's label.
 
     Raises:
@@ -124,7 +126,7 @@ def _table(division: Division, width: int) -> Table:
         table.add_row(
             str(client),
             *name,
-            str(division.ranks[client]),
+            str(division.ranks[client] or "-"),
             f"{rows:,}",
             f"{rows / total:.1%}",
             *_count_cells(division, counts),

@@ -34,7 +34,7 @@ def _draw_bars(division: Division, axes: Any) -> None:
         handles.append(bars)
         left = [x + y for x, y in zip(left, sizes, strict=True)]
     labels = [
-        f"{k} {name}".strip() + f"  (r={rank})"
+        f"{k} {name}".strip() + (f"  (r={rank})" if rank else "")
         for k, (name, rank) in enumerate(zip(division.names, division.ranks, strict=True))
     ]
     axes.set_yticks(places, labels)

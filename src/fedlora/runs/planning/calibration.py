@@ -14,6 +14,7 @@ import torch
 
 from fedlora.data.tokenize import Tokens
 from fedlora.lowrank import LowRank
+from fedlora.model.acceleration import accelerate
 from fedlora.model.base import BaseModel
 from fedlora.model.batches import count_labelled
 from fedlora.model.lora_layer import ClientAdapter
@@ -42,21 +43,29 @@ class Speed:
 
 
 def calibrate(
-    base: BaseModel, batch: Sequence[Tokens], rank: int, device: torch.device, seconds: float = 10
+    base: BaseModel,
+    batch: Sequence[Tokens],
+    rank: int,
+    device: torch.device,
+    seconds: float = 10,
+    *,
+    gradient_checkpointing: bool = False,
 ) -> Speed:
     """Train on one batch over and over, for some seconds.
 
     Args:
-        base: on the meta device.
+        base: on the meta device, not quantised.
         batch: tokenised rows of a micro-batch.
         rank: of the adapter.
         device: to measure.
         seconds: at least one pass is measured, however long it takes.
+        gradient_checkpointing: recompute activations.
 
     Raises:
         InputError: even one layer is too large to be made for this.
     """
     made = random_model(base, device, layers=layers_to_make(base, LARGEST))
+    accelerate(made.model, gradient_checkpointing=gradient_checkpointing)
     share = inner_parameters(made.model) / inner_parameters(base.model)
     adapter = {
         name: LowRank(torch.zeros(rank, n, device=device), torch.zeros(m, rank, device=device))

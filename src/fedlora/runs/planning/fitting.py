@@ -90,11 +90,13 @@ def _fit_of(own: Config, client: int, need: Need, room: int) -> Fit:
             lambda size, rank: need(client, size, rank),
             room,
         )
+    except InputError:  # which is a ValueError too: what is needed cannot be told
+        raise
     except ValueError as error:
         raise InputError(
             f"client_memory: client {client} has {human_bytes(room)}, but one sample at rank 1 "
-            f"takes {human_bytes(error.args[0])}; try gradient_checkpointing: true, a smaller "
-            "max_length, dtype: bfloat16 or a smaller model"
+            f"takes {human_bytes(error.args[0])}; try gradient_checkpointing: true, "
+            "load_in_4bit: true, a smaller max_length, dtype: bfloat16 or a smaller model"
         ) from None
 
 

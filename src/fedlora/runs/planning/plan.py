@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fedlora.client.planned_memory import ClientMemory
+from fedlora.client.planned_memory import LIBRARIES, ClientMemory, bytes_of_base
 from fedlora.config.clients import client_memories
 from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
-from fedlora.model.packed_attention import PackingError
+from fedlora.model.quantisation import bits_of
 from fedlora.runs.planning.calibration import Speed, calibrate
 from fedlora.runs.planning.client_needs import ClientNeeds, usual_rows
 from fedlora.runs.planning.simulated_traffic import Traffic, traffic
@@ -32,7 +33,7 @@ class PlannedClient:
         rank: of its adapter.
         batch: samples of a micro-batch.
         tokens: it trains on in a round.
-        memory: None where it has no rows.
+        memory: None where it has no rows, or where it could not be planned.
         available: bytes that `client_memory` gives it, or None.
         seconds: of a round on this machine, by itself; None: not measured.
     """
@@ -62,11 +63,12 @@ class Plan:
         parameters: of the base.
         clients: what each needs.
         traffic: method -> what it transfers; the configured one first.
-        excluded: method -> why it cannot run with these ranks.
+        excluded: method -> why it cannot run with these ranks and settings.
         server_memory: bytes.
-        server_disk: bytes in `output_dir` when the run has ended.
+        server_disk: bytes at most in `output_dir` when the run has ended.
         speed: of this machine, or None.
         no_speed: why there is none.
+        no_memory: why that of the clients is not known; empty: it is.
     """
 
     session: Session
@@ -78,6 +80,7 @@ class Plan:
     server_disk: int
     speed: Speed | None
     no_speed: str
+    no_memory: str = ""
 
     @property
     def seconds_here(self) -> float | None:
@@ -103,9 +106,9 @@ def make_plan(config: Config, *, seconds: float | None = SECONDS) -> Plan:
         InputError: the configuration, the data or the model cannot be used.
     """
     session = assemble(config, weights=False)
-    needs = ClientNeeds(session.base, session.data, session.config)
+    needs = ClientNeeds(session.base, session.data, session.config, session.other_bases)
     speed, no_speed = _speed(session, seconds)
-    clients = _clients(session, needs, speed)
+    clients, no_memory = _clients(session, needs, speed)
     moved, excluded = _all_traffic(session)
     own = moved[session.config.method]
     return Plan(
@@ -114,26 +117,30 @@ def make_plan(config: Config, *, seconds: float | None = SECONDS) -> Plan:
         clients=clients,
         traffic=moved,
         excluded=excluded,
-        server_memory=_server_memory(session, own, clients),
-        server_disk=disk_of_server(session.config, own),
+        server_memory=_server_memory(session, own),
+        server_disk=disk_of_server(session.config, own, evaluates=_evaluates(session)),
         speed=speed,
         no_speed=no_speed,
+        no_memory=no_memory,
     )
 
 
-def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[PlannedClient]:
+def _clients(
+    session: Session, needs: ClientNeeds, speed: Speed | None
+) -> tuple[list[PlannedClient], str]:
+    """What each client needs; and why memory is not known, or nothing."""
     memories = client_memories(session.config, len(session.data.clients))
-    planned = []
+    planned, no_memory = [], ""
     for client, part in enumerate(session.data.clients):
         own, rank = session.config.of_client(client), session.federation.ranks[client]
         batch, lengths = own.per_device_train_batch_size, [len(r["input_ids"]) for r in part.train]
         tokens = tokens_of_round(own, lengths)
-        try:
-            memory = needs.memory(client, batch, rank) if lengths else None
-        except PackingError as error:
-            raise InputError(
-                f"the memory of this architecture cannot be planned: {error}"
-            ) from None
+        memory = None
+        if lengths and not no_memory:
+            try:
+                memory = needs.memory(client, batch, rank)
+            except InputError as error:
+                no_memory = str(error)
         planned.append(
             PlannedClient(
                 client=client,
@@ -145,7 +152,7 @@ def _clients(session: Session, needs: ClientNeeds, speed: Speed | None) -> list[
                 seconds=tokens / speed.tokens if speed else None,
             )
         )
-    return planned
+    return planned, no_memory
 
 
 def _speed(session: Session, seconds: float | None) -> tuple[Speed | None, str]:
@@ -153,15 +160,28 @@ def _speed(session: Session, seconds: float | None) -> tuple[Speed | None, str]:
     if seconds is None:
         return None, "not measured (--no_calibration)"
     config, federation = session.config, session.federation
+    if bits_of(config) or session.other_bases:  # random weights are made in full precision
+        return None, "not measured on a quantised base"
     client = max(federation.sample(1), key=lambda k: len(session.data.clients[k].train))
     rows = session.data.clients[client].train
     size = config.of_client(client).per_device_train_batch_size
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     try:
         batch = usual_rows(rows, size)
-        return calibrate(session.base, batch, federation.ranks[client], device, seconds), ""
+        speed = calibrate(
+            session.base,
+            batch,
+            federation.ranks[client],
+            device,
+            seconds,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
     except InputError as error:
         return None, str(error)
+    except Exception as error:  # what an architecture does not take must not end the plan
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return None, f"not measured: {reason}"
+    return speed, ""
 
 
 def _all_traffic(session: Session) -> tuple[dict[str, Traffic], dict[str, str]]:
@@ -175,22 +195,45 @@ def _all_traffic(session: Session) -> tuple[dict[str, Traffic], dict[str, str]]:
             excluded[name] = "needs one rank for all clients"
             continue
         options = config.rule_options() if name == config.method else rule.options()
-        moved[name] = traffic(federation, rule, options, config.num_rounds, dense)
+        try:
+            moved[name] = traffic(federation, rule, options, config.num_rounds, dense)
+        except InputError as error:
+            if name == config.method:
+                raise
+            excluded[name] = str(error).removeprefix(f"method: {name} ")
     return moved, excluded
 
 
-def _server_memory(session: Session, own: Traffic, clients: Sequence[PlannedClient]) -> int:
+def _evaluates(session: Session) -> bool:
+    """Whether the server holds the base, to evaluate the global model."""
+    return session.config.server_evaluation and bool(session.data.eval)
+
+
+def _server_memory(session: Session, own: Traffic) -> int:
     """What the server takes: its state, a round's updates, and the base where it evaluates."""
-    config = session.config
-    libraries = max((c.memory.libraries for c in clients if c.memory), default=0)
-    evaluates = config.server_evaluation and bool(session.data.eval)
-    weights = max((c.memory.weights for c in clients if c.memory), default=0) if evaluates else 0
+    on_gpu = torch.cuda.is_available() and not session.config.use_cpu
+    libraries = LIBRARIES["cuda" if on_gpu else "cpu"]
+    weights = bytes_of_base(session.base) if _evaluates(session) else 0
     return libraries + weights + 2 * own.state + own.updates
 
 
-def disk_of_server(config: Config, own: Traffic) -> int:
-    """The rounds that are kept, each with state and adapter, and the final adapter."""
-    kept = config.num_rounds
+def disk_of_server(config: Config, own: Traffic, *, evaluates: bool = False) -> int:
+    """At most what lies in `output_dir` at the end: rounds with state and adapter, and `final/`.
+
+    States count as if each were written whole; rounds share files of what they have in common
+    (`runs.saved_state`).
+
+    Args:
+        config: of the run.
+        own: what its method keeps.
+        evaluates: the best round stays beside the newest ones.
+    """
+    kept, every = config.num_rounds, config.save_adapter_rounds
+    adapters = math.ceil(kept / every)
     if config.save_total_limit is not None:
-        kept = min(kept, max(2, config.save_total_limit))
-    return kept * (own.state + own.model) + own.model
+        newest = max(2, config.save_total_limit)
+        kept = min(kept, newest + evaluates + (every > newest))  # the newest adapter stays too
+        adapters = min(kept, math.ceil(newest / every) + evaluates)
+    if config.load_best_model_at_end:  # what was the best round has one
+        adapters = kept
+    return kept * own.state + adapters * own.model + own.model

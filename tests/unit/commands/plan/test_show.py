@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedlora.client.planned_memory import ClientMemory
-from fedlora.commands.plan.show import _clients, duration
+from fedlora.commands.plan.show import _clients, _excluded, duration
 from fedlora.runs.planning.plan import Plan, PlannedClient
 
 
@@ -33,3 +33,18 @@ def test_clients_that_need_the_same_share_a_line_of_80_columns() -> None:
     assert row.endswith("999.9 MB")
     assert "13.5 GB" in row
     assert "…" not in row
+
+
+def test_methods_are_left_out_with_their_reasons() -> None:
+    excluded = {"fedit": "one rank", "hetlora": "own weights; leave it out", "ffa": "one rank"}
+    wanted = "Not with these settings: fedit, ffa (one rank); hetlora (own weights)."
+    assert _excluded(excluded) == wanted
+
+
+def test_memory_that_is_not_known_is_a_dash() -> None:
+    clients: list[Any] = [PlannedClient(k, 4, 2, 9 * k, None, 6_000_000_000, None) for k in (0, 1)]
+    console = Console(width=80)
+    with console.capture() as caught:
+        console.print(_clients(cast(Plan, SimpleNamespace(clients=clients))))
+    rows = [line.split() for line in caught.get().splitlines() if " - " in line]
+    assert [row[-2:] for row in rows] == [["no", "rows"], ["6.0", "GB"]]

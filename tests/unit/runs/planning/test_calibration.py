@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,3 +39,18 @@ def test_a_large_one_with_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "LARGEST", 10)
     with pytest.raises(InputError, match="take the time from the first rounds"):
         calibration.calibrate(base, BATCH, 2, torch.device("cpu"), 0)
+
+
+def test_activations_are_recomputed_where_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[BaseModel] = []
+    make = calibration.random_model
+
+    def noted(*arguments: Any, **named: Any) -> BaseModel:
+        made.append(make(*arguments, **named))
+        return made[-1]
+
+    monkeypatch.setattr(calibration, "random_model", noted)
+    cpu = torch.device("cpu")
+    for wanted in (False, True):
+        calibration.calibrate(shapes_alone(), BATCH, 2, cpu, 0, gradient_checkpointing=wanted)
+    assert [base.model.is_gradient_checkpointing for base in made] == [False, True]

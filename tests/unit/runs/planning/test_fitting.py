@@ -56,6 +56,15 @@ def test_a_machine_that_is_too_small_is_refused() -> None:
         with_fitting_ranks(config, 1, lambda client, size, rank: need(size, rank))
 
 
+def test_needs_that_cannot_be_told_are_passed_on() -> None:
+    def unknown(client: int, size: int, rank: int) -> int:
+        raise InputError("nobody knows")
+
+    config = Config(client_ranks="auto", client_memory="1KB")
+    with pytest.raises(InputError, match=r"^nobody knows$"):
+        with_fitting_ranks(config, 1, unknown)
+
+
 def test_other_ranks_stay_as_they_are() -> None:
     config = Config(client_ranks=4, client_memory="1KB")
     assert with_fitting_ranks(config, 1, lambda client, size, rank: 0) == (config, [])
