@@ -106,7 +106,8 @@ def make_plan(config: Config, *, seconds: float | None = SECONDS) -> Plan:
         InputError: the configuration, the data or the model cannot be used.
     """
     session = assemble(config, weights=False)
-    needs = ClientNeeds(session.base, session.data, session.config, session.other_bases)
+    on_device = session.config.model_copy(update={"use_cpu": not _on_gpu(session)})
+    needs = ClientNeeds(session.base, session.data, on_device, session.other_bases)
     speed, no_speed = _speed(session, seconds)
     clients, no_memory = _clients(session, needs, speed)
     moved, excluded = _all_traffic(session)
@@ -165,7 +166,7 @@ def _speed(session: Session, seconds: float | None) -> tuple[Speed | None, str]:
     client = max(federation.sample(1), key=lambda k: len(session.data.clients[k].train))
     rows = session.data.clients[client].train
     size = config.of_client(client).per_device_train_batch_size
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    device = torch.device("cuda" if _on_gpu(session) else "cpu")
     try:
         batch = usual_rows(rows, size)
         speed = calibrate(
@@ -204,6 +205,12 @@ def _all_traffic(session: Session) -> tuple[dict[str, Traffic], dict[str, str]]:
     return moved, excluded
 
 
+def _on_gpu(session: Session) -> bool:
+    """Whether the run would train on a GPU: shapes alone lie on none, so what was asked counts."""
+    on_cpu = session.asked.get("use_cpu", session.config.use_cpu)
+    return torch.cuda.is_available() and not on_cpu
+
+
 def _evaluates(session: Session) -> bool:
     """Whether the server holds the base, to evaluate the global model."""
     return session.config.server_evaluation and bool(session.data.eval)
@@ -211,8 +218,7 @@ def _evaluates(session: Session) -> bool:
 
 def _server_memory(session: Session, own: Traffic) -> int:
     """What the server takes: its state, a round's updates, and the base where it evaluates."""
-    on_gpu = torch.cuda.is_available() and not session.config.use_cpu
-    libraries = LIBRARIES["cuda" if on_gpu else "cpu"]
+    libraries = LIBRARIES["cuda" if _on_gpu(session) else "cpu"]
     weights = bytes_of_base(session.base) if _evaluates(session) else 0
     return libraries + weights + 2 * own.state + own.updates
 

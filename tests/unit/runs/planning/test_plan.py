@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.runs.planning import plan as planning
 from fedlora.runs.planning.client_needs import ClientNeeds
-from fedlora.runs.planning.plan import disk_of_server, make_plan
+from fedlora.runs.planning.plan import _on_gpu, disk_of_server, make_plan
 from fedlora.runs.planning.simulated_traffic import Traffic
+from fedlora.runs.session import assemble
 
 TRAFFIC = Traffic(0, 0, 0, 0, model=10, state=100, updates=0, adds_to_base=False, played=1)
 
@@ -86,3 +88,12 @@ def test_what_cannot_be_measured_leaves_the_rest(
     assert [client.memory for client in plan.clients] == [None] * 4
     assert plan.traffic["exact"].up > 0
     assert plan.server_memory > 500_000_000
+
+
+@pytest.mark.parametrize(("use_cpu", "on_gpu"), [(None, True), (False, True), (True, False)])
+def test_shapes_alone_do_not_say_where_a_run_trains(
+    small_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, use_cpu: bool | None, on_gpu: bool
+) -> None:
+    session = assemble(Config(**small_run, use_cpu=use_cpu), weights=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _on_gpu(session) == on_gpu
