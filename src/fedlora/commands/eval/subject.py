@@ -234,19 +234,17 @@ def notes_on_bits(config: Config) -> list[str]:
     Returns:
         A sentence for each number of bits.
     """
+    number = config.num_clients or 1  # one stands for all where their number is not known
     clients = dict[int, list[int]]()
-    for client in range(config.num_clients or 0):
+    for client in range(number):
         own = config.of_client(client) if client in overrides_of(config) else config
         if (bits := bits_of(own)) is not None:
             clients.setdefault(bits, []).append(client)
-    if not config.num_clients and (bits := bits_of(config)) is not None:
-        clients[bits] = []
     notes = []
-    for bits, numbers in clients.items():
-        some = len(numbers) < (config.num_clients or 0)
-        who = f"client {', '.join(map(str, numbers))} " if some else ""
+    for held, numbers in clients.items():
+        who = f"client {', '.join(map(str, numbers))} " if len(numbers) < number else ""
         notes.append(
-            f"{who}trained beside the base in {bits} bits; here the base is as it was saved"
+            f"{who}trained beside the base in {held} bits; here the base is as it was saved"
         )
     return notes
 
