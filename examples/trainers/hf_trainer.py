@@ -12,5 +12,6 @@ def train(model, dataset, training):
         args=TrainingArguments(**fedlora.trainer_arguments(model, training)),
         train_dataset=list(dataset),
         data_collator=DataCollatorForSeq2Seq(training.tokenizer),
+        processing_class=training.tokenizer,
     )
     return fedlora.run_trainer(trainer, training)

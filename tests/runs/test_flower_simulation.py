@@ -84,3 +84,20 @@ def test_its_evaluation_on_common_rows_is_that_of_a_run_in_one_process(
     other = simulated(keys, tmp_path / "simulated")
     assert one.evaluations == other.evaluations
     assert len(one.evaluations) == 2
+
+
+OWN = """
+def half(model, dataset, training):
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.5)
+    return {"loss": 0.5}
+"""
+
+
+def test_clients_of_a_simulation_train_as_the_configuration_says(
+    simulated: Simulated, keys: Keys, tmp_path: Path
+) -> None:
+    (tmp_path / "own_of_simulation.py").write_text(OWN)
+    own = {"train_function": f"{tmp_path}/own_of_simulation.py:half", "num_rounds": 1}
+    check_same_bytes(simulated, {**keys, **own}, tmp_path)

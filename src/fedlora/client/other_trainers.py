@@ -37,7 +37,8 @@ def trainer_arguments(model: Any, training: LocalTraining) -> dict[str, Any]:
     """How a client trains, as arguments of `TrainingArguments`, `SFTConfig`, `DPOConfig`, ....
 
     They train in the dtype of the model, without checkpoints, progress bars and reports, and draw
-    the order of rows by the run's seed, the round and the client.
+    the order of rows by the run's seed, the round and the client. A loss that is not finite is
+    told as it is.
 
     Args:
         model: what the local training is given.
@@ -57,19 +58,23 @@ def trainer_arguments(model: Any, training: LocalTraining) -> dict[str, Any]:
                 f"{key}: {getattr(training, key)}: trainers of transformers and TRL have no such "
                 "term in their loss; leave it out, or use fedlora's own training"
             )
+    checkpointing = any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
     return {
         **{name: getattr(training, name) for name in _SAME},
         "optim": "adamw_torch",
         "seed": (training.seed * 1_000_003 + training.round * 1_009 + training.client) % 2**32,
         "use_cpu": model.device.type == "cpu",
         "bf16": False,
-        "gradient_checkpointing": any(
-            getattr(module, "gradient_checkpointing", False) for module in model.modules()
-        ),
+        "gradient_checkpointing": checkpointing,
+        # Reentrant checkpoints give no gradients where the embeddings are frozen.
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if checkpointing else None,
         "output_dir": os.path.join(tempfile.gettempdir(), f"fedlora-trainer-{os.getuid()}"),
         "save_strategy": "no",
         "logging_strategy": "steps",
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # which would tell 0.0 of a client that has diverged
         "include_num_input_tokens_seen": "non_padding",
         "report_to": "none",
         "disable_tqdm": True,
@@ -84,8 +89,9 @@ def run_trainer(trainer: Any, training: LocalTraining) -> dict[str, Any]:
         training: what the local training is given.
 
     Returns:
-        loss (mean over the steps), loss_first, loss_last, steps, tokens (without padding) and
-        seconds: what a local training returns.
+        loss (mean over the steps), loss_first, loss_last, steps, tokens and seconds: what a local
+        training returns. Tokens are counted without padding where the batches have an attention
+        mask, or the trainer was given the tokenizer (`processing_class`); else with it.
 
     Raises:
         InputError: the output layer has an adapter, which TRL's trainers would not train.

@@ -86,6 +86,11 @@ def check_client_memory(config: Config) -> None:
             "client_ranks: auto looks at the rows, which lie at the sites; plan with "
             "`fedlora plan`, and give each site its rank"
         )
+    if config.client_ranks == "auto" and config.engine == "flower":
+        raise ValueError(
+            "client_ranks: auto is not decided with engine: flower; `fedlora plan --engine local` "
+            "tells the ranks that fit; give them as a list, such as client_ranks: [8, 4]"
+        )
 
 
 def check_rank_shares(config: Config) -> None:

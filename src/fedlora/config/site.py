@@ -48,7 +48,10 @@ SITE_KEYS = (
     "gradient_checkpointing",
     "train_function",
 )
-"""Keys of a configuration that are a site's own; what the server says of them does not count."""
+"""Keys of a configuration that are a site's own; what the server says of them does not count.
+
+But for `load_in_8bit` and `load_in_4bit`: where the site names neither, a server's value counts.
+"""
 
 _FILES = ("train_file", "eval_file")
 _PLACES = ("model_name_or_path", "tokenizer_name", "chat_template_path", "dataset_name")

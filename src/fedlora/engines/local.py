@@ -80,9 +80,9 @@ def run(
     if config is None:
         config = Config(**read_yaml(EMBEDDED_CONFIG))
     check_free(config.output_dir)
-    train_function = training_of(config.train_function, train_function)
     if config.engine == "flower":
         return _on_flower(config, train_function, callbacks, report, resume=False)
+    train_function = training_of(config.train_function, train_function)
     if config.trains_at_sites:
         check_trains_itself(train_function)
         return _run_at_sites(config, callbacks, report)
@@ -121,9 +121,9 @@ def _on_flower(
     Raises:
         InputError: what is to be called lies in this process, and cannot travel there.
     """
-    from fedlora.engines.flower.submit import submit
+    from fedlora.engines.flower.submit import check_training, submit
 
-    check_trains_itself(train_function)
+    check_training(config, train_function)
     if callbacks:
         raise InputError("callbacks: with engine: flower the server is another process; leave them")
     return submit(config, report, resume=resume)

@@ -18,6 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlora.client.trainer import name_of_trainer, train, training_of
+from fedlora.config.config import Config
 from fedlora.engines.at_once import LATE, at_once
 from fedlora.engines.carrier import SiteError
 from fedlora.engines.known_site import Site, with_all_where_lost
@@ -84,9 +86,12 @@ class SitesEngine:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """The base's fingerprint; rows and local training are the sites' own (see `restore`)."""
-        base = self.session.sites[0].base
-        return {"base": base, "data": seam.ELSEWHERE, "train_function": seam.ELSEWHERE}
+        """The base's fingerprint; rows and local training are the sites' own (see `restore`).
+
+        Clients of a simulation train as the configuration says.
+        """
+        base, training = self.session.sites[0].base, _name_of_training(self.session.config)
+        return {"base": base, "data": seam.ELSEWHERE, "train_function": training}
 
     def serve(self, server: Server) -> None:
         """Say whose rounds are carried: the server knows what a site lacks of the global model."""
@@ -382,3 +387,10 @@ class SitesEngine:
 
     def _warn(self, message: str) -> None:
         self.report(Notice(event="warning", message=message))
+
+
+def _name_of_training(config: Config) -> str:
+    """The name of the local training in checkpoints, as far as the server can know it."""
+    if config.engine != "flower" or config.trains_at_sites:
+        return seam.ELSEWHERE
+    return name_of_trainer(training_of(config.train_function, train))

@@ -29,6 +29,12 @@ def bits_of(config: Config) -> Bits | None:
     return 4 if config.load_in_4bit else None
 
 
+def held_in(config: Config) -> str:
+    """How the base's linear layers are held, in a word or two: `4 bits`, or the base's dtype."""
+    bits = bits_of(config)
+    return config.dtype if bits is None else f"{bits} bits"
+
+
 def saved_quantised(config: Any) -> str:
     """By what a checkpoint's weights were quantised when it was saved; "" where they were not.
 

@@ -17,6 +17,7 @@ from fedlora.federation.participants import Federation
 from fedlora.model.base import BaseModel
 from fedlora.model.dtype import resolve_dtype
 from fedlora.model.passes import runner_of
+from fedlora.model.quantisation import bits_of
 from fedlora.model.sources import Source
 from fedlora.runs.checks import check_context, check_prompts
 from fedlora.runs.planning.fastest_way import Way
@@ -61,13 +62,15 @@ def choose_threads(config: Config, *, look: bool) -> Threads:
 
 
 def with_dtype(config: Config, source: Source) -> tuple[Config, list[str]]:
-    """The configuration with the dtype of the base decided, and why it is that one."""
+    """The configuration with the dtype of the base decided, and how the base is held and why."""
+    bits = bits_of(config)
+    quantised = [f"linear layers in {bits} bits"] if bits is not None else []
     if config.dtype != "auto":
-        return config, []
+        return config, quantised
     device = torch.device("cuda" if _on_cuda(config) else "cpu")
     dtype, why = resolve_dtype(source.config, device)
     name = str(dtype).removeprefix("torch.")
-    return config.model_copy(update={"dtype": name}), [f"base in {name}: {why}"]
+    return config.model_copy(update={"dtype": name}), [f"base in {name}: {why}", *quantised]
 
 
 def _on_cuda(config: Config) -> bool:

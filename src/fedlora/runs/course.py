@@ -167,9 +167,10 @@ class Course:
                     f"{key.replace('_', ' ')} is the one it began with"
                 )
             else:
+                named = f" ({theirs}, and {ours} now)" if key == "train_function" else ""
                 raise InputError(
                     f"--resume {self.directory.path}: the {key.replace('_', ' ')} differs from the "
-                    "one the run began with; restore it, or start a new run"
+                    f"one the run began with{named}; restore it, or start a new run"
                 )
 
     def _restore(self, saved: Saved) -> None:

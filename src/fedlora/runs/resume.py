@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlora.config.clients import client_ranks, settled_overrides
+from fedlora.config.clients import client_ranks, overrides_of, settled_overrides
 from fedlora.config.config import Config
 from fedlora.config.keys import Mark, keys_marked
 from fedlora.config.site import SITE_KEYS
@@ -16,6 +16,7 @@ from fedlora.errors import InputError
 from fedlora.methods import METHODS
 from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.file_names import CONFIG, FINAL
+from fedlora.runs.planning.fitting import MICRO_BATCH
 
 
 def as_it_began(path: Path, config: Config | None) -> Config:
@@ -38,9 +39,8 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     saved = saved.model_copy(
         update={key: x for key, x in free.items() if not (key in automatic and x == "auto")}
     )
-    if now.client_ranks == "auto":  # the run has decided, micro-batches among them
-        decided = {key: getattr(saved, key) for key in ("client_ranks", "client_overrides")}
-        now = now.model_copy(update=decided)
+    if now.client_ranks == "auto":
+        now = _with_what_was_fitted(now, saved)
     # The saved run holds a rank for every client, whichever key they came from.
     ours = settled_overrides(now, client_ranks(now, saved.num_clients or 0)).flat()
     theirs = saved.flat()
@@ -52,6 +52,23 @@ def as_it_began(path: Path, config: Config | None) -> Config:
     if different:
         raise InputError(_differs(path, different, saved, now.num_rounds - saved.num_rounds))
     return saved
+
+
+def _with_what_was_fitted(now: Config, saved: Config) -> Config:
+    """A configuration with `client_ranks: auto` as the run has decided it: ranks, micro-batches.
+
+    All other settings of single clients stay those that are given now.
+    """
+    ours, theirs = overrides_of(now), overrides_of(saved)
+    overrides = {
+        client: {
+            **{k: x for k, x in ours.get(client, {}).items() if k not in MICRO_BATCH},
+            **{k: x for k, x in theirs.get(client, {}).items() if k in MICRO_BATCH},
+        }
+        for client in {**ours, **theirs}
+    }
+    fitted = {"client_ranks": saved.client_ranks, "client_overrides": overrides or None}
+    return now.model_copy(update=fitted)
 
 
 def _differs(path: Path, different: Sequence[str], saved: Config, more: int) -> str:

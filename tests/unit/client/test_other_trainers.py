@@ -42,9 +42,17 @@ def test_every_client_and_round_draws_another_order() -> None:
 
 def test_checkpointing_is_the_models() -> None:
     model = Model(1, 1)
-    assert not trainer_arguments(model, LocalTraining())["gradient_checkpointing"]
+    off = TrainingArguments(**trainer_arguments(model, LocalTraining()))
+    assert (off.gradient_checkpointing, off.gradient_checkpointing_kwargs) == (False, None)
     model.gradient_checkpointing = True  # type: ignore[assignment]
-    assert trainer_arguments(model, LocalTraining())["gradient_checkpointing"]
+    on = TrainingArguments(**trainer_arguments(model, LocalTraining()))
+    assert on.gradient_checkpointing
+    assert on.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_a_loss_that_is_not_finite_is_told_as_it_is() -> None:
+    arguments = TrainingArguments(**trainer_arguments(Model(1, 1), LocalTraining()))
+    assert not arguments.logging_nan_inf_filter
 
 
 @pytest.mark.parametrize(

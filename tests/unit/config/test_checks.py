@@ -35,6 +35,21 @@ def unchecked(**values: Any) -> Config:
             "client_ranks and rank_choices exclude each other",
         ),
         (
+            checks.check_client_memory,
+            {"client_ranks": "auto", "client_memory": "6GB", "engine": "sites"},
+            "auto looks at the rows, which lie at the sites",
+        ),
+        (
+            checks.check_client_memory,
+            {
+                "client_ranks": "auto",
+                "client_memory": "6GB",
+                "engine": "flower",
+                "train_file": "rows.jsonl",
+            },
+            "client_ranks: auto is not decided with engine: flower; .*give them as a list",
+        ),
+        (
             checks.check_rank_shares,
             {"rank_choices": [2, 4], "rank_shares": [1.0]},
             "rank_shares: 1 shares for 2 rank_choices",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.client.trainer import name_of_trainer, train
 from fedlora.config.config import Config
 from fedlora.data.datasets import FederatedData
 from fedlora.engines.carrier import SiteError
@@ -36,7 +37,7 @@ from fedlora.federation.wire import trained_message
 from fedlora.lowrank import LowRank
 from fedlora.methods import METHODS
 from fedlora.methods.values import RoundNumbers
-from fedlora.runs.engine import ClientResult, Engine, EngineState, Failure, Left
+from fedlora.runs.engine import ELSEWHERE, ClientResult, Engine, EngineState, Failure, Left
 from support.told_sites import BASE, Say, ToldSites, handshaking, joined
 
 SHAPES = {"q": (4, 3)}
@@ -259,3 +260,12 @@ def test_the_end_is_told_and_calls_are_closed() -> None:
     ]
     sites.close()
     assert transport.closed
+
+
+def test_a_simulation_says_how_its_clients_train() -> None:
+    """So that it does not go on with another training than the one it began with."""
+    sites = engine(trained)
+    sites.session.config = Config(engine="flower")
+    assert sites.identity["train_function"] == ELSEWHERE
+    sites.session.config = Config(engine="flower", train_file="rows.jsonl")
+    assert sites.identity["train_function"] == name_of_trainer(train)

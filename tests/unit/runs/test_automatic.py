@@ -101,6 +101,11 @@ def test_the_dtype_that_is_written_down() -> None:
     decided, why = with_dtype(Config(use_cpu=True), source)
     assert decided.dtype == "float32"
     assert why == ["base in float32: layers 32 wide gain nothing from bfloat16"]
+    _, why = with_dtype(Config(use_cpu=True, load_in_4bit=True), source)
+    assert why[1:] == ["linear layers in 4 bits"]
+    assert with_dtype(Config(dtype="float16", load_in_8bit=True), source)[1] == [
+        "linear layers in 8 bits"
+    ]
 
 
 def test_the_frozen_weights_name_the_dtype_not_the_head() -> None:

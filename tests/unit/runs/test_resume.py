@@ -40,6 +40,21 @@ def test_automatic_keys_may_stay_open_and_reports_may_change(tmp_path: Path) -> 
     assert resumed.report_to == ["tensorboard"]
 
 
+def test_automatic_ranks_are_those_of_the_run_and_other_settings_of_clients_are_compared(
+    tmp_path: Path,
+) -> None:
+    micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    own = {"learning_rate": 0.5}
+    began(tmp_path, client_memory="6GB", client_overrides={0: {**own, **micro}, 2: micro})
+    auto = {"num_clients": 3, "client_ranks": "auto", "num_rounds": 5, "client_memory": "6GB"}
+    resumed = as_it_began(tmp_path, Config(**auto, client_overrides={0: own}))
+    assert resumed.client_overrides == {0: {**own, **micro}, 2: micro}
+    with pytest.raises(InputError, match=r"client_overrides: .*0\.25"):
+        as_it_began(tmp_path, Config(**auto, client_overrides={0: {"learning_rate": 0.25}}))
+    with pytest.raises(InputError, match="client_overrides: "):
+        as_it_began(tmp_path, Config(**auto))
+
+
 def test_rows_are_told_anew_where_they_lie_elsewhere_from_now_on(tmp_path: Path) -> None:
     """And not where only the carrier between server and sites changes."""
     began(tmp_path, train_file="/rows/*.jsonl", client_eval_fraction=0.5)

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from fedlora.adapters.peft_files import CONFIG_NAME, OLDER_NAME, WEIGHTS_NAME, read_adapter_config
 from fedlora.commands.eval.options import Loading
+from fedlora.config.clients import overrides_of
 from fedlora.config.config import Config
 from fedlora.config.yaml_file import read_yaml
 from fedlora.embedded import BASE_DIR, EMBEDDED
 from fedlora.errors import CheckpointError, InputError
 from fedlora.methods import METHODS
+from fedlora.model.quantisation import bits_of
 from fedlora.model.sources import Source
 from fedlora.runs.file_names import CONFIG, FINAL, METRICS
 from fedlora.runs.metrics_log import read_metrics
@@ -203,6 +205,7 @@ def _run(path: Path, loading: Loading) -> Subject:
         number = _newest(path, saved, notes)
         directory = path / f"round-{number}"
         notes.append(f"the run is not complete; this is its state after round {number}")
+    notes += notes_on_bits(config)
     has_global = (directory / CONFIG_NAME).is_file() and not _is_personal(config)
     adapters = ({GLOBAL: directory} if has_global else {}) | _clients_in(directory)
     return Subject(
@@ -220,6 +223,30 @@ def _run(path: Path, loading: Loading) -> Subject:
 def _is_personal(config: Config) -> bool:
     """Whether clients keep a part of the model, so that what the server holds is no whole model."""
     return bool(METHODS[config.method].training(config.rule_options()).keeps)
+
+
+def notes_on_bits(config: Config) -> list[str]:
+    """What to know of a run whose clients trained beside a quantised base: none is used here.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        A sentence for each number of bits.
+    """
+    number = config.num_clients or 1  # one stands for all where their number is not known
+    clients = dict[int, list[int]]()
+    for client in range(number):
+        own = config.of_client(client) if client in overrides_of(config) else config
+        if (bits := bits_of(own)) is not None:
+            clients.setdefault(bits, []).append(client)
+    notes = []
+    for held, numbers in clients.items():
+        who = f"client {', '.join(map(str, numbers))} " if len(numbers) < number else ""
+        notes.append(
+            f"{who}trained beside the base in {held} bits; here the base is as it was saved"
+        )
+    return notes
 
 
 def _saved_rounds(path: Path) -> list[int]:
@@ -246,6 +273,11 @@ def _newest(path: Path, saved: list[int], notes: list[str]) -> int:
             notes.append(str(error))
         else:
             return number
+    if not saved and any(_ROUND.match(part.name) for part in path.iterdir()):
+        raise InputError(
+            f"{path}: no round holds an adapter yet; save_adapter_rounds decides which do, and "
+            "final holds one when the run is complete"
+        )
     raise InputError(f"{path}: the run has no whole round yet; wait for the first one")
 
 
@@ -293,7 +325,13 @@ def _adapters(path: Path, loading: Loading) -> Subject:
         raise InputError(f"{error}; --base names another base model") from None
     tokenizer = path if (path / "tokenizer_config.json").is_file() else None
     return Subject(
-        str(path), config, source, adapters, of_a_run=run is not None, tokenizer=tokenizer
+        str(path),
+        config,
+        source,
+        adapters,
+        of_a_run=run is not None,
+        tokenizer=tokenizer,
+        notes=tuple(notes_on_bits(run_config)),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fedlora import __version__
+from fedlora.commands.eval.subject import notes_on_bits
 from fedlora.commands.export.origin import Origin
 from fedlora.commands.run_files import bytes_of
 from fedlora.config.config import Config
@@ -62,6 +63,7 @@ def model_card(origin: Origin, written: Written) -> str:
     on_data = (
         f" on the [{dataset}](https://huggingface.co/datasets/{dataset}) dataset" if dataset else ""
     )
+    trained = notes_on_bits(config) if config is not None else []
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
         f"# Model Card for {written.name.rpartition('/')[2]}\n",
@@ -74,7 +76,7 @@ def model_card(origin: Origin, written: Written) -> str:
         "## Quick start\n",
         _quick_start(origin, written, base if on_hub else Path(base).name),
         "## What is in it\n",
-        "".join(f"- {fact}\n" for fact in written.facts),
+        "".join(f"- {fact}\n" for fact in (*written.facts, *trained)),
     ]
     if config is not None and subject is not None and subject.run is not None:
         parts += _procedure(config, subject.run, subject.round)

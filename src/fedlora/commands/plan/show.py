@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedlora.commands.views.sentences import say
-from fedlora.config.config import Config
-from fedlora.model.quantisation import bits_of
+from fedlora.model.quantisation import held_in
 from fedlora.runs.planning.plan import Plan, PlannedClient
 from fedlora.text import human_bytes
 
@@ -23,7 +22,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"))
     say(
         console,
-        f"{config.model_name_or_path}: {plan.parameters:,} parameters ({_held_in(config)}), "
+        f"{config.model_name_or_path}: {plan.parameters:,} parameters ({held_in(config)}), "
         f"{len(federation.shapes)} target modules; {config.num_rounds} rounds, "
         f"{len(federation.sample(1))} of {len(federation.ranks)} clients in each",
     )
@@ -49,11 +48,6 @@ def show_plan(plan: Plan, console: Console) -> None:
     )
     say(console, _time(plan))
     say(console, "No weights were read and nothing was written.")
-
-
-def _held_in(config: Config) -> str:
-    bits = bits_of(config)
-    return config.dtype if bits is None else f"{bits} bits"
 
 
 def _clients(plan: Plan) -> Table:

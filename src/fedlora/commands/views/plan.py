@@ -13,6 +13,7 @@ from fedlora.client.worker import local_training_of
 from fedlora.commands.views.sentences import say
 from fedlora.federation.compression import BYTES
 from fedlora.lowrank import scaling
+from fedlora.model.quantisation import held_in
 from fedlora.runs.session import Session
 from fedlora.text import human_bytes
 
@@ -75,7 +76,7 @@ def show_plan(session: Session, console: Console) -> None:
     say(
         console,
         f"{config.model_name_or_path}: {type(base.model).__name__}, {_count(parameters)} "
-        f"parameters ({config.dtype})\n{len(spec.shapes)} target modules: "
+        f"parameters ({held_in(config)})\n{len(spec.shapes)} target modules: "
         + ", ".join(base.targets.names[:8])
         + (" ..." if len(base.targets.names) > 8 else ""),
     )

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fedlora.client.local_training import TrainFunction
+from fedlora.client.trainer import train, training_of
 from fedlora.client.worker import Worker
 from fedlora.config.config import Config
 from fedlora.config.site import Site
@@ -68,6 +69,8 @@ class SimulatedClient:
 def service_of(session: Session, client: int, states: Path, lock: threading.Lock) -> SiteService:
     """The service of one client, on the base that all of them share.
 
+    It trains as the run's configuration says (`train_function`).
+
     Args:
         session: of the whole run.
         client: its number.
@@ -88,7 +91,8 @@ def service_of(session: Session, client: int, states: Path, lock: threading.Lock
         with lock:
             return answer()
 
-    return SiteService(site, run_in=alone, load=load)
+    train_function = training_of(session.config.train_function, train)
+    return SiteService(site, train_function, run_in=alone, load=load)
 
 
 def loaded_of(
@@ -147,6 +151,7 @@ def main(directory: Path) -> int:
     """Load, fork, and wait for the end; the exit code."""
     try:
         config = Config(**read_yaml(directory / SETTINGS))
+        training_of(config.train_function, train)  # what cannot be imported is said now
         session = assemble(config.model_copy(update={"engine": "workers", "sites": None}))
     except FedloraError as error:
         (directory / FAILED).write_text(str(error))

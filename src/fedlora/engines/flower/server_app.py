@@ -24,7 +24,7 @@ from fedlora.engines.flower.run_config import EVENTS, RESUME, config_of
 from fedlora.engines.flower.simulation import is_simulation, simulated_workers
 from fedlora.engines.run_sites import MakeCalls, resume_with_sites, run_with_sites
 from fedlora.engines.site_calls import SiteCalls
-from fedlora.errors import FedloraError
+from fedlora.errors import FedloraError, InputError
 from fedlora.runs.directory import RunDirectory, check_free
 from fedlora.runs.events import Event, Report
 from fedlora.runs.file_names import CONFIG
@@ -71,6 +71,11 @@ def serve(grid: Grid, context: Context, config: Config, resume: bool, report: Re
         simulated = is_simulation(grid)
         if simulated:
             config, least = stack.enter_context(simulated_workers(grid, context, config))
+        elif config.train_function is not None:
+            raise InputError(
+                "train_function: sites train by themselves; each names its own training in its own "
+                "file"
+            )
 
         def make(config: Config, tell: Callable[[str], None]) -> SiteCalls:
             transport = GridTransport(grid, least, config.node_timeout, probes=not simulated)

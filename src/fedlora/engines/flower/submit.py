@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.adapters.saved_adapter import load_adapter
+from fedlora.client.local_training import TrainFunction
+from fedlora.client.trainer import train, training_of
 from fedlora.config.config import Config
 from fedlora.engines.flower.event_lines import read_event
 from fedlora.engines.flower.run_config import write_bundle
+from fedlora.engines.run_sites import check_trains_itself
 from fedlora.errors import FedloraError, InputError
 from fedlora.runs.absolute_paths import resolve_paths
 from fedlora.runs.directory import check_free
@@ -49,6 +52,28 @@ def check_flower() -> None:
     """
     if find_spec("flwr") is None:
         raise InputError("engine: flower needs Flower: pip install 'fedlora[flower]'")
+
+
+def check_training(config: Config, given: TrainFunction) -> None:
+    """Refuse a local training that clients in other processes would not find.
+
+    Clients of a simulation import the one that the configuration names; sites have their own.
+
+    Args:
+        config: of the run.
+        given: in Python; fedlora's own where nothing was given.
+
+    Raises:
+        InputError: it has no name in the configuration, or there is no function of that name.
+    """
+    if config.trains_at_sites:
+        check_trains_itself(given)
+    elif training_of(config.train_function, given) is not train and config.train_function is None:
+        raise InputError(
+            "train_function: with engine: flower the clients train in other processes, which a "
+            "function given in Python does not reach; name it in the configuration instead, such "
+            "as train_function: my_training.py:sft"
+        )
 
 
 def submit(config: Config, report: Report, *, resume: bool) -> Result:

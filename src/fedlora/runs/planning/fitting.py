@@ -14,6 +14,9 @@ from fedlora.text import human_bytes
 Need = Callable[[int, int, int], int]
 """`(client, micro-batch, rank)` -> bytes that its training takes."""
 
+MICRO_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys of a client that are set where its memory asks for smaller micro-batches."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -105,8 +108,7 @@ def _settings(config: Config, client: int, chosen: Fit) -> dict[str, Any]:
     own: Mapping[str, Any] = overrides_of(config).get(client, {})
     settings = {key: value for key, value in own.items() if key != "lora_r"}
     if chosen.batch != config.of_client(client).per_device_train_batch_size:
-        settings["per_device_train_batch_size"] = chosen.batch
-        settings["gradient_accumulation_steps"] = chosen.accumulation
+        settings |= dict(zip(MICRO_BATCH, (chosen.batch, chosen.accumulation), strict=True))
     return settings
 
 

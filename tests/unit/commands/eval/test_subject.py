@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from fedlora.commands.eval.options import Loading
-from fedlora.commands.eval.subject import find_subject
+from fedlora.commands.eval.subject import find_subject, notes_on_bits
+from fedlora.config.config import Config
 from fedlora.errors import InputError
 from fedlora.runs.safe_writing import write_directory
 from support.merging import peft_saves
@@ -69,6 +70,36 @@ def test_a_run_that_goes_on_is_its_newest_whole_round(
     assert subject.notes[1] == "the run is not complete; this is its state after round 1"
     with pytest.raises(InputError, match=r"damaged .*choose another --round"):
         find_subject(Loading(str(path), round=2))
+
+
+def test_rounds_without_an_adapter_name_the_key(
+    tiny_llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    path = run(tmp_path / "run", tiny_llama, adapter)
+    with pytest.raises(InputError, match="the run has no whole round yet; wait for the first one"):
+        find_subject(Loading(str(path)))
+    (path / "round-1" / "state").mkdir(parents=True)
+    with pytest.raises(InputError, match="no round holds an adapter yet; save_adapter_rounds"):
+        find_subject(Loading(str(path)))
+
+
+def test_a_run_beside_a_quantised_base_says_so(
+    tiny_llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    path = run(tmp_path / "run", tiny_llama, adapter, "final")
+    config = {"model_name_or_path": str(tiny_llama), "num_clients": 2, "load_in_4bit": True}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    note = "trained beside the base in 4 bits; here the base is as it was saved"
+    assert find_subject(Loading(str(path))).notes == (note,)
+    assert find_subject(Loading(str(path / "final"))).notes == (note,)
+
+
+def test_bits_of_single_clients_are_told_with_their_numbers() -> None:
+    one = Config(num_clients=3, client_overrides={1: {"load_in_8bit": True}})
+    assert notes_on_bits(one) == [
+        "client 1 trained beside the base in 8 bits; here the base is as it was saved"
+    ]
+    assert notes_on_bits(Config(num_clients=3)) == []
 
 
 def test_an_adapter_names_its_base(tiny_llama: Path, adapter: Path, tmp_path: Path) -> None:

@@ -81,3 +81,12 @@ def test_a_long_run_shows_some_rounds_and_the_last() -> None:
     assert rows[0].startswith("| 0 |")
     assert rows[-1] == "| 99 | 0.0100 |"
     assert _evaluations([{"event": "round", "round": 1}]) == ""
+
+
+def test_it_says_that_clients_trained_beside_a_quantised_base() -> None:
+    assert ORIGIN.subject is not None
+    assert " bits" not in card("peft")
+    config = ORIGIN.subject.config.model_copy(update={"load_in_4bit": True})
+    quantised = replace(ORIGIN, subject=replace(ORIGIN.subject, config=config))
+    text = model_card(quantised, Written("merged", "me/model", ["rank 7"]))
+    assert "- trained beside the base in 4 bits; here the base is as it was saved\n" in text

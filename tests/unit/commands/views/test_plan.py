@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -37,3 +38,7 @@ def test_steps_scale_and_bytes_of_every_client(small_run: dict[str, Any]) -> Non
     assert "method exact, 2 rounds, 4 of 4 clients in each" in text
     assert "client 3 by itself: lora_alpha 8.0, use_rslora True" in text
     assert "no weights were read and nothing was written" in text
+    assert "parameters (float32)" in text
+    quantised = session.config.model_copy(update={"load_in_4bit": True})
+    show_plan(replace(session, config=quantised), console)
+    assert "parameters (4 bits)" in console.file.getvalue()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedlora.client.trainer import train
 from fedlora.config.config import Config
 from fedlora.engines.flower import submit
 from fedlora.engines.flower.event_lines import event_line
@@ -124,3 +125,16 @@ def test_a_simulation_is_checked_before_flower_is_started(config: Config, tmp_pa
     with pytest.raises(InputError, match=r"missing\.jsonl"):
         submit.submit(config.model_copy(update=keys), lambda event: None, resume=False)
     assert submit.check_simulation(config) is None, "it is a deployment"
+
+
+def test_only_a_training_with_a_name_reaches_the_clients_of_a_simulation(tmp_path: Path) -> None:
+    def mine(model: Any, rows: Any, training: Any) -> dict[str, float]:
+        return {}
+
+    (tmp_path / "own_of_submit.py").write_text("def half(model, dataset, training): return {}\n")
+    own = f"{tmp_path}/own_of_submit.py:half"
+    submit.check_training(Config(engine="flower", train_file="a.jsonl", train_function=own), train)
+    with pytest.raises(InputError, match="given in Python does not reach; name it in the config"):
+        submit.check_training(Config(engine="flower", train_file="a.jsonl"), mine)
+    with pytest.raises(InputError, match="sites train by themselves"):
+        submit.check_training(Config(engine="flower"), mine)
