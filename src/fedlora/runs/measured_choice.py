@@ -20,12 +20,13 @@ import torch
 
 from fedlora import threads
 from fedlora.client.cohort import ENOUGH_TOKENS
-from fedlora.config.clients import client_ranks
+from fedlora.config.clients import client_ranks, overrides_of
 from fedlora.config.config import Config
 from fedlora.data.datasets import FederatedData
 from fedlora.methods import METHODS
 from fedlora.model.dtype import SMALLEST, bfloat16_is_worth_a_trial, hidden_size
 from fedlora.model.loading import load_model
+from fedlora.model.quantisation import bits_of
 from fedlora.model.sources import Source
 from fedlora.runs.planning import kept_choices
 from fedlora.runs.planning.client_needs import usual_rows
@@ -71,15 +72,14 @@ def choose_by_time(
 
     Returns:
         The way to train, and what was measured, in words. None: nothing is open, the run is short,
-        it runs on a GPU, on a quantised base or by a training function of the user's, or the model
-        cannot be tried.
+        it runs on a GPU, by a training function of the user's or on a base that any client holds
+        quantised, or the model cannot be tried.
     """
     lengths = [[len(row["input_ids"]) for row in part.train] for part in data.clients]
     seconds = min(MOST_SECONDS, SHARE * planned_seconds(config, source.config, lengths))
     if seconds < WORTH_SECONDS or (torch.cuda.is_available() and not config.use_cpu):
         return None, []
-    quantised = config.load_in_8bit or config.load_in_4bit
-    if config.train_function is not None or config.torch_compile or quantised:
+    if config.train_function is not None or config.torch_compile or _quantised(config):
         return None, []  # they take other steps than those that would be timed
     number = clients_of_round(config, sum(bool(own) for own in lengths))
     clients = trial_clients(config, data)
@@ -106,6 +106,16 @@ def choose_by_time(
     words = in_words(way, times)
     kept_choices.write(name, way, words)
     return way, [f"measured in {time.perf_counter() - began:.1f} s: {words}"]
+
+
+def _quantised(config: Config) -> bool:
+    """Whether the run, or a client that has settings of its own, holds the base quantised.
+
+    Where clients hold it in several precisions, each worker process merges its own copy of all
+    target weights, so their memory would not be what one process takes.
+    """
+    each = [config, *map(config.of_client, sorted(overrides_of(config)))]
+    return any(bits_of(own) for own in each)
 
 
 def with_way(config: Config, way: Way | None) -> Config:

@@ -79,6 +79,20 @@ def test_a_training_of_the_user_s_own_is_not_timed() -> None:
     assert choose_by_time(config, WIDE, None, data, 2) == (None, [])
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"load_in_8bit": True},
+        {"client_overrides": {0: {"load_in_4bit": True}}},
+        {"load_in_4bit": True, "client_overrides": {0: {"load_in_4bit": False}}},
+    ],
+)
+def test_a_base_that_any_client_holds_quantised_is_not_timed(keys: dict[str, Any]) -> None:
+    data = FederatedData((ClientData([ROW] * 100_000),) * 2, (), "text", {}, "")
+    config = Config(num_rounds=100_000, use_cpu=True, **keys)
+    assert choose_by_time(config, WIDE, None, data, 2) == (None, [])
+
+
 def test_where_processes_are_not_forked_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured_choice.sys, "platform", "linux")
     monkeypatch.delitem(measured_choice.sys.modules, "ipykernel", raising=False)
