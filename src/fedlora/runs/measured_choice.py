@@ -13,7 +13,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,36 @@ def with_way(config: Config, way: Way | None) -> Config:
     return config.model_copy(update=update)
 
 
+def with_engine_of_here(
+    saved: Config, written: Mapping[str, Any], asked: Config | None
+) -> tuple[Config, list[str]]:
+    """The configuration to go on with where the run itself had chosen worker processes.
+
+    No bit depends on how many there are. Where they cannot be forked, this process trains with one
+    thread, as each of them did, which gives the same bytes.
+
+    Args:
+        saved: as the run began, with what may be changed.
+        written: what the user had written of the keys that the run settled.
+        asked: the configuration given now, whose engine stays if it names one; or None.
+
+    Returns:
+        The configuration, and what was changed, in words.
+    """
+    named = asked is not None and "engine" in asked.model_fields_set
+    chosen = saved.engine == "workers" and written.get("engine", "workers") != "workers"
+    if not chosen or named:
+        return saved, []
+    if not processes_can_be_forked():
+        keys = {"engine": "local", "num_workers": "auto", "num_threads": 1}
+        return saved.model_copy(update=keys), ["worker processes: none, they cannot be forked here"]
+    cores = max(1, int(threads.cores()))
+    if saved.num_workers == "auto" or saved.num_workers <= cores:
+        return saved, []
+    words = f"worker processes: {cores} instead of {saved.num_workers}, one for each core"
+    return saved.model_copy(update={"num_workers": cores}), [words]
+
+
 def candidates(
     config: Config,
     source: Source,
@@ -234,7 +264,7 @@ def _asked(
 ) -> dict[str, Any]:
     """All that the fastest way depends on beside the machine, but for seeds and single rows.
 
-    Tokens and ranks count by powers of two, so that the runs of a study ask the same.
+    Tokens and ranks count by powers of two, so that runs on much the same rows ask the same.
     """
     own = source.config.to_dict()
     shape = {k: own[k] for k in sorted(own) if not k.startswith("_") and k not in _NO_SHAPE}
