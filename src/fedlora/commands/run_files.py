@@ -16,7 +16,7 @@ from typing import Any
 
 from fedlora.config.yaml_file import read_yaml
 from fedlora.errors import InputError
-from fedlora.runs.file_names import AS_WRITTEN, CONFIG, METRICS
+from fedlora.runs.file_names import CONFIG, METRICS, as_written
 from fedlora.runs.metrics_log import read_metrics
 
 Line = Mapping[str, Any]
@@ -58,13 +58,7 @@ class Run:
     @property
     def written(self) -> dict[str, Any]:
         """The configuration with what the run settled by itself as the user wrote it."""
-        last = self.config_text.rstrip().rpartition("\n")[2]
-        if not self.config or not last.startswith(AS_WRITTEN):
-            return self.config
-        try:
-            return {**self.config, **mapping(json.loads(last.removeprefix(AS_WRITTEN)))}
-        except (ValueError, RecursionError):
-            return self.config
+        return {**self.config, **as_written(self.config_text)} if self.config else self.config
 
     @property
     def seed(self) -> int | None:

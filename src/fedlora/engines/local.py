@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from fedlora.runs.directory import RunDirectory, check_free
 from fedlora.runs.engine import ClientResult, Engine, EngineState, Exchange, Joined, Left
 from fedlora.runs.evaluation import Evaluator
 from fedlora.runs.events import ClientBegin, Evaluations, Notice, Report, Step, ignore
+from fedlora.runs.file_names import CONFIG, as_written
+from fedlora.runs.measured_choice import with_engine_of_here
 from fedlora.runs.observers import observers
 from fedlora.runs.results import Callbacks, Result
 from fedlora.runs.resume import as_it_began, refuse_complete
@@ -41,6 +44,7 @@ def run(
     train_function: TrainFunction = train,
     callbacks: Callbacks = (),
     report: Report = ignore,
+    measure: bool = True,
 ) -> Result:
     """Run a federation to its end, or go on with one that was interrupted.
 
@@ -54,6 +58,9 @@ def run(
         train_function: `(model, dataset, training) -> metrics`, the local training.
         callbacks: called after every committed and saved round.
         report: told about everything that happens (`fedlora.runs.events`).
+        measure: whether a long run may time a few training steps to decide what is left open of how
+            it trains. Without that the dtype and the clients in a pass, on which bytes depend, are
+            those of any other run on the same model and rows.
 
     Raises:
         InputError: the configuration, the model or the data cannot be used; nothing is written.
@@ -71,7 +78,10 @@ def run(
                 check_trains_itself(train_function)
                 return _resume_at_sites(began, directory, callbacks, report)
             train_function = training_of(began.train_function, train_function)
+            written = as_written((directory.path / CONFIG).read_text(encoding="utf-8"))
+            began, changed = with_engine_of_here(began, written, config)
             session = assemble(began)
+            session = replace(session, choices=(*session.choices, *changed))
             initial = starting_state(session)
             with _course(session, directory, initial, train_function, callbacks, report) as course:
                 return course.resume()
@@ -86,7 +96,7 @@ def run(
     if config.trains_at_sites:
         check_trains_itself(train_function)
         return _run_at_sites(config, callbacks, report)
-    session = assemble(config, measure=train_function is train)
+    session = assemble(config, measure=measure and train_function is train)
     return run_session(session, train_function=train_function, callbacks=callbacks, report=report)
 
 

@@ -13,19 +13,20 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fedlora import threads
 from fedlora.client.cohort import ENOUGH_TOKENS
-from fedlora.config.clients import client_ranks
+from fedlora.config.clients import client_ranks, overrides_of
 from fedlora.config.config import Config
 from fedlora.data.datasets import FederatedData
 from fedlora.methods import METHODS
 from fedlora.model.dtype import SMALLEST, bfloat16_is_worth_a_trial, hidden_size
 from fedlora.model.loading import load_model
+from fedlora.model.quantisation import bits_of
 from fedlora.model.sources import Source
 from fedlora.runs.planning import kept_choices
 from fedlora.runs.planning.client_needs import usual_rows
@@ -71,15 +72,14 @@ def choose_by_time(
 
     Returns:
         The way to train, and what was measured, in words. None: nothing is open, the run is short,
-        it runs on a GPU, on a quantised base or by a training function of the user's, or the model
-        cannot be tried.
+        it runs on a GPU, by a training function of the user's or on a base that any client holds
+        quantised, or the model cannot be tried.
     """
     lengths = [[len(row["input_ids"]) for row in part.train] for part in data.clients]
     seconds = min(MOST_SECONDS, SHARE * planned_seconds(config, source.config, lengths))
     if seconds < WORTH_SECONDS or (torch.cuda.is_available() and not config.use_cpu):
         return None, []
-    quantised = config.load_in_8bit or config.load_in_4bit
-    if config.train_function is not None or config.torch_compile or quantised:
+    if config.train_function is not None or config.torch_compile or _quantised(config):
         return None, []  # they take other steps than those that would be timed
     number = clients_of_round(config, sum(bool(own) for own in lengths))
     clients = trial_clients(config, data)
@@ -108,6 +108,16 @@ def choose_by_time(
     return way, [f"measured in {time.perf_counter() - began:.1f} s: {words}"]
 
 
+def _quantised(config: Config) -> bool:
+    """Whether the run, or a client that has settings of its own, holds the base quantised.
+
+    Where clients hold it in several precisions, each worker process merges its own copy of all
+    target weights, so their memory would not be what one process takes.
+    """
+    each = [config, *map(config.of_client, sorted(overrides_of(config)))]
+    return any(bits_of(own) for own in each)
+
+
 def with_way(config: Config, way: Way | None) -> Config:
     """The configuration with dtype and engine as they were measured to be the fastest."""
     if way is None:
@@ -116,6 +126,36 @@ def with_way(config: Config, way: Way | None) -> Config:
     if way.workers > 1 and config.engine == "local":
         update |= {"engine": "workers", "num_workers": way.workers}
     return config.model_copy(update=update)
+
+
+def with_engine_of_here(
+    saved: Config, written: Mapping[str, Any], asked: Config | None
+) -> tuple[Config, list[str]]:
+    """The configuration to go on with where the run itself had chosen worker processes.
+
+    No bit depends on how many there are. Where they cannot be forked, this process trains with one
+    thread, as each of them did, which gives the same bytes.
+
+    Args:
+        saved: as the run began, with what may be changed.
+        written: what the user had written of the keys that the run settled.
+        asked: the configuration given now, whose engine stays if it names one; or None.
+
+    Returns:
+        The configuration, and what was changed, in words.
+    """
+    named = asked is not None and "engine" in asked.model_fields_set
+    chosen = saved.engine == "workers" and written.get("engine", "workers") != "workers"
+    if not chosen or named:
+        return saved, []
+    if not processes_can_be_forked():
+        keys = {"engine": "local", "num_workers": "auto", "num_threads": 1}
+        return saved.model_copy(update=keys), ["worker processes: none, they cannot be forked here"]
+    cores = max(1, int(threads.cores()))
+    if saved.num_workers == "auto" or saved.num_workers <= cores:
+        return saved, []
+    words = f"worker processes: {cores} instead of {saved.num_workers}, one for each core"
+    return saved.model_copy(update={"num_workers": cores}), [words]
 
 
 def candidates(
@@ -224,7 +264,7 @@ def _asked(
 ) -> dict[str, Any]:
     """All that the fastest way depends on beside the machine, but for seeds and single rows.
 
-    Tokens and ranks count by powers of two, so that the runs of a study ask the same.
+    Tokens and ranks count by powers of two, so that runs on much the same rows ask the same.
     """
     own = source.config.to_dict()
     shape = {k: own[k] for k in sorted(own) if not k.startswith("_") and k not in _NO_SHAPE}

@@ -34,3 +34,12 @@ def test_what_is_unfinished_is_hidden_and_no_configuration() -> None:
 
 def test_the_line_of_the_configuration_as_written_is_a_comment() -> None:
     assert file_names.AS_WRITTEN == "# Settled by the run itself; as it was written: "
+
+
+def test_what_the_user_wrote_is_read_from_it() -> None:
+    line = file_names.AS_WRITTEN
+    assert file_names.as_written(f'dtype: float32\n{line}{{"dtype": "auto"}}\n') == {
+        "dtype": "auto"
+    }
+    for text in ("dtype: float32\n", f"{line}[1]\n", f"{line}{{half\n", ""):
+        assert file_names.as_written(text) == {}

@@ -17,6 +17,7 @@ from fedlora.runs.measured_choice import (
     candidates,
     choose_by_time,
     processes_can_be_forked,
+    with_engine_of_here,
     with_way,
 )
 from fedlora.runs.planning.fastest_way import Way
@@ -79,6 +80,20 @@ def test_a_training_of_the_user_s_own_is_not_timed() -> None:
     assert choose_by_time(config, WIDE, None, data, 2) == (None, [])
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"load_in_8bit": True},
+        {"client_overrides": {0: {"load_in_4bit": True}}},
+        {"load_in_4bit": True, "client_overrides": {0: {"load_in_4bit": False}}},
+    ],
+)
+def test_a_base_that_any_client_holds_quantised_is_not_timed(keys: dict[str, Any]) -> None:
+    data = FederatedData((ClientData([ROW] * 100_000),) * 2, (), "text", {}, "")
+    config = Config(num_rounds=100_000, use_cpu=True, **keys)
+    assert choose_by_time(config, WIDE, None, data, 2) == (None, [])
+
+
 def test_where_processes_are_not_forked_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured_choice.sys, "platform", "linux")
     monkeypatch.delitem(measured_choice.sys.modules, "ipykernel", raising=False)
@@ -98,3 +113,40 @@ def test_the_configuration_that_is_written_down() -> None:
     assert (alone.dtype, alone.engine, alone.num_workers) == ("bfloat16", "local", "auto")
     named = with_way(Config(engine="workers", num_workers=4), Way("float32", 1, 4, 5))
     assert named.num_workers == 4
+
+
+CHOSEN = {"engine": "local", "num_workers": "auto", "num_threads": None}
+"""What the user wrote of a run that chose worker processes by itself."""
+
+
+def went_on(
+    written: dict[str, Any], asked: Config | None = None, workers: int = 2
+) -> tuple[str, int | str, int | None, list[str]]:
+    """Engine, worker processes, threads and what is said of a run that goes on."""
+    saved = Config(engine="workers", num_workers=workers, num_threads=4)
+    config, words = with_engine_of_here(saved, written, asked)
+    return config.engine, config.num_workers, config.num_threads, words
+
+
+def test_chosen_worker_processes_are_not_forked_where_that_is_forbidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measured_choice, "processes_can_be_forked", lambda: False)
+    told = ["worker processes: none, they cannot be forked here"]
+    assert went_on(CHOSEN) == ("local", "auto", 1, told)
+    assert went_on(CHOSEN, Config(num_rounds=3)) == ("local", "auto", 1, told)
+    kept = ("workers", 2, 4, [])
+    assert went_on({"num_workers": "auto"}) == kept  # the user had asked for them
+    assert went_on(CHOSEN, Config(engine="workers")) == kept  # or asks for them now
+
+
+def test_chosen_worker_processes_are_no_more_than_there_are_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measured_choice, "processes_can_be_forked", lambda: True)
+    told = ["worker processes: 2 instead of 8, one for each core"]
+    assert went_on(CHOSEN, workers=8) == ("workers", 2, 4, told)
+    assert went_on(CHOSEN, workers=2) == ("workers", 2, 4, [])
+    assert went_on({}, workers=8) == ("workers", 8, 4, [])
+    asked = Config(engine="workers", num_workers=8)
+    assert went_on(CHOSEN, asked, workers=8) == ("workers", 8, 4, [])

@@ -85,11 +85,15 @@ def _session_of_all(keys: str) -> Session:
     from fedlora.config.config import Config
     from fedlora.runs.session import assemble
 
-    return assemble(Config(**json.loads(keys)), measure=True)
+    return assemble(Config(**json.loads(keys)))
 
 
 def _make(job: dict[str, Any], report: Any) -> None:
-    """Make the run that a job describes, and tell how far it is."""
+    """Make the run that a job describes, and tell how far it is.
+
+    Runs that are compared do not measure how they train fastest: each could take another dtype, or
+    other clients in a pass, and methods would differ by more than themselves.
+    """
     from fedlora.commands.study.trainers import trainer_of
     from fedlora.config.config import Config
     from fedlora.engines.local import run, run_session
@@ -109,7 +113,7 @@ def _make(job: dict[str, Any], report: Any) -> None:
     elif begun:  # with the number of threads it began with; its settings were compared before
         run(None, resume=path, report=report, train_function=train)
     else:
-        run(config, report=report, train_function=train)
+        run(config, report=report, train_function=train, measure=False)
     assert (path / FINAL).is_dir()
     for old in path.glob("round-*"):  # final/ and metrics.jsonl are what tables and pages need
         shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""Keeps how a machine trains fastest, so that a study or a second run need not measure again.
+"""Keeps how a machine trains fastest, so that a second run need not measure again.
 
 One small JSON file in the package's cache directory for each question: machine, versions, shape of
 the model, and what was open. A file that cannot be read or written is no error.

@@ -261,9 +261,13 @@ def beside_each_other(step: Any, number: int, patience: float) -> float:
 
 
 def _take_steps(step: Any, barrier: Any, answer: Connection, patience: float) -> None:
-    """In a process of its own: warm up, wait for the others, take a step, tell its seconds."""
+    """In a process of its own: warm up, wait for the others, take a step, tell its seconds.
+
+    A process that fails says nothing, and its end tells `beside_each_other`; multiprocessing would
+    print a trace into the user's terminal.
+    """
     torch.set_num_threads(1)
-    with suppress(BrokenBarrierError, OSError):
+    with suppress(Exception):
         step()
         barrier.wait(patience)
         seconds = step()

@@ -25,6 +25,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def run(config: Any, resume: Any = None, **named: Any) -> None:
         out.append(("resume" if resume else "run", config, named["train_function"]))
+        assert resume or named["measure"] is False, "methods would be compared in several dtypes"
         leave(Path(resume or config.output_dir))
 
     def run_session(lone: Any, **named: Any) -> None:
@@ -33,7 +34,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(local, "run", run)
     monkeypatch.setattr(local, "run_session", run_session)
-    monkeypatch.setattr(session, "assemble", lambda config, measure: "assembled")
+
+    def assemble(config: Any, *, measure: bool = False) -> str:
+        assert not measure, "methods would be compared in several dtypes"
+        return "assembled"
+
+    monkeypatch.setattr(session, "assemble", assemble)
     monkeypatch.setattr(
         lone_session, "alone", lambda whole, client, path: SimpleNamespace(client=client, path=path)
     )

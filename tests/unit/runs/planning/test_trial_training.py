@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedlora.errors import InputError
 from fedlora.model.base import BaseModel, attach
+from fedlora.model.client_rows import MixedRowsError
 from fedlora.model.targets import find_targets
 from fedlora.runs.planning import trial_training
 from fedlora.runs.planning.fastest_way import Way
@@ -57,3 +59,19 @@ def test_of_a_large_model_a_part_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(trial_training, "QUICK", 10.0)
     with pytest.raises(InputError, match="takes too long to be tried"):
         TrialTraining(base, [client(2)])
+
+
+def test_a_process_whose_step_fails_tells_nothing() -> None:
+    """An architecture whose clients cannot share a pass is no error that a user has to read."""
+    told: list[float] = []
+
+    def step() -> float:
+        raise MixedRowsError
+
+    before = torch.get_num_threads()
+    try:
+        answer = SimpleNamespace(send=told.append)
+        trial_training._take_steps(step, SimpleNamespace(wait=print), answer, 1.0)
+    finally:
+        torch.set_num_threads(before)
+    assert told == []
