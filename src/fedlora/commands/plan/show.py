@@ -37,7 +37,7 @@ def show_plan(plan: Plan, console: Console) -> None:
             "gradient_checkpointing: true, load_in_4bit: true, or a smaller max_length.",
         )
     if plan.no_memory:
-        say(console, f"Memory: {plan.no_memory}.")
+        say(console, f"{plan.no_memory[:1].upper()}{plan.no_memory[1:]}.")
     console.print(_methods(plan))
     if plan.excluded:
         say(console, _excluded(plan.excluded))

@@ -69,7 +69,7 @@ class ClientNeeds:
                     dropout=own.lora_dropout,
                 )
             except Exception as error:  # whatever the code of a model raises on shapes alone
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
                 raise InputError(
                     f"the memory of this architecture cannot be planned ({reason})"
                 ) from error
