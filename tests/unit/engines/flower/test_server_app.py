@@ -39,3 +39,11 @@ def test_nodes_that_do_not_connect_end_the_run() -> None:
     config = Config(engine="flower", client_ranks=[4, 2], node_timeout=0.01, output_dir="unused")
     with pytest.raises(InputError, match="0 of 2 nodes are connected"):
         server_app.serve(grid, server_context({}), config, False, lambda event: None)
+
+
+def test_a_training_of_the_server_s_does_not_reach_sites() -> None:
+    """Across machines, even where the run-config names rows as a simulation would."""
+    grid = InProcessGrid(client_app.app, [])
+    config = Config(engine="flower", train_file="rows.jsonl", train_function="mine:half")
+    with pytest.raises(InputError, match="train_function: sites train by themselves"):
+        server_app.serve(grid, server_context({}), config, False, lambda event: None)
