@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -413,6 +414,18 @@ def test_a_plan_of_the_embedded_run(say: Say, here: Path) -> None:
     text = say("run --dry_run")
     assert text.startswith("embedded: LlamaForCausalLM, 804 K parameters (float32)\n")
     assert len(re.findall(r"^ +\d+ .* [KM]B *$", text, re.M)) == 10
+
+
+def test_an_extra_that_is_missing_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def found(name: str, *package: Any) -> Any:
+        return None if name == "bitsandbytes" else find_spec(name, *package)
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    assert main(["run", "--dry_run", "--load_in_4bit", "true"]) == 2
+    assert "load_in_4bit: bitsandbytes, which quantises the base" in capsys.readouterr().err
 
 
 def prepare(here: Path) -> None:

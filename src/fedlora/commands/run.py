@@ -141,7 +141,9 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
     from rich.console import Console
 
     from fedlora.commands.views.plan import show_plan
+    from fedlora.model.quantised_linear import require_bitsandbytes
     from fedlora.runs.directory import check_free
+    from fedlora.runs.precisions import bits_held
     from fedlora.runs.session import assemble
 
     quiet_libraries()
@@ -157,6 +159,8 @@ def _dry_run(arguments: list[str], emit: Emit | None) -> int:
     if config.train_function is not None:
         load_train_function(config.train_function)
     session = assemble(config, weights=False)
+    for bits in bits_held(session.config):
+        require_bitsandbytes(bits)
     if emit:
         emit(_plan(session))
     else:

@@ -20,13 +20,12 @@ import torch
 
 from fedlora import threads
 from fedlora.client.cohort import ENOUGH_TOKENS
-from fedlora.config.clients import client_ranks, overrides_of
+from fedlora.config.clients import client_ranks
 from fedlora.config.config import Config
 from fedlora.data.datasets import FederatedData
 from fedlora.methods import METHODS
 from fedlora.model.dtype import SMALLEST, bfloat16_is_worth_a_trial, hidden_size
 from fedlora.model.loading import load_model
-from fedlora.model.quantisation import bits_of
 from fedlora.model.sources import Source
 from fedlora.runs.planning import kept_choices
 from fedlora.runs.planning.client_needs import usual_rows
@@ -41,6 +40,7 @@ from fedlora.runs.planning.fastest_way import (
 from fedlora.runs.planning.simulated_traffic import adds_to_base
 from fedlora.runs.planning.trial_training import TrialClient, TrialTraining
 from fedlora.runs.planning.work import clients_of_round, planned_seconds
+from fedlora.runs.precisions import bits_held
 
 SHARE = 0.03
 """Of a run's estimated time, that measuring may take."""
@@ -79,8 +79,10 @@ def choose_by_time(
     seconds = min(MOST_SECONDS, SHARE * planned_seconds(config, source.config, lengths))
     if seconds < WORTH_SECONDS or (torch.cuda.is_available() and not config.use_cpu):
         return None, []
-    if config.train_function is not None or config.torch_compile or _quantised(config):
-        return None, []  # they take other steps than those that would be timed
+    # These take other steps than those that would be timed; and where clients hold the base in
+    # several precisions, each worker process merges its own copy of all target weights.
+    if config.train_function is not None or config.torch_compile or bits_held(config):
+        return None, []
     number = clients_of_round(config, sum(bool(own) for own in lengths))
     clients = trial_clients(config, data)
     open_ways = candidates(
@@ -106,16 +108,6 @@ def choose_by_time(
     words = in_words(way, times)
     kept_choices.write(name, way, words)
     return way, [f"measured in {time.perf_counter() - began:.1f} s: {words}"]
-
-
-def _quantised(config: Config) -> bool:
-    """Whether the run, or a client that has settings of its own, holds the base quantised.
-
-    Where clients hold it in several precisions, each worker process merges its own copy of all
-    target weights, so their memory would not be what one process takes.
-    """
-    each = [config, *map(config.of_client, sorted(overrides_of(config)))]
-    return any(bits_of(own) for own in each)
 
 
 def with_way(config: Config, way: Way | None) -> Config:

@@ -45,3 +45,9 @@ def load_other_bases(
             f"base of client {', '.join(clients)}: held {held}, in memory beside the run's"
         )
     return of_client, choices
+
+
+def bits_held(config: Config) -> set[Bits]:
+    """In which bits the run or any of its clients holds its base; empty: none is quantised."""
+    own = [config, *(config.of_client(client) for client in overrides_of(config))]
+    return {bits for bits in map(bits_of, own) if bits is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedlora.config.config import Config
-from fedlora.runs.precisions import load_other_bases
+from fedlora.runs.precisions import bits_held, load_other_bases
 
 
 def test_one_base_for_each_other_precision() -> None:
@@ -35,3 +35,10 @@ def test_a_client_may_hold_it_as_it_is() -> None:
     bases, choices = load_other_bases(config, lambda own: (own.load_in_8bit, own.load_in_4bit))  # type: ignore[arg-type,return-value]
     assert bases == {3: (False, False)}
     assert choices == ["base of client 3: held as it is, in memory beside the run's"]
+
+
+def test_the_bits_of_single_clients_count() -> None:
+    assert bits_held(Config(client_overrides={0: {"lora_r": 4}})) == set()
+    own = {1: {"load_in_4bit": True}}
+    assert bits_held(Config(client_overrides=own)) == {4}
+    assert bits_held(Config(client_overrides=own, load_in_8bit=True)) == {4, 8}
